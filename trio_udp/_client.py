@@ -1,0 +1,185 @@
+"""The server's side of the conversation with one remote address: what a handler is called with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+import attrs
+import trio
+
+from ._conversation import YIELD_EVERY, Conversation
+from ._inbox import Inbox
+from ._statistics import ClientStatistics
+
+if TYPE_CHECKING:
+    from ._clients import Clients
+    from ._serve import Server
+
+
+@attrs.define(eq=False, repr=False)
+class Client(Conversation):
+    """The conversation with one remote address: its datagrams in arrival order, and a way to answer.
+
+    A client is one pair of peer address and local address on one endpoint. It begins with a stranger's first
+    datagram and ends when its handler returns; the next datagram from that address then begins another.
+
+    Attributes:
+      server: The :class:`Server` it belongs to.
+      ended: Why :meth:`receive` raises ``trio.EndOfChannel``: ``"idle"`` (silent for ``idle_timeout``),
+        ``"evicted"`` (its place was needed) or ``"stopping"`` (the server drains); ``None`` while it does not.
+        Sending works until the handler returns, so that it can say goodbye.
+    """
+
+    server: Server
+    _clients: Clients
+    _inbox: Inbox
+    _idle_timeout: float
+    ended: Literal["idle", "evicted", "stopping"] | None = attrs.field(default=None, init=False)
+    _lost: bool = attrs.field(default=False, init=False)  # closed because its endpoint or its server was
+    _receiving: bool = attrs.field(default=False, init=False)
+    _transactions: int = attrs.field(default=0, init=False)
+    _requests_timed_out: int = attrs.field(default=0, init=False)
+    # For the table of clients: since when the handler has been waiting, and when to look whether that is too long.
+    _waiting_since: float = attrs.field(default=0.0, init=False)
+    _next_check: float = attrs.field(default=math.inf, init=False)
+
+    @property
+    def idle_timeout(self) -> float:
+        """Seconds of silence after which this client ends, while its handler waits; ``math.inf`` for never.
+
+        Settable; the server's ``idle_timeout`` at first. Silence counts from the moment the handler began to wait
+        in :meth:`receive`, so a busy handler is never ended by it. It is noticed at most a quarter of the timeout
+        late.
+        """
+        return self._idle_timeout
+
+    @idle_timeout.setter
+    def idle_timeout(self, seconds: float) -> None:
+        self._idle_timeout = check_idle_timeout(seconds)
+        self._clients.check_later(self)
+
+    def statistics(self) -> ClientStatistics:
+        """Counts of this conversation so far; also available once it is over."""
+        inbox, sending = self._inbox, self._sending
+        return ClientStatistics(
+            received=inbox.received,
+            bytes_received=inbox.bytes_received,
+            delivered=inbox.delivered,
+            waiting=len(inbox.payloads),
+            dropped_inbox_full=inbox.dropped_inbox_full,
+            dropped_at_end=inbox.dropped_at_end,
+            sent=sending.sent,
+            bytes_sent=sending.bytes_sent,
+            send_errors=sending.send_errors,
+            requests_timed_out=self._requests_timed_out,
+            errors=sending.errors,
+        )
+
+    async def receive(self) -> bytes:
+        """Wait for this client's next datagram and return its payload; ``b""`` is a datagram like any other.
+
+        ``async for payload in client`` does the same until the channel ends.
+
+        Raises:
+          trio.EndOfChannel: The conversation is over for the reason in :attr:`ended`. A handler need not catch it.
+          trio.ClosedResourceError: After :meth:`close`, or when the server or its endpoint is gone.
+          trio.BusyResourceError: Another task is receiving from this client.
+
+        Cancellation:
+          Always noticed, and never loses a datagram. Other tasks run at least once in 64 datagrams taken.
+        """
+        inbox = self._inbox
+        if inbox.payloads and self._taken_in_a_row < YIELD_EVERY:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            await self._wait_for_datagram()
+            self._taken_in_a_row = 0
+        self._taken_in_a_row += 1
+        self._sent_in_a_row = 0
+        return inbox.take()
+
+    def receive_nowait(self) -> bytes:
+        """Like :meth:`receive`, without waiting.
+
+        Raises:
+          trio.WouldBlock: Nothing waits in the inbox.
+        """
+        if not self._inbox.payloads:
+            self._check_not_over()
+            raise trio.WouldBlock
+        self._sent_in_a_row = 0
+        return self._inbox.take()
+
+    def close(self) -> None:
+        """End this conversation; what waits in the inbox is dropped and counted. Idempotent.
+
+        The next datagram from this address begins a new conversation at once, even while this handler still tidies up.
+        """
+        if not self._closed:
+            self._closed = True
+            self._clients.forget(self)
+            self._inbox.drop_all()
+            self._inbox.wake()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Say that the conversation is in the middle of something that wants to be finished.
+
+        Inside ``with client.transaction():`` datagrams go on arriving while the server drains (for ``drain_timeout`` at
+        most), and the client is not evicted to make room. The idle timeout still applies. May be nested.
+        """
+        self._transactions += 1
+        self._clients.transaction_changed(self)
+        try:
+            yield
+        finally:
+            self._transactions -= 1
+            self._clients.transaction_changed(self)
+
+    async def _wait_for_datagram(self) -> None:
+        """Let other tasks run, until a datagram is in the inbox."""
+        if self._receiving:
+            raise trio.BusyResourceError("another task is already receiving from this client")
+        self._receiving = True
+        try:
+            if self._inbox.payloads:
+                await trio.lowlevel.checkpoint()
+            else:
+                await trio.lowlevel.checkpoint_if_cancelled()
+            while not self._inbox.payloads:
+                self._check_not_over()
+                self._clients.begins_to_wait(self)
+                try:
+                    await self._inbox.wait()
+                finally:
+                    self._clients.waits_no_more(self)
+        finally:
+            self._receiving = False
+
+    def _check_not_over(self) -> None:
+        self._check_open()
+        if self.ended is None and self._clients.stopping and not self._transactions:
+            self.ended = "stopping"
+        if self.ended is not None:
+            raise trio.EndOfChannel
+
+    def _request_timed_out(self) -> None:
+        self._requests_timed_out += 1
+        self.server._requests_timed_out += 1
+
+    def _end(self, reason: Literal["idle", "evicted", "stopping"]) -> None:
+        """End the channel of a client whose handler waits, and let it go on."""
+        self.ended = reason
+        self._clients.forget(self)
+        self._inbox.wake()
+
+
+def check_idle_timeout(seconds: float) -> float:
+    if not isinstance(seconds, (int, float)):
+        raise TypeError(f"idle_timeout must be a number of seconds, not {seconds!r}")
+    if not seconds > 0:
+        raise ValueError(f"idle_timeout must be greater than 0, not {seconds!r}")
+    return seconds

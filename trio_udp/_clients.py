@@ -1,0 +1,224 @@
+"""Who is known: the table of clients, the bound on their number, eviction and idle expiry.
+
+No task and no timer for each client. A client costs the table one look in each idle period: when it is due, either its
+handler has been waiting for long enough, or the time to look again is known.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING
+
+import attrs
+import trio
+
+from ._client import Client
+from ._endpoints import BATCH, Endpoint, Route
+from ._inbox import Inbox, InboxTotals
+from ._limits import Limits
+
+if TYPE_CHECKING:
+    from ._serve import Server
+
+
+# Looks at clients are put off to the next multiple of this part of their idle timeout, so that clients that began at
+# about the same time are looked at together. It is also how late an idle timeout can be.
+COARSENESS = 1 / 8
+
+
+@attrs.define(eq=False)
+class Clients:
+    """Every client whose handler runs, and to which of them a datagram belongs."""
+
+    _limits: Limits
+    _idle_timeout: float
+    _now: Callable[[], float]
+    # A client that has ended or closed is not known any more, though it may be running: its address is free.
+    known: dict[Endpoint, dict[Route, Client]]
+    running: dict[Client, None] = attrs.field(factory=dict, init=False)
+    totals: InboxTotals = attrs.field(factory=InboxTotals, init=False)
+
+    stopping: bool = attrs.field(default=False, init=False)
+    all_gone: trio.Event = attrs.field(factory=trio.Event, init=False)  # stopping, and no handler runs any more
+
+    started: int = attrs.field(default=0, init=False)
+    expired: int = attrs.field(default=0, init=False)
+    evicted: int = attrs.field(default=0, init=False)
+
+    # Who may be evicted, the one that has been waiting the longest first; kept only where eviction is asked for.
+    _evictable: OrderedDict[Client, None] | None = attrs.field(init=False)
+
+    # A heap of (when to look, tie-breaker, client); an entry is void unless its time is the client's _next_check.
+    _checks: list[tuple[float, int, Client]] = attrs.field(factory=list, init=False)
+    _tie_breaker: Iterator[int] = attrs.field(factory=itertools.count, init=False)
+    _alarm: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
+
+    @_evictable.default
+    def _(self) -> OrderedDict[Client, None] | None:
+        return OrderedDict() if self._limits.when_full == "evict_idle" else None
+
+    def make_room(self) -> bool:
+        """Whether a stranger may become a client; evicts another one for it where that is the policy."""
+        if len(self.running) < self._limits.max_clients:
+            return True
+        if self._evictable is None or len(self.running) >= self._limits.max_clients + BATCH:
+            return False
+        for client in self._evictable:
+            if client._inbox.receiver is not None:  # or it has been woken in this pass, and will run in the next
+                self.evicted += 1
+                client._end("evicted")
+                return True
+        return False
+
+    def has_room_for(self, payload: bytes) -> bool:
+        """Whether a stranger's first datagram would fit into its inbox: no client is begun for nothing."""
+        size = len(payload)
+        return size <= self._limits.inbox_bytes and self.totals.waiting_bytes + size <= self._limits.total_bytes
+
+    def add(self, server: Server, endpoint: Endpoint, route: Route) -> Client:
+        """A new client for a stranger on an endpoint."""
+        client = Client(endpoint, route, server, self, Inbox(self._limits, self.totals), self._idle_timeout)
+        self.running[client] = None
+        self.started += 1
+        if not self.stopping:
+            self.known[endpoint][route] = client
+        self.check_later(client)
+        return client
+
+    def succeed(self, client: Client) -> Client | None:
+        """Remove a client whose handler has ended; return the one that takes over what it left in its inbox, if any.
+
+        A handler that did not take a single datagram has no successor: it would be called for ever.
+        """
+        successor = None
+        if client._inbox.payloads and client._inbox.delivered:
+            self.forget(client)
+            successor = self.add(client.server, client._endpoint, client._route)
+            successor._taken_in_a_row = client._taken_in_a_row
+            client._inbox.hand_over(successor._inbox)
+        self.remove(client)
+        return successor
+
+    def remove(self, client: Client) -> None:
+        """The client's handler has ended: nothing can be done with it any more."""
+        client.close()
+        del self.running[client]
+        if self.stopping and not self.running:
+            self.all_gone.set()
+        # Void entries hold on to clients that are gone, which in a flood of short conversations is most of them.
+        if len(self._checks) > 2 * len(self.running) + 1_000:
+            self._checks = [check for check in self._checks if self._is_valid(check)]
+            heapq.heapify(self._checks)
+
+    def forget(self, client: Client) -> None:
+        """The next datagram from the client's address is a stranger's."""
+        known = self.known[client._endpoint]
+        if known.get(client._route) is client:  # not its successor
+            del known[client._route]
+        self.waits_no_more(client)
+
+    def lose(self, endpoint: Endpoint | None = None) -> None:
+        """Close the clients of an endpoint that is closed, or all clients."""
+        for client in list(self.running):
+            if endpoint is None or client._endpoint is endpoint:
+                client._lost = True
+                client.close()
+
+    def stop(self) -> None:
+        """From now on, nobody is known except clients in a transaction; channels end once their inbox is empty."""
+        self.stopping = True
+        for client in list(self.running):
+            if not client._transactions:
+                self._stop(client)
+        if not self.running:
+            self.all_gone.set()
+
+    def transaction_changed(self, client: Client) -> None:
+        """The client has entered or left a transaction."""
+        if self._evictable is not None and client._inbox.receiver is not None:
+            if client._transactions:
+                self._evictable.pop(client, None)
+            else:
+                self._evictable[client] = None
+        if self.stopping and not client._closed and client.ended is None:
+            if client._transactions:
+                self.known[client._endpoint].setdefault(client._route, client)
+            else:
+                self._stop(client)
+
+    def begins_to_wait(self, client: Client) -> None:
+        client._waiting_since = self._now()
+        if self._evictable is not None and not client._transactions:
+            self._evictable[client] = None
+
+    def waits_no_more(self, client: Client) -> None:
+        if self._evictable is not None:
+            self._evictable.pop(client, None)
+
+    def check_later(self, client: Client) -> None:
+        """See to it that the client is looked at when its idle timeout may be over."""
+        since = self._now() if client._inbox.receiver is None else client._waiting_since
+        when = since + client._idle_timeout
+        if when < client._next_check:
+            when += -when % (client._idle_timeout * COARSENESS)
+            client._next_check = when
+            heapq.heappush(self._checks, (when, next(self._tie_breaker), client))
+            if when < self._alarm.deadline:
+                self._alarm.deadline = when
+
+    async def expire_forever(self) -> None:
+        """End clients whose idle timeout is over."""
+        while True:
+            now = self._now()
+            for _ in range(BATCH):
+                if not self._checks or self._checks[0][0] > now:
+                    break
+                check = heapq.heappop(self._checks)
+                if self._is_valid(check):
+                    self._check(check[2], now)
+            else:
+                await trio.lowlevel.checkpoint()
+                continue
+            with trio.CancelScope(deadline=self._checks[0][0] if self._checks else math.inf) as self._alarm:
+                await trio.sleep_forever()
+
+    def _check(self, client: Client, now: float) -> None:
+        client._next_check = math.inf
+        if client._inbox.receiver is not None and client._waiting_since + client._idle_timeout <= now:
+            self.expired += 1
+            client._end("idle")
+        else:
+            self.check_later(client)
+
+    def _is_valid(self, check: tuple[float, int, Client]) -> bool:
+        when, _, client = check
+        return when == client._next_check and not client._closed and client.ended is None
+
+    def _stop(self, client: Client) -> None:
+        if client._inbox.receiver is not None:
+            client._end("stopping")
+        else:
+            self.forget(client)
+
+
+class ClientsView(Collection["Client"]):
+    """A live, read-only look at the clients whose handlers run. Iterating it goes over those there at the start."""
+
+    def __init__(self, clients: Clients) -> None:
+        self._clients = clients
+
+    def __len__(self) -> int:
+        return len(self._clients.running)
+
+    def __contains__(self, client: object) -> bool:
+        return client in self._clients.running
+
+    def __iter__(self) -> Iterator[Client]:
+        return iter(list(self._clients.running))
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} clients>"

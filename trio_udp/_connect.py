@@ -1,0 +1,142 @@
+"""The other end: a conversation with a server, over a socket of its own."""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+
+import attrs
+import trio
+
+from ._conversation import YIELD_EVERY, Conversation
+from ._endpoints import Address, Datagram, Endpoint
+from ._statistics import ConnectionStatistics
+
+
+async def connect(host: str | bytes, port: int, *, local_address: Address | None = None) -> Connection:
+    """Open a connection to a UDP server. Nothing is sent; that the server exists shows when it answers.
+
+    Args:
+      host: Name or address; of several addresses the first that the machine has a route to.
+      port: UDP port.
+      local_address: Numeric host and port to send from; the kernel's choice by default.
+
+    Raises:
+      OSError: The kernel's own: the name is unknown, there is no route, or ``local_address`` is not ours.
+    """
+    if not isinstance(port, int):
+        raise TypeError(f"port must be an int, not {port!r}")
+    failure: OSError | None = None
+    for family, _, _, _, address in await trio.socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
+        sock = None
+        try:
+            sock = socket.socket(family, socket.SOCK_DGRAM)
+            if local_address is not None:
+                sock.bind(local_address)
+            sock.connect(address)
+            endpoint = Endpoint.from_socket(sock)
+        except BaseException as error:
+            if sock is not None:
+                sock.close()
+            if not isinstance(error, OSError):
+                raise
+            failure = failure or error
+        else:
+            return Connection(endpoint, endpoint.route(sock.getpeername()))
+    assert failure is not None  # getaddrinfo raises rather than return nothing
+    raise failure
+
+
+@attrs.define(eq=False, repr=False)
+class Connection(Conversation):
+    """A conversation with one server, over a connected socket: only datagrams from that server are received.
+
+    Made by :func:`connect`. ``async with`` closes it. One task at a time may receive; any number may send.
+    """
+
+    _ahead: deque[Datagram] = attrs.field(factory=deque, init=False)  # read from the kernel, not yet asked for
+    _receiving: bool = attrs.field(default=False, init=False)
+    _delivered: int = attrs.field(default=0, init=False)
+    _dropped_at_end: int = attrs.field(default=0, init=False)
+
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        """The connected socket, for options and inspection."""
+        return self._endpoint.socket
+
+    def statistics(self) -> ConnectionStatistics:
+        """Counts since the connection was opened; also available once it is closed."""
+        of_socket = attrs.asdict(self._endpoint.statistics())
+        return ConnectionStatistics(
+            **of_socket, delivered=self._delivered, waiting=len(self._ahead), dropped_at_end=self._dropped_at_end
+        )
+
+    async def receive(self) -> bytes:
+        """Wait for the server's next datagram and return its payload; ``b""`` is a datagram like any other.
+
+        Raises:
+          ConnectionRefusedError: Nobody listens at the server's port, says an ICMP answer to something sent earlier.
+            Raised once for it; the connection stays usable.
+          trio.ClosedResourceError: After :meth:`close`.
+          trio.BusyResourceError: Another task is receiving.
+
+        Cancellation:
+          Always noticed, and never loses a datagram. Other tasks run at least once in 64 datagrams.
+        """
+        if self._ahead and self._taken_in_a_row < YIELD_EVERY:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            await self._read_ahead()
+            self._taken_in_a_row = 0
+        self._taken_in_a_row += 1
+        return self._take()
+
+    def receive_nowait(self) -> bytes:
+        """Like :meth:`receive`, without waiting.
+
+        Raises:
+          trio.WouldBlock: Nothing has arrived.
+        """
+        self._check_open()
+        if not self._ahead:
+            self._read_ahead_nowait()
+        return self._take()
+
+    def close(self) -> None:
+        """Close the socket; what has not been received is dropped and counted. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._dropped_at_end += len(self._ahead)
+            self._ahead.clear()
+            self._endpoint.close()
+
+    async def _read_ahead(self) -> None:
+        """Let other tasks run, until a datagram is there."""
+        if self._receiving:
+            raise trio.BusyResourceError("another task is already receiving from this connection")
+        self._receiving = True
+        try:
+            if self._ahead:
+                await trio.lowlevel.checkpoint()
+            else:
+                await trio.lowlevel.checkpoint_if_cancelled()
+            self._check_open()
+            while not self._ahead:
+                self._ahead.extend(await self._endpoint.receive_batch())
+        finally:
+            self._receiving = False
+
+    def _read_ahead_nowait(self) -> None:
+        batch: list[Datagram] = []
+        self._endpoint.read(batch)
+        self._ahead.extend(batch)
+        if not batch:
+            if self._endpoint.refusal is not None:
+                raise self._endpoint.take_refusal()
+            raise trio.WouldBlock
+
+    def _take(self) -> bytes:
+        payload, _ = self._ahead.popleft()
+        self._delivered += 1
+        self._sent_in_a_row = 0
+        return payload

@@ -1,0 +1,127 @@
+"""What both ends of a conversation share: two addresses, and sending from one to the other."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypeAlias
+
+import attrs
+import trio
+
+from ._endpoints import Address, Endpoint, Route
+from ._statistics import SendTally
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    Payload: TypeAlias = Buffer
+else:
+    Payload = bytes | bytearray | memoryview  # for readers of annotations; any bytes-like object will do
+
+# Sending and receiving need not yield to other tasks each time: that costs more than the datagram itself. But a task
+# that only sends, or only takes what already waits, must not keep the others from running. This often it yields.
+YIELD_EVERY = 64
+
+
+@attrs.define(eq=False, repr=False)
+class Conversation(trio.abc.Channel[bytes]):
+    """One peer address and one local address on one endpoint; the base of ``Client`` and ``Connection``."""
+
+    _endpoint: Endpoint
+    _route: Route
+    _sending: SendTally = attrs.field(factory=SendTally, init=False)
+    _closed: bool = attrs.field(default=False, init=False)
+    _sent_in_a_row: int = attrs.field(default=0, init=False)  # with no receive and no other task in between
+    _taken_in_a_row: int = attrs.field(default=0, init=False)  # with no other task in between
+
+    def __repr__(self) -> str:
+        state = " closed" if self._closed else ""
+        return f"<trio_udp.{type(self).__name__} {self.local_address} with {self.peer_address}{state}>"
+
+    @property
+    def peer_address(self) -> Address:
+        """The other end's address, as the ``socket`` module gives it."""
+        return self._endpoint.peer_address_of(self._route)
+
+    @property
+    def local_address(self) -> Address:
+        """Our own address in this conversation: where the peer sends to, and where it sees our datagrams come from."""
+        return self._endpoint.local_address_of(self._route)
+
+    async def send(self, value: Payload) -> None:
+        """Send one datagram to the peer, after those sent before it.
+
+        Waits while the kernel's send buffer is full, first come first served. What the network answers (unreachable,
+        refused, filtered) is counted in :meth:`statistics` and not raised: UDP promises no delivery.
+
+        Args:
+          value: The payload: any bytes-like object, copied now. ``b""`` is a datagram like any other.
+
+        Raises:
+          OSError: ``EMSGSIZE``: longer than a UDP datagram can be (65,507 bytes over IPv4, 65,527 over IPv6).
+          TypeError: Not a bytes-like object.
+          trio.ClosedResourceError: The conversation is over.
+
+        Cancellation:
+          Always noticed, and then the datagram is not sent. Other tasks run at least once in 64 sends that no
+          ``receive`` came between, and whenever the send buffer is full.
+        """
+        payload = self._checked(value)
+        await self._pause_before_sending()
+        await self._endpoint.send(payload, self._route, self._sending)
+
+    def send_nowait(self, payload: Payload) -> None:
+        """Like :meth:`send`, without waiting.
+
+        Raises:
+          trio.WouldBlock: The send buffer is full, or others are waiting for it; nothing was sent.
+        """
+        payload = self._checked(payload)
+        self._check_open()
+        self._endpoint.send_nowait(payload, self._route, self._sending)
+
+    async def send_many(self, payloads: Iterable[Payload]) -> None:
+        """Send many datagrams, in order.
+
+        Everything is checked and copied before the first is sent: what :meth:`send` would raise for one of them means
+        that none is sent. Waiting and cancellation are as for ``send``, between one datagram and the next.
+        """
+        for payload in [self._checked(payload) for payload in payloads]:
+            await self._pause_before_sending()
+            await self._endpoint.send(payload, self._route, self._sending)
+
+    async def aclose(self) -> None:
+        """Like :meth:`close`, and a checkpoint."""
+        self.close()
+        await trio.lowlevel.checkpoint()
+
+    def close(self) -> None:
+        raise NotImplementedError  # pragma: no cover
+
+    def _checked(self, payload: Payload) -> bytes:
+        return checked_payload(payload, self._endpoint)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this conversation is over")
+
+    async def _pause_before_sending(self) -> None:
+        self._sent_in_a_row += 1
+        if self._sent_in_a_row < YIELD_EVERY:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            await trio.lowlevel.checkpoint()
+            self._sent_in_a_row = 0
+        self._check_open()
+
+
+def checked_payload(payload: Payload, endpoint: Endpoint) -> bytes:
+    """Return a payload as bytes of our own, if one datagram can carry it."""
+    if type(payload) is not bytes:
+        # By way of memoryview, because bytes(5) and bytes([1, 2]) work too, and mean something else.
+        payload = bytes(memoryview(payload))
+    if len(payload) > endpoint.max_payload:
+        raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+    return payload

@@ -1,0 +1,275 @@
+"""A bound socket: waiting for it, reading and writing it in batches, and its counters."""
+
+from __future__ import annotations
+
+import errno
+import socket as stdlib_socket
+from collections import deque
+from contextlib import suppress
+
+import attrs
+import trio
+
+from .._statistics import EndpointStatistics, SendTally
+from ._engine import BATCH, Address, Datagram, Engine, Outgoing, Route
+from ._portable import portable_engine
+
+# The socket is closed, or its number already belongs to something that is not a socket.
+CLOSED_ERRNOS = {errno.EBADF, errno.ENOTSOCK}
+
+# Errors on receive come one at a time, each an answer to something sent earlier. More than this many in a row with
+# nothing received in between are a fault that lasts: look less often, so as not to burn the processor.
+ERRORS_IN_A_ROW = 8
+PAUSE = 0.1
+
+
+@attrs.define(eq=False, repr=False)
+class Endpoint:
+    """A bound datagram socket and its counters; what :func:`serve_endpoints` serves on.
+
+    Made by :func:`open_endpoints` or :meth:`from_socket`.
+    """
+
+    _engine: Engine
+
+    # While the endpoint is corked, replies collect here and leave together.
+    _outbox: deque[Outgoing] = attrs.field(factory=deque, init=False)
+    _corked: int = attrs.field(default=0, init=False)  # passes of the scheduler that the cork stays for
+
+    # Trio lets one task at a time wait for a socket to become writable. Whoever holds this may; the rest queue here.
+    _turn: trio.StrictFIFOLock = attrs.field(factory=trio.StrictFIFOLock, init=False)
+    _stuck: trio.Event = attrs.field(factory=trio.Event, init=False)  # corked replies met a full send buffer
+
+    _drained: bool = attrs.field(default=True, init=False)  # the kernel had nothing more when we last looked
+    _errors_in_a_row: int = attrs.field(default=0, init=False)
+    refusal: OSError | None = attrs.field(default=None, init=False)  # an ICMP refusal, on a connected socket
+
+    @classmethod
+    def from_socket(cls, sock: stdlib_socket.socket | trio.socket.SocketType, *, max_datagram_size: int = 65_535) -> Endpoint:
+        """Make an endpoint of a bound datagram socket that someone else opened.
+
+        The endpoint owns the socket from now on: it is made non-blocking, and closed with the endpoint.
+
+        Args:
+          sock: A ``socket.socket`` or ``trio.socket`` of type ``SOCK_DGRAM``.
+          max_datagram_size: Longest payload to accept, in bytes; longer datagrams are counted as truncated.
+
+        Raises:
+          TypeError, ValueError: It is not a socket, not a datagram socket, or not bound.
+        """
+        check_max_datagram_size(max_datagram_size)
+        if isinstance(sock, stdlib_socket.socket):
+            sock = trio.socket.from_stdlib_socket(sock)
+        elif not isinstance(sock, trio.socket.SocketType):
+            raise TypeError(f"expected a socket, not {sock!r}")
+        if sock.type != stdlib_socket.SOCK_DGRAM:
+            raise ValueError(f"not a datagram socket: {sock!r}")
+        if sock.family in (stdlib_socket.AF_INET, stdlib_socket.AF_INET6) and sock.getsockname()[1] == 0:
+            raise ValueError(f"not bound to a port: {sock!r}")
+        return cls(portable_engine(sock, max_datagram_size))
+
+    def __repr__(self) -> str:
+        return f"<trio_udp.Endpoint {self.local_address}{' closed' if self.closed else ''}>"
+
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        """The bound socket, for options and inspection. Reading or writing it directly is not counted."""
+        return self._engine.socket
+
+    @property
+    def local_address(self) -> Address:
+        """The address the socket is bound to, as ``getsockname`` gives it."""
+        return self._engine.bound_address
+
+    @property
+    def closed(self) -> bool:
+        return self._engine.closed
+
+    def statistics(self) -> EndpointStatistics:
+        """Counts since the endpoint was made; also available once it is closed."""
+        traffic = self._engine.traffic
+        return EndpointStatistics(
+            received=traffic.received,
+            bytes_received=traffic.bytes_received,
+            truncated=traffic.truncated,
+            sent=traffic.sent,
+            bytes_sent=traffic.bytes_sent,
+            receive_errors=traffic.receive_errors,
+            send_errors=traffic.send_errors,
+            errors=traffic.errors,
+        )
+
+    def close(self) -> None:
+        """Close the socket; what is in the outbox leaves if the kernel takes it now. Idempotent."""
+        if not self.closed:
+            self._flush()
+        while self._outbox:
+            self._send_failed(OSError(errno.EAGAIN, "the endpoint was closed before the send buffer had room"))
+        self._engine.close()
+
+    async def aclose(self) -> None:
+        """Close the endpoint. A server that runs on it loses this endpoint's clients; see :func:`serve_endpoints`."""
+        self.close()
+        await trio.lowlevel.checkpoint()
+
+    # What follows is for the receive loop, for clients and for connections.
+
+    @property
+    def max_payload(self) -> int:
+        return self._engine.max_payload
+
+    def route(self, address: Address) -> Route:
+        return self._engine.route(address)
+
+    def peer_address_of(self, route: Route) -> Address:
+        return self._engine.peer_address(route)
+
+    def local_address_of(self, route: Route) -> Address:
+        return self._engine.local_address(route)
+
+    async def receive_batch(self) -> list[Datagram]:
+        """Wait until datagrams have arrived; return at least one, at most ``BATCH``, in arrival order.
+
+        Checkpoints before it reads and never after, so that cancellation loses nothing.
+
+        Raises:
+          trio.ClosedResourceError: The endpoint is closed.
+          ConnectionRefusedError: On a connected socket: the peer refused something that was sent earlier.
+        """
+        batch: list[Datagram] = []
+        while True:
+            if not self._drained or self._corked:
+                await trio.lowlevel.checkpoint()
+            else:
+                await self._engine.wait_readable()
+            self._flush()
+            if self._outbox:
+                self._stuck.set()
+            self._drained = self.read(batch)
+            if batch:
+                self._errors_in_a_row = 0
+                self._corked = 0
+                return batch
+            if self.refusal is not None:
+                raise self.take_refusal()
+            if self._corked:
+                self._corked -= 1
+            if self._errors_in_a_row > ERRORS_IN_A_ROW:
+                self.uncork()
+                await trio.sleep(PAUSE)
+
+    def read(self, batch: list[Datagram]) -> bool:
+        """Append what has arrived to ``batch``, without waiting; True if the kernel has no more."""
+        try:
+            self._engine.receive(batch)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno in CLOSED_ERRNOS:
+                raise trio.ClosedResourceError("this endpoint is closed") from error
+            self._engine.traffic.receive_failed(error)
+            self._errors_in_a_row += 1
+            if self._engine.connected and isinstance(error, ConnectionRefusedError):
+                self.refusal = error
+        return False
+
+    def take_refusal(self) -> OSError:
+        """Return the refusal by the peer that nobody has been told of yet."""
+        refusal, self.refusal = self.refusal, None
+        assert refusal is not None
+        return refusal
+
+    def send_nowait(self, payload: bytes, route: Route, tally: SendTally) -> None:
+        """Send a datagram after those sent before it.
+
+        Raises:
+          trio.WouldBlock: The send buffer is full, or others are waiting for it.
+          trio.ClosedResourceError: The endpoint is closed.
+        """
+        if self._turn.locked():
+            raise trio.WouldBlock
+        self._try_to_send((payload, route, tally))
+
+    async def send(self, payload: bytes, route: Route, tally: SendTally) -> None:
+        """Send a datagram, waiting for room in the send buffer, first come first served.
+
+        Checkpoints only if it waits. Cancelling it means that the datagram is not sent.
+        """
+        try:
+            self.send_nowait(payload, route, tally)
+        except trio.WouldBlock:
+            async with self._turn:
+                while True:
+                    await self._engine.wait_writable()
+                    with suppress(trio.WouldBlock):
+                        return self._try_to_send((payload, route, tally))
+
+    def cork(self) -> None:
+        """Collect replies until the caller comes back for the next batch, and then send them together.
+
+        Worth it for more than one reply; a lone one is better off at once.
+        """
+        # Two passes: Trio runs the tasks of one pass in random order, so in the first the receive loop may be back
+        # before the handlers that it has woken have run.
+        self._corked = 2
+
+    def uncork(self) -> None:
+        """Send what was collected, and from now on at once."""
+        self._corked = 0
+        if not self.closed:
+            self._flush()
+        if self._outbox:
+            self._stuck.set()
+
+    async def flush(self) -> None:
+        """Wait until the outbox is empty, or the endpoint closed."""
+        with suppress(trio.ClosedResourceError):
+            async with self._turn:
+                while self._outbox:
+                    await self._engine.wait_writable()
+                    self._flush()
+
+    async def flush_when_stuck(self) -> None:
+        """See to it that replies of a batch that met a full send buffer leave when it has room; runs for ever."""
+        while not self.closed:
+            await self._stuck.wait()
+            await self.flush()
+            self._stuck = trio.Event()
+
+    def _try_to_send(self, outgoing: Outgoing) -> None:
+        if self.closed:
+            raise trio.ClosedResourceError("this endpoint is closed")
+        outbox = self._outbox
+        outbox.append(outgoing)
+        if self._corked and len(outbox) < BATCH:
+            return
+        self._flush()
+        if outbox:
+            outbox.pop()  # First in, first out: if anything is left, then ours is the last of it.
+            raise trio.WouldBlock
+
+    def _flush(self) -> None:
+        """Send what is in the outbox, as far as the kernel takes it now."""
+        while self._outbox:
+            try:
+                self._engine.send(self._outbox)
+            except OSError as error:
+                if isinstance(error, BlockingIOError) or error.errno in CLOSED_ERRNOS:
+                    return  # whoever uses a closed endpoint next is told
+                if self._engine.connected and isinstance(error, ConnectionRefusedError):
+                    # It belongs to an earlier datagram; this one has not been tried yet. See udp(7).
+                    self.refusal = error
+                else:
+                    self._send_failed(error)
+
+    def _send_failed(self, error: OSError) -> None:
+        _, _, tally = self._outbox.popleft()
+        tally.send_failed(error)
+        self._engine.traffic.send_failed(error)
+
+
+def check_max_datagram_size(size: int) -> None:
+    if not isinstance(size, int):
+        raise TypeError(f"max_datagram_size must be an int, not {size!r}")
+    if not 1 <= size <= 65_535:
+        raise ValueError(f"max_datagram_size must be from 1 to 65535, not {size!r}")

@@ -1,0 +1,126 @@
+"""Binding: from a host and a port to endpoints."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import trio
+
+from ._endpoint import Endpoint, check_max_datagram_size
+
+# The machine, or this process, has no such address family at all. Other families are served without it.
+NO_SUCH_FAMILY = {errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT}
+
+Target: TypeAlias = tuple[socket.AddressFamily, Any]  # an address to bind, with its family
+
+# How often to look for a port that is free in every family, for port=0, before giving up.
+PORT_ATTEMPTS = 20
+
+
+async def open_endpoints(
+    port: int,
+    *,
+    host: str | bytes | None = None,
+    reuse_port: bool = False,
+    max_datagram_size: int = 65_535,
+    receive_buffer: int | None = None,
+    send_buffer: int | None = None,
+) -> list[Endpoint]:
+    """Bind UDP sockets to ``port``, one for each local address that ``host`` stands for.
+
+    Args:
+      port: UDP port; 0 lets the kernel choose, the same port for every address.
+      host: Name or address to bind. ``None`` binds every interface, IPv4 and IPv6; a family that the machine lacks is
+        skipped.
+      reuse_port: Let other processes of the same user bind the port too (``SO_REUSEPORT``); the kernel then spreads
+        clients over them. Without it a second bind fails.
+      max_datagram_size: Longest payload to accept, in bytes; longer datagrams are counted as truncated.
+      receive_buffer: Bytes of kernel memory to ask for, for datagrams not yet read (``SO_RCVBUF``). The kernel
+        silently grants at most what the system allows.
+      send_buffer: The same for datagrams not yet sent (``SO_SNDBUF``).
+
+    Returns:
+      The endpoints. Closing them is up to the caller, or to :func:`serve_endpoints`.
+
+    Raises:
+      OSError: The kernel's own, when an address cannot be bound; everything opened so far is closed.
+      TypeError, ValueError: An argument makes no sense.
+    """
+    if not isinstance(port, int):
+        raise TypeError(f"port must be an int, not {port!r}")
+    if not 0 <= port <= 65_535:
+        raise ValueError(f"port must be from 0 to 65535, not {port!r}")
+    check_max_datagram_size(max_datagram_size)
+    for name, size in (("receive_buffer", receive_buffer), ("send_buffer", send_buffer)):
+        if size is not None and not isinstance(size, int):
+            raise TypeError(f"{name} must be an int or None, not {size!r}")
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, not {size!r}")
+    if reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+        raise ValueError("reuse_port=True is not possible on this platform")
+
+    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)
+    # A name may resolve to the same address twice, as in an /etc/hosts with two lines for it.
+    targets: list[Target] = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+
+    def configure(sock: socket.socket) -> None:
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # IPv4 has an endpoint of its own
+        if sys.platform == "win32":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)  # or anybody could take the port over
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if receive_buffer is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        if send_buffer is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+
+    for attempt in range(1, PORT_ATTEMPTS + 1):
+        try:
+            sockets = _bind_all(targets, configure)
+        except OSError as error:
+            # The port that the kernel chose for one address may be taken for another: let it choose again.
+            if port == 0 and error.errno == errno.EADDRINUSE and attempt < PORT_ATTEMPTS:
+                continue
+            raise
+        return [Endpoint.from_socket(sock, max_datagram_size=max_datagram_size) for sock in sockets]
+    raise AssertionError("the last attempt returns or raises")  # pragma: no cover
+
+
+def _bind_all(targets: list[Target], configure: Callable[[socket.socket], None]) -> list[socket.socket]:
+    """Bind a socket to every target, or to none; where the port is 0, to one port that the kernel chooses."""
+    sockets: list[socket.socket] = []
+    chosen_port = 0
+    missing: OSError | None = None
+    try:
+        for family, (host, port, *scope) in targets:
+            try:
+                sock = socket.socket(family, socket.SOCK_DGRAM)
+            except OSError as error:
+                if error.errno not in NO_SUCH_FAMILY:
+                    raise
+                missing = error
+                continue
+            sockets.append(sock)
+            configure(sock)
+            try:
+                sock.bind((host, port or chosen_port, *scope))
+            except OSError as error:
+                # "localhost" means ::1 too, even where IPv6 is switched off.
+                if family != socket.AF_INET6 or error.errno != errno.EADDRNOTAVAIL or len(targets) == 1:
+                    raise
+                missing = error
+                sockets.pop().close()
+                continue
+            chosen_port = sock.getsockname()[1]
+        if missing is not None and not sockets:
+            raise missing
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets

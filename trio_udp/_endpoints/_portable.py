@@ -1,0 +1,171 @@
+"""The engine for every platform: one system call for each datagram.
+
+A socket is in one of three situations, each with its own cheapest calls: bound to one address, bound to all of
+them, or connected to one peer.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import trio
+
+from .._statistics import Traffic
+from ._engine import BATCH, Address, Datagram, Outgoing, Route
+from ._pktinfo import ROOM, ControlMessage, ask_for_local_address, local_host, reply_control
+
+# 65,535 less the headers of UDP (8 bytes) and IPv4 (20); IPv6 does not count its own (RFC 8200 section 3).
+MAX_PAYLOAD = {socket.AF_INET: 65_507, socket.AF_INET6: 65_527}
+
+# How Windows says that a datagram was longer than the buffer. It is gone then.
+WSAEMSGSIZE = 10040
+
+
+def portable_engine(sock: trio.socket.SocketType, max_datagram_size: int) -> PortableEngine:
+    """Choose how to read and write a bound datagram socket."""
+    try:
+        sock.getpeername()
+    except OSError:  # ENOTCONN
+        bound_to_all = sock.family in MAX_PAYLOAD and sock.getsockname()[0] in ("0.0.0.0", "::")
+        if bound_to_all and ask_for_local_address(sock):
+            return WildcardEngine(sock, max_datagram_size)
+        return PortableEngine(sock, max_datagram_size)
+    return ConnectedEngine(sock, max_datagram_size)
+
+
+class PortableEngine:
+    """A socket bound to one address. A route is the peer address.
+
+    (IPv6 flow information would tell one peer's datagrams apart, but the kernel reports it as 0 unless asked.)
+    """
+
+    connected = False
+
+    def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int) -> None:
+        self.socket = sock
+        self.bound_address: Address = sock.getsockname()
+        self.max_payload = MAX_PAYLOAD.get(sock.family, sys.maxsize)
+        self.traffic = Traffic()
+        # Trio has no public name for the socket inside, and its own calls take several times as long as the kernel.
+        self._socket: socket.socket = sock._sock  # type: ignore[attr-defined]
+        self._longest = max_datagram_size
+        # One byte more than allowed: what fills it was too long. MSG_TRUNC says the same but needs a recvmsg.
+        self._buffer_size = max_datagram_size + 1
+        self._receive_one: Callable[[], Datagram] = partial(self._socket.recvfrom, self._buffer_size)
+        self._send_one: Callable[[bytes, Any], object] = self._socket.sendto
+
+    def receive(self, batch: list[Datagram]) -> None:
+        receive_one, longest, traffic = self._receive_one, self._longest, self.traffic
+        size = 0
+        already = len(batch)
+        try:
+            for _ in range(BATCH):
+                datagram = receive_one()
+                length = len(datagram[0])
+                size += length
+                if length <= longest:
+                    batch.append(datagram)
+                else:
+                    traffic.truncated += 1
+                    traffic.received += 1
+        except OSError as error:
+            if error.errno != WSAEMSGSIZE:
+                raise
+            traffic.truncated += 1
+            traffic.received += 1
+        finally:
+            traffic.received += len(batch) - already
+            traffic.bytes_received += size
+
+    def send(self, outbox: deque[Outgoing]) -> None:
+        send_one, traffic = self._send_one, self.traffic
+        while outbox:
+            payload, route, tally = outbox[0]
+            send_one(payload, route)
+            del outbox[0]
+            size = len(payload)
+            tally.sent += 1
+            tally.bytes_sent += size
+            traffic.sent += 1
+            traffic.bytes_sent += size
+
+    def route(self, address: Address) -> Route:
+        return address
+
+    def peer_address(self, route: Route) -> Address:
+        return cast("Address", route)
+
+    def local_address(self, route: Route) -> Address:
+        return self.bound_address
+
+    async def wait_readable(self) -> None:
+        if self.closed:
+            raise trio.ClosedResourceError("this endpoint is closed")
+        await trio.lowlevel.wait_readable(self._socket)
+
+    async def wait_writable(self) -> None:
+        if self.closed:
+            raise trio.ClosedResourceError("this endpoint is closed")
+        await trio.lowlevel.wait_writable(self._socket)
+
+    @property
+    def closed(self) -> bool:
+        return self._socket.fileno() == -1
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class WildcardEngine(PortableEngine):
+    """A socket bound to all addresses. A route is the peer address and the control message for the reply."""
+
+    def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int) -> None:
+        super().__init__(sock, max_datagram_size)
+        self._receive_one = self._receive_with_local_address
+        self._send_one = self._send_from_local_address
+
+    def _receive_with_local_address(self) -> Datagram:
+        payload, control, _, address = self._socket.recvmsg(self._buffer_size, ROOM)
+        return payload, (address, reply_control(control))
+
+    def _send_from_local_address(self, payload: bytes, route: tuple[Address, ControlMessage | None]) -> None:
+        address, control = route
+        self._socket.sendmsg((payload,), () if control is None else (control,), 0, address)
+
+    def route(self, address: Address) -> Route:
+        return address, None
+
+    def peer_address(self, route: Route) -> Address:
+        address, _ = cast("tuple[Address, ControlMessage | None]", route)
+        return address
+
+    def local_address(self, route: Route) -> Address:
+        _, control = cast("tuple[Address, ControlMessage | None]", route)
+        if control is None:
+            return self.bound_address
+        host, scope = local_host(control)
+        port = self.bound_address[1]
+        return (host, port) if self._socket.family == socket.AF_INET else (host, port, 0, scope)
+
+
+class ConnectedEngine(PortableEngine):
+    """A socket connected to one peer: there is only one route."""
+
+    connected = True
+
+    def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int) -> None:
+        super().__init__(sock, max_datagram_size)
+        self._peer_address: Address = sock.getpeername()
+        self._receive_one = lambda: (self._socket.recv(self._buffer_size), None)
+        self._send_one = lambda payload, _: self._socket.send(payload)
+
+    def route(self, address: Address) -> Route:
+        return None
+
+    def peer_address(self, route: Route) -> Address:
+        return self._peer_address
