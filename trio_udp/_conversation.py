@@ -68,9 +68,20 @@ class Conversation(trio.abc.Channel[bytes]):
           Always noticed, and then the datagram is not sent. Other tasks run at least once in 64 sends that no
           ``receive`` came between, and whenever the send buffer is full.
         """
-        payload = self._checked(value)
-        await self._pause_before_sending()
-        await self._endpoint.send(payload, self._route, self._sending)
+        endpoint = self._endpoint
+        payload = value if type(value) is bytes and len(value) <= endpoint.max_payload else as_payload(value, endpoint)
+        self._sent_in_a_row += 1
+        if self._sent_in_a_row < YIELD_EVERY:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            await trio.lowlevel.checkpoint()
+            self._sent_in_a_row = 0
+        if self._closed:
+            self._check_open()
+        try:
+            endpoint.send_nowait(payload, self._route, self._sending)
+        except trio.WouldBlock:
+            await endpoint.send(payload, self._route, self._sending)
 
     def send_nowait(self, payload: Payload) -> None:
         """Like :meth:`send`, without waiting.
@@ -78,9 +89,8 @@ class Conversation(trio.abc.Channel[bytes]):
         Raises:
           trio.WouldBlock: The send buffer is full, or others are waiting for it; nothing was sent.
         """
-        payload = self._checked(payload)
         self._check_open()
-        self._endpoint.send_nowait(payload, self._route, self._sending)
+        self._endpoint.send_nowait(as_payload(payload, self._endpoint), self._route, self._sending)
 
     async def send_many(self, payloads: Iterable[Payload]) -> None:
         """Send many datagrams, in order.
@@ -88,9 +98,8 @@ class Conversation(trio.abc.Channel[bytes]):
         Everything is checked and copied before the first is sent: what :meth:`send` would raise for one of them means
         that none is sent. Waiting and cancellation are as for ``send``, between one datagram and the next.
         """
-        for payload in [self._checked(payload) for payload in payloads]:
-            await self._pause_before_sending()
-            await self._endpoint.send(payload, self._route, self._sending)
+        for payload in [as_payload(payload, self._endpoint) for payload in payloads]:
+            await self.send(payload)
 
     async def aclose(self) -> None:
         """Like :meth:`close`, and a checkpoint."""
@@ -100,24 +109,12 @@ class Conversation(trio.abc.Channel[bytes]):
     def close(self) -> None:
         raise NotImplementedError  # pragma: no cover
 
-    def _checked(self, payload: Payload) -> bytes:
-        return checked_payload(payload, self._endpoint)
-
     def _check_open(self) -> None:
         if self._closed:
             raise trio.ClosedResourceError("this conversation is over")
 
-    async def _pause_before_sending(self) -> None:
-        self._sent_in_a_row += 1
-        if self._sent_in_a_row < YIELD_EVERY:
-            await trio.lowlevel.checkpoint_if_cancelled()
-        else:
-            await trio.lowlevel.checkpoint()
-            self._sent_in_a_row = 0
-        self._check_open()
 
-
-def checked_payload(payload: Payload, endpoint: Endpoint) -> bytes:
+def as_payload(payload: Payload, endpoint: Endpoint) -> bytes:
     """Return a payload as bytes of our own, if one datagram can carry it."""
     if type(payload) is not bytes:
         # By way of memoryview, because bytes(5) and bytes([1, 2]) work too, and mean something else.

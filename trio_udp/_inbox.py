@@ -7,6 +7,7 @@ to drop, and has a single receiver, which makes it about four times cheaper per 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Awaitable
 from typing import Any
 
 import attrs
@@ -34,25 +35,32 @@ class Inbox:
     _totals: InboxTotals
     payloads: deque[bytes] = attrs.field(factory=deque, init=False)
     receiver: trio.lowlevel.Task | None = attrs.field(default=None, init=False)
-    waiting_bytes: int = attrs.field(default=0, init=False)
-    received: int = attrs.field(default=0, init=False)
-    bytes_received: int = attrs.field(default=0, init=False)
     delivered: int = attrs.field(default=0, init=False)
     dropped_inbox_full: int = attrs.field(default=0, init=False)
     dropped_at_end: int = attrs.field(default=0, init=False)
+    # Counted in and counted out, so that one addition for each says both how much there was and how much waits.
+    bytes_received: int = attrs.field(default=0, init=False)
+    _bytes_gone: int = attrs.field(default=0, init=False)
+
+    @property
+    def received(self) -> int:
+        return self.delivered + len(self.payloads) + self.dropped_inbox_full + self.dropped_at_end
 
     def put(self, payload: bytes) -> None:
         """Add a datagram that has arrived, or drop one by policy; wake the receiver. Never waits."""
         size = len(payload)
-        totals = self._totals
-        self.received += 1
+        limits, totals = self._limits, self._totals
         self.bytes_received += size
-        if self._is_full_for(size) and not self._make_room(size):
+        if (
+            len(self.payloads) >= limits.inbox_datagrams
+            or self.bytes_received - self._bytes_gone > limits.inbox_bytes
+            or totals.waiting_bytes + size > limits.total_bytes
+        ) and not self._make_room(size):
+            self._bytes_gone += size
             self.dropped_inbox_full += 1
             totals.dropped_inbox_full += 1
             return
         self.payloads.append(payload)
-        self.waiting_bytes += size
         totals.waiting += 1
         totals.waiting_bytes += size
         if self.receiver is not None:
@@ -60,15 +68,20 @@ class Inbox:
 
     def take(self) -> bytes:
         """Return the oldest payload; there must be one."""
-        payload = self._remove_oldest()
+        payload = self.payloads.popleft()
+        size = len(payload)
+        totals = self._totals
+        self._bytes_gone += size
+        totals.waiting_bytes -= size
+        totals.waiting -= 1
+        totals.delivered += 1
         self.delivered += 1
-        self._totals.delivered += 1
         return payload
 
-    async def wait(self) -> None:
+    def wait(self) -> Awaitable[object]:
         """Sleep until something is put here or :meth:`wake` is called; a cancelled wait takes nothing with it."""
         self.receiver = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(self._give_up)
+        return trio.lowlevel.wait_task_rescheduled(self._give_up)
 
     def wake(self) -> None:
         """Let the receiver, if there is one, look again."""
@@ -78,13 +91,11 @@ class Inbox:
 
     def hand_over(self, successor: Inbox) -> None:
         """Move what waits here to an empty inbox of the same server, as if it had arrived there."""
-        successor.payloads = self.payloads
-        successor.waiting_bytes = successor.bytes_received = self.waiting_bytes
-        successor.received = len(self.payloads)
-        self.received -= successor.received
-        self.bytes_received -= self.waiting_bytes
-        self.payloads = deque()
-        self.waiting_bytes = 0
+        size = self.bytes_received - self._bytes_gone
+        self.bytes_received -= size
+        successor.bytes_received += size
+        successor.payloads.extend(self.payloads)
+        self.payloads.clear()
 
     def drop_all(self) -> None:
         """Drop what waits here: the conversation is over."""
@@ -93,33 +104,24 @@ class Inbox:
             self.dropped_at_end += 1
             self._totals.dropped_at_end += 1
 
-    def _is_full_for(self, size: int) -> bool:
-        limits = self._limits
-        return (
-            len(self.payloads) >= limits.inbox_datagrams
-            or self.waiting_bytes + size > limits.inbox_bytes
-            or self._totals.waiting_bytes + size > limits.total_bytes
-        )
-
     def _make_room(self, size: int) -> bool:
+        """Drop what has waited the longest for one of ``size`` bytes, if that is the policy and is of any use."""
         limits, totals = self._limits, self._totals
-        if limits.when_inbox_full == "drop_newest":
+        elsewhere = totals.waiting_bytes - (self.bytes_received - size - self._bytes_gone)
+        bytes_allowed = min(limits.inbox_bytes, limits.total_bytes - elsewhere)
+        if limits.when_inbox_full == "drop_newest" or size > bytes_allowed:
             return False
-        if size > limits.inbox_bytes or totals.waiting_bytes - self.waiting_bytes + size > limits.total_bytes:
-            return False  # dropping everything that waits here would not be enough
-        while self._is_full_for(size):
+        while len(self.payloads) >= limits.inbox_datagrams or self.bytes_received - self._bytes_gone > bytes_allowed:
             self._remove_oldest()
             self.dropped_inbox_full += 1
             totals.dropped_inbox_full += 1
         return True
 
-    def _remove_oldest(self) -> bytes:
-        payload = self.payloads.popleft()
-        size = len(payload)
-        self.waiting_bytes -= size
+    def _remove_oldest(self) -> None:
+        size = len(self.payloads.popleft())
+        self._bytes_gone += size
         self._totals.waiting -= 1
         self._totals.waiting_bytes -= size
-        return payload
 
     def _give_up(self, _: Any) -> trio.lowlevel.Abort:
         self.receiver = None

@@ -22,7 +22,7 @@ import trio
 
 from ._client import Client, check_idle_timeout
 from ._clients import Clients, ClientsView
-from ._conversation import Payload, checked_payload
+from ._conversation import Payload, as_payload
 from ._endpoints import Address, Endpoint, Route, open_endpoints
 from ._limits import Limits
 from ._log import ErrorLog
@@ -246,9 +246,12 @@ class Server:
           A checkpoint; when it raises ``Cancelled``, the datagram was not sent.
         """
         endpoint = self._endpoint_for(address)
-        payload = checked_payload(payload, endpoint)
+        payload = as_payload(payload, endpoint)
         await trio.lowlevel.checkpoint()
-        await endpoint.send(payload, endpoint.route(address), self._unsolicited)
+        try:
+            endpoint.send_nowait(payload, endpoint.route(address), self._unsolicited)
+        except trio.WouldBlock:
+            await endpoint.send(payload, endpoint.route(address), self._unsolicited)
 
     def statistics(self) -> ServerStatistics:
         """What has happened so far to every datagram; also available once the server has ended."""

@@ -31,6 +31,7 @@ class Endpoint:
     """
 
     _engine: Engine
+    max_payload: int  # bytes that one datagram can carry
 
     # While the endpoint is corked, replies collect here and leave together.
     _outbox: deque[Outgoing] = attrs.field(factory=deque, init=False)
@@ -45,7 +46,9 @@ class Endpoint:
     refusal: OSError | None = attrs.field(default=None, init=False)  # an ICMP refusal, on a connected socket
 
     @classmethod
-    def from_socket(cls, sock: stdlib_socket.socket | trio.socket.SocketType, *, max_datagram_size: int = 65_535) -> Endpoint:
+    def from_socket(
+        cls, sock: stdlib_socket.socket | trio.socket.SocketType, *, max_datagram_size: int = 65_535
+    ) -> Endpoint:
         """Make an endpoint of a bound datagram socket that someone else opened.
 
         The endpoint owns the socket from now on: it is made non-blocking, and closed with the endpoint.
@@ -66,7 +69,8 @@ class Endpoint:
             raise ValueError(f"not a datagram socket: {sock!r}")
         if sock.family in (stdlib_socket.AF_INET, stdlib_socket.AF_INET6) and sock.getsockname()[1] == 0:
             raise ValueError(f"not bound to a port: {sock!r}")
-        return cls(portable_engine(sock, max_datagram_size))
+        engine = portable_engine(sock, max_datagram_size)
+        return cls(engine, engine.max_payload)
 
     def __repr__(self) -> str:
         return f"<trio_udp.Endpoint {self.local_address}{' closed' if self.closed else ''}>"
@@ -113,10 +117,6 @@ class Endpoint:
         await trio.lowlevel.checkpoint()
 
     # What follows is for the receive loop, for clients and for connections.
-
-    @property
-    def max_payload(self) -> int:
-        return self._engine.max_payload
 
     def route(self, address: Address) -> Route:
         return self._engine.route(address)
@@ -186,23 +186,23 @@ class Endpoint:
           trio.WouldBlock: The send buffer is full, or others are waiting for it.
           trio.ClosedResourceError: The endpoint is closed.
         """
-        if self._turn.locked():
+        if self._corked and len(self._outbox) < BATCH - 1:
+            self._outbox.append((payload, route, tally))
+        elif self._turn.locked():
             raise trio.WouldBlock
-        self._try_to_send((payload, route, tally))
+        else:
+            self._send_now((payload, route, tally))
 
     async def send(self, payload: bytes, route: Route, tally: SendTally) -> None:
-        """Send a datagram, waiting for room in the send buffer, first come first served.
+        """Send a datagram for which :meth:`send_nowait` found no room: wait for it, first come first served.
 
-        Checkpoints only if it waits. Cancelling it means that the datagram is not sent.
+        Cancelling it means that the datagram is not sent.
         """
-        try:
-            self.send_nowait(payload, route, tally)
-        except trio.WouldBlock:
-            async with self._turn:
-                while True:
-                    await self._engine.wait_writable()
-                    with suppress(trio.WouldBlock):
-                        return self._try_to_send((payload, route, tally))
+        async with self._turn:
+            while True:
+                await self._engine.wait_writable()
+                with suppress(trio.WouldBlock):
+                    return self._send_now((payload, route, tally))
 
     def cork(self) -> None:
         """Collect replies until the caller comes back for the next batch, and then send them together.
@@ -211,7 +211,8 @@ class Endpoint:
         """
         # Two passes: Trio runs the tasks of one pass in random order, so in the first the receive loop may be back
         # before the handlers that it has woken have run.
-        self._corked = 2
+        if not self._turn.locked():
+            self._corked = 2
 
     def uncork(self) -> None:
         """Send what was collected, and from now on at once."""
@@ -236,16 +237,14 @@ class Endpoint:
             await self.flush()
             self._stuck = trio.Event()
 
-    def _try_to_send(self, outgoing: Outgoing) -> None:
-        if self.closed:
-            raise trio.ClosedResourceError("this endpoint is closed")
+    def _send_now(self, outgoing: Outgoing) -> None:
         outbox = self._outbox
         outbox.append(outgoing)
-        if self._corked and len(outbox) < BATCH:
-            return
         self._flush()
         if outbox:
             outbox.pop()  # First in, first out: if anything is left, then ours is the last of it.
+            if self.closed:
+                raise trio.ClosedResourceError("this endpoint is closed")
             raise trio.WouldBlock
 
     def _flush(self) -> None:
@@ -255,7 +254,8 @@ class Endpoint:
                 self._engine.send(self._outbox)
             except OSError as error:
                 if isinstance(error, BlockingIOError) or error.errno in CLOSED_ERRNOS:
-                    return  # whoever uses a closed endpoint next is told
+                    self._corked = 0  # so that whoever sends next is told at once
+                    return
                 if self._engine.connected and isinstance(error, ConnectionRefusedError):
                     # It belongs to an earlier datagram; this one has not been tried yet. See udp(7).
                     self.refusal = error

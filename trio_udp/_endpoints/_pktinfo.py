@@ -14,15 +14,15 @@ from typing import Any, TypeAlias
 
 import trio
 
-ControlMessage: TypeAlias = tuple[int, int, bytes]
+ReplyControl: TypeAlias = "tuple[()] | tuple[tuple[int, int, bytes]]"
+"""Ancillary data for ``sendmsg``: the address to send from, or nothing where the kernel may choose."""
 
 # The socket module has had IP_PKTINFO only since Python 3.12.
 IP_PKTINFO: int | None = getattr(socket, "IP_PKTINFO", {"linux": 8, "darwin": 26}.get(sys.platform))
 IPV6_PKTINFO: int | None = getattr(socket, "IPV6_PKTINFO", None)
 IPV6_RECVPKTINFO: int | None = getattr(socket, "IPV6_RECVPKTINFO", None)
 
-IPPROTO_IPV6 = socket.IPPROTO_IPV6
-ROOM = 64  # bytes of control messages to make room for: either structure with its header fits
+CONTROL_SIZE = 64  # bytes to make room for: either structure fits with its header
 
 
 def ask_for_local_address(sock: trio.socket.SocketType) -> bool:
@@ -30,7 +30,7 @@ def ask_for_local_address(sock: trio.socket.SocketType) -> bool:
     if sock.family == socket.AF_INET and IP_PKTINFO is not None:
         level, option = socket.IPPROTO_IP, IP_PKTINFO
     elif sock.family == socket.AF_INET6 and IPV6_RECVPKTINFO is not None:
-        level, option = IPPROTO_IPV6, IPV6_RECVPKTINFO
+        level, option = socket.IPPROTO_IPV6, IPV6_RECVPKTINFO
     else:
         return False
     if not hasattr(socket.socket, "recvmsg"):
@@ -42,25 +42,26 @@ def ask_for_local_address(sock: trio.socket.SocketType) -> bool:
     return True
 
 
-def reply_control(control: Iterable[tuple[int, int, Any]]) -> ControlMessage | None:
-    """Turn a datagram's control messages into the one that makes a reply leave from where it arrived."""
+def reply_control(control: Iterable[tuple[int, int, Any]]) -> ReplyControl:
+    """Turn a datagram's control messages into those that make a reply leave from where it arrived."""
     for level, kind, data in control:
         if level == socket.IPPROTO_IP and kind == IP_PKTINFO:
             # struct in_pktinfo {int ipi_ifindex; struct in_addr ipi_spec_dst, ipi_addr;}: spec_dst is our own
             # address even when the datagram was sent to a broadcast address. Interface 0: routing decides.
-            return (level, kind, bytes(4) + data[4:8] + bytes(4))
-        if level == IPPROTO_IPV6 and kind == IPV6_PKTINFO:
+            return ((level, kind, bytes(4) + data[4:8] + bytes(4)),)
+        if level == socket.IPPROTO_IPV6 and kind == IPV6_PKTINFO:
             # struct in6_pktinfo {struct in6_addr ipi6_addr; unsigned int ipi6_ifindex;}
             if data[0] == 0xFF:
-                return None  # multicast: cannot be a source address
+                return ()  # multicast: not an address to send from
             link_local = data[0] == 0xFE and data[1] & 0xC0 == 0x80
-            return (level, kind, data if link_local else data[:16] + bytes(4))
-    return None
+            return ((level, kind, data if link_local else data[:16] + bytes(4)),)
+    return ()
 
 
-def local_host(reply: ControlMessage) -> tuple[str, int]:
+def local_host(reply: ReplyControl) -> tuple[str, int] | None:
     """The host and the IPv6 scope that a result of :func:`reply_control` stands for."""
-    level, _, data = reply
-    if level == socket.IPPROTO_IP:
-        return socket.inet_ntop(socket.AF_INET, data[4:8]), 0
-    return socket.inet_ntop(socket.AF_INET6, data[:16]), int.from_bytes(data[16:20], sys.byteorder)
+    for level, _, data in reply:
+        if level == socket.IPPROTO_IP:
+            return socket.inet_ntop(socket.AF_INET, data[4:8]), 0
+        return socket.inet_ntop(socket.AF_INET6, data[:16]), int.from_bytes(data[16:20], sys.byteorder)
+    return None

@@ -17,10 +17,14 @@ import trio
 
 from .._statistics import Traffic
 from ._engine import BATCH, Address, Datagram, Outgoing, Route
-from ._pktinfo import ROOM, ControlMessage, ask_for_local_address, local_host, reply_control
+from ._pktinfo import CONTROL_SIZE, ReplyControl, ask_for_local_address, local_host, reply_control
 
 # 65,535 less the headers of UDP (8 bytes) and IPv4 (20); IPv6 does not count its own (RFC 8200 section 3).
 MAX_PAYLOAD = {socket.AF_INET: 65_507, socket.AF_INET6: 65_527}
+
+# Local addresses to remember control messages for. A server may answer for a whole IPv6 prefix: somebody could write to
+# each address in it.
+MOST_REPLIES = 1_000
 
 # How Windows says that a datagram was longer than the buffer. It is gone then.
 WSAEMSGSIZE = 10040
@@ -84,14 +88,19 @@ class PortableEngine:
 
     def send(self, outbox: deque[Outgoing]) -> None:
         send_one, traffic = self._send_one, self.traffic
-        while outbox:
-            payload, route, tally = outbox[0]
-            send_one(payload, route)
-            del outbox[0]
-            size = len(payload)
-            tally.sent += 1
-            tally.bytes_sent += size
-            traffic.sent += 1
+        sent = size = 0
+        try:
+            while outbox:
+                payload, route, tally = outbox[0]
+                send_one(payload, route)
+                outbox.popleft()
+                length = len(payload)
+                sent += 1
+                size += length
+                tally.sent += 1
+                tally.bytes_sent += length
+        finally:
+            traffic.sent += sent
             traffic.bytes_sent += size
 
     def route(self, address: Address) -> Route:
@@ -122,33 +131,40 @@ class PortableEngine:
 
 
 class WildcardEngine(PortableEngine):
-    """A socket bound to all addresses. A route is the peer address and the control message for the reply."""
+    """A socket bound to all addresses. A route is the peer address and the control messages for a reply."""
 
     def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int) -> None:
         super().__init__(sock, max_datagram_size)
         self._receive_one = self._receive_with_local_address
         self._send_one = self._send_from_local_address
+        # Taking the control messages apart each time would be a tenth of an echo; most machines have few addresses.
+        self._replies: dict[bytes, ReplyControl] = {}
 
     def _receive_with_local_address(self) -> Datagram:
-        payload, control, _, address = self._socket.recvmsg(self._buffer_size, ROOM)
-        return payload, (address, reply_control(control))
+        payload, control, _, address = self._socket.recvmsg(self._buffer_size, CONTROL_SIZE)
+        # No control message at all: an IPv4 socket that was asked for them too late for this datagram.
+        pktinfo = control[0][2] if control else b""
+        reply = self._replies.get(pktinfo)
+        if reply is None:
+            if len(self._replies) >= MOST_REPLIES:
+                self._replies.clear()
+            reply = self._replies[pktinfo] = reply_control(control)
+        return payload, (address, reply)
 
-    def _send_from_local_address(self, payload: bytes, route: tuple[Address, ControlMessage | None]) -> None:
-        address, control = route
-        self._socket.sendmsg((payload,), () if control is None else (control,), 0, address)
+    def _send_from_local_address(self, payload: bytes, route: tuple[Address, ReplyControl]) -> None:
+        address, reply = route
+        self._socket.sendmsg((payload,), reply, 0, address)
 
     def route(self, address: Address) -> Route:
-        return address, None
+        return address, ()
 
     def peer_address(self, route: Route) -> Address:
-        address, _ = cast("tuple[Address, ControlMessage | None]", route)
+        address, _ = cast("tuple[Address, ReplyControl]", route)
         return address
 
     def local_address(self, route: Route) -> Address:
-        _, control = cast("tuple[Address, ControlMessage | None]", route)
-        if control is None:
-            return self.bound_address
-        host, scope = local_host(control)
+        _, reply = cast("tuple[Address, ReplyControl]", route)
+        host, scope = local_host(reply) or (self.bound_address[0], 0)
         port = self.bound_address[1]
         return (host, port) if self._socket.family == socket.AF_INET else (host, port, 0, scope)
 
