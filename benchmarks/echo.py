@@ -187,9 +187,8 @@ def main() -> None:
                 figures[name].append(measure(program, name, arguments.clients, arguments.in_flight, arguments.seconds))
 
     print(f"Python {sys.version.split()[0]}, {arguments.clients} clients with {arguments.in_flight} in flight")
-    print(
-        f"{'server':26}{'µs/datagram':>12}{'min - max':>16}{'datagrams/s':>13}{'lost':>6}{'order':>6}{'asyncio ÷ it':>14}"
-    )
+    columns = f"{'server':26}{'µs/datagram':>12}{'min - max':>16}{'datagrams/s':>13}{'lost':>6}{'disordered':>11}"
+    print(f"{columns}{'asyncio ÷ it':>14}")
     for name in names:
         micros = [f.micros for f in figures[name]]
         rate = statistics.median(f.rate for f in figures[name])
@@ -200,7 +199,9 @@ def main() -> None:
             pairs = zip(figures["asyncio"], figures[name], strict=True)
             ratio = f"{statistics.median(theirs.micros / ours.micros for theirs, ours in pairs):.2f}"
         spread = f"{min(micros):.2f} - {max(micros):.2f}"
-        print(f"{name:26}{statistics.median(micros):12.2f}{spread:>16}{rate:13,.0f}{lost:6}{out_of_order:6}{ratio:>14}")
+        print(
+            f"{name:26}{statistics.median(micros):12.2f}{spread:>16}{rate:13,.0f}{lost:6}{out_of_order:11}{ratio:>14}"
+        )
 
 
 if __name__ == "__main__":

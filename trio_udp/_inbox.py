@@ -7,7 +7,6 @@ to drop, and has a single receiver, which makes it about four times cheaper per 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable
 from typing import Any
 
 import attrs
@@ -78,10 +77,10 @@ class Inbox:
         self.delivered += 1
         return payload
 
-    def wait(self) -> Awaitable[object]:
+    async def wait(self) -> None:
         """Sleep until something is put here or :meth:`wake` is called; a cancelled wait takes nothing with it."""
         self.receiver = trio.lowlevel.current_task()
-        return trio.lowlevel.wait_task_rescheduled(self._give_up)
+        await trio.lowlevel.wait_task_rescheduled(self._give_up)
 
     def wake(self) -> None:
         """Let the receiver, if there is one, look again."""
