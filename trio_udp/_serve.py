@@ -151,6 +151,8 @@ async def serve_endpoints(
     endpoints = tuple(endpoints)
     with ExitStack() as cleanup:
         for endpoint in endpoints:
+            if not isinstance(endpoint, Endpoint):
+                raise TypeError(f"expected an Endpoint, not {endpoint!r}")
             cleanup.callback(endpoint.close)
         _check_arguments(handler, endpoints, limits, accept, on_error, drain_timeout, stop_signals)
         now = trio.lowlevel.current_clock().current_time
@@ -385,7 +387,7 @@ def _is_normal_end(error: Exception, client: Client) -> bool:
 
 def _check_arguments(
     handler: object,
-    endpoints: Collection[object],
+    endpoints: Collection[Endpoint],
     limits: object,
     accept: object,
     on_error: object,
@@ -397,9 +399,6 @@ def _check_arguments(
         raise TypeError(f"handler must be an async function to be called with a client, not {handler!r}")
     if not endpoints:
         raise ValueError("no endpoints to serve on")
-    for endpoint in endpoints:
-        if not isinstance(endpoint, Endpoint):
-            raise TypeError(f"expected endpoints, not {endpoint!r}")
     if not isinstance(limits, Limits):
         raise TypeError(f"limits must be Limits, not {limits!r}")
     if (accept is not None and not callable(accept)) or inspect.iscoroutinefunction(accept):

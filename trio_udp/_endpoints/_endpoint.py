@@ -105,8 +105,7 @@ class Endpoint:
 
     def close(self) -> None:
         """Close the socket; what is in the outbox leaves if the kernel takes it now. Idempotent."""
-        if not self.closed:
-            self._flush()
+        self.uncork()
         while self._outbox:
             self._send_failed(OSError(errno.EAGAIN, "the endpoint was closed before the send buffer had room"))
         self._engine.close()

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+from trio_udp import Client, Server, serve_endpoints
+
+from .memory import MemoryEngine, memory_endpoint
+
+
+@attrs.define
+class InMemory:
+    """A server on an endpoint in memory, for tests in virtual time."""
+
+    server: Server
+    engine: MemoryEngine
+
+    async def settle(self) -> None:
+        """Let everything happen that happens without time passing."""
+        await trio.testing.wait_all_tasks_blocked()
+
+
+StartInMemory = Callable[..., Awaitable[InMemory]]
+
+
+@pytest.fixture
+def start_in_memory(nursery: trio.Nursery) -> StartInMemory:
+    """Start a server in memory; keywords are those of ``serve_endpoints``.
+
+    Tests in which time passes also ask for ``autojump_clock``.
+    """
+
+    async def start(handler: Callable[[Client], Awaitable[object]], **options: Any) -> InMemory:
+        endpoint, engine = memory_endpoint()
+
+        server = await nursery.start(partial(serve_endpoints, handler, [endpoint], **options))
+        return InMemory(server, engine)
+
+    return start
+
+
+def check_adds_up(server: Server) -> None:
+    """Every datagram that was received is accounted for, exactly once."""
+    s = server.statistics()
+    dropped = s.dropped_inbox_full + s.dropped_at_end + s.truncated
+    refused = s.refused_by_accept + s.refused_full + s.refused_stopping
+    assert s.received == s.delivered + s.waiting + dropped + refused

@@ -1,0 +1,422 @@
+"""What a handler can do with its client."""
+
+from __future__ import annotations
+
+import array
+import errno
+import math
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+import trio_udp
+from trio_udp import Client
+
+from .conftest import StartInMemory, check_adds_up
+from .memory import ALICE, BOB
+
+
+async def echo(client: Client) -> None:
+    async for payload in client:
+        await client.send(payload)
+
+
+async def test_datagrams_of_a_client_are_handled_in_order(start_in_memory: StartInMemory) -> None:
+    """Each client's datagrams reach its own handler, in arrival order, an empty one included."""
+    run = await start_in_memory(echo)
+    for payload in (b"1", b"", b"2"):
+        run.engine.put(payload, ALICE)
+        run.engine.put(payload + b"b", BOB)
+    await run.settle()
+    assert run.engine.sent_to(ALICE) == [b"1", b"", b"2"]
+    assert run.engine.sent_to(BOB) == [b"1b", b"b", b"2b"]
+    assert run.server.statistics().clients_started == 2
+
+
+async def test_order_survives_the_scheduler(start_in_memory: StartInMemory) -> None:
+    """Trio runs tasks that wake together in random order; datagrams of one client stay in theirs."""
+    run = await start_in_memory(echo)
+    clients = [("192.0.2.9", port) for port in range(1, 101)]
+    for burst in range(40):
+        for client in clients:
+            for number in range(5):
+                run.engine.put(b"%d.%d" % (burst, number), client)
+        await run.settle()
+    expected = [b"%d.%d" % (burst, number) for burst in range(40) for number in range(5)]
+    assert all(run.engine.sent_to(client) == expected for client in clients)
+
+
+async def test_addresses_and_repr(start_in_memory: StartInMemory) -> None:
+    """A client knows both addresses of its conversation and its server."""
+    seen = []
+
+    async def handler(client: Client) -> None:
+        seen.append((client.peer_address, client.local_address, client.server, repr(client)))
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"x")
+    await run.settle()
+    text = "<trio_udp.Client ('192.0.2.53', 53) with ('192.0.2.1', 1000)>"
+    assert seen == [(ALICE, ("192.0.2.53", 53), run.server, text)]
+
+
+async def test_receive_nowait(start_in_memory: StartInMemory) -> None:
+    """receive_nowait takes what waits, raises WouldBlock when nothing does, and the channel's end when it has ended."""
+    seen: list[object] = []
+
+    async def handler(client: Client) -> None:
+        seen.append(client.receive_nowait())
+        with pytest.raises(trio.WouldBlock):
+            client.receive_nowait()
+        client.server.stop()
+        with pytest.raises(trio.EndOfChannel):
+            client.receive_nowait()
+        client.close()
+        with pytest.raises(trio.ClosedResourceError):
+            client.receive_nowait()
+        seen.append("done")
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"x")
+    await run.settle()
+    assert seen == [b"x", "done"]
+
+
+async def test_cancelling_receive_loses_nothing(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+    """A receive that is cancelled in the same instant as a datagram arrives leaves it in the inbox."""
+    seen: list[bytes] = []
+    wanted = [b"%d" % i for i in range(20)]
+
+    async def handler(client: Client) -> None:
+        while len(seen) < len(wanted):
+            with trio.move_on_after(1):
+                seen.append(await client.receive())
+
+    run = await start_in_memory(handler, idle_timeout=math.inf)
+    for payload in wanted:
+        run.engine.put(payload)
+        await trio.sleep(1)
+    assert seen == wanted
+
+
+async def test_receive_notices_cancellation_when_a_datagram_waits(start_in_memory: StartInMemory) -> None:
+    """In a cancelled scope receive raises, and the datagram stays for the next receive."""
+    seen: list[bytes] = []
+
+    async def handler(client: Client) -> None:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await client.receive()
+        assert scope.cancelled_caught
+        seen.append(await client.receive())
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"x")
+    await run.settle()
+    assert seen == [b"x"]
+
+
+async def test_two_tasks_cannot_receive_at_once(start_in_memory: StartInMemory) -> None:
+    """The second of two tasks that receive from one client gets BusyResourceError."""
+    outcome: list[object] = []
+
+    async def receive(client: Client) -> None:
+        try:
+            outcome.append(await client.receive())
+        except trio.BusyResourceError:
+            outcome.append("busy")
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive, client)
+            nursery.start_soon(receive, client)
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"x")
+    await run.settle()
+    run.engine.put(b"y")
+    await run.settle()
+    assert outcome == ["busy", b"y"]
+
+
+async def test_a_busy_handler_lets_others_run(start_in_memory: StartInMemory) -> None:
+    """A handler that always finds a datagram yields at least once in 64 of them.
+
+    So another task sees at most 128 taken between two of its turns: Trio orders the tasks of each pass at random.
+    """
+    most = 0
+    taken = 0
+
+    async def handler(client: Client) -> None:
+        nonlocal taken
+        async for _ in client:
+            taken += 1
+
+    async def bystander() -> None:
+        nonlocal most, taken
+        while True:
+            most, taken = max(most, taken), 0
+            await trio.lowlevel.checkpoint()
+
+    run = await start_in_memory(handler)
+    for i in range(2_000):
+        run.engine.put(b"%d" % i)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bystander)
+        while run.server.statistics().delivered < 2_000:
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert 0 < most <= 128
+
+
+async def test_sending_without_receiving_lets_others_run(start_in_memory: StartInMemory) -> None:
+    """A handler that only sends yields at least once in 64 sends."""
+    passes = 0
+    passes_during_sends = []
+
+    async def handler(client: Client) -> None:
+        before = passes
+        for _ in range(640):
+            await client.send(b"x")
+        passes_during_sends.append(passes - before)
+
+    async def bystander() -> None:
+        nonlocal passes
+        while not passes_during_sends:
+            passes += 1
+            await trio.lowlevel.checkpoint()
+
+    run = await start_in_memory(handler)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bystander)
+        run.engine.put(b"x")
+    assert passes_during_sends[0] >= 9
+    assert len(run.engine.sent) == 640
+
+
+async def test_send_notices_cancellation(start_in_memory: StartInMemory) -> None:
+    """In a cancelled scope send raises and the datagram is not sent."""
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await client.send(b"never")
+        assert scope.cancelled_caught
+        await client.send(b"afterwards")
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"x")
+    await run.settle()
+    assert run.engine.sent_to(ALICE) == [b"afterwards"]
+
+
+async def test_any_bytes_like_object_is_copied_at_the_call(start_in_memory: StartInMemory) -> None:
+    """A payload may change after send has returned, even while replies are being collected."""
+
+    async def handler(client: Client) -> None:
+        changing = bytearray(b"before")
+        async for _ in client:
+            await client.send(changing)
+            client.send_nowait(memoryview(b"a-b-c")[::2])
+            await client.send_many([array.array("H", [0, 0]), b""])
+            changing[:] = b"after!"
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"1")
+    run.engine.put(b"2")
+    await run.settle()
+    rest = [b"abc", bytes(4), b""]
+    assert run.engine.sent_to(ALICE) == [b"before", *rest, b"after!", *rest]
+
+
+@pytest.mark.parametrize("payload", ["text", 5, [1, 2], None])
+async def test_what_is_not_bytes_like_is_refused(start_in_memory: StartInMemory, payload: object) -> None:
+    """Sending text, numbers or lists raises TypeError and sends nothing."""
+    unsuitable: Any = payload
+    checked = []
+
+    async def handler(client: Client) -> None:
+        with pytest.raises(TypeError):
+            await client.send(unsuitable)
+        with pytest.raises(TypeError):
+            client.send_nowait(unsuitable)
+        with pytest.raises(TypeError):
+            await client.send_many([b"fine", unsuitable])
+        with pytest.raises(TypeError):
+            await client.server.send_to(unsuitable, ALICE)
+        checked.append(payload)
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"x")
+    await run.settle()
+    assert checked == [payload]
+    assert run.engine.sent == []
+
+
+async def test_a_payload_that_no_datagram_can_carry_is_refused(start_in_memory: StartInMemory) -> None:
+    """65,508 bytes raise EMSGSIZE; 65,507 are sent."""
+    codes = []
+
+    async def handler(client: Client) -> None:
+        await client.send(bytes(65_507))
+        with pytest.raises(OSError, match="too long") as info:
+            await client.send(bytes(65_508))
+        codes.append(info.value.errno)
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"x")
+    await run.settle()
+    assert codes == [errno.EMSGSIZE]
+    assert [len(payload) for payload in run.engine.sent_to(ALICE)] == [65_507]
+
+
+async def test_closing_starts_afresh_at_once(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+    """After close the address is a stranger's again, even while the old handler tidies up; what waited is dropped."""
+    log: list[object] = []
+
+    async def handler(client: Client) -> None:
+        first = await client.receive()
+        log.append(first)
+        if first == b"first":
+            await client.aclose()
+            client.close()
+            for operation in (client.receive, lambda: client.send(b"x")):
+                with pytest.raises(trio.ClosedResourceError):
+                    await operation()
+            with pytest.raises(trio.ClosedResourceError):
+                client.send_nowait(b"x")
+            await trio.sleep(10)
+            log.append(client.statistics().dropped_at_end)
+
+    run = await start_in_memory(handler)
+    for payload in (b"first", b"dropped", b"dropped too"):
+        run.engine.put(payload)
+    await run.settle()
+    run.engine.put(b"second")
+    await run.settle()
+    assert log == [b"first", b"second"]
+    await trio.sleep(11)
+    assert log == [b"first", b"second", 2]
+    assert run.server.statistics().dropped_at_end == 2
+    assert run.server.statistics().clients_started == 2
+    check_adds_up(run.server)
+
+
+async def test_closing_wakes_the_receiver(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+    """A task that waits in receive gets ClosedResourceError when another one closes the client."""
+    outcome: list[str] = []
+
+    async def receive(client: Client) -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await client.receive()
+        outcome.append("closed")
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive, client)
+            await trio.testing.wait_all_tasks_blocked()
+            await client.aclose()
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"x")
+    await trio.sleep(1)
+    assert outcome == ["closed"]
+
+
+async def test_a_handler_that_ends_early_loses_nothing(start_in_memory: StartInMemory) -> None:
+    """Datagrams left behind go to a new client and a new handler call, in order, whether it returned or raised."""
+    calls: list[tuple[int, bytes]] = []
+    clients: list[Client] = []
+
+    async def handler(client: Client) -> None:
+        clients.append(client)
+        payload = await client.receive()
+        calls.append((len(clients), payload))
+        if payload == b"2":
+            raise RuntimeError("in the middle")
+
+    run = await start_in_memory(handler, on_error=lambda client, error: None)
+    for payload in (b"1", b"2", b"3", b"4"):
+        run.engine.put(payload)
+    await run.settle()
+    assert calls == [(1, b"1"), (2, b"2"), (3, b"3"), (4, b"4")]
+    assert len(set(clients)) == 4
+    assert [c.statistics().received for c in clients] == [1, 1, 1, 1]
+    assert sum(c.statistics().bytes_received for c in clients) == 4
+    assert run.server.statistics().handler_errors == 1
+    check_adds_up(run.server)
+
+
+async def test_a_handler_that_takes_nothing_is_not_called_again(start_in_memory: StartInMemory) -> None:
+    """What waits for a handler that ends without taking any is dropped and counted, or it would run for ever."""
+    calls = 0
+
+    async def handler(client: Client) -> None:
+        nonlocal calls
+        calls += 1
+
+    run = await start_in_memory(handler)
+    for _ in range(3):
+        run.engine.put(b"x")
+    await run.settle()
+    assert calls == 1
+    assert run.server.statistics().dropped_at_end == 3
+    check_adds_up(run.server)
+
+
+async def test_a_client_is_over_when_its_handler_is(start_in_memory: StartInMemory) -> None:
+    """A client kept beyond the end of its handler raises ClosedResourceError."""
+    kept: list[Client] = []
+
+    async def handler(client: Client) -> None:
+        kept.append(client)
+        await client.receive()
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"x")
+    await run.settle()
+    with pytest.raises(trio.ClosedResourceError):
+        await kept[0].receive()
+    with pytest.raises(trio.ClosedResourceError):
+        await kept[0].send(b"x")
+    assert kept[0].statistics().delivered == 1
+    assert "closed" in repr(kept[0])
+
+
+async def test_client_statistics(start_in_memory: StartInMemory) -> None:
+    """A client counts its own datagrams, bytes and errors."""
+    kept: list[Client] = []
+
+    async def handler(client: Client) -> None:
+        kept.append(client)
+        await client.receive()
+        run.engine.unreachable[ALICE] = errno.EHOSTUNREACH
+        await client.send(b"lost")
+        del run.engine.unreachable[ALICE]
+        await client.send(b"answer")
+        await trio.sleep(10)
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"one")
+    await run.settle()
+    run.engine.put(b"four")
+    await run.settle()
+    assert kept[0].statistics() == trio_udp.ClientStatistics(
+        received=2,
+        bytes_received=7,
+        delivered=1,
+        waiting=1,
+        dropped_inbox_full=0,
+        dropped_at_end=0,
+        sent=1,
+        bytes_sent=6,
+        send_errors=1,
+        requests_timed_out=0,
+        errors={"EHOSTUNREACH": 1},
+    )

@@ -1,0 +1,354 @@
+"""What strangers and users can do wrong: handlers and accept that raise, errors of the network, wrong arguments."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import logging
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+import trio_udp
+from trio_udp import Client, Limits, serve_endpoints
+
+from .conftest import StartInMemory, check_adds_up
+from .memory import ALICE, BOB, memory_endpoint
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
+
+
+async def echo(client: Client) -> None:
+    async for payload in client:
+        await client.send(payload)
+
+
+async def divide(client: Client) -> None:
+    async for payload in client:
+        await client.send(b"%d" % (60 // int(payload)))
+
+
+async def test_an_error_ends_only_its_client(start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture) -> None:
+    """A handler that raises is logged with its traceback and counted; its client and the others go on."""
+    run = await start_in_memory(divide)
+    for payload in (b"6", b"0", b"5"):
+        run.engine.put(payload, ALICE)
+        run.engine.put(b"12", BOB)
+    await run.settle()
+    assert run.engine.sent_to(ALICE) == [b"10", b"12"]
+    assert run.engine.sent_to(BOB) == [b"5", b"5", b"5"]
+    assert run.server.statistics().handler_errors == 1
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("trio_udp", "ERROR")
+    assert record.getMessage() == "Handler of client ('192.0.2.1', 1000) failed"
+    assert record.exc_info
+    assert record.exc_info[0] is ZeroDivisionError
+    check_adds_up(run.server)
+
+
+async def test_garbage_is_not_a_log_flood(
+    start_in_memory: StartInMemory, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At most 10 tracebacks a second are logged, and then how many were not, in time and at the end."""
+    run = await start_in_memory(divide)
+
+    async def fail(times: int) -> list[str]:
+        caplog.clear()
+        for _ in range(times):
+            run.engine.put(b"0")
+            await run.settle()
+        await trio.sleep(0.4)
+        return [record.getMessage() for record in caplog.records]
+
+    failed = "Handler of client ('192.0.2.1', 1000) failed"
+    assert await fail(25) == [failed] * 10
+    caplog.clear()
+    await trio.sleep(1)
+    assert [record.getMessage() for record in caplog.records] == ["15 more errors suppressed"]
+    assert await fail(10) == [failed] * 10
+    assert await fail(3) == []
+    caplog.clear()
+    run.server.stop()
+    await run.settle()
+    assert [record.getMessage() for record in caplog.records] == ["3 more errors suppressed"]
+    assert run.server.statistics().handler_errors == 38
+
+
+async def test_on_error_replaces_the_log(start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture) -> None:
+    """on_error is called with the client, which can still be answered, and the exception."""
+    errors = []
+
+    def on_error(client: Client, error: Exception) -> None:
+        errors.append((client.peer_address, type(error)))
+        client.send_nowait(b"sorry")
+
+    run = await start_in_memory(divide, on_error=on_error)
+    run.engine.put(b"0")
+    run.engine.put(b"six", BOB)
+    await run.settle()
+    assert sorted(errors) == [(ALICE, ZeroDivisionError), (BOB, ValueError)]
+    assert sorted(run.engine.sent) == [(ALICE, b"sorry"), (BOB, b"sorry")]
+    assert caplog.records == []
+
+
+async def test_log_error_can_be_called_from_on_error(
+    start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One's own on_error may do something and then log as usual."""
+    run = await start_in_memory(divide, on_error=trio_udp.log_error)
+    run.engine.put(b"0")
+    await run.settle()
+    assert [record.name for record in caplog.records] == ["trio_udp"]
+
+
+async def test_on_error_may_crash_the_server() -> None:
+    """What on_error raises ends the server, in an exception group as from any nursery; everything is closed."""
+    endpoint, engine = memory_endpoint()
+
+    def on_error(client: Client, error: Exception) -> None:
+        raise error
+
+    engine.put(b"0")
+    engine.put(b"6", BOB)
+    with pytest.RaisesGroup(ZeroDivisionError):
+        await serve_endpoints(divide, [endpoint], on_error=on_error)
+    assert engine.closed
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+async def test_what_is_not_an_exception_always_propagates(error: type[BaseException]) -> None:
+    """SystemExit and KeyboardInterrupt in a handler end the server."""
+    endpoint, engine = memory_endpoint()
+
+    async def handler(client: Client) -> None:
+        raise error
+
+    engine.put(b"x")
+    with pytest.RaisesGroup(error):
+        await serve_endpoints(handler, [endpoint])
+    assert engine.closed
+
+
+async def test_exception_groups_are_errors_unless_all_are_ends(start_in_memory: StartInMemory) -> None:
+    """A group with anything but EndOfChannel in it is the handler's error."""
+    errors: list[Exception] = []
+
+    async def handler(client: Client) -> None:
+        raise ExceptionGroup("both", [trio.EndOfChannel(), ExceptionGroup("inner", [ValueError("wrong")])])
+
+    run = await start_in_memory(handler, on_error=lambda client, error: errors.append(error))
+    run.engine.put(b"x")
+    await run.settle()
+    assert [type(error) for error in errors] == [ExceptionGroup]
+
+
+async def test_using_a_closed_client_is_an_error(start_in_memory: StartInMemory) -> None:
+    """A handler that closes its client and then receives has made a mistake, and is told."""
+    errors: list[Exception] = []
+
+    async def handler(client: Client) -> None:
+        client.close()
+        await client.receive()
+
+    run = await start_in_memory(handler, on_error=lambda client, error: errors.append(error))
+    run.engine.put(b"x")
+    await run.settle()
+    assert [type(error) for error in errors] == [trio.ClosedResourceError]
+
+
+async def test_accept_turns_strangers_away(start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture) -> None:
+    """accept sees a stranger's datagram before anything is kept; false or an exception refuses it."""
+    asked = []
+
+    def accept(payload: bytes, address: object) -> bool:
+        asked.append((payload, address))
+        return payload[0] == ord("+")
+
+    run = await start_in_memory(echo, accept=accept, limits=Limits(max_clients=1))
+    for payload in (b"no", b"", b"+yes", b"no more questions"):
+        run.engine.put(payload)
+    run.engine.put(b"no", BOB)
+    run.engine.put(b"+yes", BOB)
+    await run.settle()
+    assert asked == [(b"no", ALICE), (b"", ALICE), (b"+yes", ALICE), (b"no", BOB), (b"+yes", BOB)]
+    assert run.engine.sent_to(ALICE) == [b"+yes", b"no more questions"]
+    statistics = run.server.statistics()
+    assert (statistics.refused_by_accept, statistics.refused_full, statistics.clients_started) == (3, 1, 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "accept failed on a datagram from ('192.0.2.1', 1000)"
+    ]
+    check_adds_up(run.server)
+
+
+async def test_receive_errors_are_counted_and_survived(start_in_memory: StartInMemory) -> None:
+    """An error on receive loses no datagram, not even in the middle of a batch."""
+    run = await start_in_memory(echo)
+    run.engine.put(b"1")
+    run.engine.fail(errno.ECONNRESET)
+    run.engine.put(b"2")
+    run.engine.fail(errno.ENOMEM)
+    run.engine.fail(99_999)
+    run.engine.put(b"3")
+    await run.settle()
+    assert run.engine.sent_to(ALICE) == [b"1", b"2", b"3"]
+    statistics = run.server.statistics()
+    assert statistics.receive_errors == 3
+    assert statistics.errors == {"ECONNRESET": 1, "ENOMEM": 1, "99999": 1}
+    check_adds_up(run.server)
+
+
+async def test_an_error_that_lasts_is_no_busy_loop(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+    """When reading fails again and again, the server looks only now and then, and recovers."""
+    run = await start_in_memory(echo)
+    for _ in range(100):
+        run.engine.fail(errno.EIO)
+    run.engine.put(b"x")
+    await trio.sleep(5)
+    assert run.engine.receive_calls < 60
+    await trio.sleep(10)
+    assert run.engine.sent_to(ALICE) == [b"x"]
+    assert run.server.statistics().receive_errors == 100
+
+
+async def test_send_errors_are_counted_for_the_client_they_concern(start_in_memory: StartInMemory) -> None:
+    """What cannot be sent to one client is counted there; the rest of the batch is sent."""
+    kept: dict[object, Client] = {}
+
+    async def handler(client: Client) -> None:
+        kept[client.peer_address] = client
+        async for payload in client:
+            await client.send(payload)
+
+    run = await start_in_memory(handler)
+    run.engine.unreachable[ALICE] = errno.EPERM
+    for payload in (b"1", b"2"):
+        run.engine.put(payload, ALICE)
+        run.engine.put(payload, BOB)
+    await run.settle()
+    assert run.engine.sent == [(BOB, b"1"), (BOB, b"2")]
+    assert run.server.statistics().send_errors == 2
+    assert run.server.statistics().errors == {"EPERM": 2}
+    assert kept[ALICE].statistics().errors == {"EPERM": 2}
+    assert kept[BOB].statistics().errors == {}
+    assert kept[BOB].statistics().sent == 2
+
+
+async def _async_accept(payload: bytes, address: object) -> bool:
+    return True
+
+
+async def _generator(client: Client) -> Any:
+    yield
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments"),
+    [
+        (TypeError, {"handler": None}),
+        (TypeError, {"handler": _generator}),
+        (TypeError, {"endpoints": 5}),
+        (TypeError, {"endpoints": ["not an endpoint"]}),
+        (ValueError, {"endpoints": []}),
+        (TypeError, {"limits": 5}),
+        (TypeError, {"accept": True}),
+        (TypeError, {"accept": _async_accept}),
+        (TypeError, {"on_error": None}),
+        (TypeError, {"on_error": _async_accept}),
+        (TypeError, {"idle_timeout": None}),
+        (TypeError, {"drain_timeout": "5"}),
+        (ValueError, {"drain_timeout": -1}),
+        (TypeError, {"stop_signals": 15}),
+        (TypeError, {"stop_signals": ["SIGTERM"]}),
+    ],
+)
+async def test_wrong_arguments_raise_at_once(error: type[Exception], arguments: dict[str, Any]) -> None:
+    """A mistake of the caller's raises at the call and closes the endpoints."""
+    endpoint, engine = memory_endpoint()
+    keywords = {"handler": echo, "endpoints": [endpoint], **arguments}
+    with pytest.raises(error):
+        await serve_endpoints(**keywords)
+    assert engine.closed or "endpoints" in arguments
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "value"),
+    [
+        (TypeError, "max_clients", 1.5),
+        (TypeError, "max_clients", True),
+        (ValueError, "max_clients", 0),
+        (ValueError, "inbox_datagrams", 0),
+        (ValueError, "inbox_bytes", -1),
+        (TypeError, "total_bytes", None),
+        (ValueError, "when_full", "drop"),
+        (ValueError, "when_inbox_full", "refuse"),
+    ],
+)
+def test_wrong_limits_raise_at_once(error: type[Exception], name: str, value: Any) -> None:
+    """Limits that make no sense raise when they are made, naming the limit."""
+    with pytest.raises(error, match=name):
+        Limits(**{name: value})
+
+
+async def test_a_handler_that_is_not_async_is_told(
+    start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A plain function as handler shows in the log as a TypeError."""
+    run = await start_in_memory(lambda client: None)
+    run.engine.put(b"x")
+    await run.settle()
+    assert caplog.records[0].exc_info
+    assert caplog.records[0].exc_info[0] is TypeError
+
+
+def test_serve_takes_what_its_parts_take() -> None:
+    """Every keyword of open_endpoints and serve_endpoints is one of serve, with the same default."""
+    of_serve = inspect.signature(trio_udp.serve).parameters
+    for part in (trio_udp.open_endpoints, serve_endpoints):
+        for name, parameter in inspect.signature(part).parameters.items():
+            if name != "endpoints":
+                assert of_serve[name] == parameter
+
+
+async def test_logging_is_the_standard_library(
+    start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The logger is called trio_udp and can be silenced as any other."""
+    run = await start_in_memory(divide)
+    logging.getLogger("trio_udp").disabled = True
+    try:
+        run.engine.put(b"0")
+        await run.settle()
+    finally:
+        logging.getLogger("trio_udp").disabled = False
+    assert caplog.records == []
+
+
+async def test_a_closed_handler_nursery_is_the_callers_mistake() -> None:
+    """When the caller's handler_nursery is over, the server ends with the error that says so."""
+    endpoint, engine = memory_endpoint()
+    async with trio.open_nursery() as handler_nursery:
+        pass
+    engine.put(b"x")
+    with pytest.RaisesGroup(RuntimeError):
+        await serve_endpoints(echo, [endpoint], handler_nursery=handler_nursery)
+    assert engine.closed
+
+
+async def test_a_cancelled_handler_nursery_leaves_the_server_alone() -> None:
+    """Handlers cancelled by their own nursery are forgotten; what waited for them is counted."""
+    endpoint, engine = memory_endpoint()
+    async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as handler_nursery:
+            server = await nursery.start(partial(serve_endpoints, echo, [endpoint], handler_nursery=handler_nursery))
+            engine.put(b"x")
+            await trio.testing.wait_all_tasks_blocked()
+            handler_nursery.cancel_scope.cancel()
+        assert server.statistics().clients == 0
+        assert engine.sent_to(ALICE) == [b"x"]
+        server.stop()
+    check_adds_up(server)

@@ -1,0 +1,92 @@
+"""request_handler: a function that answers one datagram."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+import trio_udp
+from trio_udp import Client
+
+from .conftest import StartInMemory, check_adds_up
+from .memory import ALICE, BOB
+
+
+async def test_what_the_function_returns_is_the_reply(start_in_memory: StartInMemory) -> None:
+    """Bytes are sent, also empty ones; None is no reply."""
+
+    @trio_udp.request_handler
+    async def reply(payload: bytes, client: Client) -> bytes | None:
+        return None if payload == b"quiet" else payload * 2
+
+    run = await start_in_memory(reply)
+    for payload in (b"a", b"quiet", b"", b"b"):
+        run.engine.put(payload)
+    await run.settle()
+    assert run.engine.sent_to(ALICE) == [b"aa", b"", b"bb"]
+    assert run.server.statistics().clients_started == 1
+
+
+async def test_requests_that_time_out_are_counted(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+    """A request that takes too long is cancelled and not answered; the next one is, and no other client waits."""
+
+    @trio_udp.request_handler(timeout=2)
+    async def reply(payload: bytes, client: Client) -> bytes:
+        await trio.sleep(float(payload))
+        return payload
+
+    run = await start_in_memory(reply)
+    for payload in (b"1", b"3", b"1.5"):
+        run.engine.put(payload)
+    run.engine.put(b"0", BOB)
+    await run.settle()
+    assert run.engine.sent == [(BOB, b"0")]
+    (alice,) = [client for client in run.server.clients if client.peer_address == ALICE]
+    await trio.sleep(10)
+    assert run.engine.sent_to(ALICE) == [b"1", b"1.5"]
+    assert run.server.statistics().requests_timed_out == 1
+    assert alice.statistics().requests_timed_out == 1
+    check_adds_up(run.server)
+
+
+async def test_an_error_costs_one_request(start_in_memory: StartInMemory) -> None:
+    """A request whose function raises is the server's on_error's; those behind it are answered."""
+    errors: list[str] = []
+
+    @trio_udp.request_handler
+    async def double(payload: bytes, client: Client) -> bytes:
+        return b"%d" % (2 * int(payload))
+
+    run = await start_in_memory(double, on_error=lambda client, error: errors.append(str(error)))
+    for payload in (b"1", b"one", b"2"):
+        run.engine.put(payload)
+    await run.settle()
+    assert run.engine.sent_to(ALICE) == [b"2", b"4"]
+    assert errors == ["invalid literal for int() with base 10: b'one'"]
+
+
+def test_the_handler_looks_like_the_function() -> None:
+    """Name and documentation are the function's; the arguments are a handler's."""
+
+    @trio_udp.request_handler
+    async def reply(payload: bytes, client: Client) -> None:
+        """Say nothing."""
+
+    assert (reply.__name__, reply.__doc__) == ("reply", "Say nothing.")
+    assert list(inspect.signature(reply).parameters) == ["client"]
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+def test_a_timeout_must_be_positive(timeout: float) -> None:
+    """Zero, negative and undefined timeouts are refused."""
+    with pytest.raises(ValueError, match="timeout"):
+        trio_udp.request_handler(timeout=timeout)
+
+
+def test_it_takes_a_function() -> None:
+    """A timeout given by position is the mistake that it looks like."""
+    with pytest.raises(TypeError, match="2"):
+        trio_udp.request_handler(2)  # type: ignore[call-overload]

@@ -1,0 +1,408 @@
+"""Stopping: the drain, signals, cancellation, and what happens to those who are still talking."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from functools import partial
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from trio_udp import Client, Server, serve_endpoints
+
+from .conftest import StartInMemory, check_adds_up
+from .memory import ALICE, BOB, CAROL, memory_endpoint
+
+
+async def echo(client: Client) -> None:
+    async for payload in client:
+        await client.send(payload)
+
+
+async def test_stop_handles_what_has_arrived(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+    """After stop(), inboxes are emptied in order, last words are sent, and late datagrams are refused."""
+    ends = []
+
+    async def handler(client: Client) -> None:
+        async for payload in client:
+            await trio.sleep(0.1)
+            await client.send(payload)
+        ends.append(client.ended)
+        await client.send(b"goodbye")
+
+    run = await start_in_memory(handler)
+    for i in range(10):
+        run.engine.put(b"%d" % i, ALICE)
+    run.engine.put(b"x", BOB)
+    await run.settle()
+    run.server.stop()
+    run.server.stop()
+    run.engine.put(b"late", ALICE)
+    run.engine.put(b"late", CAROL)
+    await trio.sleep(10)
+    assert run.engine.sent_to(ALICE) == [b"%d" % i for i in range(10)] + [b"goodbye"]
+    assert run.engine.sent_to(BOB) == [b"x", b"goodbye"]
+    assert run.engine.sent_to(CAROL) == []
+    assert ends == ["stopping", "stopping"]
+    assert run.engine.closed
+    assert run.server.statistics().refused_stopping == 2
+    assert run.server.statistics().clients == 0
+    check_adds_up(run.server)
+
+
+async def test_serve_returns_as_soon_as_the_last_handler_has(autojump_clock: MockClock) -> None:
+    """The drain takes as long as the handlers need, not all of drain_timeout."""
+    endpoint, engine = memory_endpoint()
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        client.server.stop()
+        await trio.sleep(3)
+
+    engine.put(b"x")
+    await serve_endpoints(handler, [endpoint], drain_timeout=math.inf)
+    assert trio.current_time() == 3
+
+
+async def test_what_is_left_after_drain_timeout_is_cancelled(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
+    """Handlers that do not finish in time are cancelled; what waits for them is counted as dropped."""
+    cancelled = []
+
+    async def handler(client: Client) -> None:
+        try:
+            await client.receive()
+            await trio.sleep_forever()
+        finally:
+            cancelled.append(trio.current_time())
+            client.send_nowait(b"last word")
+
+    run = await start_in_memory(handler, drain_timeout=7)
+    run.engine.put(b"1")
+    run.engine.put(b"2")
+    await run.settle()
+    run.server.stop()
+    await trio.sleep(10)
+    assert cancelled == [7.0]
+    assert run.engine.sent_to(ALICE) == [b"last word"]
+    assert run.server.statistics().dropped_at_end == 1
+    check_adds_up(run.server)
+
+
+async def test_stop_without_clients_ends_at_once(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+    """A server that nobody has talked to stops without waiting."""
+    run = await start_in_memory(echo, drain_timeout=math.inf)
+    run.server.stop()
+    await run.settle()
+    assert run.engine.closed
+    assert run.server.statistics().received == 0
+
+
+async def test_a_transaction_goes_on_during_the_drain(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
+    """Datagrams of a client in a transaction arrive until the transaction is over, and then count as late."""
+    seen: list[object] = []
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        with client.transaction():
+            seen.append(await client.receive())
+            seen.append(await client.receive())
+        with pytest.raises(trio.EndOfChannel):
+            await client.receive()
+        seen.append(client.ended)
+        await trio.sleep(1)
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"begin")
+    await run.settle()
+    run.server.stop()
+    for payload in (b"name", b"password"):
+        await trio.sleep(1)
+        run.engine.put(payload)
+    await run.settle()
+    run.engine.put(b"late")
+    await trio.sleep(2)
+    assert seen == [b"name", b"password", "stopping"]
+    assert run.engine.closed
+    assert run.server.statistics().refused_stopping == 1
+    assert run.server.statistics().handler_errors == 0
+    check_adds_up(run.server)
+
+
+async def test_a_transaction_can_begin_during_the_drain(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
+    """A handler that is still emptying its inbox may enter a transaction; it is then known again."""
+    seen = []
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        await trio.sleep(1)
+        with client.transaction():
+            seen.append(await client.receive())
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"begin")
+    await run.settle()
+    run.server.stop()
+    await trio.sleep(2)
+    run.engine.put(b"more")
+    await trio.sleep(1)
+    assert seen == [b"more"]
+    assert run.engine.closed
+
+
+async def test_a_transaction_ends_with_drain_timeout(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+    """A transaction that is never finished does not hold the server up for longer than drain_timeout."""
+
+    async def handler(client: Client) -> None:
+        with client.transaction():
+            async for _ in client:
+                pass
+
+    run = await start_in_memory(handler, drain_timeout=5)
+    run.engine.put(b"x")
+    await run.settle()
+    run.server.stop()
+    await trio.sleep(4)
+    assert not run.engine.closed
+    await trio.sleep(2)
+    assert run.engine.closed
+
+
+async def test_leaving_a_transaction_ends_another_tasks_wait(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
+    """A task that waits in receive during a drain is told when another task leaves the transaction."""
+    ends = []
+
+    async def receive(client: Client) -> None:
+        async for _ in client:
+            pass
+        ends.append((client.ended, trio.current_time()))
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        async with trio.open_nursery() as nursery:
+            with client.transaction():
+                nursery.start_soon(receive, client)
+                await trio.sleep(2)
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"x")
+    await run.settle()
+    run.server.stop()
+    await trio.sleep(3)
+    assert ends == [("stopping", 2.0)]
+
+
+async def test_what_an_ended_handler_leaves_is_handled_in_the_drain(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
+    """A handler that takes one datagram per call is called for all that had arrived before stop()."""
+    seen = []
+
+    async def handler(client: Client) -> None:
+        seen.append(await client.receive())
+        await trio.sleep(0.1)
+
+    run = await start_in_memory(handler)
+    for i in range(5):
+        run.engine.put(b"%d" % i)
+    await run.settle()
+    run.server.stop()
+    await trio.sleep(1)
+    assert seen == [b"0", b"1", b"2", b"3", b"4"]
+    check_adds_up(run.server)
+
+
+@pytest.mark.parametrize("drain_timeout", [0, 0.5])
+async def test_stop_from_accept_and_from_a_handler(
+    start_in_memory: StartInMemory, autojump_clock: MockClock, drain_timeout: float
+) -> None:
+    """stop() may be called from anywhere, in the middle of a batch too."""
+    servers: list[Server] = []
+
+    def accept(payload: bytes, address: object) -> bool:
+        if payload == b"stop":
+            servers[0].stop()
+        return True
+
+    run = await start_in_memory(echo, accept=accept, drain_timeout=drain_timeout)
+    servers.append(run.server)
+    for payload, address in ((b"1", ALICE), (b"stop", BOB), (b"2", ALICE), (b"x", CAROL)):
+        run.engine.put(payload, address)
+    await trio.sleep(1)
+    assert run.engine.closed
+    assert run.server.statistics().refused_stopping == 3
+    check_adds_up(run.server)
+
+
+async def test_cancelling_serve_ends_everything_at_once(autojump_clock: MockClock) -> None:
+    """Cancelling serve cancels its handlers and closes its endpoints; what waits is counted as dropped."""
+    endpoint, engine = memory_endpoint()
+    ended = []
+
+    async def handler(client: Client) -> None:
+        try:
+            await client.receive()
+            await trio.sleep_forever()
+        finally:
+            ended.append(client.peer_address)
+
+    for address in (ALICE, ALICE, BOB):
+        engine.put(b"x", address)
+    async with trio.open_nursery() as nursery:
+        server = await nursery.start(partial(serve_endpoints, handler, [endpoint]))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert sorted(ended) == [ALICE, BOB]
+    assert engine.closed
+    assert server.statistics().dropped_at_end == 1
+    check_adds_up(server)
+
+
+async def test_closing_the_only_endpoint_ends_the_server(autojump_clock: MockClock) -> None:
+    """serve_endpoints raises ClosedResourceError itself, not a group, when nothing is left to serve on."""
+    endpoint, engine = memory_endpoint()
+    seen = []
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        await endpoint.aclose()
+        await trio.sleep_forever()
+
+    engine.put(b"x")
+    try:
+        await serve_endpoints(handler, [endpoint])
+    except trio.ClosedResourceError as error:
+        seen.append(str(error))
+    assert seen == ["every endpoint of this server has been closed"]
+
+
+async def test_closing_one_of_two_endpoints_ends_its_clients(autojump_clock: MockClock) -> None:
+    """Clients of a closed endpoint get ClosedResourceError, which is no error of theirs; the others go on."""
+    first, first_engine = memory_endpoint(("192.0.2.53", 53))
+    second, second_engine = memory_endpoint(("192.0.2.54", 53))
+    async with trio.open_nursery() as nursery:
+        server: Server = await nursery.start(partial(serve_endpoints, echo, [first, second]))
+        first_engine.put(b"1")
+        second_engine.put(b"2")
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(server.clients) == 2
+        await first.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert [client.local_address for client in server.clients] == [("192.0.2.54", 53)]
+        second_engine.put(b"3")
+        await trio.testing.wait_all_tasks_blocked()
+        assert second_engine.sent_to(ALICE) == [b"2", b"3"]
+        assert server.statistics().handler_errors == 0
+        server.stop()
+    check_adds_up(server)
+
+
+async def test_closing_the_endpoint_during_the_drain_is_no_error(autojump_clock: MockClock) -> None:
+    """A server that is stopping anyway returns normally when its endpoint is closed meanwhile."""
+    endpoint, engine = memory_endpoint()
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        client.server.stop()
+        await endpoint.aclose()
+        await trio.sleep(1)
+
+    engine.put(b"x")
+    await serve_endpoints(handler, [endpoint])
+    assert trio.current_time() == 1
+
+
+async def test_handlers_in_a_nursery_of_the_callers(autojump_clock: MockClock) -> None:
+    """With handler_nursery, handlers outlive the server, and find their client closed."""
+    endpoint, engine = memory_endpoint()
+    log = []
+
+    async def handler(client: Client) -> None:
+        assert await client.receive() == b"x"
+        with pytest.raises(trio.ClosedResourceError):
+            await client.receive()
+        with pytest.raises(trio.ClosedResourceError):
+            await client.send(b"x")
+        with pytest.raises(trio.ClosedResourceError):
+            await client.server.send_to(b"x", ALICE)
+        await trio.sleep(5)
+        log.append("handler")
+
+    async with trio.open_nursery() as handler_nursery:
+        async with trio.open_nursery() as nursery:
+            server: Server = await nursery.start(
+                partial(serve_endpoints, handler, [endpoint], handler_nursery=handler_nursery)
+            )
+            engine.put(b"x")
+            engine.put(b"y", BOB)
+            engine.put(b"y", BOB)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        log.append("server")
+        handler_nursery.cancel_scope.deadline = trio.current_time() + 10
+    assert log == ["server", "handler"]
+    check_adds_up(server)
+
+
+async def test_drain_with_handlers_in_a_nursery_of_the_callers(autojump_clock: MockClock) -> None:
+    """The drain waits for such handlers too, but does not cancel them when the time is over."""
+    endpoint, engine = memory_endpoint()
+    log = []
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        await trio.sleep(20)
+        log.append(("handler", trio.current_time()))
+
+    async with trio.open_nursery() as handler_nursery:
+        async with trio.open_nursery() as nursery:
+            server: Server = await nursery.start(
+                partial(serve_endpoints, handler, [endpoint], handler_nursery=handler_nursery)
+            )
+            engine.put(b"x")
+            await trio.testing.wait_all_tasks_blocked()
+            server.stop()
+        log.append(("server", trio.current_time()))
+    assert log == [("server", 5.0), ("handler", 20.0)]
+
+
+async def test_signals_stop_the_server(autojump_clock: MockClock) -> None:
+    """The first of stop_signals drains the server."""
+    endpoint, engine = memory_endpoint()
+    ends = []
+
+    async def handler(client: Client) -> None:
+        async for _ in client:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        ends.append(client.ended)
+
+    engine.put(b"x")
+    await serve_endpoints(handler, [endpoint], stop_signals={signal.SIGUSR1})
+    assert ends == ["stopping"]
+
+
+async def test_the_second_signal_stops_at_once(autojump_clock: MockClock) -> None:
+    """The second of stop_signals cancels what still runs; serve returns normally all the same."""
+    endpoint, engine = memory_endpoint()
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await trio.sleep(1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await trio.sleep_forever()
+
+    engine.put(b"x")
+    await serve_endpoints(handler, [endpoint], stop_signals=[signal.SIGUSR1], drain_timeout=100)
+    assert trio.current_time() == 1
