@@ -61,6 +61,11 @@ class Clients:
     def _(self) -> OrderedDict[Client, None] | None:
         return OrderedDict() if self._limits.when_full == "evict_idle" else None
 
+    @property
+    def overfull(self) -> bool:
+        """Whether evicted handlers are still there."""
+        return len(self.running) > self._limits.max_clients
+
     def make_room(self) -> bool:
         """Whether a stranger may become a client; evicts another one for it where that is the policy."""
         if len(self.running) < self._limits.max_clients:

@@ -107,6 +107,7 @@ class Conversation(trio.abc.Channel[bytes]):
         await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
+        """End the conversation."""
         raise NotImplementedError  # pragma: no cover
 
     def _check_open(self) -> None:

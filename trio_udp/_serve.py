@@ -301,6 +301,10 @@ class Server:
                     # tasks that become runnable together, so spawning would reorder the datagrams of a batch.
                     if client is not None:
                         client._inbox.put(payload)
+                if self._clients.overfull:
+                    # Let evicted handlers take their leave before the next strangers come. (receive_batch lets tasks
+                    # run too, but in a random order: once may be too early for them.)
+                    await trio.lowlevel.checkpoint()
         except trio.ClosedResourceError:
             self._clients.lose(endpoint)
             if not self._stop.is_set() and all(endpoint.closed for endpoint in self.endpoints):

@@ -87,6 +87,7 @@ class Endpoint:
 
     @property
     def closed(self) -> bool:
+        """Whether the socket is closed, by :meth:`aclose` or otherwise."""
         return self._engine.closed
 
     def statistics(self) -> EndpointStatistics:
@@ -118,12 +119,15 @@ class Endpoint:
     # What follows is for the receive loop, for clients and for connections.
 
     def route(self, address: Address) -> Route:
+        """The route to an address that has not necessarily written to us."""
         return self._engine.route(address)
 
     def peer_address_of(self, route: Route) -> Address:
+        """The address at the other end of a route."""
         return self._engine.peer_address(route)
 
     def local_address_of(self, route: Route) -> Address:
+        """Our own address at this end of a route."""
         return self._engine.local_address(route)
 
     async def receive_batch(self) -> list[Datagram]:

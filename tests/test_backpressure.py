@@ -1,0 +1,214 @@
+"""A full send buffer: senders wait in turn, nothing is lost, reordered or sent twice, and nothing spins."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from trio_udp import Client, Endpoint, Server, serve_endpoints
+
+from .conftest import StartInMemory, check_adds_up
+from .memory import ALICE, BOB, memory_endpoint
+
+
+async def test_send_waits_and_send_nowait_does_not(start_in_memory: StartInMemory) -> None:
+    """When the send buffer is full, send waits for room, and send_nowait raises WouldBlock and sends nothing."""
+    log: list[str] = []
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        run.engine.room = 1
+        await client.send(b"1")
+        with pytest.raises(trio.WouldBlock):
+            client.send_nowait(b"lost")
+        log.append("waiting")
+        await client.send(b"2")
+        log.append("sent")
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"x")
+    await run.settle()
+    assert log == ["waiting"]
+    run.engine.make_room(1)
+    await run.settle()
+    assert log == ["waiting", "sent"]
+    assert run.engine.sent_to(ALICE) == [b"1", b"2"]
+    assert run.server.statistics().sent == 2
+
+
+async def test_first_come_first_served(start_in_memory: StartInMemory) -> None:
+    """Senders get room in the order in which they asked; nobody overtakes those who wait."""
+
+    async def handler(client: Client) -> None:
+        name = await client.receive()
+        await client.send(name)
+        with pytest.raises(trio.WouldBlock):
+            client.send_nowait(b"overtaken")
+
+    run = await start_in_memory(handler)
+    run.engine.room = 0
+    names = [b"%d" % i for i in range(10)]
+    for i, name in enumerate(names):
+        run.engine.put(name, ("192.0.2.1", i + 1))
+        await run.settle()
+    with pytest.raises(trio.WouldBlock):
+        next(iter(run.server.clients)).send_nowait(b"overtaken")
+    for count in range(1, 11):
+        run.engine.make_room(1)
+        await run.settle()
+        assert [payload for _, payload in run.engine.sent] == names[:count]
+
+
+async def test_a_cancelled_sender_lets_the_next_one_go(start_in_memory: StartInMemory) -> None:
+    """Cancelling a sender that waits sends nothing of it, and the others get their turn."""
+    scopes = [trio.CancelScope() for _ in range(3)]
+
+    async def handler(client: Client) -> None:
+        number = int(await client.receive())
+        with scopes[number]:
+            await client.send(b"%d" % number)
+
+    run = await start_in_memory(handler)
+    run.engine.room = 0
+    for i in range(3):
+        run.engine.put(b"%d" % i, ("192.0.2.1", i + 1))
+        await run.settle()
+    scopes[1].cancel()
+    await run.settle()
+    scopes[0].cancel()
+    await run.settle()
+    run.engine.make_room(5)
+    await run.settle()
+    assert [payload for _, payload in run.engine.sent] == [b"2"]
+
+
+async def test_replies_to_a_batch_wait_for_room_in_order(start_in_memory: StartInMemory) -> None:
+    """Replies collected during a batch that meet a full buffer leave later, complete and in order."""
+
+    async def echo(client: Client) -> None:
+        async for payload in client:
+            await client.send(payload)
+
+    run = await start_in_memory(echo)
+    run.engine.room = 10
+    wanted = [b"%d" % i for i in range(200)]
+    for payload in wanted:
+        run.engine.put(payload, ALICE)
+        run.engine.put(payload, BOB)
+    await run.settle()
+    assert len(run.engine.sent) == 10
+    while len(run.engine.sent) < 400:
+        run.engine.make_room(7)
+        await run.settle()
+    assert run.engine.sent_to(ALICE) == wanted
+    assert run.engine.sent_to(BOB) == wanted
+    assert run.server.statistics().sent == 400
+    check_adds_up(run.server)
+
+
+async def test_closing_wakes_senders_that_wait() -> None:
+    """Closing the endpoint ends the wait of every sender with ClosedResourceError."""
+    outcome: list[str] = []
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        with pytest.raises(trio.ClosedResourceError):
+            await client.send(b"x")
+        outcome.append("closed")
+
+    endpoint, engine = memory_endpoint()
+    engine.room = 0
+    async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as handler_nursery:
+
+            async def serve() -> None:
+                with pytest.raises(trio.ClosedResourceError):
+                    await serve_endpoints(handler, [endpoint], handler_nursery=handler_nursery)
+
+            nursery.start_soon(serve)
+            for i in range(3):
+                engine.put(b"x", ("192.0.2.1", i + 1))
+                await trio.testing.wait_all_tasks_blocked()
+            await endpoint.aclose()
+            await trio.testing.wait_all_tasks_blocked()
+    assert outcome == ["closed"] * 3
+
+
+async def test_what_cannot_leave_before_closing_is_counted(
+    start_in_memory: StartInMemory, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Replies that find no room until drain_timeout is over count as send errors."""
+
+    async def handler(client: Client) -> None:
+        async for payload in client:
+            client.send_nowait(payload)
+
+    run = await start_in_memory(handler, drain_timeout=5)
+    run.engine.room = 1
+    for _ in range(4):
+        run.engine.put(b"x")
+    await run.settle()
+    run.server.stop()
+    await trio.sleep(10)
+    statistics = run.server.statistics()
+    assert (statistics.sent, statistics.send_errors, statistics.errors) == (1, 3, {"EAGAIN": 3})
+
+
+# A Unix-domain datagram socket has real back-pressure on one machine: its peer need only not read.
+
+
+@pytest.fixture
+def far_end() -> Iterator[socket.socket]:
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(os.path.join(folder, "peer"))
+        sock.settimeout(5)
+        yield sock
+
+
+@pytest.fixture
+async def unix_server(far_end: socket.socket, nursery: trio.Nursery) -> AsyncIterator[Server]:
+    """A server that answers one datagram with a thousand."""
+
+    async def handler(client: Client) -> None:
+        async for payload in client:
+            for i in range(1_000):
+                await client.send(payload + b"%d" % i)
+
+    path = os.path.join(os.path.dirname(far_end.getsockname()), "server")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(path)
+    server: Server = await nursery.start(partial(serve_endpoints, handler, [Endpoint.from_socket(sock)]))
+    far_end.connect(path)
+    yield server
+    os.unlink(path)
+
+
+async def test_a_real_full_buffer(far_end: socket.socket, unix_server: Server) -> None:
+    """With a peer that reads slowly, everything arrives once and in order, and waiting costs no processor time."""
+    far_end.send(b"a")
+    await trio.testing.wait_all_tasks_blocked()
+    assert 0 < unix_server.statistics().sent < 1_000
+    start = time.process_time()
+    await trio.sleep(0.3)
+    assert time.process_time() - start < 0.1
+    received = [await trio.to_thread.run_sync(far_end.recv, 100) for _ in range(1_000)]
+    assert received == [b"a%d" % i for i in range(1_000)]
+    assert unix_server.statistics().sent == 1_000
+
+
+async def test_the_drain_waits_for_a_full_buffer(far_end: socket.socket, unix_server: Server) -> None:
+    """Replies that wait for room when the server stops leave as soon as there is some."""
+    far_end.send(b"a")
+    await trio.testing.wait_all_tasks_blocked()
+    unix_server.stop()
+    received: list[Any] = [await trio.to_thread.run_sync(far_end.recv, 100) for _ in range(1_000)]
+    assert received == [b"a%d" % i for i in range(1_000)]

@@ -1,0 +1,256 @@
+"""The other end: connections over a connected socket."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import trio
+import trio.testing
+
+import trio_udp
+from trio_udp import Connection, connect
+
+
+@pytest.fixture
+def far_end() -> Iterator[socket.socket]:
+    """A plain socket to be connected to."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(5)
+        yield sock
+
+
+@pytest.fixture
+async def connection(far_end: socket.socket) -> AsyncIterator[Connection]:
+    async with await connect(*far_end.getsockname()) as connection:
+        yield connection
+
+
+async def test_a_conversation_with_a_server(nursery: trio.Nursery) -> None:
+    """A connection speaks the same words as a client."""
+
+    async def echo(client: trio_udp.Client) -> None:
+        async for payload in client:
+            await client.send(payload)
+
+    async def serve(task_status: trio.TaskStatus[trio_udp.Server]) -> None:
+        await trio_udp.serve(echo, 0, task_status=task_status)
+
+    server: trio_udp.Server = await nursery.start(serve)
+    for host in ("localhost", "127.0.0.1", "::1"):
+        with trio.fail_after(5):
+            async with await connect(host, server.endpoints[0].local_address[1]) as connection:
+                await connection.send(b"one")
+                connection.send_nowait(bytearray(b""))
+                await connection.send_many([b"two", memoryview(b"three")])
+                received = [await connection.receive() for _ in range(4)]
+                assert received == [b"one", b"", b"two", b"three"]
+                assert connection.local_address in [client.peer_address for client in server.clients]
+                assert connection.socket.getpeername() == connection.peer_address
+
+
+async def test_statistics_add_up(connection: Connection, far_end: socket.socket) -> None:
+    """What has been read ahead and not been asked for shows as waiting, and at the end as dropped."""
+    for i in range(5):
+        far_end.sendto(b"%d" % i, connection.local_address)
+    await connection.send(b"xyz")
+    assert [await connection.receive() for _ in range(2)] == [b"0", b"1"]
+    expected = trio_udp.ConnectionStatistics(
+        received=5,
+        bytes_received=5,
+        truncated=0,
+        sent=1,
+        bytes_sent=3,
+        receive_errors=0,
+        send_errors=0,
+        errors={},
+        delivered=2,
+        waiting=3,
+        dropped_at_end=0,
+    )
+    assert connection.statistics() == expected
+    await connection.aclose()
+    assert connection.statistics().dropped_at_end == 3
+    assert connection.statistics().waiting == 0
+
+
+async def test_receive_nowait(connection: Connection, far_end: socket.socket) -> None:
+    """receive_nowait returns what has arrived or raises WouldBlock."""
+    with pytest.raises(trio.WouldBlock):
+        connection.receive_nowait()
+    for payload in (b"a", b"b"):
+        far_end.sendto(payload, connection.local_address)
+    assert [connection.receive_nowait(), await connection.receive()] == [b"a", b"b"]
+
+
+async def test_only_the_server_is_heard(connection: Connection, far_end: socket.socket) -> None:
+    """Datagrams from anybody else do not arrive."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        stranger.sendto(b"forged", connection.local_address)
+    far_end.sendto(b"genuine", connection.local_address)
+    assert await connection.receive() == b"genuine"
+
+
+async def test_async_iteration(connection: Connection, far_end: socket.socket) -> None:
+    """A connection can be iterated, as a client can."""
+    for i in range(200):
+        far_end.sendto(b"%d" % i, connection.local_address)
+    seen = []
+    async for payload in connection:
+        seen.append(payload)
+        if len(seen) == 200:
+            break
+    assert seen == [b"%d" % i for i in range(200)]
+
+
+async def test_refusal_is_raised_once(connection: Connection, far_end: socket.socket) -> None:
+    """When nobody listens, receive raises ConnectionRefusedError once for it, and the connection stays usable."""
+    address = far_end.getsockname()
+    far_end.close()
+    await connection.send(b"anybody?")
+    with trio.fail_after(5), pytest.raises(ConnectionRefusedError):
+        await connection.receive()
+    with pytest.raises(trio.WouldBlock):
+        connection.receive_nowait()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again:
+        again.bind(address)
+        again.settimeout(5)
+        await connection.send(b"and now?")
+        payload, source = again.recvfrom(100)
+        assert payload == b"and now?"
+        again.sendto(b"yes", source)
+        assert await connection.receive() == b"yes"
+
+
+async def test_a_refusal_costs_no_datagram(connection: Connection, far_end: socket.socket) -> None:
+    """The kernel reports an earlier refusal on the next send; that datagram is sent all the same."""
+    address = far_end.getsockname()
+    far_end.close()
+    await connection.send(b"refused")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again:
+        again.bind(address)
+        again.settimeout(5)
+        await connection.send(b"wanted")
+        assert again.recv(100) == b"wanted"
+    with pytest.raises(ConnectionRefusedError):
+        connection.receive_nowait()
+    with pytest.raises(trio.WouldBlock):
+        connection.receive_nowait()
+    assert connection.statistics().send_errors == 0
+
+
+async def test_a_refusal_reaches_a_receive_that_waits(connection: Connection, far_end: socket.socket) -> None:
+    """A task that is already waiting is told, whichever call the kernel gave the news to."""
+    far_end.close()
+
+    async def expect_refusal() -> None:
+        with trio.fail_after(5), pytest.raises(ConnectionRefusedError):
+            await connection.receive()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(expect_refusal)
+        await trio.testing.wait_all_tasks_blocked()
+        await connection.send(b"1")
+        await connection.send(b"2")
+
+
+async def test_cancelling_receive_loses_nothing(connection: Connection, far_end: socket.socket) -> None:
+    """A cancelled receive leaves what has arrived for the next one."""
+    far_end.sendto(b"x", connection.local_address)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await connection.receive()
+    assert scope.cancelled_caught
+    assert await connection.receive() == b"x"
+
+
+async def test_two_tasks_cannot_receive_at_once(connection: Connection, far_end: socket.socket) -> None:
+    """The second of two tasks that receive gets BusyResourceError."""
+    seen = []
+
+    async def receive() -> None:
+        seen.append(await connection.receive())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(trio.BusyResourceError):
+            await connection.receive()
+        far_end.sendto(b"x", connection.local_address)
+    assert seen == [b"x"]
+
+
+async def test_after_closing(connection: Connection) -> None:
+    """Everything raises ClosedResourceError once the connection is closed; closing again does nothing."""
+    outcome = []
+
+    async def receive() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await connection.receive()
+        outcome.append("closed")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        await trio.testing.wait_all_tasks_blocked()
+        await connection.aclose()
+    connection.close()
+    assert outcome == ["closed"]
+    with pytest.raises(trio.ClosedResourceError):
+        await connection.send(b"x")
+    with pytest.raises(trio.ClosedResourceError):
+        connection.send_nowait(b"x")
+    with pytest.raises(trio.ClosedResourceError):
+        await connection.receive()
+    with pytest.raises(trio.ClosedResourceError):
+        connection.receive_nowait()
+    assert "closed" in repr(connection)
+
+
+async def test_local_address(far_end: socket.socket) -> None:
+    """A connection can be bound to one of our addresses."""
+    host, port = far_end.getsockname()
+    async with await connect(host, port, local_address=("127.0.0.5", 0)) as connection:
+        assert connection.local_address[0] == "127.0.0.5"
+        await connection.send(b"x")
+        assert far_end.recvfrom(100) == (b"x", connection.local_address)
+
+
+async def test_connecting_fails_with_the_kernels_error() -> None:
+    """A wrong port, an unknown name and an address that is not ours raise at the call."""
+    with pytest.raises(TypeError, match="port"):
+        await connect("127.0.0.1", "9")  # type: ignore[arg-type]
+    with pytest.raises(OSError, match=r".+"):
+        await connect("no such host.invalid", 9)
+    with pytest.raises(OSError, match=r".+") as info:
+        await connect("127.0.0.1", 9, local_address=("192.0.2.1", 0))
+    assert info.value.errno == errno.EADDRNOTAVAIL
+    with pytest.raises(TypeError):
+        await connect("127.0.0.1", 9, local_address=5)  # type: ignore[arg-type]
+
+
+async def test_other_tasks_run_while_much_arrives(connection: Connection, far_end: socket.socket) -> None:
+    """A task that always finds a datagram lets others run at least once in 64.
+
+    Trio orders the tasks of each pass at random, so within 128 the other task has had its turn.
+    """
+    passes = 0
+
+    async def bystander() -> None:
+        nonlocal passes
+        while True:
+            passes += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bystander)
+        for _ in range(10):
+            for _ in range(130):
+                far_end.sendto(b"x", connection.local_address)
+            before = passes
+            for _ in range(130):
+                await connection.receive()
+            assert passes > before
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,226 @@
+"""The inbox: its bounds, its two policies, and a model of it."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Literal
+
+import pytest
+import trio
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from trio_udp import Client, Limits
+from trio_udp._inbox import Inbox, InboxTotals
+
+from .conftest import InMemory, StartInMemory, check_adds_up
+from .memory import ALICE, BOB
+
+
+async def collect(start_in_memory: StartInMemory, limits: Limits, *payloads: bytes) -> tuple[InMemory, list[bytes]]:
+    """Let payloads arrive while the handler is busy; return what it takes afterwards."""
+    taken: list[bytes] = []
+    go_on = trio.Event()
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        await go_on.wait()
+        taken.extend([payload async for payload in client])
+
+    run = await start_in_memory(handler, limits=limits, idle_timeout=math.inf)
+    run.engine.put(b"")
+    await run.settle()
+    for payload in payloads:
+        run.engine.put(payload)
+    await run.settle()
+    go_on.set()
+    await run.settle()
+    check_adds_up(run.server)
+    run.server.stop()
+    await run.settle()
+    return run, taken
+
+
+async def test_a_full_inbox_drops_the_newest(start_in_memory: StartInMemory) -> None:
+    """By default what arrives at a full inbox is lost, exactly counted, and what waits is kept."""
+    run, taken = await collect(start_in_memory, Limits(inbox_datagrams=3), *[b"%d" % i for i in range(10)])
+    assert taken == [b"0", b"1", b"2"]
+    assert run.server.statistics().dropped_inbox_full == 7
+
+
+async def test_a_full_inbox_drops_the_oldest(start_in_memory: StartInMemory) -> None:
+    """With drop_oldest what has waited the longest makes room."""
+    limits = Limits(inbox_datagrams=3, when_inbox_full="drop_oldest")
+    run, taken = await collect(start_in_memory, limits, *[b"%d" % i for i in range(10)])
+    assert taken == [b"7", b"8", b"9"]
+    assert run.server.statistics().dropped_inbox_full == 7
+
+
+async def test_an_inbox_is_bounded_in_bytes(start_in_memory: StartInMemory) -> None:
+    """Payload bytes count, not only datagrams; empty datagrams take no bytes."""
+    _, taken = await collect(start_in_memory, Limits(inbox_bytes=10), bytes(6), bytes(5), bytes(4), b"", b"x", b"")
+    assert taken == [bytes(6), bytes(4), b"", b""]
+
+
+async def test_dropping_the_oldest_stops_when_there_is_room(start_in_memory: StartInMemory) -> None:
+    """With drop_oldest no more is dropped than needed, and nothing for a datagram that can never fit."""
+    limits = Limits(inbox_bytes=10, when_inbox_full="drop_oldest")
+    run, taken = await collect(start_in_memory, limits, bytes(3), bytes(3), bytes(4), bytes(5), bytes(11))
+    assert taken == [bytes(4), bytes(5)]
+    assert run.server.statistics().dropped_inbox_full == 3
+
+
+async def test_all_inboxes_are_bounded_together(start_in_memory: StartInMemory) -> None:
+    """total_bytes bounds what waits for all clients; a stranger for whom there is no room does not become one."""
+
+    async def handler(client: Client) -> None:
+        await trio.sleep_forever()
+
+    run = await start_in_memory(handler, limits=Limits(total_bytes=10))
+    run.engine.put(bytes(8), ALICE)
+    run.engine.put(bytes(3), BOB)
+    await run.settle()
+    assert run.server.statistics().clients == 1
+    run.engine.put(bytes(2), BOB)
+    run.engine.put(bytes(1), ALICE)
+    run.engine.put(b"", ALICE)
+    await run.settle()
+    statistics = run.server.statistics()
+    assert (statistics.clients, statistics.waiting, statistics.dropped_inbox_full) == (2, 3, 2)
+    check_adds_up(run.server)
+
+
+async def test_one_client_does_not_drop_anothers_datagrams(start_in_memory: StartInMemory) -> None:
+    """With drop_oldest and no room in total, a client gives up its own datagrams only, and only if that is enough."""
+
+    async def handler(client: Client) -> None:
+        await trio.sleep_forever()
+
+    limits = Limits(total_bytes=10, when_inbox_full="drop_oldest")
+    run = await start_in_memory(handler, limits=limits)
+    run.engine.put(bytes(6), ALICE)
+    run.engine.put(bytes(2), BOB)
+    run.engine.put(bytes(5), BOB)
+    run.engine.put(bytes(4), BOB)
+    await run.settle()
+    waiting = {c.peer_address: (c.statistics().waiting, c.statistics().bytes_received) for c in run.server.clients}
+    assert waiting == {ALICE: (1, 6), BOB: (1, 11)}
+    assert run.server.statistics().dropped_inbox_full == 2
+
+
+async def test_a_slow_client_holds_nobody_up(start_in_memory: StartInMemory) -> None:
+    """While one inbox overflows, another client loses nothing."""
+
+    async def handler(client: Client) -> None:
+        async for payload in client:
+            if client.peer_address == ALICE:
+                await trio.sleep_forever()
+            await client.send(payload)
+
+    run = await start_in_memory(handler)
+    wanted = [b"%d" % i for i in range(500)]
+    for payload in wanted:
+        for _ in range(5):
+            run.engine.put(payload, ALICE)
+        run.engine.put(payload, BOB)
+    await run.settle()
+    assert run.engine.sent_to(BOB) == wanted
+    assert run.server.statistics().dropped_inbox_full == 2_500 - 1 - 256
+    check_adds_up(run.server)
+
+
+@pytest.mark.parametrize("policy", ["drop_newest", "drop_oldest"])
+async def test_an_echo_keeps_up_with_any_burst(
+    start_in_memory: StartInMemory, policy: Literal["drop_newest", "drop_oldest"]
+) -> None:
+    """A handler that only receives and sends loses nothing, however long the burst."""
+
+    async def echo(client: Client) -> None:
+        async for payload in client:
+            await client.send(payload)
+
+    run = await start_in_memory(echo, limits=Limits(when_inbox_full=policy))
+    wanted = [b"%d" % i for i in range(20_000)]
+    for payload in wanted:
+        run.engine.put(payload)
+    await run.settle()
+    assert run.engine.sent_to(ALICE) == wanted
+
+
+class InboxModel(RuleBasedStateMachine):
+    """Two inboxes with common totals behave as two lists would, whatever happens in whatever order."""
+
+    def __init__(self, policy: Literal["drop_newest", "drop_oldest"] = "drop_newest") -> None:
+        super().__init__()
+        self.limits = Limits(inbox_datagrams=4, inbox_bytes=12, total_bytes=16, when_inbox_full=policy)
+        self.totals = InboxTotals()
+        self.inboxes = [Inbox(self.limits, self.totals) for _ in range(2)]
+        self.models: list[deque[bytes]] = [deque(), deque()]
+        self.arrived = self.delivered = self.dropped_full = self.dropped_at_end = 0
+
+    def _fits(self, which: int, payload: bytes) -> bool:
+        mine, both = self.models[which], [*self.models[0], *self.models[1]]
+        return len(mine) < 4 and sum(map(len, mine)) + len(payload) <= 12 and sum(map(len, both)) + len(payload) <= 16
+
+    @rule(which=st.integers(0, 1), payload=st.binary(max_size=14))
+    def put(self, which: int, payload: bytes) -> None:
+        self.inboxes[which].put(payload)
+        self.arrived += 1
+        mine = self.models[which]
+        if not self._fits(which, payload) and self.limits.when_inbox_full == "drop_oldest":
+            kept = mine.copy()
+            while mine and not self._fits(which, payload):
+                mine.popleft()
+            if self._fits(which, payload):
+                self.dropped_full += len(kept) - len(mine)
+            else:
+                mine.extend(kept)
+        if self._fits(which, payload):
+            mine.append(payload)
+        else:
+            self.dropped_full += 1
+
+    @precondition(lambda self: self.models[0])
+    @rule()
+    def take(self) -> None:
+        assert self.inboxes[0].take() == self.models[0].popleft()
+        self.delivered += 1
+
+    @rule()
+    def drop_all(self) -> None:
+        self.inboxes[0].drop_all()
+        self.dropped_at_end += len(self.models[0])
+        self.models[0].clear()
+
+    @rule()
+    def hand_over(self) -> None:
+        successor = Inbox(self.limits, self.totals)
+        before = self.inboxes[0].delivered
+        self.inboxes[0].hand_over(successor)
+        assert self.inboxes[0].delivered == before
+        assert not self.inboxes[0].payloads
+        assert (successor.received, successor.delivered) == (len(self.models[0]), 0)
+        self.inboxes[0] = successor
+
+    @invariant()
+    def everything_adds_up(self) -> None:
+        for inbox, model in zip(self.inboxes, self.models, strict=True):
+            assert inbox.payloads == model
+        totals = self.totals
+        assert totals.waiting == sum(map(len, self.models))
+        assert totals.waiting_bytes == sum(len(payload) for model in self.models for payload in model)
+        assert totals.delivered == self.delivered
+        assert totals.dropped_inbox_full == self.dropped_full
+        assert totals.dropped_at_end == self.dropped_at_end
+        assert self.arrived == self.delivered + totals.waiting + self.dropped_full + self.dropped_at_end
+
+
+class DropOldestModel(InboxModel):
+    def __init__(self) -> None:
+        super().__init__("drop_oldest")
+
+
+TestDropNewest = InboxModel.TestCase
+TestDropOldest = DropOldestModel.TestCase
+TestDropNewest.settings = TestDropOldest.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

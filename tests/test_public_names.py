@@ -1,0 +1,41 @@
+"""The package shows what it says it shows, at run time and to a type checker."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import re
+from pathlib import Path
+
+import trio_udp
+
+
+def test_all_is_what_there_is() -> None:
+    """__all__ lists every public name, and nothing else is public."""
+    public = {name for name in vars(trio_udp) if not name.startswith("_")}
+    assert sorted(public) == trio_udp.__all__
+
+
+def test_a_type_checker_sees_the_same_names() -> None:
+    """Every public name is re-exported in the form that type checkers take as public."""
+    source = Path(trio_udp.__file__).read_text()
+    assert sorted(set(re.findall(r"(\w+) as \1\b", source))) == trio_udp.__all__
+    assert (Path(trio_udp.__file__).parent / "py.typed").exists()
+
+
+def test_names_live_in_the_package() -> None:
+    """Tracebacks, documentation and pickles name the public place, not the module inside."""
+    assert {getattr(trio_udp, name).__module__ for name in trio_udp.__all__} == {"trio_udp"}
+    limits = trio_udp.Limits(max_clients=5)
+    assert pickle.loads(pickle.dumps(limits)) == limits
+
+
+def test_everything_public_is_documented() -> None:
+    """Every public function, class, method and property has a docstring."""
+    for name in trio_udp.__all__:
+        thing = getattr(trio_udp, name)
+        assert inspect.getdoc(thing), name
+        if inspect.isclass(thing):
+            for attribute, member in vars(thing).items():
+                if not attribute.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+                    assert inspect.getdoc(member), f"{name}.{attribute}"

@@ -1,0 +1,390 @@
+"""The whole server over real sockets: addresses, sizes, binding, and what the kernel does."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+import trio_udp
+from trio_udp import Client, Endpoint, Server, serve, serve_endpoints
+
+from .conftest import check_adds_up
+
+needs_pktinfo = pytest.mark.skipif(trio_udp._endpoints._pktinfo.IP_PKTINFO is None, reason="platform has no IP_PKTINFO")
+
+
+async def echo(client: Client) -> None:
+    async for payload in client:
+        await client.send(payload)
+
+
+async def tell_addresses(client: Client) -> None:
+    async for _ in client:
+        await client.send(f"{client.peer_address} to {client.local_address}".encode())
+
+
+StartServer = Callable[..., Awaitable[Server]]
+
+
+@pytest.fixture
+def start(nursery: trio.Nursery) -> StartServer:
+    """Start a server on loopback; keywords are those of ``serve``."""
+
+    async def start(handler: Callable[[Client], Awaitable[object]] = echo, **options: Any) -> Server:
+        options.setdefault("host", "127.0.0.1")
+        server: Server = await nursery.start(partial(serve, handler, 0, **options))
+        return server
+
+    return start
+
+
+def port_of(server: Server) -> int:
+    return server.endpoints[0].local_address[1]
+
+
+@contextmanager
+def peer(server: Server, host: str = "127.0.0.1", source: str | None = None) -> Iterator[socket.socket]:
+    """A plain connected socket: it takes nothing but answers from the very address it sends to."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        if source is not None:
+            sock.bind((source, 0))
+        sock.connect((host, port_of(server)))
+        sock.settimeout(5)
+        yield sock
+
+
+async def ask(sock: socket.socket, payload: bytes) -> bytes:
+    sock.send(payload)
+    return await trio.to_thread.run_sync(sock.recv, 65_536)
+
+
+async def test_echo(start: StartServer) -> None:
+    """Datagrams of any length come back whole: empty, short, and the longest that UDP can carry."""
+    server = await start()
+    with peer(server) as sock:
+        for payload in (b"hello", b"", bytes(range(256)) * 200, bytes(65_507)):
+            assert await ask(sock, payload) == payload
+    check_adds_up(server)
+    (endpoint,) = server.endpoints
+    assert endpoint.statistics() == trio_udp.EndpointStatistics(
+        received=4,
+        bytes_received=5 + 51_200 + 65_507,
+        truncated=0,
+        sent=4,
+        bytes_sent=5 + 51_200 + 65_507,
+        receive_errors=0,
+        send_errors=0,
+        errors={},
+    )
+
+
+async def test_server_statistics(start: StartServer) -> None:
+    """The server's counters say what happened to each datagram."""
+    server = await start()
+    with peer(server) as sock:
+        await ask(sock, b"hello")
+    nothing: Any = dict.fromkeys([field.name for field in attrs.fields(trio_udp.ServerStatistics)], 0)
+    one: Any = {"received": 1, "bytes_received": 5, "delivered": 1, "sent": 1, "bytes_sent": 5}
+    expected = trio_udp.ServerStatistics(**{**nothing, **one, "clients": 1, "clients_started": 1, "errors": {}})
+    assert server.statistics() == expected
+
+
+async def test_all_interfaces(start: StartServer) -> None:
+    """host=None serves IPv4 and IPv6, on the same port, from one endpoint each."""
+    server = await start(tell_addresses, host=None)
+    addresses = [endpoint.local_address for endpoint in server.endpoints]
+    assert addresses == [("0.0.0.0", port_of(server)), ("::", port_of(server), 0, 0)]
+    for host in ("127.0.0.1", "::1"):
+        with peer(server, host) as sock:
+            answer = f"{sock.getsockname()} to {sock.getpeername()}"
+            assert (await ask(sock, b"x")).decode() == answer
+
+
+@needs_pktinfo
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "127.4.5.6"])
+async def test_replies_leave_from_the_address_that_was_written_to(start: StartServer, host: str) -> None:
+    """On a socket bound to all addresses, a connected client gets its answer, whichever address it wrote to."""
+    server = await start(tell_addresses, host=None)
+    with peer(server, host) as sock:
+        assert (await ask(sock, b"x")).decode() == f"{sock.getsockname()} to {(host, port_of(server))}"
+
+
+@needs_pktinfo
+async def test_one_stranger_at_two_of_our_addresses_is_two_clients(start: StartServer) -> None:
+    """A client is a pair of addresses: the same peer writing to another of ours is another conversation."""
+    server = await start(tell_addresses, host="0.0.0.0")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(5)
+        for host in ("127.0.0.2", "127.0.0.3"):
+            sock.sendto(b"x", (host, port_of(server)))
+            _, source = await trio.to_thread.run_sync(sock.recvfrom, 100)
+            assert source == (host, port_of(server))
+    assert sorted(client.local_address[0] for client in server.clients) == ["127.0.0.2", "127.0.0.3"]
+    assert len({client.peer_address for client in server.clients}) == 1
+
+
+@needs_pktinfo
+async def test_ipv4_clients_of_a_dual_stack_socket(nursery: trio.Nursery) -> None:
+    """A socket that someone else bound for both families works, with IPv4 clients mapped into IPv6."""
+    sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    sock.bind(("::", 0))
+    endpoint = Endpoint.from_socket(sock)
+    server = await nursery.start(partial(serve_endpoints, tell_addresses, [endpoint]))
+    with peer(server, "127.0.0.2") as client:
+        answer = await ask(client, b"x")
+        own, port = client.getsockname()[1], port_of(server)
+        assert answer.decode() == f"('::ffff:127.0.0.1', {own}, 0, 0) to ('::ffff:127.0.0.2', {port}, 0, 0)"
+
+
+async def test_truncated_datagrams_are_never_delivered(start: StartServer) -> None:
+    """A datagram longer than max_datagram_size is counted and dropped whole; one as long as that is delivered."""
+    for host in ("127.0.0.1", "0.0.0.0"):
+        server = await start(host=host, max_datagram_size=100)
+        with peer(server) as sock:
+            sock.send(bytes(101))
+            sock.send(bytes(5_000))
+            assert await ask(sock, bytes(100)) == bytes(100)
+        statistics = server.statistics()
+        assert (statistics.received, statistics.truncated, statistics.delivered) == (3, 2, 1)
+        assert statistics.clients_started == 1
+        check_adds_up(server)
+
+
+async def test_many_at_once_arrive_in_order(start: StartServer) -> None:
+    """A burst from many clients, longer than a batch, comes back complete and in order."""
+    server = await start(receive_buffer=4_000_000)
+    wanted = [b"%d" % number for number in range(20)]
+    with trio.fail_after(10):
+        sockets = [peer(server) for _ in range(10)]
+        opened = [manager.__enter__() for manager in sockets]
+        for payload in wanted:
+            for sock in opened:
+                sock.send(payload)
+        for sock in opened:
+            assert [await trio.to_thread.run_sync(sock.recv, 100) for _ in wanted] == wanted
+        for manager in sockets:
+            manager.__exit__(None, None, None)
+    check_adds_up(server)
+
+
+async def test_send_to_any_address(start: StartServer) -> None:
+    """send_to reaches an address that has never written to the server, from the endpoint of its family."""
+    server = await start(host=None)
+    for host in ("127.0.0.1", "::1"):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind((host, 0))
+            sock.settimeout(5)
+            await server.send_to(bytearray(b"news"), sock.getsockname())
+            payload, source = await trio.to_thread.run_sync(sock.recvfrom, 100)
+            assert (payload, source[:2]) == (b"news", (host, port_of(server)))
+    assert server.statistics().sent == 2
+
+
+async def test_send_to_takes_addresses_only(start: StartServer) -> None:
+    """send_to refuses names, which would have to be looked up, and families that no endpoint has."""
+    server = await start()
+    for host in ("localhost", "::1", ""):
+        with pytest.raises(ValueError, match=r"address|endpoint"):
+            await server.send_to(b"x", (host, 9))
+    with pytest.raises(OSError, match="too long") as info:
+        await server.send_to(bytes(65_508), ("127.0.0.1", 9))
+    assert info.value.errno == errno.EMSGSIZE
+    server.stop()
+    await trio.testing.wait_all_tasks_blocked()
+    with pytest.raises(trio.ClosedResourceError):
+        await server.send_to(b"x", ("127.0.0.1", 9))
+
+
+async def test_a_client_that_is_gone_disturbs_nobody(start: StartServer) -> None:
+    """Answers to a port that is closed by now end neither the server nor another conversation."""
+    server = await start()
+    with peer(server) as stays:
+        for _ in range(20):
+            with peer(server) as leaves:
+                leaves.send(b"x")
+        assert await ask(stays, b"still there?") == b"still there?"
+
+
+def send_forged(server: Server, source: tuple[str, int], payload: bytes) -> None:
+    """Send a UDP datagram with any source address and port; only root may."""
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP) as raw:
+        raw.bind((source[0], 0))
+        header = struct.pack("!HHHH", source[1], port_of(server), 8 + len(payload), 0)
+        raw.sendto(header + payload, ("127.0.0.1", 0))
+
+
+async def test_source_port_zero_is_survived(start: StartServer) -> None:
+    """A datagram from port 0 cannot be answered; that is counted and hurts nobody."""
+    server = await start()
+    try:
+        send_forged(server, ("127.0.0.1", 0), b"x")
+    except PermissionError:
+        pytest.skip("only root may send from port 0")
+    with peer(server) as sock:
+        assert await ask(sock, b"y") == b"y"
+    assert server.statistics().errors == {"EINVAL": 1}
+    assert server.statistics().send_errors == 1
+
+
+async def test_errors_of_the_network_are_counted(start: StartServer) -> None:
+    """What the kernel refuses to send is counted by errno, and not raised."""
+    server = await start()
+    await server.send_to(b"x", ("255.255.255.255", 9))
+    assert server.statistics().errors == {"EACCES": 1}
+    with peer(server) as sock:
+        assert await ask(sock, b"y") == b"y"
+
+
+async def test_port_in_use(start: StartServer) -> None:
+    """A second server on the same port fails with the kernel's error, and leaves nothing open."""
+    server = await start()
+    with pytest.raises(OSError, match="in use") as info:
+        await serve(echo, port_of(server), host="127.0.0.1")
+    assert info.value.errno == errno.EADDRINUSE
+
+
+async def test_a_failed_bind_closes_what_was_opened(start: StartServer) -> None:
+    """When one family's port is taken, the other family's socket does not stay bound."""
+    taken = await start(host="::1")
+    with pytest.raises(OSError, match="in use"):
+        await trio_udp.open_endpoints(port_of(taken), host=None)
+    (free,) = await trio_udp.open_endpoints(port_of(taken), host="127.0.0.1")
+    await free.aclose()
+
+
+async def test_reuse_port(start: StartServer) -> None:
+    """With reuse_port two servers share a port; between them they answer everybody."""
+    first = await start(reuse_port=True)
+    (endpoint,) = await trio_udp.open_endpoints(port_of(first), host="127.0.0.1", reuse_port=True)
+    assert endpoint.local_address == first.endpoints[0].local_address
+    await endpoint.aclose()
+
+
+async def test_buffers(start: StartServer) -> None:
+    """receive_buffer and send_buffer set the socket's options."""
+    server = await start(receive_buffer=20_000, send_buffer=30_000)
+    sock = server.endpoints[0].socket
+    # Linux doubles what it is asked for; see socket(7).
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) in (20_000, 40_000)
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) in (30_000, 60_000)
+
+
+async def test_names_are_resolved() -> None:
+    """A host name is bound at every address it stands for, at one port."""
+    endpoints = await trio_udp.open_endpoints(0, host="localhost")
+    assert {endpoint.local_address[0] for endpoint in endpoints} <= {"127.0.0.1", "::1"}
+    assert len({endpoint.local_address[1] for endpoint in endpoints}) == 1
+    for endpoint in endpoints:
+        await endpoint.aclose()
+        await endpoint.aclose()
+        assert repr(endpoint) == f"<trio_udp.Endpoint {endpoint.local_address} closed>"
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments"),
+    [
+        (TypeError, {"port": "9999"}),
+        (TypeError, {"port": None}),
+        (ValueError, {"port": 65_536}),
+        (ValueError, {"port": -1}),
+        (TypeError, {"max_datagram_size": 1.5}),
+        (ValueError, {"max_datagram_size": 0}),
+        (ValueError, {"max_datagram_size": 65_536}),
+        (TypeError, {"receive_buffer": "1M"}),
+        (ValueError, {"send_buffer": 0}),
+        (OSError, {"host": "no such host.invalid"}),
+        (OSError, {"host": "192.0.2.1"}),
+    ],
+)
+async def test_wrong_arguments(error: type[Exception], arguments: dict[str, Any]) -> None:
+    """A mistake of the caller's raises at the call."""
+    with pytest.raises(error):
+        await trio_udp.open_endpoints(**{"port": 0, **arguments})
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+async def test_a_socket_that_someone_else_bound(nursery: trio.Nursery, blocking: bool) -> None:
+    """from_socket takes over a bound socket, in blocking mode or not, and the server closes it."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind(("127.0.0.1", 0))
+    sock.setblocking(blocking)
+    endpoint = Endpoint.from_socket(sock)
+    assert endpoint.local_address == sock.getsockname()
+    server = await nursery.start(partial(serve_endpoints, echo, [endpoint]))
+    with peer(server) as client:
+        assert await ask(client, b"x") == b"x"
+    server.stop()
+    await trio.testing.wait_all_tasks_blocked()
+    assert sock.fileno() == -1
+
+
+async def test_a_trio_socket(nursery: trio.Nursery) -> None:
+    """from_socket takes Trio's sockets, and hands them out again as endpoint.socket."""
+    sock = trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM)
+    await sock.bind(("127.0.0.1", 0))
+    endpoint = Endpoint.from_socket(sock)
+    assert endpoint.socket is sock
+    server = await nursery.start(partial(serve_endpoints, echo, [endpoint]))
+    with peer(server) as client:
+        assert await ask(client, b"x") == b"x"
+
+
+async def test_sockets_that_cannot_be_served() -> None:
+    """from_socket says what is wrong with a socket that is unbound, or no datagram socket, or no socket."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, pytest.raises(ValueError, match="not bound"):
+        Endpoint.from_socket(sock)
+    with socket.socket() as sock, pytest.raises(ValueError, match="datagram"):
+        Endpoint.from_socket(sock)
+    with pytest.raises(TypeError, match="socket"):
+        Endpoint.from_socket(5)  # type: ignore[arg-type]
+
+
+async def test_closing_the_socket_under_a_running_server() -> None:
+    """However the socket is closed, the server ends with ClosedResourceError and does not spin."""
+    (endpoint,) = await trio_udp.open_endpoints(0, host="127.0.0.1")
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        endpoint.socket.close()
+        await trio.sleep_forever()
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _ in range(10):
+            sock.sendto(b"x", endpoint.local_address)
+    await expect_closed(partial(serve_endpoints, handler, [endpoint]))
+
+
+async def expect_closed(serving: Callable[[], Awaitable[None]]) -> None:
+    with trio.fail_after(5), pytest.raises(trio.ClosedResourceError):
+        await serving()
+
+
+async def test_a_receive_that_waits_when_the_endpoint_is_closed(start: StartServer) -> None:
+    """Closing an endpoint on which nothing arrives wakes its loop."""
+    (endpoint,) = await trio_udp.open_endpoints(0, host="127.0.0.1")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(expect_closed, partial(serve_endpoints, echo, [endpoint]))
+        await trio.testing.wait_all_tasks_blocked()
+        await endpoint.aclose()
+
+
+async def test_cancelling_leaves_nothing_open() -> None:
+    """After cancelling serve, the port is free again."""
+    async with trio.open_nursery() as nursery:
+        server = await nursery.start(partial(serve, echo, 0))
+        nursery.cancel_scope.cancel()
+    for endpoint in await trio_udp.open_endpoints(port_of(server)):
+        await endpoint.aclose()
