@@ -68,6 +68,22 @@ async def test_first_come_first_served(start_in_memory: StartInMemory) -> None:
         assert [payload for _, payload in run.engine.sent] == names[:count]
 
 
+async def test_send_to_waits_too(start_in_memory: StartInMemory, nursery: trio.Nursery) -> None:
+    """Datagrams that nobody has asked for wait for room as replies do."""
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+
+    run = await start_in_memory(handler)
+    run.engine.room = 0
+    nursery.start_soon(run.server.send_to, b"news", BOB)
+    await run.settle()
+    assert run.engine.sent == []
+    run.engine.make_room(1)
+    await run.settle()
+    assert run.engine.sent == [(BOB, b"news")]
+
+
 async def test_a_cancelled_sender_lets_the_next_one_go(start_in_memory: StartInMemory) -> None:
     """Cancelling a sender that waits sends nothing of it, and the others get their turn."""
     scopes = [trio.CancelScope() for _ in range(3)]

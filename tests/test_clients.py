@@ -355,3 +355,40 @@ async def test_short_conversations_leave_nothing_behind(
     assert run.server.statistics().clients_started == 50_000
     gc.collect()
     assert sum(isinstance(thing, Client) for thing in gc.get_objects()) < 2_000
+
+
+async def test_many_clients_that_expire_together(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+    """However many are due at the same moment, all are expired, and other tasks run meanwhile."""
+    handler = Recorder()
+    run = await start_in_memory(handler, idle_timeout=8)
+    for i in range(1_000):
+        run.engine.put(b"x", ("192.0.2.8", i))
+    await trio.sleep(20)
+    assert {end[3] for end in handler.ends} == {8.0}
+    assert run.server.statistics().clients_expired == 1_000
+
+
+async def test_a_transaction_of_another_task(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+    """A client whose handler already waits is protected as soon as another task enters a transaction, and no longer."""
+
+    async def in_a_transaction(client: Client) -> None:
+        await trio.sleep(1)
+        with client.transaction():
+            await trio.sleep(1)
+
+    async def handler(client: Client) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(in_a_transaction, client)
+            async for _ in client:
+                pass
+            nursery.cancel_scope.cancel()
+
+    run = await start_in_memory(handler, limits=Limits(max_clients=1, when_full="evict_idle"))
+    run.engine.put(b"x", ALICE)
+    await trio.sleep(1.5)
+    run.engine.put(b"x", BOB)
+    await trio.sleep(1)
+    assert [client.peer_address for client in run.server.clients] == [ALICE]
+    run.engine.put(b"x", BOB)
+    await trio.sleep(0.1)
+    assert [client.peer_address for client in run.server.clients] == [BOB]

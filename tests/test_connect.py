@@ -232,7 +232,7 @@ async def test_connecting_fails_with_the_kernels_error() -> None:
 
 
 async def test_other_tasks_run_while_much_arrives(connection: Connection, far_end: socket.socket) -> None:
-    """A task that always finds a datagram lets others run at least once in 64.
+    """A task that always finds a datagram lets others run at least once in a batch of 64.
 
     Trio orders the tasks of each pass at random, so within 128 the other task has had its turn.
     """

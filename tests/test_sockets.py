@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+import types
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -315,6 +316,58 @@ async def test_wrong_arguments(error: type[Exception], arguments: dict[str, Any]
         await trio_udp.open_endpoints(**{"port": 0, **arguments})
 
 
+class KernelWithout:
+    """Opens sockets as the kernel would if it lacked something in IPv6."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, socket_error: int = 0, bind_error: int = 0) -> None:
+        class Socket(socket.socket):
+            def __init__(self, family: int, type: int) -> None:
+                if family == socket.AF_INET6 and socket_error:
+                    raise OSError(socket_error, "no such family")
+                super().__init__(family, type)
+
+        def open_socket(family: int, type: int) -> socket.socket:
+            if family == socket.AF_INET6 and bind_error:
+                return Unbindable(family, type)
+            with Socket(family, type) as checked:
+                return socket.socket(fileno=checked.detach())
+
+        class Unbindable(socket.socket):
+            def bind(self, address: Any) -> None:
+                raise OSError(bind_error, "cannot be bound")
+
+        kernel = types.SimpleNamespace(**vars(socket))
+        kernel.socket = open_socket
+        monkeypatch.setattr(trio_udp._endpoints._open, "socket", kernel)
+
+
+@pytest.mark.parametrize(
+    ("host", "error"),
+    [
+        (None, {"socket_error": errno.EAFNOSUPPORT}),
+        ("localhost", {"socket_error": errno.EAFNOSUPPORT}),
+        ("localhost", {"bind_error": errno.EADDRNOTAVAIL}),
+    ],
+)
+async def test_a_machine_without_ipv6(monkeypatch: pytest.MonkeyPatch, host: str | None, error: dict[str, int]) -> None:
+    """A family that the machine lacks is skipped, unless it is the only one asked for."""
+    KernelWithout(monkeypatch, **error)
+    (endpoint,) = await trio_udp.open_endpoints(0, host=host)
+    assert endpoint.local_address[0] in ("0.0.0.0", "127.0.0.1")
+    await endpoint.aclose()
+    with pytest.raises(OSError, match=r"family|bound") as info:
+        await trio_udp.open_endpoints(0, host="::1")
+    assert info.value.errno in error.values()
+
+
+async def test_a_port_that_is_free_in_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With port 0, if the port found for one family is taken in the other, another one is tried; not for ever."""
+    KernelWithout(monkeypatch, bind_error=errno.EADDRINUSE)
+    with pytest.raises(OSError, match="bound") as info:
+        await trio_udp.open_endpoints(0)
+    assert info.value.errno == errno.EADDRINUSE
+
+
 @pytest.mark.parametrize("blocking", [True, False])
 async def test_a_socket_that_someone_else_bound(nursery: trio.Nursery, blocking: bool) -> None:
     """from_socket takes over a bound socket, in blocking mode or not, and the server closes it."""
@@ -340,6 +393,20 @@ async def test_a_trio_socket(nursery: trio.Nursery) -> None:
     server = await nursery.start(partial(serve_endpoints, echo, [endpoint]))
     with peer(server) as client:
         assert await ask(client, b"x") == b"x"
+
+
+async def test_a_connected_socket(nursery: trio.Nursery) -> None:
+    """A socket that is connected to one peer can be served; it has one client."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as far_end:
+        far_end.bind(("127.0.0.1", 0))
+        far_end.settimeout(5)
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.connect(far_end.getsockname())
+        far_end.connect(sock.getsockname())
+        server = await nursery.start(partial(serve_endpoints, tell_addresses, [Endpoint.from_socket(sock)]))
+        answer = f"{far_end.getsockname()} to {far_end.getpeername()}"
+        assert (await ask(far_end, b"x")).decode() == answer
+        assert repr(server) == f"<trio_udp.Server on {far_end.getpeername()} with 1 clients>"
 
 
 async def test_sockets_that_cannot_be_served() -> None:

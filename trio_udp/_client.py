@@ -39,6 +39,7 @@ class Client(Conversation):
     _idle_timeout: float
     ended: Literal["idle", "evicted", "stopping"] | None = attrs.field(default=None, init=False)
     _lost: bool = attrs.field(default=False, init=False)  # closed because its endpoint or its server was
+    _taken_in_a_row: int = attrs.field(default=0, init=False)  # with no other task in between
     _receiving: bool = attrs.field(default=False, init=False)
     _transactions: int = attrs.field(default=0, init=False)
     _requests_timed_out: int = attrs.field(default=0, init=False)

@@ -8,7 +8,7 @@ from collections import deque
 import attrs
 import trio
 
-from ._conversation import YIELD_EVERY, Conversation
+from ._conversation import Conversation
 from ._endpoints import Address, Datagram, Endpoint
 from ._statistics import ConnectionStatistics
 
@@ -81,14 +81,12 @@ class Connection(Conversation):
           trio.BusyResourceError: Another task is receiving.
 
         Cancellation:
-          Always noticed, and never loses a datagram. Other tasks run at least once in 64 datagrams.
+          Always noticed, and never loses a datagram. Other tasks run at least once in a batch of 64 datagrams.
         """
-        if self._ahead and self._taken_in_a_row < YIELD_EVERY:
+        if self._ahead:
             await trio.lowlevel.checkpoint_if_cancelled()
         else:
             await self._read_ahead()
-            self._taken_in_a_row = 0
-        self._taken_in_a_row += 1
         return self._take()
 
     def receive_nowait(self) -> bytes:
@@ -111,15 +109,12 @@ class Connection(Conversation):
             self._endpoint.close()
 
     async def _read_ahead(self) -> None:
-        """Let other tasks run, until a datagram is there."""
+        """Let other tasks run, until a batch has arrived."""
         if self._receiving:
             raise trio.BusyResourceError("another task is already receiving from this connection")
         self._receiving = True
         try:
-            if self._ahead:
-                await trio.lowlevel.checkpoint()
-            else:
-                await trio.lowlevel.checkpoint_if_cancelled()
+            await trio.lowlevel.checkpoint_if_cancelled()
             self._check_open()
             while not self._ahead:
                 self._ahead.extend(await self._endpoint.receive_batch())

@@ -34,7 +34,6 @@ class Conversation(trio.abc.Channel[bytes]):
     _sending: SendTally = attrs.field(factory=SendTally, init=False)
     _closed: bool = attrs.field(default=False, init=False)
     _sent_in_a_row: int = attrs.field(default=0, init=False)  # with no receive and no other task in between
-    _taken_in_a_row: int = attrs.field(default=0, init=False)  # with no other task in between
 
     def __repr__(self) -> str:
         state = " closed" if self._closed else ""

@@ -132,7 +132,8 @@ async def serve_endpoints(
       limits: What may be held in memory for strangers.
       accept: ``accept(payload, peer_address)`` is asked about every stranger before anything is kept of it; false means
         that the datagram is refused. If it raises, the datagram is refused too, and the error logged. A plain function,
-        run in the receive loop: it should be quick.
+        run in the receive loop: it should be quick. Whoever is known is not asked about again, nor is what a
+        handler leaves behind; to turn a client out, close it.
       on_error: Called with the client and the exception when a handler raises. That ends this client only, unless
         ``on_error`` itself raises: then the server ends with that exception, as ``trio.serve_tcp`` would.
       drain_timeout: Seconds that handlers have to finish once the server stops. What is left then is cancelled.
