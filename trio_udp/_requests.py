@@ -25,12 +25,14 @@ def request_handler(
     """Turn ``async def f(payload, client)`` into a handler that replies to each datagram with what ``f`` returns.
 
     Used as ``@request_handler`` or ``@request_handler(timeout=2)``. A client's requests are answered one after the
-    other, in arrival order; those of different clients side by side.
+    other, in arrival order; those of different clients side by side. Like any handler this one waits for more until the
+    client has been silent for ``idle_timeout``. Where most strangers send a single request and never return, as DNS
+    resolvers do, give the server a short one, or ``Limits(when_full="evict_idle")``.
 
     Args:
       function: Returns the reply (``b""`` is an empty one) or ``None`` for no reply.
-      timeout: Seconds that each request may take. One that takes longer is cancelled (``trio.move_on_after``),
-        counted in ``requests_timed_out`` and not answered; the next one follows.
+      timeout: Seconds that each request may take. One that takes longer is cancelled (``trio.move_on_after``, so only
+        where ``function`` awaits something), counted in ``requests_timed_out`` and not answered; the next one follows.
 
     Errors:
       An exception in ``function`` goes to the server's ``on_error``; the requests that wait behind it are still
