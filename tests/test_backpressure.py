@@ -221,6 +221,27 @@ async def test_a_real_full_buffer(far_end: socket.socket, unix_server: Server) -
     assert unix_server.statistics().sent == 1_000
 
 
+async def test_a_peer_whose_own_buffer_is_full(far_end: socket.socket, nursery: trio.Nursery) -> None:
+    """Of an unconnected peer's full buffer the kernel does not tell when it has room again; still nothing spins."""
+
+    async def handler(client: Client) -> None:
+        async for payload in client:
+            for i in range(100):
+                await client.send(payload + b"%d" % i)
+
+    with tempfile.TemporaryDirectory() as folder:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sock.bind(os.path.join(folder, "server"))
+        server: Server = await nursery.start(partial(serve_endpoints, handler, [Endpoint.from_socket(sock)]))
+        far_end.sendto(b"a", os.path.join(folder, "server"))
+        start = time.process_time()
+        await trio.sleep(0.3)
+        assert time.process_time() - start < 0.1
+        assert 0 < server.statistics().sent < 100
+        received = [await trio.to_thread.run_sync(far_end.recv, 100) for _ in range(100)]
+    assert received == [b"a%d" % i for i in range(100)]
+
+
 async def test_the_drain_waits_for_a_full_buffer(far_end: socket.socket, unix_server: Server) -> None:
     """Replies that wait for room when the server stops leave as soon as there is some."""
     far_end.send(b"a")

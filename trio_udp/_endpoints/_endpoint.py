@@ -22,6 +22,10 @@ CLOSED_ERRNOS = {errno.EBADF, errno.ENOTSOCK}
 ERRORS_IN_A_ROW = 8
 PAUSE = 0.1
 
+# Seconds until the next try where the kernel has said that there is room, and then that there is none. So it is with a
+# Unix-domain socket: what is full is the peer's buffer, of which it tells nothing.
+FULL_THOUGH_WRITABLE = 0.01
+
 
 @attrs.define(eq=False, repr=False)
 class Endpoint:
@@ -206,6 +210,7 @@ class Endpoint:
                 await self._engine.wait_writable()
                 with suppress(trio.WouldBlock):
                     return self._send_now((payload, route, tally))
+                await trio.sleep(FULL_THOUGH_WRITABLE)
 
     def cork(self) -> None:
         """Collect replies until the caller comes back for the next batch, and then send them together.
@@ -232,6 +237,8 @@ class Endpoint:
                 while self._outbox:
                     await self._engine.wait_writable()
                     self._flush()
+                    if self._outbox:
+                        await trio.sleep(FULL_THOUGH_WRITABLE)
 
     async def flush_when_stuck(self) -> None:
         """See to it that replies of a batch that met a full send buffer leave when it has room; runs for ever."""
