@@ -130,7 +130,7 @@ def _run_server(name: str, pipe: Connection) -> None:
 
 
 def _processor_seconds(pid: int) -> float:
-    """User and system time of a process so far; see proc_pid_stat(5)."""
+    """Processor time of a process's main thread so far: in nanoseconds, the first figure of its schedstat."""
     with open(f"/proc/{pid}/schedstat") as file:
         return int(file.read().split()[0]) / 1e9
 

@@ -39,7 +39,7 @@ async def log_in(client: trio_udp.Client, seconds: float) -> bytes | None:
     return None
 
 
-async def session(answer_time: float, idle_time: float, client: trio_udp.Client) -> None:
+async def handler(answer_time: float, idle_time: float, client: trio_udp.Client) -> None:
     try:
         with client.transaction():  # a login that has begun may be finished, even while the server stops
             user = await log_in(client, answer_time)
@@ -57,12 +57,12 @@ async def session(answer_time: float, idle_time: float, client: trio_udp.Client)
 
 
 async def main(host: str | None, port: int, answer_time: float, idle_time: float) -> None:
-    handler = partial(session, answer_time, idle_time)
+    session = partial(handler, answer_time, idle_time)
     stop_signals = {signal.SIGINT, signal.SIGTERM}
     async with trio.open_nursery() as nursery:
         server: trio_udp.Server = await nursery.start(
             # Long enough for a login: a user name and a password.
-            partial(trio_udp.serve, handler, port, host=host, drain_timeout=2 * answer_time, stop_signals=stop_signals)
+            partial(trio_udp.serve, session, port, host=host, drain_timeout=2 * answer_time, stop_signals=stop_signals)
         )
         for endpoint in server.endpoints:
             print("listening on {}:{}".format(*endpoint.local_address), flush=True)

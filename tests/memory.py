@@ -9,8 +9,9 @@ from typing import Any
 import trio
 
 from trio_udp import Endpoint
-from trio_udp._endpoints._engine import BATCH, Address, Datagram, Outgoing, Route
-from trio_udp._statistics import Traffic
+from trio_udp._endpoints._address import Address
+from trio_udp._endpoints._engine import BATCH, Datagram, Outgoing, Route
+from trio_udp._statistics import EndpointTally
 
 ALICE = ("192.0.2.1", 1000)
 BOB = ("192.0.2.2", 2000)
@@ -21,12 +22,11 @@ class MemoryEngine:
     """One end of an ideal network. ``arriving`` may hold errors too, raised in their turn."""
 
     connected = False
-    max_payload = 65_507
     socket: Any = None
 
     def __init__(self, address: Address = ("192.0.2.53", 53)) -> None:
         self.bound_address = address
-        self.traffic = Traffic()
+        self.tally = EndpointTally()
         self.arriving: deque[Datagram | OSError] = deque()
         self.sent: list[tuple[Any, bytes]] = []
         self.room = 1_000_000  # datagrams that fit into the send buffer
@@ -41,7 +41,7 @@ class MemoryEngine:
         self._waiting.unpark_all()
 
     def fail(self, code: int) -> None:
-        """Let the next read fail."""
+        """Let a read fail, in its turn."""
         self.arriving.append(OSError(code, "injected"))
         self._waiting.unpark_all()
 
@@ -65,8 +65,8 @@ class MemoryEngine:
             if isinstance(datagram, OSError):
                 raise datagram
             batch.append(datagram)
-            self.traffic.received += 1
-            self.traffic.bytes_received += len(datagram[0])
+            self.tally.received += 1
+            self.tally.bytes_received += len(datagram[0])
 
     def send(self, outbox: deque[Outgoing]) -> None:
         while outbox:
@@ -82,11 +82,14 @@ class MemoryEngine:
             outbox.popleft()
             tally.sent += 1
             tally.bytes_sent += len(payload)
-            self.traffic.sent += 1
-            self.traffic.bytes_sent += len(payload)
+            self.tally.sent += 1
+            self.tally.bytes_sent += len(payload)
 
     def route(self, address: Address) -> Route:
         return address
+
+    def max_payload(self, route: Route) -> int:
+        return 65_507
 
     def peer_address(self, route: Any) -> Address:
         address: Address = route
@@ -113,6 +116,9 @@ class MemoryEngine:
         self.closed = True
         self._waiting.unpark_all()
 
+    def abandon(self) -> None:
+        self.close()
+
     def _check_open(self) -> None:
         if self.closed:
             raise trio.ClosedResourceError("this endpoint is closed")
@@ -120,4 +126,4 @@ class MemoryEngine:
 
 def memory_endpoint(address: Address = ("192.0.2.53", 53)) -> tuple[Endpoint, MemoryEngine]:
     engine = MemoryEngine(address)
-    return Endpoint(engine, engine.max_payload), engine
+    return Endpoint(engine), engine

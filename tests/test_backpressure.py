@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import tempfile
 import time
@@ -131,6 +132,40 @@ async def test_replies_to_a_batch_wait_for_room_in_order(start_in_memory: StartI
     check_adds_up(run.server)
 
 
+@pytest.mark.parametrize("seed", range(40))
+async def test_replies_to_a_batch_do_not_overtake_those_that_wait(seed: int) -> None:
+    """Two tasks of a client, a batch that meets a full buffer, another batch: all leave in the order of the calls."""
+    called: list[bytes] = []
+    endpoint, engine = memory_endpoint()
+    chance = random.Random(seed)
+
+    async def send(client: Client, payload: bytes) -> None:
+        called.append(payload)
+        await client.send(payload)
+
+    async def handler(client: Client) -> None:
+        async with trio.open_nursery() as nursery:
+            async for payload in client:
+                nursery.start_soon(send, client, b"task " + payload)
+                await send(client, b"main " + payload)
+
+    async with trio.open_nursery() as nursery:
+        server = await nursery.start(partial(serve_endpoints, handler, [endpoint]))
+        engine.room = 0
+        for i in range(60):
+            engine.put(b"%d" % i)
+            if chance.random() < 0.3:
+                for _ in range(chance.randrange(4)):
+                    await trio.lowlevel.checkpoint()
+            if chance.random() < 0.3:
+                engine.make_room(1)
+        while len(engine.sent) < 120:
+            engine.make_room(chance.randrange(3))
+            await trio.lowlevel.checkpoint()
+        assert [payload for _, payload in engine.sent] == called
+        server.stop()
+
+
 async def test_closing_wakes_senders_that_wait() -> None:
     """Closing the endpoint ends the wait of every sender with ClosedResourceError."""
     outcome: list[str] = []
@@ -157,6 +192,33 @@ async def test_closing_wakes_senders_that_wait() -> None:
             await endpoint.aclose()
             await trio.testing.wait_all_tasks_blocked()
     assert outcome == ["closed"] * 3
+
+
+async def test_closing_a_client_wakes_its_senders(start_in_memory: StartInMemory) -> None:
+    """A send that waits for room ends with ClosedResourceError when its client is closed, and sends nothing."""
+    outcome: list[str] = []
+
+    async def send(client: Client) -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await client.send(b"x")
+        outcome.append("closed")
+
+    async def handler(client: Client) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, client)
+            nursery.start_soon(send, client)
+            await trio.testing.wait_all_tasks_blocked()
+            client.close()
+
+    run = await start_in_memory(handler)
+    run.engine.room = 0
+    run.engine.put(b"x")
+    await run.settle()
+    await run.settle()
+    assert outcome == ["closed", "closed"]
+    run.engine.make_room(5)
+    await run.settle()
+    assert run.engine.sent == []
 
 
 async def test_what_cannot_leave_before_closing_is_counted(
@@ -240,6 +302,24 @@ async def test_a_peer_whose_own_buffer_is_full(far_end: socket.socket, nursery: 
         assert 0 < server.statistics().sent < 100
         received = [await trio.to_thread.run_sync(far_end.recv, 100) for _ in range(100)]
     assert received == [b"a%d" % i for i in range(100)]
+
+
+async def test_a_sender_without_an_address(nursery: trio.Nursery) -> None:
+    """What comes from an unbound Unix-domain socket cannot be answered; that is counted and hurts nobody."""
+
+    async def echo(client: Client) -> None:
+        async for payload in client:
+            await client.send(payload)
+
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unbound:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sock.bind(os.path.join(folder, "server"))
+        server: Server = await nursery.start(partial(serve_endpoints, echo, [Endpoint.from_socket(sock)]))
+        for _ in range(3):
+            unbound.sendto(b"x", os.path.join(folder, "server"))
+            await trio.testing.wait_all_tasks_blocked()
+        assert server.statistics().errors == {"EDESTADDRREQ": 3}
+        assert server.statistics().handler_errors == 0
 
 
 async def test_the_drain_waits_for_a_full_buffer(far_end: socket.socket, unix_server: Server) -> None:

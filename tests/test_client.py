@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import errno
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +14,10 @@ import trio.testing
 from trio.testing import MockClock
 
 import trio_udp
-from trio_udp import Client
+from trio_udp import Client, serve_endpoints
 
 from .conftest import StartInMemory, check_adds_up
-from .memory import ALICE, BOB
+from .memory import ALICE, BOB, memory_endpoint
 
 
 async def echo(client: Client) -> None:
@@ -420,3 +421,140 @@ async def test_client_statistics(start_in_memory: StartInMemory) -> None:
         requests_timed_out=0,
         errors={"EHOSTUNREACH": 1},
     )
+
+
+def test_short_deadlines_do_not_starve() -> None:
+    """However short the time that a handler allows, if it tries again, receive takes what waits and send sends."""
+    clock = MockClock()
+    counts: list[tuple[int, int]] = []
+
+    async def hurry() -> None:
+        while not counts:
+            clock.jump(1)  # whenever a task lets others run, the deadlines of all have passed
+            await trio.lowlevel.checkpoint()
+
+    async def handler(client: Client) -> None:
+        taken = sent = 0
+        for _ in range(280):
+            with trio.move_on_after(0.5):
+                await client.receive()
+                taken += 1
+        for _ in range(280):
+            with trio.move_on_after(0.5):
+                await client.send(b"x")
+                sent += 1
+        counts.append((taken, sent))
+
+    async def main() -> None:
+        endpoint, engine = memory_endpoint()
+        for _ in range(256):
+            engine.put(b"x")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hurry)
+            server = await nursery.start(partial(serve_endpoints, handler, [endpoint], idle_timeout=math.inf))
+            while not counts:
+                await trio.lowlevel.checkpoint()
+            server.stop()
+        assert len(engine.sent) == counts[0][1]
+
+    trio.run(main, clock=clock)
+    assert counts == [(256, 280)]
+
+
+async def test_who_waits_is_who_receives(start_in_memory: StartInMemory) -> None:
+    """A datagram that has woken one task is not taken by another that comes along before the first has run."""
+    outcome: list[object] = []
+
+    async def receive(client: Client) -> None:
+        outcome.append(await client.receive())
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive, client)
+            await trio.testing.wait_all_tasks_blocked()
+            run.engine.put(b"y")
+            # In every order of the tasks there is a pass in which the datagram is there and its receiver has not run.
+            while not outcome:
+                with pytest.raises(trio.BusyResourceError):
+                    await client.receive()
+                with pytest.raises(trio.WouldBlock):
+                    client.receive_nowait()
+                await trio.lowlevel.checkpoint()
+
+    for _ in range(20):
+        outcome.clear()
+        run = await start_in_memory(handler)
+        run.engine.put(b"x")
+        await run.settle()
+        await run.settle()
+        assert outcome == [b"y"]
+
+
+async def test_calls_of_two_tasks_are_sent_in_their_order(start_in_memory: StartInMemory) -> None:
+    """What is sent first leaves first, whichever task sends it, also when one of them lets others run."""
+    called: list[bytes] = []
+
+    async def send(client: Client, name: bytes) -> None:
+        for i in range(200):
+            payload = name + b"%d" % i
+            called.append(payload)
+            await client.send(payload)
+            if i % 7 == 0:
+                await trio.lowlevel.checkpoint()
+
+    async def handler(client: Client) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, client, b"a")
+            nursery.start_soon(send, client, b"b")
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"x")
+    await run.settle()
+    assert len(called) == 400
+    assert run.engine.sent_to(ALICE) == called
+
+
+async def test_sending_to_many_clients_lets_others_run(start_in_memory: StartInMemory) -> None:
+    """A task that sends to each of a thousand clients in turn yields at least once in 64 of them."""
+    passes = 0
+
+    async def listen(client: Client) -> None:
+        async for _ in client:
+            pass
+
+    async def bystander() -> None:
+        nonlocal passes
+        while True:
+            passes += 1
+            await trio.lowlevel.checkpoint()
+
+    run = await start_in_memory(listen)
+    for i in range(1_000):
+        run.engine.put(b"x", ("192.0.2.8", i))
+    await run.settle()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bystander)
+        await trio.lowlevel.checkpoint()
+        before = passes
+        for client in run.server.clients:
+            await client.send(b"news")
+        assert passes - before >= 1_000 // 64 - 1
+        nursery.cancel_scope.cancel()
+    assert len(run.engine.sent) == 1_000
+
+
+async def test_send_many_notices_cancellation_even_of_nothing(start_in_memory: StartInMemory) -> None:
+    """send_many with nothing to send is a point at which cancellation is noticed."""
+    noticed = []
+
+    async def handler(client: Client) -> None:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await client.send_many([])
+        noticed.append(scope.cancelled_caught)
+
+    run = await start_in_memory(handler)
+    run.engine.put(b"x")
+    await run.settle()
+    assert noticed == [True]

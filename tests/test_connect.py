@@ -142,6 +142,75 @@ async def test_a_refusal_costs_no_datagram(connection: Connection, far_end: sock
     assert connection.statistics().send_errors == 0
 
 
+async def test_a_refusal_comes_before_what_came_after_it(connection: Connection, far_end: socket.socket) -> None:
+    """A refusal that a send has met is raised by the next receive, though the server is there by now and answers."""
+    address = far_end.getsockname()
+    far_end.close()
+    await connection.send(b"refused")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again, trio.fail_after(5):
+        again.bind(address)
+        await connection.send(b"wanted")
+        with pytest.raises(ConnectionRefusedError):
+            await connection.receive()
+        again.sendto(b"answer", connection.local_address)
+        assert await connection.receive() == b"answer"
+
+
+async def test_refusals_one_after_the_other(connection: Connection, far_end: socket.socket) -> None:
+    """Each datagram that is refused is reported to a task that receives all the time."""
+    far_end.close()
+    for _ in range(20):
+        await connection.send(b"x")
+        with trio.fail_after(5), pytest.raises(ConnectionRefusedError):
+            await connection.receive()
+
+
+def test_short_deadlines_do_not_starve(far_end: socket.socket) -> None:
+    """However short the time that is allowed, if it is tried again, receive takes what has arrived."""
+    clock = trio.testing.MockClock()
+    seen: list[bytes] = []
+
+    async def hurry() -> None:
+        while True:
+            clock.jump(1)  # whenever a task lets others run, the deadlines of all have passed
+            await trio.lowlevel.checkpoint()
+
+    async def main() -> None:
+        async with await connect(*far_end.getsockname()) as connection, trio.open_nursery() as nursery:
+            nursery.start_soon(hurry)
+            for i in range(200):
+                far_end.sendto(b"%d" % i, connection.local_address)
+            for _ in range(220):
+                with trio.move_on_after(0.5):
+                    seen.append(await connection.receive())
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=clock)
+    assert seen == [b"%d" % i for i in range(200)]
+
+
+async def test_a_refusal_met_by_a_send_wakes_the_receiver(connection: Connection, far_end: socket.socket) -> None:
+    """A task that has been waiting since before is told of a refusal that the kernel has told to a send."""
+    address = far_end.getsockname()
+    far_end.close()
+    told: list[str] = []
+
+    async def receive() -> None:
+        with trio.fail_after(5), pytest.raises(ConnectionRefusedError):
+            await connection.receive()
+        told.append("refused")
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await trio.testing.wait_all_tasks_blocked()
+            await connection.send(b"refused")
+            again.bind(address)
+            await connection.send(b"wanted")
+        assert told == ["refused"]
+        assert again.recv(100) == b"wanted"
+
+
 async def test_a_refusal_reaches_a_receive_that_waits(connection: Connection, far_end: socket.socket) -> None:
     """A task that is already waiting is told, whichever call the kernel gave the news to."""
     far_end.close()
@@ -222,6 +291,9 @@ async def test_connecting_fails_with_the_kernels_error() -> None:
     """A wrong port, an unknown name and an address that is not ours raise at the call."""
     with pytest.raises(TypeError, match="port"):
         await connect("127.0.0.1", "9")  # type: ignore[arg-type]
+    for port in (0, -1, 65_536, 70_000):
+        with pytest.raises(ValueError, match="port"):
+            await connect("127.0.0.1", port)
     with pytest.raises(OSError, match=r".+"):
         await connect("no such host.invalid", 9)
     with pytest.raises(OSError, match=r".+") as info:

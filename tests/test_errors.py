@@ -100,10 +100,17 @@ async def test_log_error_can_be_called_from_on_error(
     start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One's own on_error may do something and then log as usual."""
-    run = await start_in_memory(divide, on_error=trio_udp.log_error)
+    seen = []
+
+    def on_error(client: Client, error: Exception) -> None:
+        seen.append(client.peer_address)
+        trio_udp.log_error(client, error)
+
+    run = await start_in_memory(divide, on_error=on_error)
     run.engine.put(b"0")
     await run.settle()
-    assert [record.name for record in caplog.records] == ["trio_udp"]
+    assert seen == [ALICE]
+    assert [record.getMessage() for record in caplog.records] == ["Handler of client ('192.0.2.1', 1000) failed"]
 
 
 async def test_on_error_may_crash_the_server() -> None:
@@ -242,6 +249,11 @@ async def _async_accept(payload: bytes, address: object) -> bool:
     return True
 
 
+class _AsyncCallable:
+    async def __call__(self, *arguments: object) -> bool:
+        return True
+
+
 async def _generator(client: Client) -> Any:
     yield
 
@@ -257,8 +269,11 @@ async def _generator(client: Client) -> Any:
         (TypeError, {"limits": 5}),
         (TypeError, {"accept": True}),
         (TypeError, {"accept": _async_accept}),
+        (TypeError, {"accept": _AsyncCallable()}),
+        (TypeError, {"accept": partial(_async_accept, b"")}),
         (TypeError, {"on_error": None}),
         (TypeError, {"on_error": _async_accept}),
+        (TypeError, {"on_error": _AsyncCallable()}),
         (TypeError, {"idle_timeout": None}),
         (TypeError, {"drain_timeout": "5"}),
         (ValueError, {"drain_timeout": -1}),
@@ -273,6 +288,18 @@ async def test_wrong_arguments_raise_at_once(error: type[Exception], arguments: 
     with pytest.raises(error):
         await serve_endpoints(**keywords)
     assert engine.closed or "endpoints" in arguments
+
+
+async def test_endpoints_are_checked_and_closed_together() -> None:
+    """One wrong endpoint, or the same one twice, raises at the call, and all of them are closed."""
+    for wrong, error in (("not an endpoint", TypeError), (None, ValueError)):
+        first, first_engine = memory_endpoint()
+        last, last_engine = memory_endpoint()
+        endpoints: Any = [first, first if wrong is None else wrong, last]
+        with pytest.raises(error):
+            await serve_endpoints(echo, endpoints)
+        assert first_engine.closed
+        assert last_engine.closed
 
 
 @pytest.mark.parametrize(
@@ -352,3 +379,60 @@ async def test_a_cancelled_handler_nursery_leaves_the_server_alone() -> None:
         assert engine.sent_to(ALICE) == [b"x"]
         server.stop()
     check_adds_up(server)
+
+
+async def test_what_is_in_hand_when_the_server_crashes_is_counted() -> None:
+    """If accept raises what is no Exception, or the nursery for handlers is over, the counters still add up."""
+
+    def accept(payload: bytes, address: object) -> bool:
+        if payload == b"crash":
+            raise KeyboardInterrupt
+        return True
+
+    async with trio.open_nursery() as over:
+        pass
+    for options in ({"accept": accept}, {"handler_nursery": over}):
+        endpoint, engine = memory_endpoint()
+        servers: list[trio_udp.Server] = []
+        for payload, address in ((b"1", ALICE), (b"2", ALICE), (b"crash", BOB), (b"3", ALICE), (b"4", BOB)):
+            engine.put(payload, address)
+        try:
+            async with trio.open_nursery() as nursery:
+                servers.append(await nursery.start(partial(serve_endpoints, echo, [endpoint], **options)))
+        except BaseException:
+            pass
+        assert servers[0].statistics().received == 5
+        assert servers[0].statistics().clients == len(servers[0].clients) == 0
+        check_adds_up(servers[0])
+
+
+async def test_an_accept_that_turns_out_to_be_async_accepts_nobody(
+    start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A coroutine is true, but not an answer."""
+    accept: Any = lambda payload, address: _async_accept(payload, address)  # noqa: E731
+    run = await start_in_memory(echo, accept=accept)
+    run.engine.put(b"x")
+    await run.settle()
+    assert run.server.statistics().refused_by_accept == 1
+    assert "accept must be a plain function" in caplog.text
+
+
+async def test_the_counters_add_up_inside_accept(start_in_memory: StartInMemory) -> None:
+    """Even while a batch is being handed out, nothing is counted before it is known what becomes of it."""
+    servers: list[trio_udp.Server] = []
+    checked = []
+
+    def accept(payload: bytes, address: object) -> bool:
+        check_adds_up(servers[0])
+        checked.append(payload)
+        return payload != b"no"
+
+    run = await start_in_memory(echo, accept=accept)
+    servers.append(run.server)
+    for i in range(10):
+        run.engine.put(b"no" if i % 3 else b"yes", ("192.0.2.8", i))
+    await run.settle()
+    assert len(checked) == 10
+    assert run.server.statistics().refused_by_accept == 6
+    check_adds_up(run.server)

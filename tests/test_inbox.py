@@ -8,11 +8,12 @@ from typing import Literal
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from trio_udp import Client, Limits
-from trio_udp._inbox import Inbox, InboxTotals
+from trio_udp._inbox import Inbox, InboxTally
 
 from .conftest import InMemory, StartInMemory, check_adds_up
 from .memory import ALICE, BOB
@@ -109,6 +110,31 @@ async def test_one_client_does_not_drop_anothers_datagrams(start_in_memory: Star
     assert run.server.statistics().dropped_inbox_full == 2
 
 
+async def test_who_sends_too_much_is_not_silent(
+    start_in_memory: StartInMemory, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A client whose datagrams find no room in the total is not ended as idle."""
+    ends = []
+
+    async def handler(client: Client) -> None:
+        if client.peer_address == ALICE:
+            await trio.sleep(35)
+        async for _ in client:
+            pass
+        ends.append((client.peer_address, trio.current_time()))
+
+    run = await start_in_memory(handler, idle_timeout=8, limits=Limits(total_bytes=10))
+    run.engine.put(b"", BOB)
+    await run.settle()
+    run.engine.put(bytes(10), ALICE)
+    for _ in range(6):
+        await trio.sleep(5)
+        run.engine.put(b"dropped", BOB)
+    await trio.sleep(20)
+    assert ends == [(BOB, 38.0), (ALICE, 43.0)]
+    assert run.server.statistics().dropped_inbox_full == 6
+
+
 async def test_a_slow_client_holds_nobody_up(start_in_memory: StartInMemory) -> None:
     """While one inbox overflows, another client loses nothing."""
 
@@ -154,7 +180,7 @@ class InboxModel(RuleBasedStateMachine):
     def __init__(self, policy: Literal["drop_newest", "drop_oldest"] = "drop_newest") -> None:
         super().__init__()
         self.limits = Limits(inbox_datagrams=4, inbox_bytes=12, total_bytes=16, when_inbox_full=policy)
-        self.totals = InboxTotals()
+        self.totals = InboxTally()
         self.inboxes = [Inbox(self.limits, self.totals) for _ in range(2)]
         self.models: list[deque[bytes]] = [deque(), deque()]
         self.arrived = self.delivered = self.dropped_full = self.dropped_at_end = 0

@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 import pickle
 import re
+import typing
 from pathlib import Path
+
+import attrs
 
 import trio_udp
 
@@ -39,3 +42,19 @@ def test_everything_public_is_documented() -> None:
             for attribute, member in vars(thing).items():
                 if not attribute.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
                     assert inspect.getdoc(member), f"{name}.{attribute}"
+
+
+def test_statistics_are_values() -> None:
+    """Two snapshots can be compared, and be members of a set."""
+    numbers = {"received": 1, "bytes_received": 1, "truncated": 0, "sent": 0, "bytes_sent": 0}
+    errors = {"receive_errors": 0, "send_errors": 1, "errors": {"EPERM": 1}}
+    one, other = (trio_udp.EndpointStatistics(**numbers, **errors) for _ in range(2))  # type: ignore[arg-type]
+    assert one == other
+    assert len({one, other}) == 1
+
+
+def test_values_can_be_introspected() -> None:
+    """Libraries that build values from data find the types of their fields."""
+    for value in (trio_udp.Limits, trio_udp.ServerStatistics, trio_udp.ClientStatistics):
+        hints = typing.get_type_hints(value)
+        assert {field.name for field in attrs.fields(value)} <= set(hints)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
+import sys
+import tempfile
+import time
 import types
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -150,6 +154,74 @@ async def test_ipv4_clients_of_a_dual_stack_socket(nursery: trio.Nursery) -> Non
         assert answer.decode() == f"('::ffff:127.0.0.1', {own}, 0, 0) to ('::ffff:127.0.0.2', {port}, 0, 0)"
 
 
+@needs_pktinfo
+async def test_the_longest_payload_depends_on_the_peer(nursery: trio.Nursery) -> None:
+    """Over IPv6 a datagram carries 65,527 bytes; over IPv4 65,507, also from a socket for both."""
+    limits = {"127.0.0.1": 65_507, "::1": 65_527}
+    codes = []
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        longest = limits["::1" if client.peer_address[0] == "::1" else "127.0.0.1"]
+        await client.send(bytes(longest))
+        with pytest.raises(OSError, match="too long") as info:
+            await client.send(bytes(longest + 1))
+        codes.append(info.value.errno)
+
+    sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    sock.bind(("::", 0))
+    server = await nursery.start(partial(serve_endpoints, handler, [Endpoint.from_socket(sock)]))
+    for host, longest in limits.items():
+        with peer(server, host) as client:
+            assert len(await ask(client, b"x")) == longest
+    assert codes == [errno.EMSGSIZE] * 2
+
+
+@needs_pktinfo
+@pytest.mark.skipif(sys.platform != "linux", reason="option numbers of Linux")
+async def test_other_control_messages_do_not_mislead(start: StartServer) -> None:
+    """Whatever else the user asks the socket for, each datagram is answered from where it was sent to."""
+    server = await start(tell_addresses, host="0.0.0.0")
+    sock = server.endpoints[0].socket
+    for level, option in ((socket.SOL_SOCKET, 75), (socket.SOL_SOCKET, 29), (socket.IPPROTO_IP, 12)):
+        sock.setsockopt(level, option, 1)  # SO_RCVMARK, SO_TIMESTAMP, IP_RECVTTL
+        for host in ("127.0.0.1", "127.0.0.2"):
+            with peer(server, host) as client:
+                assert (await ask(client, b"x")).decode() == f"{client.getsockname()} to {(host, port_of(server))}"
+
+
+@needs_pktinfo
+async def test_datagrams_that_came_before_the_server(nursery: trio.Nursery) -> None:
+    """What already waits in an inherited socket belongs to the same client as what follows."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind(("0.0.0.0", 0))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as early:
+        early.connect(("127.0.0.2", sock.getsockname()[1]))
+        early.settimeout(5)
+        early.send(b"1")
+        early.send(b"2")
+        server = await nursery.start(partial(serve_endpoints, echo, [Endpoint.from_socket(sock)]))
+        early.send(b"3")
+        assert [await trio.to_thread.run_sync(early.recv, 100) for _ in range(3)] == [b"1", b"2", b"3"]
+    assert [client.local_address for client in server.clients] == [("127.0.0.2", port_of(server))]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="IP_RECVERR is Linux's")
+async def test_an_error_queue_that_nobody_reads_is_no_busy_loop(start: StartServer) -> None:
+    """A user who asks the socket for IP_RECVERR does not make the server spin."""
+    server = await start()
+    server.endpoints[0].socket.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR
+    with peer(server) as gone:
+        gone.send(b"x")
+    await trio.testing.wait_all_tasks_blocked()
+    began = time.process_time()
+    await trio.sleep(0.3)
+    assert time.process_time() - began < 0.1
+    with peer(server) as sock:
+        assert await ask(sock, b"still there?") == b"still there?"
+
+
 async def test_truncated_datagrams_are_never_delivered(start: StartServer) -> None:
     """A datagram longer than max_datagram_size is counted and dropped whole; one as long as that is delivered."""
     for host in ("127.0.0.1", "0.0.0.0"):
@@ -195,11 +267,25 @@ async def test_send_to_any_address(start: StartServer) -> None:
 
 
 async def test_send_to_takes_addresses_only(start: StartServer) -> None:
-    """send_to refuses names, which would have to be looked up, and families that no endpoint has."""
+    """send_to refuses names, which would have to be looked up, families that no endpoint has, and nonsense."""
+    server = await start(host=None)
+    wrong: list[Any] = [(host, 9) for host in ("localhost", "", "1.2.3.4\0", "fe80::1%none", "::g", None, 5)]
+    wrong += [("127.0.0.1", port) for port in (-1, 65_536, 10**30, "80", None, 1.5)]
+    wrong += [("127.0.0.1",), ("127.0.0.1", 9, 0, 0), ("::1", 9, 0), ("::1", 9, "a", 0), ("::1", 9, 0, 0, 0), None]
+    wrong += [("::1", 9, 1 << 20, 0), ("::1", 9, 0, 1 << 32), ("::1", 9, -1, 0)]
+    for address in wrong:
+        with pytest.raises((TypeError, ValueError)):
+            await server.send_to(b"x", address)
+    with peer(server) as sock:
+        assert await ask(sock, b"still there?") == b"still there?"
+    assert server.statistics().send_errors == 0
+
+
+async def test_send_to_needs_an_endpoint_of_the_family(start: StartServer) -> None:
+    """An IPv4 server cannot send to an IPv6 address; nobody can send what is too long, or after the end."""
     server = await start()
-    for host in ("localhost", "::1", ""):
-        with pytest.raises(ValueError, match=r"address|endpoint"):
-            await server.send_to(b"x", (host, 9))
+    with pytest.raises(ValueError, match="endpoint"):
+        await server.send_to(b"x", ("::1", 9))
     with pytest.raises(OSError, match="too long") as info:
         await server.send_to(bytes(65_508), ("127.0.0.1", 9))
     assert info.value.errno == errno.EMSGSIZE
@@ -266,12 +352,15 @@ async def test_a_failed_bind_closes_what_was_opened(start: StartServer) -> None:
     await free.aclose()
 
 
-async def test_reuse_port(start: StartServer) -> None:
+async def test_reuse_port(start: StartServer, nursery: trio.Nursery) -> None:
     """With reuse_port two servers share a port; between them they answer everybody."""
     first = await start(reuse_port=True)
-    (endpoint,) = await trio_udp.open_endpoints(port_of(first), host="127.0.0.1", reuse_port=True)
-    assert endpoint.local_address == first.endpoints[0].local_address
-    await endpoint.aclose()
+    endpoints = await trio_udp.open_endpoints(port_of(first), host="127.0.0.1", reuse_port=True)
+    second = await nursery.start(partial(serve_endpoints, echo, endpoints))
+    for i in range(30):
+        with peer(first) as sock:
+            assert await ask(sock, b"%d" % i) == b"%d" % i
+    assert first.statistics().received + second.statistics().received == 30
 
 
 async def test_buffers(start: StartServer) -> None:
@@ -286,7 +375,8 @@ async def test_buffers(start: StartServer) -> None:
 async def test_names_are_resolved() -> None:
     """A host name is bound at every address it stands for, at one port."""
     endpoints = await trio_udp.open_endpoints(0, host="localhost")
-    assert {endpoint.local_address[0] for endpoint in endpoints} <= {"127.0.0.1", "::1"}
+    found = await trio.socket.getaddrinfo("localhost", 0, type=socket.SOCK_DGRAM)
+    assert {endpoint.local_address[0] for endpoint in endpoints} == {address[0] for *_, address in found}
     assert len({endpoint.local_address[1] for endpoint in endpoints}) == 1
     for endpoint in endpoints:
         await endpoint.aclose()
@@ -326,8 +416,11 @@ class KernelWithout:
                     raise OSError(socket_error, "no such family")
                 super().__init__(family, type)
 
+        self.bind_failures = sys.maxsize  # after so many, all is well
+
         def open_socket(family: int, type: int) -> socket.socket:
-            if family == socket.AF_INET6 and bind_error:
+            if family == socket.AF_INET6 and bind_error and self.bind_failures:
+                self.bind_failures -= 1
                 return Unbindable(family, type)
             with Socket(family, type) as checked:
                 return socket.socket(fileno=checked.detach())
@@ -362,10 +455,15 @@ async def test_a_machine_without_ipv6(monkeypatch: pytest.MonkeyPatch, host: str
 
 async def test_a_port_that_is_free_in_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
     """With port 0, if the port found for one family is taken in the other, another one is tried; not for ever."""
-    KernelWithout(monkeypatch, bind_error=errno.EADDRINUSE)
+    kernel = KernelWithout(monkeypatch, bind_error=errno.EADDRINUSE)
     with pytest.raises(OSError, match="bound") as info:
         await trio_udp.open_endpoints(0)
     assert info.value.errno == errno.EADDRINUSE
+    kernel.bind_failures = 3
+    first, second = await trio_udp.open_endpoints(0)
+    assert first.local_address[1] == second.local_address[1]
+    for endpoint in (first, second):
+        await endpoint.aclose()
 
 
 @pytest.mark.parametrize("blocking", [True, False])
@@ -404,9 +502,20 @@ async def test_a_connected_socket(nursery: trio.Nursery) -> None:
         sock.connect(far_end.getsockname())
         far_end.connect(sock.getsockname())
         server = await nursery.start(partial(serve_endpoints, tell_addresses, [Endpoint.from_socket(sock)]))
-        answer = f"{far_end.getsockname()} to {far_end.getpeername()}"
-        assert (await ask(far_end, b"x")).decode() == answer
-        assert repr(server) == f"<trio_udp.Server on {far_end.getpeername()} with 1 clients>"
+        own, its = far_end.getsockname(), far_end.getpeername()
+        assert (await ask(far_end, b"x")).decode() == f"{own} to {its}"
+        assert repr(server) == f"<trio_udp.Server on {its} with 1 clients>"
+    # That nobody listens there any more is counted, and the server goes on.
+    (client,) = server.clients
+    for _ in range(3):
+        await client.send(b"refused")
+        await trio.testing.wait_all_tasks_blocked()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as far_end:
+        far_end.bind(own)
+        far_end.connect(its)
+        far_end.settimeout(5)
+        assert (await ask(far_end, b"x")).decode() == f"{own} to {its}"
+    assert set(server.statistics().errors) == {"ECONNREFUSED"}
 
 
 async def test_sockets_that_cannot_be_served() -> None:
@@ -455,3 +564,38 @@ async def test_cancelling_leaves_nothing_open() -> None:
         nursery.cancel_scope.cancel()
     for endpoint in await trio_udp.open_endpoints(port_of(server)):
         await endpoint.aclose()
+
+
+async def test_closing_the_file_descriptor_itself() -> None:
+    """Even if somebody closes the file descriptor behind everybody's back, the server ends, and touches no other."""
+    (endpoint,) = await trio_udp.open_endpoints(0, host="127.0.0.1")
+    number = endpoint.socket.fileno()
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        os.dup2(other.fileno(), number)  # the number is another file's now
+        await client.send(b"x")
+        await trio.sleep_forever()
+
+    with (
+        tempfile.TemporaryFile() as other,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
+    ):
+        sock.sendto(b"1", endpoint.local_address)
+        sock.sendto(b"2", endpoint.local_address)
+        await expect_closed(partial(serve_endpoints, handler, [endpoint]))
+        os.close(number)  # still open: it was not ours to close
+        assert endpoint.closed
+
+
+async def test_send_to_passes_over_closed_endpoints(nursery: trio.Nursery) -> None:
+    """When one of two endpoints of a family is closed, the other one sends."""
+    first, second = [(await trio_udp.open_endpoints(0, host="127.0.0.1"))[0] for _ in range(2)]
+    server: Server = await nursery.start(partial(serve_endpoints, echo, [first, second]))
+    await first.aclose()
+    await trio.testing.wait_all_tasks_blocked()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(5)
+        await server.send_to(b"news", sock.getsockname())
+        assert await trio.to_thread.run_sync(sock.recvfrom, 100) == (b"news", second.local_address)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 from functools import partial
 
 import pytest
@@ -16,6 +17,9 @@ from trio_udp import Client, Server, serve_endpoints
 
 from .conftest import StartInMemory, check_adds_up
 from .memory import ALICE, BOB, CAROL, memory_endpoint
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 
 async def echo(client: Client) -> None:
@@ -224,10 +228,10 @@ async def test_what_an_ended_handler_leaves_is_handled_in_the_drain(
 
 
 @pytest.mark.parametrize("drain_timeout", [0, 0.5])
-async def test_stop_from_accept_and_from_a_handler(
+async def test_stop_from_accept(
     start_in_memory: StartInMemory, autojump_clock: MockClock, drain_timeout: float
 ) -> None:
-    """stop() may be called from anywhere, in the middle of a batch too."""
+    """stop() may be called in the middle of a batch: those who were known before are handled, the rest is refused."""
     servers: list[Server] = []
 
     def accept(payload: bytes, address: object) -> bool:
@@ -288,7 +292,7 @@ async def test_closing_the_only_endpoint_ends_the_server(autojump_clock: MockClo
 
 
 async def test_closing_one_of_two_endpoints_ends_its_clients(autojump_clock: MockClock) -> None:
-    """Clients of a closed endpoint get ClosedResourceError, which is no error of theirs; the others go on."""
+    """ClientTable of a closed endpoint get ClosedResourceError, which is no error of theirs; the others go on."""
     first, first_engine = memory_endpoint(("192.0.2.53", 53))
     second, second_engine = memory_endpoint(("192.0.2.54", 53))
     async with trio.open_nursery() as nursery:
@@ -406,3 +410,75 @@ async def test_the_second_signal_stops_at_once(autojump_clock: MockClock) -> Non
     engine.put(b"x")
     await serve_endpoints(handler, [endpoint], stop_signals=[signal.SIGUSR1], drain_timeout=100)
     assert trio.current_time() == 1
+
+
+@pytest.mark.parametrize("drain_timeout", [0, 5])
+async def test_a_handler_with_a_nursery_is_cut_off(
+    start_in_memory: StartInMemory, autojump_clock: MockClock, drain_timeout: float
+) -> None:
+    """Whatever tasks a handler has, and whatever they raise while they are cancelled, serve returns normally."""
+    errors: list[str] = []
+
+    async def read(client: Client) -> None:
+        while True:
+            await client.receive()
+
+    async def fail_late() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise ValueError("late")
+
+    async def handler(client: Client) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, client)
+            nursery.start_soon(trio.sleep_forever)
+            if client.peer_address == BOB:
+                nursery.start_soon(fail_late)
+
+    def on_error(client: Client, error: Exception) -> None:
+        errors.extend(f"{client.peer_address[0]}: {inner}" for inner in leaves(error))
+
+    for _ in range(20):
+        errors.clear()
+        endpoint, engine = memory_endpoint()
+        async with trio.open_nursery() as nursery:
+            server: Server = await nursery.start(
+                partial(serve_endpoints, handler, [endpoint], on_error=on_error, drain_timeout=drain_timeout)
+            )
+            engine.put(b"x", ALICE)
+            engine.put(b"x", BOB)
+            await trio.testing.wait_all_tasks_blocked()
+            server.stop()
+        assert [error for error in errors if error] == ["192.0.2.2: late"]
+        assert server.statistics().handler_errors == 1
+        check_adds_up(server)
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    """The exceptions in a group, but for those that say no more than that a channel has ended."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in leaves(inner)]
+    return [] if isinstance(error, trio.EndOfChannel) else [error]
+
+
+async def test_last_words_wait_for_room(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+    """When all handlers are done, replies that still wait for room in the send buffer leave before serve returns."""
+
+    async def handler(client: Client) -> None:
+        async for payload in client:
+            client.send_nowait(payload)
+
+    run = await start_in_memory(handler)
+    run.engine.room = 1
+    for i in range(3):
+        run.engine.put(b"%d" % i)
+    await run.settle()
+    run.server.stop()
+    await trio.sleep(1)
+    assert run.server.statistics().clients == 0
+    assert not run.engine.closed
+    run.engine.make_room(2)
+    await trio.sleep(1)
+    assert run.engine.closed
+    assert run.engine.sent_to(ALICE) == [b"0", b"1", b"2"]

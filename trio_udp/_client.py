@@ -1,4 +1,4 @@
-"""The server's side of the conversation with one remote address: what a handler is called with."""
+"""The server's side of the conversation with one peer address: what a handler is called with."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import trio
 
 from ._conversation import YIELD_EVERY, Conversation
 from ._inbox import Inbox
+from ._limits import check_seconds
 from ._statistics import ClientStatistics
 
 if TYPE_CHECKING:
-    from ._clients import Clients
+    from ._clients import ClientTable
     from ._serve import Server
 
 
 @attrs.define(eq=False, repr=False)
 class Client(Conversation):
-    """The conversation with one remote address: its datagrams in arrival order, and a way to answer.
+    """The conversation with one peer address: its datagrams in arrival order, and a way to answer.
 
     A client is one pair of peer address and local address on one endpoint. It begins with a stranger's first
     datagram and ends when its handler returns; the next datagram from that address then begins another.
@@ -34,12 +35,12 @@ class Client(Conversation):
     """
 
     server: Server
-    _clients: Clients
+    _table: ClientTable
     _inbox: Inbox
     _idle_timeout: float
     ended: Literal["idle", "evicted", "stopping"] | None = attrs.field(default=None, init=False)
-    _lost: bool = attrs.field(default=False, init=False)  # closed because its endpoint or its server was
-    _taken_in_a_row: int = attrs.field(default=0, init=False)  # with no other task in between
+    _abandoned: bool = attrs.field(default=False, init=False)  # closed because its endpoint or its server was
+    _taken_in_a_row: int = attrs.field(default=0, init=False)  # since receive last let other tasks run
     _receiving: bool = attrs.field(default=False, init=False)
     _transactions: int = attrs.field(default=0, init=False)
     _requests_timed_out: int = attrs.field(default=0, init=False)
@@ -52,15 +53,20 @@ class Client(Conversation):
         """Seconds of silence after which this client ends, while its handler waits; ``math.inf`` for never.
 
         Settable; the server's ``idle_timeout`` at first. Silence counts from the moment the handler began to wait
-        in :meth:`receive`, so a busy handler is never ended by it. It is noticed at most a quarter of the timeout
-        late.
+        in :meth:`receive`, so a busy handler is never ended by it, nor one that never waits for as long: each call
+        of ``receive`` begins a new wait. It is noticed at most a quarter of the timeout late.
         """
         return self._idle_timeout
 
     @idle_timeout.setter
     def idle_timeout(self, seconds: float) -> None:
-        self._idle_timeout = check_idle_timeout(seconds)
-        self._clients.check_later(self)
+        self._idle_timeout = check_seconds("idle_timeout", seconds)
+        self._table.timeout_changed(self)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the handler waits in :meth:`receive`, and nothing has arrived that will end its wait."""
+        return self._inbox.receiver is not None
 
     def statistics(self) -> ClientStatistics:
         """Counts of this conversation so far; also available once it is over."""
@@ -93,41 +99,41 @@ class Client(Conversation):
           Always noticed, and never loses a datagram. Other tasks run at least once in 64 datagrams taken.
         """
         inbox = self._inbox
-        if inbox.payloads and self._taken_in_a_row < YIELD_EVERY:
+        if inbox.payloads and self._taken_in_a_row < YIELD_EVERY and not self._receiving:
             await trio.lowlevel.checkpoint_if_cancelled()
         else:
             await self._wait_for_datagram()
-            self._taken_in_a_row = 0
         self._taken_in_a_row += 1
-        self._sent_in_a_row = 0
+        self._endpoint.sent_in_a_row = 0
         return inbox.take()
 
     async def __anext__(self) -> bytes:
         # The body of receive() again: awaiting that here would make an echo 4 % dearer.
         inbox = self._inbox
-        if inbox.payloads and self._taken_in_a_row < YIELD_EVERY:
+        if inbox.payloads and self._taken_in_a_row < YIELD_EVERY and not self._receiving:
             await trio.lowlevel.checkpoint_if_cancelled()
         else:
             try:
                 await self._wait_for_datagram()
             except trio.EndOfChannel:
                 raise StopAsyncIteration from None
-            self._taken_in_a_row = 0
         self._taken_in_a_row += 1
-        self._sent_in_a_row = 0
+        self._endpoint.sent_in_a_row = 0
         return inbox.take()
 
     def receive_nowait(self) -> bytes:
         """Like :meth:`receive`, without waiting.
 
         Raises:
-          trio.WouldBlock: Nothing waits in the inbox.
+          trio.WouldBlock: Nothing waits in the inbox, or another task is about to receive it.
         """
         if not self._inbox.payloads:
             if self._is_over():
                 self._raise_over()
             raise trio.WouldBlock
-        self._sent_in_a_row = 0
+        if self._receiving:
+            raise trio.WouldBlock
+        self._endpoint.sent_in_a_row = 0
         return self._inbox.take()
 
     def close(self) -> None:
@@ -136,8 +142,8 @@ class Client(Conversation):
         The next datagram from this address begins a new conversation at once, even while this handler still tidies up.
         """
         if not self._closed:
-            self._closed = True
-            self._clients.forget(self)
+            super().close()
+            self._table.forget(self)
             self._inbox.drop_all()
             self._inbox.wake()
 
@@ -149,18 +155,19 @@ class Client(Conversation):
         most), and the client is not evicted to make room. The idle timeout still applies. May be nested.
         """
         self._transactions += 1
-        self._clients.transaction_changed(self)
+        self._table.transaction_changed(self)
         try:
             yield
         finally:
             self._transactions -= 1
-            self._clients.transaction_changed(self)
+            self._table.transaction_changed(self)
 
     async def _wait_for_datagram(self) -> None:
         """Let other tasks run, until a datagram is in the inbox."""
         if self._receiving:
             raise trio.BusyResourceError("another task is already receiving from this client")
         self._receiving = True
+        self._taken_in_a_row = 0  # whether or not this is cancelled, other tasks run now
         try:
             if self._inbox.payloads:
                 await trio.lowlevel.checkpoint()
@@ -168,17 +175,17 @@ class Client(Conversation):
                 if self._is_over():
                     await trio.lowlevel.checkpoint_if_cancelled()
                     self._raise_over()
-                self._clients.begins_to_wait(self)
+                self._table.begins_to_wait(self)
                 try:
                     await self._inbox.wait()
                 finally:
-                    self._clients.waits_no_more(self)
+                    self._table.waits_no_more(self)
         finally:
             self._receiving = False
 
     def _is_over(self) -> bool:
         """Whether there is nothing to wait for, now that the inbox is empty."""
-        if self.ended is None and self._clients.stopping and not self._transactions:
+        if self.ended is None and not self._transactions and self._table.stopping.is_set():
             self.ended = "stopping"
         return self._closed or self.ended is not None
 
@@ -190,16 +197,8 @@ class Client(Conversation):
         self._requests_timed_out += 1
         self.server._requests_timed_out += 1
 
-    def _end(self, reason: Literal["idle", "evicted", "stopping"]) -> None:
+    def _end(self, reason: Literal["idle", "evicted"]) -> None:
         """End the channel of a client whose handler waits, and let it go on."""
         self.ended = reason
-        self._clients.forget(self)
+        self._table.forget(self)
         self._inbox.wake()
-
-
-def check_idle_timeout(seconds: float) -> float:
-    if not isinstance(seconds, (int, float)):
-        raise TypeError(f"idle_timeout must be a number of seconds, not {seconds!r}")
-    if not seconds > 0:
-        raise ValueError(f"idle_timeout must be greater than 0, not {seconds!r}")
-    return seconds

@@ -18,7 +18,7 @@ import trio
 
 from ._client import Client
 from ._endpoints import BATCH, Endpoint, Route
-from ._inbox import Inbox, InboxTotals
+from ._inbox import Inbox, InboxTally
 from ._limits import Limits
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ COARSENESS = 1 / 8
 
 
 @attrs.define(eq=False)
-class Clients:
-    """Every client whose handler runs, and to which of them a datagram belongs."""
+class ClientTable:
+    """Every client whose handler runs, and which of them a route leads to."""
 
     _limits: Limits
     _idle_timeout: float
@@ -40,9 +40,9 @@ class Clients:
     # A client that has ended or closed is not known any more, though it may be running: its address is free.
     known: dict[Endpoint, dict[Route, Client]]
     running: dict[Client, None] = attrs.field(factory=dict, init=False)
-    totals: InboxTotals = attrs.field(factory=InboxTotals, init=False)
+    totals: InboxTally = attrs.field(factory=InboxTally, init=False)
 
-    stopping: bool = attrs.field(default=False, init=False)
+    stopping: trio.Event = attrs.field(factory=trio.Event, init=False)
     all_gone: trio.Event = attrs.field(factory=trio.Event, init=False)  # stopping, and no handler runs any more
 
     started: int = attrs.field(default=0, init=False)
@@ -73,7 +73,7 @@ class Clients:
         if self._evictable is None or len(self.running) >= self._limits.max_clients + BATCH:
             return False
         for client in self._evictable:
-            if client._inbox.receiver is not None:  # or it has been woken in this pass, and will run in the next
+            if client.is_waiting:  # or else a datagram has just woken it
                 self.evicted += 1
                 client._end("evicted")
                 return True
@@ -89,13 +89,12 @@ class Clients:
         client = Client(endpoint, route, server, self, Inbox(self._limits, self.totals), self._idle_timeout)
         self.running[client] = None
         self.started += 1
-        if not self.stopping:
+        if not self.stopping.is_set():
             self.known[endpoint][route] = client
-        self.check_later(client)
         return client
 
-    def succeed(self, client: Client) -> Client | None:
-        """Remove a client whose handler has ended; return the one that takes over what it left in its inbox, if any.
+    def hand_over(self, client: Client) -> Client | None:
+        """Remove a client whose handler has ended; return the one that takes over what it has left, if anything.
 
         A handler that did not take a single datagram has no successor: it would be called for ever.
         """
@@ -112,12 +111,8 @@ class Clients:
         """The client's handler has ended: nothing can be done with it any more."""
         client.close()
         del self.running[client]
-        if self.stopping and not self.running:
+        if self.stopping.is_set() and not self.running:
             self.all_gone.set()
-        # Void entries hold on to clients that are gone, which in a flood of short conversations is most of them.
-        if len(self._checks) > 2 * len(self.running) + 1_000:
-            self._checks = [check for check in self._checks if self._is_valid(check)]
-            heapq.heapify(self._checks)
 
     def forget(self, client: Client) -> None:
         """The next datagram from the client's address is a stranger's."""
@@ -126,37 +121,38 @@ class Clients:
             del known[client._route]
         self.waits_no_more(client)
 
-    def lose(self, endpoint: Endpoint | None = None) -> None:
+    def abandon(self, endpoint: Endpoint | None = None) -> None:
         """Close the clients of an endpoint that is closed, or all clients."""
         for client in list(self.running):
             if endpoint is None or client._endpoint is endpoint:
-                client._lost = True
+                client._abandoned = True
                 client.close()
 
     def stop(self) -> None:
         """From now on, nobody is known except clients in a transaction; channels end once their inbox is empty."""
-        self.stopping = True
+        if self.stopping.is_set():
+            return
+        self.stopping.set()
         for client in list(self.running):
             if not client._transactions:
-                self._stop(client)
+                self.forget(client)
+                client._inbox.wake()  # to find its channel ended
         if not self.running:
             self.all_gone.set()
 
     def transaction_changed(self, client: Client) -> None:
-        """The client has entered or left a transaction."""
-        if self._evictable is not None and client._inbox.receiver is not None:
-            if client._transactions:
-                self._evictable.pop(client, None)
-            else:
-                self._evictable[client] = None
-        if self.stopping and not client._closed and client.ended is None:
+        """The client has entered or left a transaction: if it waits, it begins to wait anew, under the other rules."""
+        client._inbox.wake()
+        if self.stopping.is_set() and not client._closed and client.ended is None:
             if client._transactions:
                 self.known[client._endpoint].setdefault(client._route, client)
             else:
-                self._stop(client)
+                self.forget(client)
 
     def begins_to_wait(self, client: Client) -> None:
         client._waiting_since = self._now()
+        if client._next_check == math.inf:
+            self._check_later(client)
         if self._evictable is not None and not client._transactions:
             self._evictable[client] = None
 
@@ -164,16 +160,29 @@ class Clients:
         if self._evictable is not None:
             self._evictable.pop(client, None)
 
-    def check_later(self, client: Client) -> None:
-        """See to it that the client is looked at when its idle timeout may be over."""
-        since = self._now() if client._inbox.receiver is None else client._waiting_since
-        when = since + client._idle_timeout
-        if when < client._next_check:
-            when += -when % (client._idle_timeout * COARSENESS)
-            client._next_check = when
-            heapq.heappush(self._checks, (when, next(self._tie_breaker), client))
-            if when < self._alarm.deadline:
-                self._alarm.deadline = when
+    def timeout_changed(self, client: Client) -> None:
+        """The client has another idle timeout. If it is longer, looking at the client too early does no harm."""
+        since = client._waiting_since if client.is_waiting else self._now()
+        if since + client._idle_timeout < client._next_check:
+            client._next_check = math.inf
+            if client.is_waiting:
+                self._check_later(client)
+
+    def _check_later(self, client: Client) -> None:
+        """See to it that a client that waits is looked at when its idle timeout is over."""
+        when = client._waiting_since + client._idle_timeout
+        if when == math.inf:
+            return
+        if step := client._idle_timeout * COARSENESS:  # 0 where that is less than the least number
+            when += -when % step
+        client._next_check = when
+        # Void entries hold on to clients that are gone, which in a flood of short conversations is most of them.
+        if len(self._checks) > 2 * len(self.running) + 1_000:
+            self._checks = [check for check in self._checks if self._is_valid(check)]
+            heapq.heapify(self._checks)
+        heapq.heappush(self._checks, (when, next(self._tie_breaker), client))
+        if when < self._alarm.deadline:
+            self._alarm.deadline = when
 
     async def expire_forever(self) -> None:
         """End clients whose idle timeout is over."""
@@ -185,45 +194,42 @@ class Clients:
                 check = heapq.heappop(self._checks)
                 if self._is_valid(check):
                     self._check(check[2], now)
-            else:
+            else:  # more than a batch was due: let others run before the next
                 await trio.lowlevel.checkpoint()
                 continue
+            # An alarm clock: _check_later puts it forward.
             with trio.CancelScope(deadline=self._checks[0][0] if self._checks else math.inf) as self._alarm:
                 await trio.sleep_forever()
 
     def _check(self, client: Client, now: float) -> None:
         client._next_check = math.inf
-        if client._inbox.receiver is not None and client._waiting_since + client._idle_timeout <= now:
+        if not client.is_waiting:
+            return  # at work; what comes next begins with its next wait
+        if client._waiting_since + client._idle_timeout <= now:
             self.expired += 1
             client._end("idle")
         else:
-            self.check_later(client)
+            self._check_later(client)
 
     def _is_valid(self, check: tuple[float, int, Client]) -> bool:
         when, _, client = check
         return when == client._next_check and not client._closed and client.ended is None
 
-    def _stop(self, client: Client) -> None:
-        if client._inbox.receiver is not None:
-            client._end("stopping")
-        else:
-            self.forget(client)
-
 
 class ClientsView(Collection["Client"]):
     """A live, read-only look at the clients whose handlers run. Iterating it goes over those there at the start."""
 
-    def __init__(self, clients: Clients) -> None:
-        self._clients = clients
+    def __init__(self, table: ClientTable) -> None:
+        self._table = table
 
     def __len__(self) -> int:
-        return len(self._clients.running)
+        return len(self._table.running)
 
     def __contains__(self, client: object) -> bool:
-        return client in self._clients.running
+        return client in self._table.running
 
     def __iter__(self) -> Iterator[Client]:
-        return iter(list(self._clients.running))
+        return iter(list(self._table.running))
 
     def __repr__(self) -> str:
         return f"<{len(self)} clients>"

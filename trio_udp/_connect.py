@@ -1,15 +1,14 @@
-"""The other end: a conversation with a server, over a socket of its own."""
+"""The other end: a conversation with one server, over a connected endpoint."""
 
 from __future__ import annotations
 
-import socket
 from collections import deque
 
 import attrs
 import trio
 
 from ._conversation import Conversation
-from ._endpoints import Address, Datagram, Endpoint
+from ._endpoints import Address, Datagram, open_connected_endpoint
 from ._statistics import ConnectionStatistics
 
 
@@ -23,28 +22,11 @@ async def connect(host: str | bytes, port: int, *, local_address: Address | None
 
     Raises:
       OSError: The kernel's own: the name is unknown, there is no route, or ``local_address`` is not ours.
+      TypeError, ValueError: The port is not from 1 to 65,535.
     """
-    if not isinstance(port, int):
-        raise TypeError(f"port must be an int, not {port!r}")
-    failure: OSError | None = None
-    for family, _, _, _, address in await trio.socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
-        sock = None
-        try:
-            sock = socket.socket(family, socket.SOCK_DGRAM)
-            if local_address is not None:
-                sock.bind(local_address)
-            sock.connect(address)
-            endpoint = Endpoint.from_socket(sock)
-        except BaseException as error:
-            if sock is not None:
-                sock.close()
-            if not isinstance(error, OSError):
-                raise
-            failure = failure or error
-        else:
-            return Connection(endpoint, endpoint.route(sock.getpeername()))
-    assert failure is not None  # getaddrinfo raises rather than return nothing
-    raise failure
+    endpoint = await open_connected_endpoint(host, port, local_address)
+    endpoint.tells_refusals = True
+    return Connection(endpoint, endpoint.route(endpoint.socket.getpeername()))
 
 
 @attrs.define(eq=False, repr=False)
@@ -93,9 +75,11 @@ class Connection(Conversation):
         """Like :meth:`receive`, without waiting.
 
         Raises:
-          trio.WouldBlock: Nothing has arrived.
+          trio.WouldBlock: Nothing has arrived, or another task is about to receive it.
         """
         self._check_open()
+        if self._receiving:
+            raise trio.WouldBlock
         if not self._ahead:
             self._read_ahead_nowait()
         return self._take()
@@ -103,7 +87,7 @@ class Connection(Conversation):
     def close(self) -> None:
         """Close the socket; what has not been received is dropped and counted. Idempotent."""
         if not self._closed:
-            self._closed = True
+            super().close()
             self._dropped_at_end += len(self._ahead)
             self._ahead.clear()
             self._endpoint.close()
@@ -115,9 +99,15 @@ class Connection(Conversation):
         self._receiving = True
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
-            self._check_open()
             while not self._ahead:
-                self._ahead.extend(await self._endpoint.receive_batch())
+                self._check_open()
+                try:
+                    self._read_ahead_nowait()
+                except trio.WouldBlock:
+                    self._ahead.extend(await self._endpoint.receive_batch())
+                else:
+                    # Not to be cancelled: what has been read is received, however soon the caller wants to give up.
+                    await trio.lowlevel.cancel_shielded_checkpoint()
         finally:
             self._receiving = False
 
@@ -133,5 +123,5 @@ class Connection(Conversation):
     def _take(self) -> bytes:
         payload, _ = self._ahead.popleft()
         self._delivered += 1
-        self._sent_in_a_row = 0
+        self._endpoint.sent_in_a_row = 0
         return payload

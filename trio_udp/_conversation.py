@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import attrs
 import trio
 
-from ._endpoints import Address, Endpoint, Route
+from ._endpoints import MAX_PAYLOAD_IPV4, Address, Endpoint, Route
 from ._statistics import SendTally
 
 if TYPE_CHECKING:
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 else:
     Payload = bytes | bytearray | memoryview  # for readers of annotations; any bytes-like object will do
 
-# Sending and receiving need not yield to other tasks each time: that costs more than the datagram itself. But a task
-# that only sends, or only takes what already waits, must not keep the others from running. This often it yields.
+# Sending and receiving need not let other tasks run each time: that costs more than the datagram itself. But a task
+# that only sends, or only takes what already waits, must not keep the others from running. Once in so many calls they
+# may.
 YIELD_EVERY = 64
 
 
@@ -33,7 +34,8 @@ class Conversation(trio.abc.Channel[bytes]):
     _route: Route
     _sending: SendTally = attrs.field(factory=SendTally, init=False)
     _closed: bool = attrs.field(default=False, init=False)
-    _sent_in_a_row: int = attrs.field(default=0, init=False)  # with no receive and no other task in between
+    # Cancelled to tell senders that wait for room in the send buffer that the conversation is over.
+    _blocked_sends: set[trio.CancelScope] | None = attrs.field(default=None, init=False)
 
     def __repr__(self) -> str:
         state = " closed" if self._closed else ""
@@ -56,7 +58,8 @@ class Conversation(trio.abc.Channel[bytes]):
         refused, filtered) is counted in :meth:`statistics` and not raised: UDP promises no delivery.
 
         Args:
-          value: The payload: any bytes-like object, copied now. ``b""`` is a datagram like any other.
+          value: The payload: any bytes-like object, copied now. ``b""`` is a datagram like any other. (It is called
+            what ``trio.abc.SendChannel`` calls it.)
 
         Raises:
           OSError: ``EMSGSIZE``: longer than a UDP datagram can be (65,507 bytes over IPv4, 65,527 over IPv6).
@@ -67,20 +70,23 @@ class Conversation(trio.abc.Channel[bytes]):
           Always noticed, and then the datagram is not sent. Other tasks run at least once in 64 sends that no
           ``receive`` came between, and whenever the send buffer is full.
         """
-        endpoint = self._endpoint
-        payload = value if type(value) is bytes and len(value) <= endpoint.max_payload else as_payload(value, endpoint)
-        self._sent_in_a_row += 1
-        if self._sent_in_a_row < YIELD_EVERY:
-            await trio.lowlevel.checkpoint_if_cancelled()
+        endpoint, route = self._endpoint, self._route
+        if type(value) is bytes and len(value) <= MAX_PAYLOAD_IPV4:
+            payload = value  # nearly always: spare the call
         else:
-            await trio.lowlevel.checkpoint()
-            self._sent_in_a_row = 0
+            payload = as_payload(value, endpoint.max_payload(route))
+        await trio.lowlevel.checkpoint_if_cancelled()
         if self._closed:
             self._check_open()
         try:
-            endpoint.send_nowait(payload, self._route, self._sending)
+            endpoint.send_nowait(payload, route, self._sending)
         except trio.WouldBlock:
-            await endpoint.send(payload, self._route, self._sending)
+            await self._send_when_there_is_room(payload)
+        endpoint.sent_in_a_row += 1
+        if endpoint.sent_in_a_row >= YIELD_EVERY:
+            # Only now, and not to be cancelled: what is called first is sent first, and what was sent has not failed.
+            endpoint.sent_in_a_row = 0
+            await trio.lowlevel.cancel_shielded_checkpoint()
 
     def send_nowait(self, payload: Payload) -> None:
         """Like :meth:`send`, without waiting.
@@ -89,15 +95,20 @@ class Conversation(trio.abc.Channel[bytes]):
           trio.WouldBlock: The send buffer is full, or others are waiting for it; nothing was sent.
         """
         self._check_open()
-        self._endpoint.send_nowait(as_payload(payload, self._endpoint), self._route, self._sending)
+        payload = as_payload(payload, self._endpoint.max_payload(self._route))
+        self._endpoint.send_nowait(payload, self._route, self._sending)
 
     async def send_many(self, payloads: Iterable[Payload]) -> None:
         """Send many datagrams, in order.
 
         Everything is checked and copied before the first is sent: what :meth:`send` would raise for one of them means
-        that none is sent. Waiting and cancellation are as for ``send``, between one datagram and the next.
+        that none is sent. Waiting, cancellation and the turns of other tasks are as for ``send``, between one datagram
+        and the next; what another task sends meanwhile may come in between too.
         """
-        for payload in [as_payload(payload, self._endpoint) for payload in payloads]:
+        longest = self._endpoint.max_payload(self._route)
+        copies = [as_payload(payload, longest) for payload in payloads]
+        await trio.lowlevel.checkpoint_if_cancelled()
+        for payload in copies:
             await self.send(payload)
 
     async def aclose(self) -> None:
@@ -106,19 +117,32 @@ class Conversation(trio.abc.Channel[bytes]):
         await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
-        """End the conversation."""
-        raise NotImplementedError  # pragma: no cover
+        """End the conversation. Idempotent."""
+        self._closed = True
+        for scope in self._blocked_sends or ():
+            scope.cancel()
 
     def _check_open(self) -> None:
         if self._closed:
             raise trio.ClosedResourceError("this conversation is over")
 
+    async def _send_when_there_is_room(self, payload: bytes) -> None:
+        if self._blocked_sends is None:
+            self._blocked_sends = set()
+        with trio.CancelScope() as scope:
+            self._blocked_sends.add(scope)
+            try:
+                return await self._endpoint.send(payload, self._route, self._sending)
+            finally:
+                self._blocked_sends.discard(scope)
+        self._check_open()
 
-def as_payload(payload: Payload, endpoint: Endpoint) -> bytes:
+
+def as_payload(payload: Payload, longest: int) -> bytes:
     """Return a payload as bytes of our own, if one datagram can carry it."""
     if type(payload) is not bytes:
         # By way of memoryview, because bytes(5) and bytes([1, 2]) work too, and mean something else.
         payload = bytes(memoryview(payload))
-    if len(payload) > endpoint.max_payload:
+    if len(payload) > longest:
         raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
     return payload

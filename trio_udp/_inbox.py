@@ -1,7 +1,7 @@
 """The bounded memory channel of one client: filled by the receive loop, emptied by one handler.
 
-Not ``trio.open_memory_channel``: an inbox is bounded in bytes too, alone and together with all others, chooses what
-to drop, and has a single receiver, which makes it about four times cheaper per datagram.
+Not ``trio.open_memory_channel``: an inbox is bounded in bytes too, alone and together with all others, chooses what to
+drop, and hands out what waits without running other tasks each time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ._limits import Limits
 
 
 @attrs.define(eq=False)
-class InboxTotals:
+class InboxTally:
     """Running counts over all inboxes of one server."""
 
     waiting: int = 0
@@ -31,7 +31,7 @@ class Inbox:
     """Payloads in arrival order, and the task that waits for the next one."""
 
     _limits: Limits
-    _totals: InboxTotals
+    _totals: InboxTally
     payloads: deque[bytes] = attrs.field(factory=deque, init=False)
     receiver: trio.lowlevel.Task | None = attrs.field(default=None, init=False)
     delivered: int = attrs.field(default=0, init=False)
@@ -58,6 +58,7 @@ class Inbox:
             self._bytes_gone += size
             self.dropped_inbox_full += 1
             totals.dropped_inbox_full += 1
+            self.wake()  # where it was the total that was full: the client is not silent, its wait begins anew
             return
         self.payloads.append(payload)
         totals.waiting += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
 
 import attrs
@@ -16,22 +17,18 @@ TRACEBACKS_PER_SECOND = 10
 
 @attrs.define(eq=False)
 class ErrorLog:
-    """Writes the first errors of every second in full, and of the others only how many there were."""
+    """Writes the first errors of any second in full, and of the others only how many there were."""
 
     _now: Callable[[], float]
-    _second_ends: float = attrs.field(default=float("-inf"), init=False)
-    _written: int = attrs.field(default=0, init=False)
+    _written: deque[float] = attrs.field(factory=lambda: deque(maxlen=TRACEBACKS_PER_SECOND), init=False)  # when
     _suppressed: int = attrs.field(default=0, init=False)
     _suppressing: trio.Event = attrs.field(factory=trio.Event, init=False)
 
     def write(self, error: Exception, message: str, *args: object) -> None:
         now = self._now()
-        if now >= self._second_ends:
+        if len(self._written) < TRACEBACKS_PER_SECOND or now - self._written[0] >= 1:
             self.write_suppressed()
-            self._second_ends = now + 1
-            self._written = 0
-        if self._written < TRACEBACKS_PER_SECOND:
-            self._written += 1
+            self._written.append(now)
             LOGGER.error(message, *args, exc_info=error)
         else:
             self._suppressed += 1
@@ -44,9 +41,9 @@ class ErrorLog:
             self._suppressed = 0
 
     async def write_suppressed_in_time(self) -> None:
-        """See to it that the number is written when the second is over, even if no error follows."""
+        """See to it that the number is written when errors may be again, even if none follows."""
         while True:
             await self._suppressing.wait()
-            await trio.sleep_until(self._second_ends)
+            await trio.sleep_until(self._written[0] + 1)
             self._suppressing = trio.Event()
             self.write_suppressed()

@@ -10,6 +10,7 @@ import trio
 
 from ._client import Client
 from ._conversation import Payload
+from ._limits import check_seconds
 from ._serve import Handler
 
 RequestFunction: TypeAlias = Callable[[bytes, Client], Awaitable["Payload | None"]]
@@ -30,7 +31,8 @@ def request_handler(
     resolvers do, give the server a short one, or ``Limits(when_full="evict_idle")``.
 
     Args:
-      function: Returns the reply (``b""`` is an empty one) or ``None`` for no reply.
+      function: Returns the reply (``b""`` is an empty one) or ``None`` for no reply, as it must once it has closed the
+        client. For a method, wrap the bound one: ``request_handler(app.answer)``.
       timeout: Seconds that each request may take. One that takes longer is cancelled (``trio.move_on_after``, so only
         where ``function`` awaits something), counted in ``requests_timed_out`` and not answered; the next one follows.
 
@@ -38,8 +40,8 @@ def request_handler(
       An exception in ``function`` goes to the server's ``on_error``; the requests that wait behind it are still
       answered.
     """
-    if timeout is not None and not timeout > 0:
-        raise ValueError(f"timeout must be greater than 0, not {timeout!r}")
+    if timeout is not None:
+        check_seconds("timeout", timeout)
     if function is None:
         return lambda function: request_handler(function, timeout=timeout)
     if not callable(function):
@@ -59,5 +61,5 @@ def request_handler(
                 await client.send(reply)
 
     functools.update_wrapper(handler, function)
-    del handler.__wrapped__  # type: ignore[attr-defined]  # a handler's arguments are its own
+    del handler.__wrapped__  # type: ignore[attr-defined]  # or its signature would be the function's
     return handler

@@ -1,17 +1,17 @@
 """The server. Read this first.
 
     kernel -> Endpoint.receive_batch() -> receive loop -> known[route] -> inbox -> handler task
-    kernel <- Endpoint.send()          <-------------------------------------- client.send()
+    kernel <- engine.send()            <- outbox       <-------------------------- client.send()
 
 One receive loop for each endpoint puts every datagram into the inbox of the client it belongs to, and starts a handler
-task for strangers. It never waits for a client. Everything that grows is bounded by :class:`Limits`.
+task for a stranger. A *route* says which client that is: it stands for a peer address and the local address that was
+written to. The loop never waits for a client. Everything that grows is bounded by :class:`Limits`.
 """
 
 from __future__ import annotations
 
 import inspect
 import signal
-import socket
 import sys
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import ExitStack
@@ -20,20 +20,20 @@ from typing import TypeAlias
 import attrs
 import trio
 
-from ._client import Client, check_idle_timeout
-from ._clients import Clients, ClientsView
+from ._client import Client
+from ._clients import ClientsView, ClientTable
 from ._conversation import Payload, as_payload
-from ._endpoints import Address, Endpoint, Route, open_endpoints
-from ._limits import Limits
+from ._endpoints import Address, Endpoint, Route, numeric_address, open_endpoints
+from ._limits import Limits, check_seconds
 from ._log import ErrorLog
 from ._statistics import SendTally, ServerStatistics
 
 if sys.version_info < (3, 11):
-    from exceptiongroup import ExceptionGroup
+    from exceptiongroup import BaseExceptionGroup, ExceptionGroup
 
 Handler: TypeAlias = Callable[[Client], Awaitable[object]]
 Accept: TypeAlias = Callable[[bytes, Address], bool]
-OnError: TypeAlias = Callable[[Client, Exception], object]
+OnError: TypeAlias = Callable[[Client, Exception], None]
 
 
 def log_error(client: Client, error: Exception) -> None:
@@ -132,8 +132,8 @@ async def serve_endpoints(
       limits: What may be held in memory for strangers.
       accept: ``accept(payload, peer_address)`` is asked about every stranger before anything is kept of it; false means
         that the datagram is refused. If it raises, the datagram is refused too, and the error logged. A plain function,
-        run in the receive loop: it should be quick. Whoever is known is not asked about again, nor is what a
-        handler leaves behind; to turn a client out, close it.
+        run in the receive loop: it should be quick. It is not asked about known clients, nor about datagrams taken
+        over from a handler that has ended; to be rid of a client, close it.
       on_error: Called with the client and the exception when a handler raises. That ends this client only, unless
         ``on_error`` itself raises: then the server ends with that exception, as ``trio.serve_tcp`` would.
       drain_timeout: Seconds that handlers have to finish once the server stops. What is left then is cancelled.
@@ -152,35 +152,33 @@ async def serve_endpoints(
     endpoints = tuple(endpoints)
     with ExitStack() as cleanup:
         for endpoint in endpoints:
-            if not isinstance(endpoint, Endpoint):
-                raise TypeError(f"expected an Endpoint, not {endpoint!r}")
-            cleanup.callback(endpoint.close)
+            if isinstance(endpoint, Endpoint):
+                cleanup.callback(endpoint.close)
         _check_arguments(handler, endpoints, limits, accept, on_error, drain_timeout, stop_signals)
         now = trio.lowlevel.current_clock().current_time
-        clients = Clients(limits, check_idle_timeout(idle_timeout), now, {endpoint: {} for endpoint in endpoints})
-        server = Server(endpoints, clients, handler, accept, on_error, ErrorLog(now))
-        cleanup.callback(server._end)
-
+        known: dict[Endpoint, dict[Route, Client]] = {endpoint: {} for endpoint in endpoints}
+        table = ClientTable(limits, check_seconds("idle_timeout", idle_timeout), now, known)
+        log = ErrorLog(now)
         async with trio.open_nursery() as nursery:
-            server._nursery = nursery
-            server._handler_nursery = nursery if handler_nursery is None else handler_nursery
+            server = Server(endpoints, table, handler, accept, on_error, log, nursery, handler_nursery or nursery)
+            cleanup.callback(server._end)
             if stop_signals:
                 await nursery.start(server._stop_at_signals, stop_signals)
-            nursery.start_soon(clients.expire_forever)
-            nursery.start_soon(server._log.write_suppressed_in_time)
+            nursery.start_soon(table.expire_forever)
+            nursery.start_soon(log.write_suppressed_in_time)
             for endpoint in endpoints:
                 nursery.start_soon(endpoint.flush_when_stuck)
                 nursery.start_soon(server._receive_from, endpoint)
             task_status.started(server)
 
-            await server._stop.wait()
+            await table.stopping.wait()
             with trio.move_on_after(drain_timeout):
-                await clients.all_gone.wait()
+                await table.all_gone.wait()
                 for endpoint in endpoints:
                     await endpoint.flush()
             nursery.cancel_scope.cancel()
 
-        if not server._stop.is_set() and all(endpoint.closed for endpoint in endpoints):
+        if not table.stopping.is_set() and all(endpoint.closed for endpoint in endpoints):
             raise trio.ClosedResourceError("every endpoint of this server has been closed")
 
 
@@ -190,29 +188,28 @@ class Server:
 
     Attributes:
       endpoints: The endpoints it serves on; ``server.endpoints[0].local_address`` tells the port.
-      clients: A live, read-only collection of the clients whose handlers run.
     """
 
     endpoints: tuple[Endpoint, ...]
-    _clients: Clients
+    _table: ClientTable
     _handler: Handler
     _accept: Accept | None
     _on_error: OnError
     _log: ErrorLog
-    clients: Collection[Client] = attrs.field(init=False)
-    _nursery: trio.Nursery = attrs.field(init=False)
-    _handler_nursery: trio.Nursery = attrs.field(init=False)
-    _stop: trio.Event = attrs.field(factory=trio.Event, init=False)
-    _unsolicited: SendTally = attrs.field(factory=SendTally, init=False)
+    _nursery: trio.Nursery
+    _handler_nursery: trio.Nursery
+    _unsolicited: SendTally = attrs.field(factory=SendTally, init=False)  # what is sent has to be somebody's
+    _in_hand: int = attrs.field(default=0, init=False)  # datagrams of a batch, read but not yet handed out
     _refused_by_accept: int = attrs.field(default=0, init=False)
     _refused_full: int = attrs.field(default=0, init=False)
     _refused_stopping: int = attrs.field(default=0, init=False)
     _handler_errors: int = attrs.field(default=0, init=False)
     _requests_timed_out: int = attrs.field(default=0, init=False)
 
-    @clients.default
-    def _(self) -> Collection[Client]:
-        return ClientsView(self._clients)
+    @property
+    def clients(self) -> Collection[Client]:
+        """A live, read-only collection of the clients whose handlers run. It may change while it is iterated."""
+        return ClientsView(self._table)
 
     def __repr__(self) -> str:
         addresses = ", ".join(str(endpoint.local_address) for endpoint in self.endpoints)
@@ -227,9 +224,7 @@ class Server:
         arrive count as ``refused_stopping``, except those of clients inside :meth:`Client.transaction`. When
         ``drain_timeout`` is over, handlers that still run are cancelled.
         """
-        if not self._stop.is_set():
-            self._stop.set()
-            self._clients.stop()
+        self._table.stop()
 
     async def send_to(self, payload: Payload, address: Address) -> None:
         """Send one datagram to any address, whether it has ever written to us or not.
@@ -242,30 +237,32 @@ class Server:
 
         Raises:
           OSError: ``EMSGSIZE``: longer than a UDP datagram can be.
-          ValueError: The host is not an IP address, or no endpoint is of its family.
+          TypeError, ValueError: It is not a numeric address, or no endpoint is of its family.
           trio.ClosedResourceError: The server has ended.
 
         Cancellation:
           A checkpoint; when it raises ``Cancelled``, the datagram was not sent.
         """
+        address = numeric_address(address)
         endpoint = self._endpoint_for(address)
-        payload = as_payload(payload, endpoint)
+        route = endpoint.route(address)
+        payload = as_payload(payload, endpoint.max_payload(route))
         await trio.lowlevel.checkpoint()
         try:
-            endpoint.send_nowait(payload, endpoint.route(address), self._unsolicited)
+            endpoint.send_nowait(payload, route, self._unsolicited)
         except trio.WouldBlock:
-            await endpoint.send(payload, endpoint.route(address), self._unsolicited)
+            await endpoint.send(payload, route, self._unsolicited)
 
     def statistics(self) -> ServerStatistics:
         """What has happened so far to every datagram; also available once the server has ended."""
-        clients, totals = self._clients, self._clients.totals
+        table, totals = self._table, self._table.totals
         sockets = [endpoint.statistics() for endpoint in self.endpoints]
         errors: dict[str, int] = {}
         for of_socket in sockets:
             for name, count in of_socket.errors.items():
                 errors[name] = errors.get(name, 0) + count
         return ServerStatistics(
-            received=sum(s.received for s in sockets),
+            received=sum(s.received for s in sockets) - self._in_hand,
             bytes_received=sum(s.bytes_received for s in sockets),
             sent=sum(s.sent for s in sockets),
             bytes_sent=sum(s.bytes_sent for s in sockets),
@@ -277,10 +274,10 @@ class Server:
             refused_by_accept=self._refused_by_accept,
             refused_full=self._refused_full,
             refused_stopping=self._refused_stopping,
-            clients=len(clients.running),
-            clients_started=clients.started,
-            clients_expired=clients.expired,
-            clients_evicted=clients.evicted,
+            clients=len(table.running),
+            clients_started=table.started,
+            clients_expired=table.expired,
+            clients_evicted=table.evicted,
             handler_errors=self._handler_errors,
             requests_timed_out=self._requests_timed_out,
             receive_errors=sum(s.receive_errors for s in sockets),
@@ -290,50 +287,68 @@ class Server:
 
     async def _receive_from(self, endpoint: Endpoint) -> None:
         """The receive loop: hand every datagram to its client, for ever, until the endpoint is closed."""
-        known = self._clients.known[endpoint]
+        known = self._table.known[endpoint]
         try:
             while True:
                 batch = await endpoint.receive_batch()
                 if len(batch) > 1:
                     endpoint.cork()
-                for payload, route in batch:
-                    client = known.get(route) or self._admit(endpoint, route, payload)
+                for number, (payload, route) in enumerate(batch):
+                    client = known.get(route)
+                    if client is None:
+                        self._in_hand = len(batch) - number
+                        client = self._admit(endpoint, route, payload)
+                        self._in_hand = 0
                     # Put it into the inbox here, in arrival order, rather than in a task per datagram: Trio shuffles
                     # tasks that become runnable together, so spawning would reorder the datagrams of a batch.
                     if client is not None:
                         client._inbox.put(payload)
-                if self._clients.overfull:
+                if self._table.overfull:
                     # Let evicted handlers take their leave before the next strangers come. (receive_batch lets tasks
                     # run too, but in a random order: once may be too early for them.)
                     await trio.lowlevel.checkpoint()
         except trio.ClosedResourceError:
-            self._clients.lose(endpoint)
-            if not self._stop.is_set() and all(endpoint.closed for endpoint in self.endpoints):
+            self._table.abandon(endpoint)
+            if not self._table.stopping.is_set() and all(endpoint.closed for endpoint in self.endpoints):
                 self._nursery.cancel_scope.cancel()
         finally:
+            # Where accept or handler_nursery has failed, and so has the server, the rest of a batch comes too late.
+            self._refused_stopping += self._in_hand
+            self._in_hand = 0
+            # The last words of handlers that are being cancelled must not wait for a loop that is gone.
             endpoint.uncork()
 
     def _admit(self, endpoint: Endpoint, route: Route, payload: bytes) -> Client | None:
         """Make a stranger a client, or count why not."""
-        accept = self._accept
-        if accept is not None and not self._stop.is_set() and not self._accepts(accept, endpoint, route, payload):
+        table, accept = self._table, self._accept
+        # Whether the server is stopping is asked twice: accept need not look at what is refused anyway, and may itself
+        # have stopped the server.
+        if accept is not None and not table.stopping.is_set() and not self._accepts(accept, endpoint, route, payload):
             self._refused_by_accept += 1
-        elif self._stop.is_set():
+        elif table.stopping.is_set():
             self._refused_stopping += 1
-        elif not self._clients.has_room_for(payload):
-            self._clients.totals.dropped_inbox_full += 1
-        elif not self._clients.make_room():
+        elif not table.has_room_for(payload):
+            table.totals.dropped_inbox_full += 1
+        elif not table.make_room():
             self._refused_full += 1
         else:
-            client = self._clients.add(self, endpoint, route)
-            self._handler_nursery.start_soon(self._run_handler, client)
+            client = table.add(self, endpoint, route)
+            try:
+                self._handler_nursery.start_soon(self._run_handler, client)
+            except BaseException:  # the caller's nursery is over
+                table.remove(client)
+                raise
             return client
         return None
 
     def _accepts(self, accept: Accept, endpoint: Endpoint, route: Route, payload: bytes) -> bool:
         address = endpoint.peer_address_of(route)
         try:
-            return accept(payload, address)
+            answer = accept(payload, address)
+            if inspect.iscoroutine(answer):  # which would count as true
+                answer.close()
+                raise TypeError(f"accept must be a plain function, not {accept!r}")
+            return answer
         except Exception as error:
             self._log.write(error, "accept failed on a datagram from %s", address)
             return False
@@ -346,13 +361,24 @@ class Server:
                 try:
                     await self._handler(current)
                 except Exception as error:
-                    if not _is_normal_end(error, current):
-                        self._handler_errors += 1
-                        self._on_error(current, error)
-                current = self._clients.succeed(current)
+                    self._handler_failed(current, error)
+                except BaseExceptionGroup as group:
+                    # From a nursery of the handler's: something that is to propagate, such as the cancellation of a
+                    # part of it, beside errors that are not.
+                    errors, others = group.split(Exception)
+                    if errors is not None:
+                        self._handler_failed(current, errors)
+                    assert others is not None
+                    raise others from None
+                current = self._table.hand_over(current)
         finally:
             if current is not None:  # cancelled, or the server is to crash
-                self._clients.remove(current)
+                self._table.remove(current)
+
+    def _handler_failed(self, client: Client, error: Exception) -> None:
+        if not _is_normal_end(error, client):
+            self._handler_errors += 1
+            self._on_error(client, error)
 
     async def _stop_at_signals(
         self, signals: Collection[signal.Signals], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -365,29 +391,27 @@ class Server:
             self._nursery.cancel_scope.cancel()
 
     def _end(self) -> None:
-        """The server has ended: whoever still holds one of its clients is told when using it."""
-        self._clients.lose()
+        """Close every client: using one after the server has ended raises ``trio.ClosedResourceError``."""
+        self._table.abandon()
         self._log.write_suppressed()
 
     def _endpoint_for(self, address: Address) -> Endpoint:
-        host, *_ = address
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        # inet_pton refuses names: looking them up would block every client.
-        try:
-            socket.inet_pton(family, host.partition("%")[0])
-        except OSError:
-            raise ValueError(f"not an IP address: {host!r}") from None
-        for endpoint in self.endpoints:
-            if (":" in endpoint.local_address[0]) == (":" in host):
-                return endpoint
-        raise ValueError(f"no endpoint of this server can send to {host!r}")
+        fitting = [endpoint for endpoint in self.endpoints if endpoint.can_send_to(address)]
+        if not fitting:
+            raise ValueError(f"no endpoint of this server can send to {address!r}")
+        return next((endpoint for endpoint in fitting if not endpoint.closed), fitting[0])
 
 
 def _is_normal_end(error: Exception, client: Client) -> bool:
     """Whether an exception only says that the conversation is over, perhaps from inside a nursery of the handler's."""
     if isinstance(error, ExceptionGroup):
         return all(_is_normal_end(inner, client) for inner in error.exceptions)
-    return isinstance(error, trio.EndOfChannel) or (client._lost and isinstance(error, trio.ClosedResourceError))
+    closed = client._abandoned or client._endpoint.closed  # and not by the handler
+    return isinstance(error, trio.EndOfChannel) or (closed and isinstance(error, trio.ClosedResourceError))
+
+
+def _is_async(function: object) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _check_arguments(
@@ -399,20 +423,23 @@ def _check_arguments(
     drain_timeout: object,
     stop_signals: object,
 ) -> None:
-    """Tell the caller's mistakes apart from strangers' before the first stranger comes."""
+    """Raise for the caller's mistakes now, rather than at the first datagram."""
+    # A plain function may return what an async one does. An async generator, one "yield" too many, never does anything.
     if not callable(handler) or inspect.isasyncgenfunction(handler):
         raise TypeError(f"handler must be an async function to be called with a client, not {handler!r}")
     if not endpoints:
         raise ValueError("no endpoints to serve on")
+    for endpoint in endpoints:
+        if not isinstance(endpoint, Endpoint):
+            raise TypeError(f"expected an Endpoint, not {endpoint!r}")
+    if len(set(endpoints)) < len(endpoints):
+        raise ValueError("an endpoint cannot be served on twice")
     if not isinstance(limits, Limits):
         raise TypeError(f"limits must be Limits, not {limits!r}")
-    if (accept is not None and not callable(accept)) or inspect.iscoroutinefunction(accept):
+    if (accept is not None and not callable(accept)) or _is_async(accept):
         raise TypeError(f"accept must be a plain function or None, not {accept!r}")
-    if not callable(on_error) or inspect.iscoroutinefunction(on_error):
+    if not callable(on_error) or _is_async(on_error):
         raise TypeError(f"on_error must be a plain function, not {on_error!r}")
-    if not isinstance(drain_timeout, (int, float)):
-        raise TypeError(f"drain_timeout must be a number of seconds, not {drain_timeout!r}")
-    if not drain_timeout >= 0:
-        raise ValueError(f"drain_timeout must not be negative, not {drain_timeout!r}")
+    check_seconds("drain_timeout", drain_timeout, zero=True)
     if not isinstance(stop_signals, Collection) or not all(isinstance(s, int) for s in stop_signals):
         raise TypeError(f"stop_signals must be a collection of signals, not {stop_signals!r}")

@@ -1,7 +1,5 @@
 """Counters: the snapshots that users read, and the mutable tallies that the package writes."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Mapping
 
@@ -30,7 +28,7 @@ class EndpointStatistics:
     bytes_sent: int
     receive_errors: int
     send_errors: int
-    errors: Mapping[str, int]
+    errors: Mapping[str, int] = attrs.field(hash=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -61,7 +59,7 @@ class ClientStatistics:
       bytes_received: Their payload bytes.
       delivered: Datagrams taken by the handler.
       waiting: Datagrams in the inbox now.
-      dropped_inbox_full: Datagrams lost because the inbox, or all inboxes together, were full.
+      dropped_inbox_full: Datagrams dropped because the inbox, or all inboxes together, were full.
       dropped_at_end: Datagrams that were still in the inbox when the client was closed or cancelled.
       sent: Datagrams to this client that the kernel has taken.
       bytes_sent: Their payload bytes.
@@ -80,7 +78,7 @@ class ClientStatistics:
     bytes_sent: int
     send_errors: int
     requests_timed_out: int
-    errors: Mapping[str, int]
+    errors: Mapping[str, int] = attrs.field(hash=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -96,7 +94,8 @@ class ServerStatistics:
         :class:`EndpointStatistics`, over all endpoints of the server.
       delivered: Datagrams taken by handlers.
       waiting: Datagrams in inboxes now.
-      dropped_inbox_full: Datagrams lost because an inbox, or all inboxes together, were full.
+      dropped_inbox_full: Datagrams dropped because an inbox, or all inboxes together, were full; also strangers'
+        datagrams for which there would have been no room.
       dropped_at_end: Datagrams still in an inbox when its client was closed or cancelled, or when its handler
         ended without having taken any.
       refused_by_accept: Strangers' datagrams that ``accept`` turned away.
@@ -130,12 +129,7 @@ class ServerStatistics:
     requests_timed_out: int
     receive_errors: int
     send_errors: int
-    errors: Mapping[str, int]
-
-
-def _count_error(errors: dict[str, int], error: OSError) -> None:
-    name = errno.errorcode.get(error.errno or 0, str(error.errno))
-    errors[name] = errors.get(name, 0) + 1
+    errors: Mapping[str, int] = attrs.field(hash=False)
 
 
 @attrs.define(eq=False)
@@ -152,18 +146,19 @@ class SendTally:
     def errors(self) -> dict[str, int]:
         return dict(self._errors or {})
 
-    def send_failed(self, error: OSError) -> None:
+    def count_send_error(self, error: OSError) -> None:
         self.send_errors += 1
         self._count(error)
 
     def _count(self, error: OSError) -> None:
         if self._errors is None:
             self._errors = {}
-        _count_error(self._errors, error)
+        name = errno.errorcode.get(error.errno or 0, str(error.errno))
+        self._errors[name] = self._errors.get(name, 0) + 1
 
 
 @attrs.define(eq=False)
-class Traffic(SendTally):
+class EndpointTally(SendTally):
     """Running counts of what has passed through one socket; its engine writes them."""
 
     received: int = 0
@@ -171,6 +166,6 @@ class Traffic(SendTally):
     truncated: int = 0
     receive_errors: int = 0
 
-    def receive_failed(self, error: OSError) -> None:
+    def count_receive_error(self, error: OSError) -> None:
         self.receive_errors += 1
         self._count(error)

@@ -7,6 +7,11 @@ _portable.py    that code for every platform
 _pktinfo.py     the control messages that tell, and set, our own address
 """
 
+from ._address import (
+    MAX_PAYLOAD_IPV4 as MAX_PAYLOAD_IPV4,
+    Address as Address,
+    numeric_address as numeric_address,
+)
 from ._endpoint import Endpoint as Endpoint
-from ._engine import BATCH as BATCH, Address as Address, Datagram as Datagram, Route as Route
-from ._open import open_endpoints as open_endpoints
+from ._engine import BATCH as BATCH, Datagram as Datagram, Route as Route
+from ._open import open_connected_endpoint as open_connected_endpoint, open_endpoints as open_endpoints

@@ -11,19 +11,21 @@ import attrs
 import trio
 
 from .._statistics import EndpointStatistics, SendTally
-from ._engine import BATCH, Address, Datagram, Engine, Outgoing, Route
-from ._portable import portable_engine
+from ._address import Address, is_ipv6
+from ._engine import BATCH, Datagram, Engine, Outgoing, Route
+from ._portable import is_connected, portable_engine
 
-# The socket is closed, or its number already belongs to something that is not a socket.
+# Somebody has closed the file descriptor itself, and perhaps it already belongs to something that is not a socket.
 CLOSED_ERRNOS = {errno.EBADF, errno.ENOTSOCK}
 
-# Errors on receive come one at a time, each an answer to something sent earlier. More than this many in a row with
-# nothing received in between are a fault that lasts: look less often, so as not to burn the processor.
-ERRORS_IN_A_ROW = 8
+# Errors on receive come one at a time, each an answer to something sent earlier, and a socket that is said to be
+# readable has something to read. More than this many reads in a row that give nothing are a fault that lasts (one is
+# IP_RECVERR with nobody to read the error queue): look only every so many seconds, so as not to burn the processor.
+FRUITLESS_READS = 8
 PAUSE = 0.1
 
-# Seconds until the next try where the kernel has said that there is room, and then that there is none. So it is with a
-# Unix-domain socket: what is full is the peer's buffer, of which it tells nothing.
+# Seconds to wait when the socket polls as writable and sending still fails with EAGAIN, as on a Unix-domain socket:
+# there it is the peer's buffer that is full, which polling does not show.
 FULL_THOUGH_WRITABLE = 0.01
 
 
@@ -31,11 +33,11 @@ FULL_THOUGH_WRITABLE = 0.01
 class Endpoint:
     """A bound datagram socket and its counters; what :func:`serve_endpoints` serves on.
 
-    Made by :func:`open_endpoints` or :meth:`from_socket`.
+    Made by :func:`open_endpoints` or :meth:`from_socket`. For users: ``socket``, ``local_address``, ``closed``,
+    ``statistics``, ``close`` and ``aclose``. The rest is between the parts of this package, and may change.
     """
 
     _engine: Engine
-    max_payload: int  # bytes that one datagram can carry
 
     # While the endpoint is corked, replies collect here and leave together.
     _outbox: deque[Outgoing] = attrs.field(factory=deque, init=False)
@@ -46,8 +48,16 @@ class Endpoint:
     _stuck: trio.Event = attrs.field(factory=trio.Event, init=False)  # corked replies met a full send buffer
 
     _drained: bool = attrs.field(default=True, init=False)  # the kernel had nothing more when we last looked
-    _errors_in_a_row: int = attrs.field(default=0, init=False)
-    refusal: OSError | None = attrs.field(default=None, init=False)  # an ICMP refusal, on a connected socket
+    _fruitless_reads: int = attrs.field(default=0, init=False)
+
+    # Sends since a task that sends was last known to let others run; see YIELD_EVERY.
+    sent_in_a_row: int = attrs.field(default=0, init=False)
+
+    # A connected socket has one peer, and is told when that refuses something. Only a Connection wants to hear of it,
+    # and then of each refusal once: either the next receive_batch() raises it, or the one that waits is woken for it.
+    tells_refusals: bool = attrs.field(default=False, init=False)
+    refusal: OSError | None = attrs.field(default=None, init=False)
+    _wait: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
 
     @classmethod
     def from_socket(
@@ -55,7 +65,8 @@ class Endpoint:
     ) -> Endpoint:
         """Make an endpoint of a bound datagram socket that someone else opened.
 
-        The endpoint owns the socket from now on: it is made non-blocking, and closed with the endpoint.
+        The endpoint owns the socket from now on: it is made non-blocking, and closed with the endpoint. (Closing a
+        ``socket.socket`` that was passed in directly goes unnoticed until something arrives: Trio is not told.)
 
         Args:
           sock: A ``socket.socket`` or ``trio.socket`` of type ``SOCK_DGRAM``.
@@ -65,16 +76,17 @@ class Endpoint:
           TypeError, ValueError: It is not a socket, not a datagram socket, or not bound.
         """
         check_max_datagram_size(max_datagram_size)
-        if isinstance(sock, stdlib_socket.socket):
-            sock = trio.socket.from_stdlib_socket(sock)
-        elif not isinstance(sock, trio.socket.SocketType):
-            raise TypeError(f"expected a socket, not {sock!r}")
+        # A trio.socket may also come from a socket factory of the user's, and have no socket inside.
+        if not isinstance(getattr(sock, "_sock", sock), stdlib_socket.socket):
+            raise TypeError(f"expected a socket of the operating system's, not a {type(sock).__name__}")
         if sock.type != stdlib_socket.SOCK_DGRAM:
             raise ValueError(f"not a datagram socket: {sock!r}")
-        if sock.family in (stdlib_socket.AF_INET, stdlib_socket.AF_INET6) and sock.getsockname()[1] == 0:
-            raise ValueError(f"not bound to a port: {sock!r}")
-        engine = portable_engine(sock, max_datagram_size)
-        return cls(engine, engine.max_payload)
+        is_inet = sock.family in (stdlib_socket.AF_INET, stdlib_socket.AF_INET6)
+        if sock.getsockname()[1] == 0 if is_inet else not sock.getsockname() and not is_connected(sock):
+            raise ValueError(f"not bound to an address: {sock!r}")
+        if isinstance(sock, stdlib_socket.socket):
+            sock = trio.socket.from_stdlib_socket(sock)
+        return cls(portable_engine(sock, max_datagram_size))
 
     def __repr__(self) -> str:
         return f"<trio_udp.Endpoint {self.local_address}{' closed' if self.closed else ''}>"
@@ -96,24 +108,26 @@ class Endpoint:
 
     def statistics(self) -> EndpointStatistics:
         """Counts since the endpoint was made; also available once it is closed."""
-        traffic = self._engine.traffic
+        tally = self._engine.tally
         return EndpointStatistics(
-            received=traffic.received,
-            bytes_received=traffic.bytes_received,
-            truncated=traffic.truncated,
-            sent=traffic.sent,
-            bytes_sent=traffic.bytes_sent,
-            receive_errors=traffic.receive_errors,
-            send_errors=traffic.send_errors,
-            errors=traffic.errors,
+            received=tally.received,
+            bytes_received=tally.bytes_received,
+            truncated=tally.truncated,
+            sent=tally.sent,
+            bytes_sent=tally.bytes_sent,
+            receive_errors=tally.receive_errors,
+            send_errors=tally.send_errors,
+            errors=tally.errors,
         )
 
     def close(self) -> None:
         """Close the socket; what is in the outbox leaves if the kernel takes it now. Idempotent."""
-        self.uncork()
-        while self._outbox:
-            self._send_failed(OSError(errno.EAGAIN, "the endpoint was closed before the send buffer had room"))
-        self._engine.close()
+        try:
+            self.uncork()
+            while self._outbox:
+                self._count_send_error(OSError(errno.EAGAIN, "closed before the send buffer had room"))
+        finally:
+            self._engine.close()
 
     async def aclose(self) -> None:
         """Close the endpoint. A server that runs on it loses this endpoint's clients; see :func:`serve_endpoints`."""
@@ -121,6 +135,14 @@ class Endpoint:
         await trio.lowlevel.checkpoint()
 
     # What follows is for the receive loop, for clients and for connections.
+
+    def max_payload(self, route: Route) -> int:
+        """Length of the longest payload that one datagram can carry on a route."""
+        return self._engine.max_payload(route)
+
+    def can_send_to(self, address: Address) -> bool:
+        """Whether the socket is of the address's family, and not connected to a peer."""
+        return not self._engine.connected and is_ipv6(self.local_address) == is_ipv6(address)
 
     def route(self, address: Address) -> Route:
         """The route to an address that has not necessarily written to us."""
@@ -141,12 +163,18 @@ class Endpoint:
 
         Raises:
           trio.ClosedResourceError: The endpoint is closed.
-          ConnectionRefusedError: On a connected socket: the peer refused something that was sent earlier.
+          ConnectionRefusedError: Where refusals are to be told: the peer refused something that was sent earlier.
         """
         batch: list[Datagram] = []
         while True:
+            if self.refusal is not None:
+                self._fruitless_reads = 0
+                raise self.take_refusal()
             if not self._drained or self._corked:
                 await trio.lowlevel.checkpoint()
+            elif self.tells_refusals:
+                with trio.CancelScope() as self._wait:
+                    await self._engine.wait_readable()
             else:
                 await self._engine.wait_readable()
             self._flush()
@@ -154,14 +182,14 @@ class Endpoint:
                 self._stuck.set()
             self._drained = self.read(batch)
             if batch:
-                self._errors_in_a_row = 0
+                self._fruitless_reads = 0
                 self._corked = 0
+                self.sent_in_a_row = 0
                 return batch
-            if self.refusal is not None:
-                raise self.take_refusal()
             if self._corked:
                 self._corked -= 1
-            if self._errors_in_a_row > ERRORS_IN_A_ROW:
+            self._fruitless_reads += 1
+            if self._fruitless_reads > FRUITLESS_READS:
                 self.uncork()
                 await trio.sleep(PAUSE)
 
@@ -173,11 +201,9 @@ class Endpoint:
             return True
         except OSError as error:
             if error.errno in CLOSED_ERRNOS:
+                self._engine.abandon()
                 raise trio.ClosedResourceError("this endpoint is closed") from error
-            self._engine.traffic.receive_failed(error)
-            self._errors_in_a_row += 1
-            if self._engine.connected and isinstance(error, ConnectionRefusedError):
-                self.refusal = error
+            self._count_receive_error(error)
         return False
 
     def take_refusal(self) -> OSError:
@@ -225,13 +251,13 @@ class Endpoint:
     def uncork(self) -> None:
         """Send what was collected, and from now on at once."""
         self._corked = 0
-        if not self.closed:
-            self._flush()
+        self._flush()
         if self._outbox:
             self._stuck.set()
 
     async def flush(self) -> None:
         """Wait until the outbox is empty, or the endpoint closed."""
+        self._corked = 0  # nobody is to put anything into the outbox ahead of those who wait for their turn
         with suppress(trio.ClosedResourceError):
             async with self._turn:
                 while self._outbox:
@@ -267,15 +293,24 @@ class Endpoint:
                     self._corked = 0  # so that whoever sends next is told at once
                     return
                 if self._engine.connected and isinstance(error, ConnectionRefusedError):
-                    # It belongs to an earlier datagram; this one has not been tried yet. See udp(7).
-                    self.refusal = error
+                    # The answer to an earlier datagram; this one has not been tried yet. See udp(7).
+                    self._count_receive_error(error)
                 else:
-                    self._send_failed(error)
+                    self._count_send_error(error)
+            except (TypeError, ValueError, OverflowError) as error:
+                # Not an address that one can send to, such as that of a Unix-domain socket which has none.
+                self._count_send_error(OSError(errno.EDESTADDRREQ, str(error)))
 
-    def _send_failed(self, error: OSError) -> None:
+    def _count_receive_error(self, error: OSError) -> None:
+        self._engine.tally.count_receive_error(error)
+        if self.tells_refusals and isinstance(error, ConnectionRefusedError):
+            self.refusal = error
+            self._wait.cancel()
+
+    def _count_send_error(self, error: OSError) -> None:
         _, _, tally = self._outbox.popleft()
-        tally.send_failed(error)
-        self._engine.traffic.send_failed(error)
+        tally.count_send_error(error)
+        self._engine.tally.count_send_error(error)
 
 
 def check_max_datagram_size(size: int) -> None:

@@ -1,7 +1,7 @@
 """What an endpoint asks of the code that makes the system calls.
 
-An engine moves datagrams between one socket and Python, a batch at a time. Its ``receive`` and ``send`` are plain
-synchronous calls that never block; waiting is done by whoever drives it (see ``_endpoint.py``).
+An engine moves datagrams between one socket and Python, a batch at a time. ``receive`` and ``send`` are plain calls
+that never block; when to wait, with ``wait_readable`` and ``wait_writable``, is up to the endpoint.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from typing import Protocol, TypeAlias
 
 import trio
 
-from .._statistics import SendTally, Traffic
-
-Address: TypeAlias = "tuple[str, int] | tuple[str, int, int, int]"
-"""An address as the ``socket`` module gives it, for IPv4 or IPv6."""
+from .._statistics import EndpointTally, SendTally
+from ._address import Address
 
 # Who a datagram came from and which of our addresses it was sent to, in the form that is cheapest for the engine.
 # Equal routes are the same client. Only the engine looks inside.
@@ -35,18 +33,16 @@ class Engine(Protocol):
       socket: For the user; everything else goes by way of the engine.
       bound_address: Where it is bound to.
       connected: It has one peer, and is told when that refuses a datagram.
-      max_payload: Length of the longest payload that one datagram can carry.
-      traffic: Counts of what passed through, kept by ``receive`` and ``send``.
+      tally: Counts of what passed through, kept by ``receive`` and ``send``.
     """
 
     socket: trio.socket.SocketType
     bound_address: Address
     connected: bool
-    max_payload: int
-    traffic: Traffic
+    tally: EndpointTally
 
     def receive(self, batch: list[Datagram]) -> None:
-        """Append what has arrived to ``batch``, at most ``BATCH`` datagrams.
+        """Append what has arrived to ``batch``, which is empty; at most ``BATCH`` datagrams.
 
         Raises:
           BlockingIOError: Nothing more has arrived; ``batch`` holds what had.
@@ -63,6 +59,9 @@ class Engine(Protocol):
 
     def route(self, address: Address) -> Route:
         """The route to an address that has not necessarily written to us."""
+
+    def max_payload(self, route: Route) -> int:
+        """Length of the longest payload that one datagram can carry on a route."""
 
     def peer_address(self, route: Route) -> Address:
         """The address at the other end of a route."""
@@ -82,3 +81,6 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Close the socket and wake whoever waits for it."""
+
+    def abandon(self) -> None:
+        """Forget the file descriptor, which is not ours any more; ``closed`` from now on."""

@@ -1,4 +1,4 @@
-"""Binding: from a host and a port to endpoints."""
+"""Binding and connecting: from a host and a port to endpoints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import trio
 
+from ._address import Address
 from ._endpoint import Endpoint, check_max_datagram_size
 
 # The machine, or this process, has no such address family at all. Other families are served without it.
@@ -50,10 +51,7 @@ async def open_endpoints(
       OSError: The kernel's own, when an address cannot be bound; everything opened so far is closed.
       TypeError, ValueError: An argument makes no sense.
     """
-    if not isinstance(port, int):
-        raise TypeError(f"port must be an int, not {port!r}")
-    if not 0 <= port <= 65_535:
-        raise ValueError(f"port must be from 0 to 65535, not {port!r}")
+    _check_port(port, least=0)
     check_max_datagram_size(max_datagram_size)
     for name, size in (("receive_buffer", receive_buffer), ("send_buffer", send_buffer)):
         if size is not None and not isinstance(size, int):
@@ -79,16 +77,17 @@ async def open_endpoints(
         if send_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
 
-    for attempt in range(1, PORT_ATTEMPTS + 1):
+    attempts = PORT_ATTEMPTS if port == 0 else 1
+    while True:
+        attempts -= 1
         try:
             sockets = _bind_all(targets, configure)
         except OSError as error:
             # The port that the kernel chose for one address may be taken for another: let it choose again.
-            if port == 0 and error.errno == errno.EADDRINUSE and attempt < PORT_ATTEMPTS:
-                continue
-            raise
-        return [Endpoint.from_socket(sock, max_datagram_size=max_datagram_size) for sock in sockets]
-    raise AssertionError("the last attempt returns or raises")  # pragma: no cover
+            if not attempts or error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return [Endpoint.from_socket(sock, max_datagram_size=max_datagram_size) for sock in sockets]
 
 
 def _bind_all(targets: list[Target], configure: Callable[[socket.socket], None]) -> list[socket.socket]:
@@ -124,3 +123,32 @@ def _bind_all(targets: list[Target], configure: Callable[[socket.socket], None])
             sock.close()
         raise
     return sockets
+
+
+async def open_connected_endpoint(host: str | bytes, port: int, local_address: Address | None) -> Endpoint:
+    """Open a socket that is connected to one peer; see :func:`connect`."""
+    _check_port(port, least=1)
+    failure: OSError | None = None
+    for family, _, _, _, address in await trio.socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
+        sock = None
+        try:
+            sock = socket.socket(family, socket.SOCK_DGRAM)
+            if local_address is not None:
+                sock.bind(local_address)
+            sock.connect(address)
+            return Endpoint.from_socket(sock)
+        except BaseException as error:
+            if sock is not None:
+                sock.close()
+            if not isinstance(error, OSError):
+                raise
+            failure = failure or error
+    assert failure is not None  # getaddrinfo raises rather than return nothing
+    raise failure
+
+
+def _check_port(port: int, *, least: int) -> None:
+    if not isinstance(port, int):
+        raise TypeError(f"port must be an int, not {port!r}")
+    if not least <= port <= 65_535:  # getaddrinfo would take it modulo 65,536
+        raise ValueError(f"port must be from {least} to 65535, not {port!r}")

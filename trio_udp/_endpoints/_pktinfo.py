@@ -2,7 +2,7 @@
 
 On a socket bound to all interfaces the kernel would choose the source of a reply by its routing table, and a client
 with a connected socket would not accept it. See ip(7), ipv6(7) and RFC 3542 section 6.
-Pure functions over the bytes of control messages.
+Apart from :func:`ask_for_local_address`, pure functions over the bytes of control messages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ IP_PKTINFO: int | None = getattr(socket, "IP_PKTINFO", {"linux": 8, "darwin": 26
 IPV6_PKTINFO: int | None = getattr(socket, "IPV6_PKTINFO", None)
 IPV6_RECVPKTINFO: int | None = getattr(socket, "IPV6_RECVPKTINFO", None)
 
-CONTROL_SIZE = 64  # bytes to make room for: either structure fits with its header
+# Bytes to make room for: either structure, and what else the user may have asked the socket for. What does not fit is
+# cut off.
+CONTROL_SIZE = 512
 
 
 def ask_for_local_address(sock: trio.socket.SocketType) -> bool:
@@ -46,9 +48,13 @@ def reply_control(control: Iterable[tuple[int, int, Any]]) -> ReplyControl:
     """Turn a datagram's control messages into those that make a reply leave from where it arrived."""
     for level, kind, data in control:
         if level == socket.IPPROTO_IP and kind == IP_PKTINFO:
-            # struct in_pktinfo {int ipi_ifindex; struct in_addr ipi_spec_dst, ipi_addr;}: spec_dst is our own
-            # address even when the datagram was sent to a broadcast address. Interface 0: routing decides.
-            return ((level, kind, bytes(4) + data[4:8] + bytes(4)),)
+            # struct in_pktinfo {int ipi_ifindex; struct in_addr ipi_spec_dst, ipi_addr;}: addr is where the datagram
+            # was sent to, spec_dst our own address even if that was a broadcast; but zero if the datagram arrived
+            # before the kernel was asked for it. Interface 0: routing decides.
+            local = data[4:8] if any(data[4:8]) else data[8:12]
+            if local[0] & 0xF0 == 0xE0:
+                return ()  # multicast: not an address to send from
+            return ((level, kind, bytes(4) + local + bytes(4)),)
         if level == socket.IPPROTO_IPV6 and kind == IPV6_PKTINFO:
             # struct in6_pktinfo {struct in6_addr ipi6_addr; unsigned int ipi6_ifindex;}
             if data[0] == 0xFF:

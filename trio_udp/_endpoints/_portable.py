@@ -15,16 +15,14 @@ from typing import Any, cast
 
 import trio
 
-from .._statistics import Traffic
-from ._engine import BATCH, Address, Datagram, Outgoing, Route
+from .._statistics import EndpointTally
+from ._address import Address, max_payload
+from ._engine import BATCH, Datagram, Outgoing, Route
 from ._pktinfo import CONTROL_SIZE, ReplyControl, ask_for_local_address, local_host, reply_control
-
-# 65,535 less the headers of UDP (8 bytes) and IPv4 (20); IPv6 does not count its own (RFC 8200 section 3).
-MAX_PAYLOAD = {socket.AF_INET: 65_507, socket.AF_INET6: 65_527}
 
 # Local addresses to remember control messages for. A server may answer for a whole IPv6 prefix: somebody could write to
 # each address in it.
-MOST_REPLIES = 1_000
+MAX_REPLY_CONTROLS = 1_000
 
 # How Windows says that a datagram was longer than the buffer. It is gone then.
 WSAEMSGSIZE = 10040
@@ -32,20 +30,27 @@ WSAEMSGSIZE = 10040
 
 def portable_engine(sock: trio.socket.SocketType, max_datagram_size: int) -> PortableEngine:
     """Choose how to read and write a bound datagram socket."""
-    try:
-        sock.getpeername()
-    except OSError:  # ENOTCONN
-        bound_to_all = sock.family in MAX_PAYLOAD and sock.getsockname()[0] in ("0.0.0.0", "::")
+    if not is_connected(sock):
+        bound_to_all = sock.getsockname()[:1] in (("0.0.0.0",), ("::",))
         if bound_to_all and ask_for_local_address(sock):
             return WildcardEngine(sock, max_datagram_size)
         return PortableEngine(sock, max_datagram_size)
     return ConnectedEngine(sock, max_datagram_size)
 
 
+def is_connected(sock: socket.socket | trio.socket.SocketType) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:  # ENOTCONN
+        return False
+    return True
+
+
 class PortableEngine:
     """A socket bound to one address. A route is the peer address.
 
-    (IPv6 flow information would tell one peer's datagrams apart, but the kernel reports it as 0 unless asked.)
+    (The address tuple of IPv6 includes flow information, which could differ within one conversation; but the kernel
+    reports 0 unless asked.)
     """
 
     connected = False
@@ -53,8 +58,7 @@ class PortableEngine:
     def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int) -> None:
         self.socket = sock
         self.bound_address: Address = sock.getsockname()
-        self.max_payload = MAX_PAYLOAD.get(sock.family, sys.maxsize)
-        self.traffic = Traffic()
+        self.tally = EndpointTally()
         # Trio has no public name for the socket inside, and its own calls take several times as long as the kernel.
         self._socket: socket.socket = sock._sock  # type: ignore[attr-defined]
         self._longest = max_datagram_size
@@ -64,9 +68,8 @@ class PortableEngine:
         self._send_one: Callable[[bytes, Any], object] = self._socket.sendto
 
     def receive(self, batch: list[Datagram]) -> None:
-        receive_one, longest, traffic = self._receive_one, self._longest, self.traffic
+        receive_one, longest, tally = self._receive_one, self._longest, self.tally
         size = 0
-        already = len(batch)
         try:
             for _ in range(BATCH):
                 datagram = receive_one()
@@ -75,19 +78,19 @@ class PortableEngine:
                 if length <= longest:
                     batch.append(datagram)
                 else:
-                    traffic.truncated += 1
-                    traffic.received += 1
+                    tally.truncated += 1
+                    tally.received += 1
         except OSError as error:
             if error.errno != WSAEMSGSIZE:
                 raise
-            traffic.truncated += 1
-            traffic.received += 1
+            tally.truncated += 1
+            tally.received += 1
         finally:
-            traffic.received += len(batch) - already
-            traffic.bytes_received += size
+            tally.received += len(batch)
+            tally.bytes_received += size
 
     def send(self, outbox: deque[Outgoing]) -> None:
-        send_one, traffic = self._send_one, self.traffic
+        send_one, total = self._send_one, self.tally
         sent = size = 0
         try:
             while outbox:
@@ -100,11 +103,16 @@ class PortableEngine:
                 tally.sent += 1
                 tally.bytes_sent += length
         finally:
-            traffic.sent += sent
-            traffic.bytes_sent += size
+            total.sent += sent
+            total.bytes_sent += size
 
     def route(self, address: Address) -> Route:
         return address
+
+    def max_payload(self, route: Route) -> int:
+        if self._socket.family not in (socket.AF_INET, socket.AF_INET6):
+            return sys.maxsize  # the kernel's own limit is its send buffer
+        return max_payload(self.peer_address(route))
 
     def peer_address(self, route: Route) -> Address:
         return cast("Address", route)
@@ -129,6 +137,9 @@ class PortableEngine:
     def close(self) -> None:
         self.socket.close()
 
+    def abandon(self) -> None:
+        self.socket.detach()
+
 
 class WildcardEngine(PortableEngine):
     """A socket bound to all addresses. A route is the peer address and the control messages for a reply."""
@@ -137,18 +148,18 @@ class WildcardEngine(PortableEngine):
         super().__init__(sock, max_datagram_size)
         self._receive_one = self._receive_with_local_address
         self._send_one = self._send_from_local_address
-        # Taking the control messages apart each time would be a tenth of an echo; most machines have few addresses.
-        self._replies: dict[bytes, ReplyControl] = {}
+        # Taking the control message apart each time would be a tenth of an echo; most machines have few addresses.
+        self._reply_controls: dict[Any, ReplyControl] = {}
 
     def _receive_with_local_address(self) -> Datagram:
         payload, control, _, address = self._socket.recvmsg(self._buffer_size, CONTROL_SIZE)
-        # No control message at all: an IPv4 socket that was asked for them too late for this datagram.
-        pktinfo = control[0][2] if control else b""
-        reply = self._replies.get(pktinfo)
+        if len(control) != 1:  # somebody has asked for time stamps or the like
+            return payload, (address, reply_control(control))
+        reply = self._reply_controls.get(control[0])
         if reply is None:
-            if len(self._replies) >= MOST_REPLIES:
-                self._replies.clear()
-            reply = self._replies[pktinfo] = reply_control(control)
+            if len(self._reply_controls) >= MAX_REPLY_CONTROLS:
+                self._reply_controls.clear()
+            reply = self._reply_controls[control[0]] = reply_control(control)
         return payload, (address, reply)
 
     def _send_from_local_address(self, payload: bytes, route: tuple[Address, ReplyControl]) -> None:

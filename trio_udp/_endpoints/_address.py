@@ -1,0 +1,50 @@
+"""Addresses: what they look like, which of them can be sent to, and how much."""
+
+from __future__ import annotations
+
+import socket
+from typing import TypeAlias
+
+Address: TypeAlias = "tuple[str, int] | tuple[str, int, int, int]"
+"""An address as the ``socket`` module gives it, for IPv4 or IPv6."""
+
+# Bytes in one UDP datagram: 65,535 less the headers of UDP (8) and IPv4 (20, RFC 791). IPv6 does not count its own
+# (RFC 8200 section 3).
+MAX_PAYLOAD_IPV4 = 65_507
+MAX_PAYLOAD_IPV6 = 65_527
+
+
+def is_ipv6(address: Address) -> bool:
+    return ":" in address[0]
+
+
+def max_payload(address: Address) -> int:
+    """Length of the longest payload that one datagram to an address can carry."""
+    # An IPv6 socket may have IPv4 peers, whose addresses are then mapped into IPv6 (RFC 4291 section 2.5.5.2).
+    over_ipv6 = is_ipv6(address) and not address[0].startswith("::ffff:")
+    return MAX_PAYLOAD_IPV6 if over_ipv6 else MAX_PAYLOAD_IPV4
+
+
+def numeric_address(address: Address) -> Address:
+    """Check an address that a user wants to send to. To look up a name in it would keep all clients waiting.
+
+    Raises:
+      TypeError, ValueError: It is not a numeric host and a port, and for IPv6 perhaps flow information and scope.
+    """
+    host, port, *rest = address
+    if not isinstance(host, str) or not all(isinstance(number, int) for number in (port, *rest)):
+        raise TypeError(f"not an address: {address!r}")
+    if "\0" in host:  # C would take it for the end
+        raise ValueError(f"not an address: {address!r}")
+    limits = (65_535, 0xFFFFF, 0xFFFFFFFF) if is_ipv6(address) else (65_535,)
+    if len(rest) not in (0, len(limits) - 1) or not all(
+        0 <= number <= limit for number, limit in zip((port, *rest), limits, strict=False)
+    ):
+        raise ValueError(f"not an address: {address!r}")
+    family = socket.AF_INET6 if is_ipv6(address) else socket.AF_INET
+    try:
+        # It knows scopes by name too, as in "fe80::1%eth0".
+        found = socket.getaddrinfo(host, port, family, socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"not an address: {address!r}") from error
+    return (host, port, rest[0], rest[1]) if rest else found[0][4]  # type: ignore[return-value]
