@@ -558,3 +558,43 @@ async def test_send_many_notices_cancellation_even_of_nothing(start_in_memory: S
     run.engine.put(b"x")
     await run.settle()
     assert noticed == [True]
+
+
+async def test_an_old_handler_does_not_take_the_new_client_with_it(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
+    """When the handler of a closed client ends late, the conversation that has begun since goes on."""
+    log: list[tuple[int, bytes]] = []
+
+    async def handler(client: Client) -> None:
+        number = client.server.statistics().clients_started
+        async for payload in client:
+            log.append((number, payload))
+            if payload == b"close":
+                client.close()
+                await trio.sleep(10)
+                return
+
+    run = await start_in_memory(handler)
+    for payload in (b"close", b"hello", b"again"):
+        run.engine.put(payload)
+        await trio.sleep(6)
+    assert log == [(1, b"close"), (2, b"hello"), (2, b"again")]
+
+
+async def test_a_flood_starves_nobody(start_in_memory: StartInMemory) -> None:
+    """However much arrives, other tasks run once in a batch of 64."""
+    most = before = 0
+
+    async def handler(client: Client) -> None:
+        async for _ in client:
+            pass
+
+    run = await start_in_memory(handler)
+    for i in range(10_000):
+        run.engine.put(b"x", ("192.0.2.8", i % 100))
+    while run.engine.arriving:
+        received = run.server.statistics().received
+        most, before = max(most, received - before), received
+        await trio.lowlevel.checkpoint()
+    assert 64 <= most <= 128  # Trio orders the tasks of each pass at random, so two batches may come together
