@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
+from socket import AF_INET
 from typing import Any
 
 import trio
@@ -23,6 +24,7 @@ class MemoryEngine:
 
     connected = False
     socket: Any = None
+    family: int = AF_INET
 
     def __init__(self, address: Address = ("192.0.2.53", 53)) -> None:
         self.bound_address = address
@@ -97,6 +99,9 @@ class MemoryEngine:
 
     def local_address(self, route: Route) -> Address:
         return self.bound_address
+
+    def is_readable(self) -> bool:
+        return bool(self.arriving)
 
     async def wait_readable(self) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
@@ -15,7 +16,7 @@ import pytest
 import trio
 import trio.testing
 
-from trio_udp import Client, Endpoint, Server, serve_endpoints
+from trio_udp import Client, Endpoint, Limits, Server, serve_endpoints
 
 from .conftest import StartInMemory, check_adds_up
 from .memory import ALICE, BOB, memory_endpoint
@@ -164,6 +165,28 @@ async def test_replies_to_a_batch_do_not_overtake_those_that_wait(seed: int) -> 
             await trio.lowlevel.checkpoint()
         assert [payload for _, payload in engine.sent] == called
         server.stop()
+
+
+async def test_replies_before_one_that_was_given_up_leave(start_in_memory: StartInMemory) -> None:
+    """When a reply finds both outbox and send buffer full and is given up, those before it leave once there is room."""
+
+    async def handler(client: Client) -> None:
+        async for _ in client:
+            for i in range(70):
+                with contextlib.suppress(trio.WouldBlock):
+                    client.send_nowait(b"%d" % i)
+
+    for _ in range(20):  # in some orders of the tasks, the receive loop sees to it anyway
+        run = await start_in_memory(handler, limits=Limits(max_clients=1, when_full="evict_idle"))
+        run.engine.put(b"x", BOB)
+        await run.settle()
+        run.engine.room = 0
+        run.engine.put(b"x", ALICE)  # evicts Bob, so that the loop lets tasks run once more than usual
+        run.engine.put(b"x", ALICE)
+        await run.settle()
+        run.engine.make_room(1_000)
+        await run.settle()
+        assert run.engine.sent_to(ALICE) == [b"%d" % i for i in range(63)]
 
 
 async def test_closing_wakes_senders_that_wait() -> None:

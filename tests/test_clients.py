@@ -400,13 +400,16 @@ async def test_a_transaction_of_another_task(start_in_memory: StartInMemory, aut
     assert [client.peer_address for client in run.server.clients] == [BOB]
 
 
-async def test_many_timeouts_leave_nothing_behind(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A handler that gives its client ever less time, as a stranger can make it do, keeps nothing of it."""
+@pytest.mark.parametrize("step", [0, 1])
+async def test_many_timeouts_leave_nothing_behind(
+    start_in_memory: StartInMemory, autojump_clock: MockClock, step: int
+) -> None:
+    """A handler that sets the idle timeout with every datagram, the same or ever less, keeps nothing of it."""
 
     async def handler(client: Client) -> None:
         left = 1_000_000.0
         async for _ in client:
-            left -= 1
+            left -= step
             client.idle_timeout = left
 
     run = await start_in_memory(handler)

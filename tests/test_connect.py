@@ -303,6 +303,28 @@ async def test_connecting_fails_with_the_kernels_error() -> None:
         await connect("127.0.0.1", 9, local_address=5)  # type: ignore[arg-type]
 
 
+async def test_polling_and_sending_lets_others_run(connection: Connection, far_end: socket.socket) -> None:
+    """A task that takes what has arrived without waiting, and sends, yields at least once in 64 sends."""
+    passes = 0
+
+    async def bystander() -> None:
+        nonlocal passes
+        while True:
+            passes += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bystander)
+        await trio.lowlevel.checkpoint()
+        before = passes
+        for _ in range(640):
+            far_end.sendto(b"x", connection.local_address)
+            connection.receive_nowait()
+            await connection.send(b"x")
+        assert passes - before >= 9
+        nursery.cancel_scope.cancel()
+
+
 async def test_other_tasks_run_while_much_arrives(connection: Connection, far_end: socket.socket) -> None:
     """A task that always finds a datagram lets others run at least once in a batch of 64.
 

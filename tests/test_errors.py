@@ -436,3 +436,39 @@ async def test_the_counters_add_up_inside_accept(start_in_memory: StartInMemory)
     assert len(checked) == 10
     assert run.server.statistics().refused_by_accept == 6
     check_adds_up(run.server)
+
+
+async def test_strangers_cannot_make_the_server_pause(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
+    """Datagrams that poll as readable and then are not there, for their checksum is wrong, cost no time."""
+    run = await start_in_memory(echo)
+    for _ in range(100):
+        run.engine.arriving.append(BlockingIOError())
+        run.engine.put(b"", ("192.0.2.9", 9))
+        run.engine.arriving.pop()
+        await run.settle()
+    run.engine.put(b"x")
+    await run.settle()
+    assert run.engine.sent_to(ALICE) == [b"x"]
+    assert trio.current_time() == 0
+
+
+async def test_what_is_to_end_the_program_is_seen_with_what_came_beside_it() -> None:
+    """A group from a handler's nursery with a KeyboardInterrupt in it propagates whole."""
+    endpoint, engine = memory_endpoint()
+
+    def on_error(client: Client, error: Exception) -> None:
+        raise error
+
+    async def fail(error: BaseException) -> None:
+        raise error
+
+    async def handler(client: Client) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fail, KeyboardInterrupt())
+            nursery.start_soon(fail, ValueError("beside it"))
+
+    engine.put(b"x")
+    with pytest.RaisesGroup(KeyboardInterrupt, ValueError, flatten_subgroups=True):
+        await serve_endpoints(handler, [endpoint], on_error=on_error)

@@ -22,6 +22,7 @@ import trio.testing
 
 import trio_udp
 from trio_udp import Client, Endpoint, Server, serve, serve_endpoints
+from trio_udp._endpoints import numeric_address
 
 from .conftest import check_adds_up
 
@@ -599,3 +600,31 @@ async def test_send_to_passes_over_closed_endpoints(nursery: trio.Nursery) -> No
         sock.settimeout(5)
         await server.send_to(b"news", sock.getsockname())
         assert await trio.to_thread.run_sync(sock.recvfrom, 100) == (b"news", second.local_address)
+
+
+async def test_send_to_needs_a_socket_for_it(nursery: trio.Nursery) -> None:
+    """Beside a Unix-domain endpoint and a connected one, it is the one that can send to the address that does."""
+    unix = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other,
+    ):
+        unix.bind(os.path.join(folder, "server"))
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(5)
+        other.bind(("127.0.0.1", 0))
+        connected = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        connected.connect(other.getsockname())
+        endpoints = [Endpoint.from_socket(unix), Endpoint.from_socket(connected)]
+        endpoints += await trio_udp.open_endpoints(0, host="127.0.0.1")
+        server: Server = await nursery.start(partial(serve_endpoints, echo, endpoints))
+        await server.send_to(b"news", sock.getsockname())
+        assert await trio.to_thread.run_sync(sock.recvfrom, 100) == (b"news", endpoints[2].local_address)
+
+
+async def test_numeric_addresses() -> None:
+    """The scope of a link-local address can be given by name or by number."""
+    index = socket.if_nametoindex("lo")
+    for address in (("fe80::1%lo", 9), ("fe80::1", 9, 0, index), ("fe80::1%lo", 9, 0, 0)):
+        assert numeric_address(address) == ("fe80::1", 9, 0, index)

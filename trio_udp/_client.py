@@ -47,6 +47,7 @@ class Client(Conversation):
     # For the table of clients: since when the handler has been waiting, and when to look whether that is too long.
     _waiting_since: float = attrs.field(default=0.0, init=False)
     _next_check: float = attrs.field(default=math.inf, init=False)
+    _check_number: int = attrs.field(default=-1, init=False)
 
     @property
     def idle_timeout(self) -> float:
@@ -133,7 +134,6 @@ class Client(Conversation):
             raise trio.WouldBlock
         if self._receiving:
             raise trio.WouldBlock
-        self._endpoint.sent_in_a_row = 0
         return self._inbox.take()
 
     def close(self) -> None:

@@ -52,9 +52,10 @@ class ClientTable:
     # Who may be evicted, the one that has been waiting the longest first; kept only where eviction is asked for.
     _evictable: OrderedDict[Client, None] | None = attrs.field(init=False)
 
-    # A heap of (when to look, tie-breaker, client); an entry is void unless its time is the client's _next_check.
+    # A heap of (when to look, number, client); an entry is void unless it is the client's latest. Numbers also decide
+    # between entries for the same time.
     _checks: list[tuple[float, int, Client]] = attrs.field(factory=list, init=False)
-    _tie_breaker: Iterator[int] = attrs.field(factory=itertools.count, init=False)
+    _numbers: Iterator[int] = attrs.field(factory=itertools.count, init=False)
     _alarm: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
 
     @_evictable.default
@@ -175,12 +176,12 @@ class ClientTable:
             return
         if step := client._idle_timeout * COARSENESS:  # 0 where that is less than the least number
             when += -when % step
-        client._next_check = when
+        client._next_check, client._check_number = when, next(self._numbers)
         # Void entries hold on to clients that are gone, which in a flood of short conversations is most of them.
         if len(self._checks) > 2 * len(self.running) + 1_000:
             self._checks = [check for check in self._checks if self._is_valid(check)]
             heapq.heapify(self._checks)
-        heapq.heappush(self._checks, (when, next(self._tie_breaker), client))
+        heapq.heappush(self._checks, (when, client._check_number, client))
         if when < self._alarm.deadline:
             self._alarm.deadline = when
 
@@ -212,8 +213,8 @@ class ClientTable:
             self._check_later(client)
 
     def _is_valid(self, check: tuple[float, int, Client]) -> bool:
-        when, _, client = check
-        return when == client._next_check and not client._closed and client.ended is None
+        _, number, client = check
+        return number == client._check_number and not client._closed and client.ended is None
 
 
 class ClientsView(Collection["Client"]):

@@ -65,10 +65,11 @@ class Connection(Conversation):
         Cancellation:
           Always noticed, and never loses a datagram. Other tasks run at least once in a batch of 64 datagrams.
         """
-        if self._ahead:
+        if self._ahead and not self._receiving:
             await trio.lowlevel.checkpoint_if_cancelled()
         else:
             await self._read_ahead()
+        self._endpoint.sent_in_a_row = 0
         return self._take()
 
     def receive_nowait(self) -> bytes:
@@ -113,7 +114,8 @@ class Connection(Conversation):
 
     def _read_ahead_nowait(self) -> None:
         batch: list[Datagram] = []
-        self._endpoint.read(batch)
+        if self._endpoint.refusal is None:
+            self._endpoint.read(batch)
         self._ahead.extend(batch)
         if not batch:
             if self._endpoint.refusal is not None:
@@ -123,5 +125,4 @@ class Connection(Conversation):
     def _take(self) -> bytes:
         payload, _ = self._ahead.popleft()
         self._delivered += 1
-        self._endpoint.sent_in_a_row = 0
         return payload

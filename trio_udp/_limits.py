@@ -1,6 +1,6 @@
 """What a server may hold at once, and for how long: plain values, checked when they are made."""
 
-import math
+from contextlib import suppress
 from typing import Any, Literal
 
 import attrs
@@ -17,9 +17,10 @@ def check_seconds(name: str, seconds: object, *, zero: bool = False) -> float:
     """Return a number of seconds, if it is one and is greater than 0, or where that is allowed 0."""
     if not isinstance(seconds, (int, float)):
         raise TypeError(f"{name} must be a number of seconds, not {seconds!r}")
-    if not 0 <= seconds <= math.inf or (seconds == 0 and not zero):
-        raise ValueError(f"{name} must be {'at least' if zero else 'greater than'} 0, not {seconds!r}")
-    return float(seconds)
+    with suppress(OverflowError):  # of an int that no float can hold
+        if float(seconds) > 0 or (seconds == 0 and zero):
+            return float(seconds)
+    raise ValueError(f"{name} must be {'at least' if zero else 'greater than'} 0, not {seconds!r}")
 
 
 @attrs.frozen(kw_only=True)

@@ -363,12 +363,12 @@ class Server:
                 except Exception as error:
                     self._handler_failed(current, error)
                 except BaseExceptionGroup as group:
-                    # From a nursery of the handler's: something that is to propagate, such as the cancellation of a
-                    # part of it, beside errors that are not.
+                    # From a nursery of the handler's. If some of its tasks were cancelled and others failed, errors are
+                    # errors all the same; if one of them is to end the program, then let all of it be seen.
                     errors, others = group.split(Exception)
-                    if errors is not None:
-                        self._handler_failed(current, errors)
-                    assert others is not None
+                    if errors is None or others is None or others.split(trio.Cancelled)[1] is not None:
+                        raise
+                    self._handler_failed(current, errors)
                     raise others from None
                 current = self._table.hand_over(current)
         finally:

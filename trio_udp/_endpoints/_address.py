@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Address: TypeAlias = "tuple[str, int] | tuple[str, int, int, int]"
 """An address as the ``socket`` module gives it, for IPv4 or IPv6."""
@@ -16,6 +16,10 @@ MAX_PAYLOAD_IPV6 = 65_527
 
 def is_ipv6(address: Address) -> bool:
     return ":" in address[0]
+
+
+def family_of(address: Address) -> socket.AddressFamily:
+    return socket.AF_INET6 if is_ipv6(address) else socket.AF_INET
 
 
 def max_payload(address: Address) -> int:
@@ -41,10 +45,13 @@ def numeric_address(address: Address) -> Address:
         0 <= number <= limit for number, limit in zip((port, *rest), limits, strict=False)
     ):
         raise ValueError(f"not an address: {address!r}")
-    family = socket.AF_INET6 if is_ipv6(address) else socket.AF_INET
     try:
         # It knows scopes by name too, as in "fe80::1%eth0".
-        found = socket.getaddrinfo(host, port, family, socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
+        found = socket.getaddrinfo(host, port, family_of(address), socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
     except (OSError, UnicodeError) as error:
         raise ValueError(f"not an address: {address!r}") from error
-    return (host, port, rest[0], rest[1]) if rest else found[0][4]  # type: ignore[return-value]
+    numeric: Any = found[0][4]
+    host, port, *scope = numeric
+    if rest:
+        scope = [rest[0], rest[1] or scope[1]]
+    return (host.partition("%")[0], port, *scope)

@@ -11,16 +11,18 @@ import attrs
 import trio
 
 from .._statistics import EndpointStatistics, SendTally
-from ._address import Address, is_ipv6
+from ._address import Address, family_of
 from ._engine import BATCH, Datagram, Engine, Outgoing, Route
 from ._portable import is_connected, portable_engine
 
 # Somebody has closed the file descriptor itself, and perhaps it already belongs to something that is not a socket.
 CLOSED_ERRNOS = {errno.EBADF, errno.ENOTSOCK}
 
-# Errors on receive come one at a time, each an answer to something sent earlier, and a socket that is said to be
-# readable has something to read. More than this many reads in a row that give nothing are a fault that lasts (one is
-# IP_RECVERR with nobody to read the error queue): look only every so many seconds, so as not to burn the processor.
+# Errors on receive come one at a time, each an answer to something sent earlier, and a socket that polls as readable
+# has something to read. If more than this many reads in a row gave nothing, and there is still an error or it still
+# polls as readable, then that is a fault that lasts (one is IP_RECVERR with nobody to read the error queue): look only
+# every so many seconds, so as not to burn the processor. No stranger can bring this about: a datagram with a wrong
+# checksum polls as readable and gives nothing, but then it is gone.
 FRUITLESS_READS = 8
 PAUSE = 0.1
 
@@ -142,7 +144,7 @@ class Endpoint:
 
     def can_send_to(self, address: Address) -> bool:
         """Whether the socket is of the address's family, and not connected to a peer."""
-        return not self._engine.connected and is_ipv6(self.local_address) == is_ipv6(address)
+        return not self._engine.connected and self._engine.family == family_of(address)
 
     def route(self, address: Address) -> Route:
         """The route to an address that has not necessarily written to us."""
@@ -180,16 +182,18 @@ class Endpoint:
             self._flush()
             if self._outbox:
                 self._stuck.set()
+            received = self._engine.tally.received
             self._drained = self.read(batch)
-            if batch:
+            if self._engine.tally.received > received:  # be it truncated
                 self._fruitless_reads = 0
+            if batch:
                 self._corked = 0
                 self.sent_in_a_row = 0
                 return batch
             if self._corked:
                 self._corked -= 1
             self._fruitless_reads += 1
-            if self._fruitless_reads > FRUITLESS_READS:
+            if self._fruitless_reads > FRUITLESS_READS and not (self._drained and not self._engine.is_readable()):
                 self.uncork()
                 await trio.sleep(PAUSE)
 
@@ -279,6 +283,8 @@ class Endpoint:
         self._flush()
         if outbox:
             outbox.pop()  # First in, first out: if anything is left, then ours is the last of it.
+            if outbox:
+                self._stuck.set()
             if self.closed:
                 raise trio.ClosedResourceError("this endpoint is closed")
             raise trio.WouldBlock

@@ -31,12 +31,14 @@ class Engine(Protocol):
 
     Attributes:
       socket: For the user; everything else goes by way of the engine.
+      family: Its address family.
       bound_address: Where it is bound to.
       connected: It has one peer, and is told when that refuses a datagram.
       tally: Counts of what passed through, kept by ``receive`` and ``send``.
     """
 
     socket: trio.socket.SocketType
+    family: int
     bound_address: Address
     connected: bool
     tally: EndpointTally
@@ -68,6 +70,9 @@ class Engine(Protocol):
 
     def local_address(self, route: Route) -> Address:
         """Our own address at this end of a route."""
+
+    def is_readable(self) -> bool:
+        """Whether ``wait_readable`` would return at once."""
 
     async def wait_readable(self) -> None:
         """Sleep until ``receive`` is worth a try; ``trio.ClosedResourceError`` once the socket is closed."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, cast
 
@@ -57,6 +57,7 @@ class PortableEngine:
 
     def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int) -> None:
         self.socket = sock
+        self.family: int = sock.family
         self.bound_address: Address = sock.getsockname()
         self.tally = EndpointTally()
         # Trio has no public name for the socket inside, and its own calls take several times as long as the kernel.
@@ -120,15 +121,22 @@ class PortableEngine:
     def local_address(self, route: Route) -> Address:
         return self.bound_address
 
+    def is_readable(self) -> bool:
+        return self.socket.is_readable()
+
     async def wait_readable(self) -> None:
-        if self.closed:
-            raise trio.ClosedResourceError("this endpoint is closed")
-        await trio.lowlevel.wait_readable(self._socket)
+        await self._wait(trio.lowlevel.wait_readable)
 
     async def wait_writable(self) -> None:
-        if self.closed:
-            raise trio.ClosedResourceError("this endpoint is closed")
-        await trio.lowlevel.wait_writable(self._socket)
+        await self._wait(trio.lowlevel.wait_writable)
+
+    async def _wait(self, wait: Callable[[socket.socket], Awaitable[None]]) -> None:
+        if not self.closed:
+            try:
+                return await wait(self._socket)
+            except OSError:  # the file descriptor has been closed, or belongs to another kind of file now
+                self.abandon()
+        raise trio.ClosedResourceError("this endpoint is closed")
 
     @property
     def closed(self) -> bool:
