@@ -38,11 +38,22 @@ def start_in_memory(nursery: trio.Nursery) -> StartInMemory:
 
     async def start(handler: Callable[[Client], Awaitable[object]], **options: Any) -> InMemory:
         endpoint, engine = memory_endpoint()
-
         server = await nursery.start(partial(serve_endpoints, handler, [endpoint], **options))
         return InMemory(server, engine)
 
     return start
+
+
+class Bystander:
+    """Another task, which counts how often the one under test lets it run."""
+
+    def __init__(self) -> None:
+        self.turns = 0
+
+    async def run(self) -> None:
+        while True:
+            self.turns += 1
+            await trio.lowlevel.checkpoint()
 
 
 def check_adds_up(server: Server) -> None:

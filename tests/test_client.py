@@ -16,7 +16,7 @@ from trio.testing import MockClock
 import trio_udp
 from trio_udp import Client, serve_endpoints
 
-from .conftest import StartInMemory, check_adds_up
+from .conftest import Bystander, StartInMemory, check_adds_up
 from .memory import ALICE, BOB, memory_endpoint
 
 
@@ -176,26 +176,22 @@ async def test_a_busy_handler_lets_others_run(start_in_memory: StartInMemory) ->
 
 async def test_sending_without_receiving_lets_others_run(start_in_memory: StartInMemory) -> None:
     """A handler that only sends yields at least once in 64 sends."""
-    passes = 0
-    passes_during_sends = []
+    bystander = Bystander()
+    turns_during_sends = []
 
-    async def handler(client: Client) -> None:
-        before = passes
-        for _ in range(640):
-            await client.send(b"x")
-        passes_during_sends.append(passes - before)
-
-    async def bystander() -> None:
-        nonlocal passes
-        while not passes_during_sends:
-            passes += 1
-            await trio.lowlevel.checkpoint()
-
-    run = await start_in_memory(handler)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(bystander)
+
+        async def handler(client: Client) -> None:
+            before = bystander.turns
+            for _ in range(640):
+                await client.send(b"x")
+            turns_during_sends.append(bystander.turns - before)
+            nursery.cancel_scope.cancel()
+
+        run = await start_in_memory(handler)
+        nursery.start_soon(bystander.run)
         run.engine.put(b"x")
-    assert passes_during_sends[0] >= 9
+    assert turns_during_sends[0] >= 9
     assert len(run.engine.sent) == 640
 
 
@@ -517,29 +513,23 @@ async def test_calls_of_two_tasks_are_sent_in_their_order(start_in_memory: Start
 
 async def test_sending_to_many_clients_lets_others_run(start_in_memory: StartInMemory) -> None:
     """A task that sends to each of a thousand clients in turn yields at least once in 64 of them."""
-    passes = 0
+    bystander = Bystander()
 
     async def listen(client: Client) -> None:
         async for _ in client:
             pass
-
-    async def bystander() -> None:
-        nonlocal passes
-        while True:
-            passes += 1
-            await trio.lowlevel.checkpoint()
 
     run = await start_in_memory(listen)
     for i in range(1_000):
         run.engine.put(b"x", ("192.0.2.8", i))
     await run.settle()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(bystander)
+        nursery.start_soon(bystander.run)
         await trio.lowlevel.checkpoint()
-        before = passes
+        before = bystander.turns
         for client in run.server.clients:
             await client.send(b"news")
-        assert passes - before >= 1_000 // 64 - 1
+        assert bystander.turns - before >= 1_000 // 64 - 1
         nursery.cancel_scope.cancel()
     assert len(run.engine.sent) == 1_000
 

@@ -13,6 +13,8 @@ import trio.testing
 import trio_udp
 from trio_udp import Connection, connect
 
+from .conftest import Bystander
+
 
 @pytest.fixture
 def far_end() -> Iterator[socket.socket]:
@@ -305,23 +307,17 @@ async def test_connecting_fails_with_the_kernels_error() -> None:
 
 async def test_polling_and_sending_lets_others_run(connection: Connection, far_end: socket.socket) -> None:
     """A task that takes what has arrived without waiting, and sends, yields at least once in 64 sends."""
-    passes = 0
-
-    async def bystander() -> None:
-        nonlocal passes
-        while True:
-            passes += 1
-            await trio.lowlevel.checkpoint()
+    bystander = Bystander()
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(bystander)
+        nursery.start_soon(bystander.run)
         await trio.lowlevel.checkpoint()
-        before = passes
+        before = bystander.turns
         for _ in range(640):
             far_end.sendto(b"x", connection.local_address)
             connection.receive_nowait()
             await connection.send(b"x")
-        assert passes - before >= 9
+        assert bystander.turns - before >= 9
         nursery.cancel_scope.cancel()
 
 
@@ -330,21 +326,15 @@ async def test_other_tasks_run_while_much_arrives(connection: Connection, far_en
 
     Trio orders the tasks of each pass at random, so within 128 the other task has had its turn.
     """
-    passes = 0
-
-    async def bystander() -> None:
-        nonlocal passes
-        while True:
-            passes += 1
-            await trio.lowlevel.checkpoint()
+    bystander = Bystander()
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(bystander)
+        nursery.start_soon(bystander.run)
         for _ in range(10):
             for _ in range(130):
                 far_end.sendto(b"x", connection.local_address)
-            before = passes
+            before = bystander.turns
             for _ in range(130):
                 await connection.receive()
-            assert passes > before
+            assert bystander.turns > before
         nursery.cancel_scope.cancel()

@@ -65,7 +65,7 @@ class Client(Conversation):
         self._table.timeout_changed(self)
 
     @property
-    def is_waiting(self) -> bool:
+    def _is_waiting(self) -> bool:
         """Whether the handler waits in :meth:`receive`, and nothing has arrived that will end its wait."""
         return self._inbox.receiver is not None
 

@@ -74,7 +74,7 @@ class ClientTable:
         if self._evictable is None or len(self.running) >= self._limits.max_clients + BATCH:
             return False
         for client in self._evictable:
-            if client.is_waiting:  # or else a datagram has just woken it
+            if client._is_waiting:  # or else a datagram has just woken it
                 self.evicted += 1
                 client._end("evicted")
                 return True
@@ -163,10 +163,10 @@ class ClientTable:
 
     def timeout_changed(self, client: Client) -> None:
         """The client has another idle timeout. If it is longer, looking at the client too early does no harm."""
-        since = client._waiting_since if client.is_waiting else self._now()
+        since = client._waiting_since if client._is_waiting else self._now()
         if since + client._idle_timeout < client._next_check:
             client._next_check = math.inf
-            if client.is_waiting:
+            if client._is_waiting:
                 self._check_later(client)
 
     def _check_later(self, client: Client) -> None:
@@ -204,7 +204,7 @@ class ClientTable:
 
     def _check(self, client: Client, now: float) -> None:
         client._next_check = math.inf
-        if not client.is_waiting:
+        if not client._is_waiting:
             return  # at work; what comes next begins with its next wait
         if client._waiting_since + client._idle_timeout <= now:
             self.expired += 1

@@ -113,14 +113,13 @@ class Connection(Conversation):
             self._receiving = False
 
     def _read_ahead_nowait(self) -> None:
+        self._endpoint.raise_refusal()
         batch: list[Datagram] = []
-        if self._endpoint.refusal is None:
-            self._endpoint.read(batch)
-        self._ahead.extend(batch)
+        self._endpoint.read(batch)
         if not batch:
-            if self._endpoint.refusal is not None:
-                raise self._endpoint.take_refusal()
+            self._endpoint.raise_refusal()
             raise trio.WouldBlock
+        self._ahead.extend(batch)
 
     def _take(self) -> bytes:
         payload, _ = self._ahead.popleft()

@@ -74,7 +74,7 @@ class Conversation(trio.abc.Channel[bytes]):
         if type(value) is bytes and len(value) <= MAX_PAYLOAD_IPV4:
             payload = value  # nearly always: spare the call
         else:
-            payload = as_payload(value, endpoint.max_payload(route))
+            payload = as_payload(value, endpoint, route)
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._closed:
             self._check_open()
@@ -95,8 +95,8 @@ class Conversation(trio.abc.Channel[bytes]):
           trio.WouldBlock: The send buffer is full, or others are waiting for it; nothing was sent.
         """
         self._check_open()
-        payload = as_payload(payload, self._endpoint.max_payload(self._route))
-        self._endpoint.send_nowait(payload, self._route, self._sending)
+        endpoint, route = self._endpoint, self._route
+        endpoint.send_nowait(as_payload(payload, endpoint, route), route, self._sending)
 
     async def send_many(self, payloads: Iterable[Payload]) -> None:
         """Send many datagrams, in order.
@@ -105,8 +105,7 @@ class Conversation(trio.abc.Channel[bytes]):
         that none is sent. Waiting, cancellation and the turns of other tasks are as for ``send``, between one datagram
         and the next; what another task sends meanwhile may come in between too.
         """
-        longest = self._endpoint.max_payload(self._route)
-        copies = [as_payload(payload, longest) for payload in payloads]
+        copies = [as_payload(payload, self._endpoint, self._route) for payload in payloads]
         await trio.lowlevel.checkpoint_if_cancelled()
         for payload in copies:
             await self.send(payload)
@@ -138,11 +137,12 @@ class Conversation(trio.abc.Channel[bytes]):
         self._check_open()
 
 
-def as_payload(payload: Payload, longest: int) -> bytes:
-    """Return a payload as bytes of our own, if one datagram can carry it."""
+def as_payload(payload: Payload, endpoint: Endpoint, route: Route) -> bytes:
+    """Return a payload as bytes of our own, if one datagram on a route can carry it."""
     if type(payload) is not bytes:
         # By way of memoryview, because bytes(5) and bytes([1, 2]) work too, and mean something else.
         payload = bytes(memoryview(payload))
-    if len(payload) > longest:
+    # Every route carries as much as IPv4 does; to ask for its own limit costs more than all the rest.
+    if len(payload) > MAX_PAYLOAD_IPV4 and len(payload) > endpoint.max_payload(route):
         raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
     return payload

@@ -178,7 +178,7 @@ async def serve_endpoints(
                     await endpoint.flush()
             nursery.cancel_scope.cancel()
 
-        if not table.stopping.is_set() and all(endpoint.closed for endpoint in endpoints):
+        if server._has_lost_its_endpoints():
             raise trio.ClosedResourceError("every endpoint of this server has been closed")
 
 
@@ -246,7 +246,7 @@ class Server:
         address = numeric_address(address)
         endpoint = self._endpoint_for(address)
         route = endpoint.route(address)
-        payload = as_payload(payload, endpoint.max_payload(route))
+        payload = as_payload(payload, endpoint, route)
         await trio.lowlevel.checkpoint()
         try:
             endpoint.send_nowait(payload, route, self._unsolicited)
@@ -309,7 +309,7 @@ class Server:
                     await trio.lowlevel.checkpoint()
         except trio.ClosedResourceError:
             self._table.abandon(endpoint)
-            if not self._table.stopping.is_set() and all(endpoint.closed for endpoint in self.endpoints):
+            if self._has_lost_its_endpoints():
                 self._nursery.cancel_scope.cancel()
         finally:
             # Where accept or handler_nursery has failed, and so has the server, the rest of a batch comes too late.
@@ -389,6 +389,10 @@ class Server:
             self.stop()
             await anext(arriving)
             self._nursery.cancel_scope.cancel()
+
+    def _has_lost_its_endpoints(self) -> bool:
+        """Whether there is nothing left to serve on, though nobody has stopped the server."""
+        return not self._table.stopping.is_set() and all(endpoint.closed for endpoint in self.endpoints)
 
     def _end(self) -> None:
         """Close every client: using one after the server has ended raises ``trio.ClosedResourceError``."""

@@ -38,12 +38,10 @@ def numeric_address(address: Address) -> Address:
     host, port, *rest = address
     if not isinstance(host, str) or not all(isinstance(number, int) for number in (port, *rest)):
         raise TypeError(f"not an address: {address!r}")
-    if "\0" in host:  # C would take it for the end
-        raise ValueError(f"not an address: {address!r}")
+    numbers = (port, *rest)
     limits = (65_535, 0xFFFFF, 0xFFFFFFFF) if is_ipv6(address) else (65_535,)
-    if len(rest) not in (0, len(limits) - 1) or not all(
-        0 <= number <= limit for number, limit in zip((port, *rest), limits, strict=False)
-    ):
+    in_range = all(0 <= number <= limit for number, limit in zip(numbers, limits, strict=False))
+    if len(numbers) not in (1, len(limits)) or not in_range or "\0" in host:  # C would take that for the end
         raise ValueError(f"not an address: {address!r}")
     try:
         # It knows scopes by name too, as in "fe80::1%eth0".

@@ -58,7 +58,7 @@ class Endpoint:
     # A connected socket has one peer, and is told when that refuses something. Only a Connection wants to hear of it,
     # and then of each refusal once: either the next receive_batch() raises it, or the one that waits is woken for it.
     tells_refusals: bool = attrs.field(default=False, init=False)
-    refusal: OSError | None = attrs.field(default=None, init=False)
+    _refusal: OSError | None = attrs.field(default=None, init=False)
     _wait: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
 
     @classmethod
@@ -169,9 +169,7 @@ class Endpoint:
         """
         batch: list[Datagram] = []
         while True:
-            if self.refusal is not None:
-                self._fruitless_reads = 0
-                raise self.take_refusal()
+            self.raise_refusal()
             if not self._drained or self._corked:
                 await trio.lowlevel.checkpoint()
             elif self.tells_refusals:
@@ -179,9 +177,7 @@ class Endpoint:
                     await self._engine.wait_readable()
             else:
                 await self._engine.wait_readable()
-            self._flush()
-            if self._outbox:
-                self._stuck.set()
+            self._send_collected()
             received = self._engine.tally.received
             self._drained = self.read(batch)
             if self._engine.tally.received > received:  # be it truncated
@@ -210,11 +206,12 @@ class Endpoint:
             self._count_receive_error(error)
         return False
 
-    def take_refusal(self) -> OSError:
-        """Return the refusal by the peer that nobody has been told of yet."""
-        refusal, self.refusal = self.refusal, None
-        assert refusal is not None
-        return refusal
+    def raise_refusal(self) -> None:
+        """Raise the refusal by the peer that nobody has been told of yet, if there is one."""
+        if self._refusal is not None:
+            refusal, self._refusal = self._refusal, None
+            self._fruitless_reads = 0  # the read that has met it was not in vain
+            raise refusal
 
     def send_nowait(self, payload: bytes, route: Route, tally: SendTally) -> None:
         """Send a datagram after those sent before it.
@@ -255,9 +252,7 @@ class Endpoint:
     def uncork(self) -> None:
         """Send what was collected, and from now on at once."""
         self._corked = 0
-        self._flush()
-        if self._outbox:
-            self._stuck.set()
+        self._send_collected()
 
     async def flush(self) -> None:
         """Wait until the outbox is empty, or the endpoint closed."""
@@ -276,6 +271,11 @@ class Endpoint:
             await self._stuck.wait()
             await self.flush()
             self._stuck = trio.Event()
+
+    def _send_collected(self) -> None:
+        self._flush()
+        if self._outbox:
+            self._stuck.set()
 
     def _send_now(self, outgoing: Outgoing) -> None:
         outbox = self._outbox
@@ -310,7 +310,7 @@ class Endpoint:
     def _count_receive_error(self, error: OSError) -> None:
         self._engine.tally.count_receive_error(error)
         if self.tells_refusals and isinstance(error, ConnectionRefusedError):
-            self.refusal = error
+            self._refusal = error
             self._wait.cancel()
 
     def _count_send_error(self, error: OSError) -> None:

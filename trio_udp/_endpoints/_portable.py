@@ -111,7 +111,7 @@ class PortableEngine:
         return address
 
     def max_payload(self, route: Route) -> int:
-        if self._socket.family not in (socket.AF_INET, socket.AF_INET6):
+        if self.family not in (socket.AF_INET, socket.AF_INET6):
             return sys.maxsize  # the kernel's own limit is its send buffer
         return max_payload(self.peer_address(route))
 
@@ -185,7 +185,7 @@ class WildcardEngine(PortableEngine):
         _, reply = cast("tuple[Address, ReplyControl]", route)
         host, scope = local_host(reply) or (self.bound_address[0], 0)
         port = self.bound_address[1]
-        return (host, port) if self._socket.family == socket.AF_INET else (host, port, 0, scope)
+        return (host, port) if self.family == socket.AF_INET else (host, port, 0, scope)
 
 
 class ConnectedEngine(PortableEngine):
