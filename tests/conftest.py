@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -42,6 +43,15 @@ def start_in_memory(nursery: trio.Nursery) -> StartInMemory:
         return InMemory(server, engine)
 
     return start
+
+
+@pytest.fixture(params=["linux", "portable"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test once with each engine: the one chosen for UDP sockets on Linux, and the one for all platforms."""
+    if request.param == "linux" and sys.platform != "linux":
+        pytest.skip("needs Linux")
+    monkeypatch.setenv("TRIO_UDP_ENGINE", "" if request.param == "linux" else "portable")
+    return str(request.param)
 
 
 class Bystander:

@@ -21,6 +21,8 @@ from trio_udp import Client, Endpoint, Limits, Server, serve_endpoints
 from .conftest import StartInMemory, check_adds_up
 from .memory import ALICE, BOB, memory_endpoint
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 
 async def test_send_waits_and_send_nowait_does_not(start_in_memory: StartInMemory) -> None:
     """When the send buffer is full, send waits for room, and send_nowait raises WouldBlock and sends nothing."""

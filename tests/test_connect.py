@@ -15,6 +15,8 @@ from trio_udp import Connection, connect
 
 from .conftest import Bystander
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 
 @pytest.fixture
 def far_end() -> Iterator[socket.socket]:
@@ -69,6 +71,7 @@ async def test_statistics_add_up(connection: Connection, far_end: socket.socket)
         receive_errors=0,
         send_errors=0,
         errors={},
+        receive_buffer=connection.statistics().receive_buffer,
         delivered=2,
         waiting=3,
         dropped_at_end=0,

@@ -17,7 +17,10 @@ from trio_udp._endpoints._pktinfo import IP_PKTINFO
 
 from .conftest import check_adds_up
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8 to send from")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8 to send from"),
+    pytest.mark.usefixtures("engine"),
+]
 
 
 class Forger:

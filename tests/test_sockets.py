@@ -26,6 +26,8 @@ from trio_udp._endpoints import numeric_address
 
 from .conftest import check_adds_up
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 needs_pktinfo = pytest.mark.skipif(trio_udp._endpoints._pktinfo.IP_PKTINFO is None, reason="platform has no IP_PKTINFO")
 
 
@@ -83,7 +85,8 @@ async def test_echo(start: StartServer) -> None:
             assert await ask(sock, payload) == payload
     check_adds_up(server)
     (endpoint,) = server.endpoints
-    assert endpoint.statistics() == trio_udp.EndpointStatistics(
+    statistics = endpoint.statistics()
+    assert statistics == trio_udp.EndpointStatistics(
         received=4,
         bytes_received=5 + 51_200 + 65_507,
         truncated=0,
@@ -92,6 +95,8 @@ async def test_echo(start: StartServer) -> None:
         receive_errors=0,
         send_errors=0,
         errors={},
+        receive_buffer=statistics.receive_buffer,
+        receive_buffer_requested=statistics.receive_buffer_requested,
     )
 
 

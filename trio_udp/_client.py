@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 import attrs
 import trio
+from trio.lowlevel import current_task
 
 from ._conversation import YIELD_EVERY, Conversation
 from ._inbox import Inbox
@@ -67,7 +68,7 @@ class Client(Conversation):
     @property
     def _is_waiting(self) -> bool:
         """Whether the handler waits in :meth:`receive`, and nothing has arrived that will end its wait."""
-        return self._inbox.receiver is not None
+        return self._inbox.is_awaited
 
     def statistics(self) -> ClientStatistics:
         """Counts of this conversation so far; also available once it is over."""
@@ -101,7 +102,8 @@ class Client(Conversation):
         """
         inbox = self._inbox
         if inbox.payloads and self._taken_in_a_row < YIELD_EVERY and not self._receiving:
-            await trio.lowlevel.checkpoint_if_cancelled()
+            if current_task()._cancel_status.effectively_cancelled:
+                await trio.lowlevel.checkpoint_if_cancelled()
         else:
             await self._wait_for_datagram()
         self._taken_in_a_row += 1
@@ -112,7 +114,8 @@ class Client(Conversation):
         # The body of receive() again: awaiting that here would make an echo 4 % dearer.
         inbox = self._inbox
         if inbox.payloads and self._taken_in_a_row < YIELD_EVERY and not self._receiving:
-            await trio.lowlevel.checkpoint_if_cancelled()
+            if current_task()._cancel_status.effectively_cancelled:
+                await trio.lowlevel.checkpoint_if_cancelled()
         else:
             try:
                 await self._wait_for_datagram()
@@ -167,7 +170,7 @@ class Client(Conversation):
         if self._receiving:
             raise trio.BusyResourceError("another task is already receiving from this client")
         self._receiving = True
-        self._taken_in_a_row = 0  # whether or not this is cancelled, other tasks run now
+        self._taken_in_a_row = 0
         try:
             if self._inbox.payloads:
                 await trio.lowlevel.checkpoint()

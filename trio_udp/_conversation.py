@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import attrs
 import trio
+from trio.lowlevel import current_task
 
 from ._endpoints import MAX_PAYLOAD_IPV4, Address, Endpoint, Route
 from ._statistics import SendTally
@@ -75,7 +76,8 @@ class Conversation(trio.abc.Channel[bytes]):
             payload = value  # nearly always: spare the call
         else:
             payload = as_payload(value, endpoint, route)
-        await trio.lowlevel.checkpoint_if_cancelled()
+        if current_task()._cancel_status.effectively_cancelled:
+            await trio.lowlevel.checkpoint_if_cancelled()
         if self._closed:
             self._check_open()
         try:
@@ -101,14 +103,29 @@ class Conversation(trio.abc.Channel[bytes]):
     async def send_many(self, payloads: Iterable[Payload]) -> None:
         """Send many datagrams, in order.
 
-        Everything is checked and copied before the first is sent: what :meth:`send` would raise for one of them means
-        that none is sent. Waiting, cancellation and the turns of other tasks are as for ``send``, between one datagram
-        and the next; what another task sends meanwhile may come in between too.
+        Cheaper than to send them one by one, most of all if they have one size. Everything is checked and copied before
+        the first is sent: what :meth:`send` would raise for one of them means that none is sent. Waiting, cancellation
+        and the turns of other tasks are as for ``send``, though cancellation is noticed only once in 64 datagrams; what
+        another task sends meanwhile may come in between.
         """
-        copies = [as_payload(payload, self._endpoint, self._route) for payload in payloads]
+        endpoint, route = self._endpoint, self._route
+        copies = [as_payload(payload, endpoint, route) for payload in payloads]
+        position = 0
         await trio.lowlevel.checkpoint_if_cancelled()
-        for payload in copies:
-            await self.send(payload)
+        while position < len(copies):
+            self._check_open()
+            some = copies[position : position + YIELD_EVERY - endpoint.sent_in_a_row]
+            sent = endpoint.send_many_nowait(some, route, self._sending)
+            if sent < len(some):
+                await self._send_when_there_is_room(some[sent])
+                sent += 1
+            position += sent
+            endpoint.sent_in_a_row += sent
+            if endpoint.sent_in_a_row >= YIELD_EVERY:
+                endpoint.sent_in_a_row = 0
+                await trio.lowlevel.cancel_shielded_checkpoint()
+            if position < len(copies):
+                await trio.lowlevel.checkpoint_if_cancelled()
 
     async def aclose(self) -> None:
         """Like :meth:`close`, and a checkpoint."""

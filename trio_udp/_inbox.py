@@ -6,13 +6,30 @@ drop, and hands out what waits without running other tasks each time.
 
 from __future__ import annotations
 
+import types
 from collections import deque
+from collections.abc import Generator
 from typing import Any
 
 import attrs
 import trio
 
 from ._limits import Limits
+
+
+def _sleep() -> object:
+    asleep = trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)  # noqa: ASYNC105
+    try:
+        return asleep.send(None)
+    finally:
+        asleep.close()
+
+
+# What wait_task_rescheduled() says to Trio's loop in the name of a task, made once: to make it for each wait, with
+# the coroutines around it, costs 0.9 µs, a fifth of an echo. It can be the same for all tasks because being cancelled
+# needs nothing of ours done.
+SLEEP = _sleep()
+WOKEN: Any = None  # what comes back when we have woken the task; when it is cancelled, it is an outcome that raises
 
 
 @attrs.define(eq=False)
@@ -33,7 +50,7 @@ class Inbox:
     _limits: Limits
     _totals: InboxTally
     payloads: deque[bytes] = attrs.field(factory=deque, init=False)
-    receiver: trio.lowlevel.Task | None = attrs.field(default=None, init=False)
+    _receiver: trio.lowlevel.Task | None = attrs.field(default=None, init=False)
     delivered: int = attrs.field(default=0, init=False)
     dropped_inbox_full: int = attrs.field(default=0, init=False)
     dropped_at_end: int = attrs.field(default=0, init=False)
@@ -63,8 +80,9 @@ class Inbox:
         self.payloads.append(payload)
         totals.waiting += 1
         totals.waiting_bytes += size
-        if self.receiver is not None:
-            self.wake()
+        receiver = self._receiver
+        if receiver is not None and receiver.custom_sleep_data is self:  # wake(), spelt out: 2 % of an echo
+            trio.lowlevel.reschedule(receiver, WOKEN)
 
     def take(self) -> bytes:
         """Return the oldest payload; there must be one."""
@@ -78,16 +96,28 @@ class Inbox:
         self.delivered += 1
         return payload
 
-    async def wait(self) -> None:
+    @types.coroutine
+    def wait(self) -> Generator[object, Any, None]:
         """Sleep until something is put here or :meth:`wake` is called; a cancelled wait takes nothing with it."""
-        self.receiver = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(self._give_up)
+        task = trio.lowlevel.current_task()
+        task.custom_sleep_data = self
+        self._receiver = task
+        try:
+            outcome = yield SLEEP
+        finally:
+            self._receiver = None
+        if outcome is not WOKEN:
+            outcome.unwrap()
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a task waits here, and nothing has happened yet that will end its wait."""
+        return self._receiver is not None and self._receiver.custom_sleep_data is self
 
     def wake(self) -> None:
         """Let the receiver, if there is one, look again."""
-        if self.receiver is not None:
-            trio.lowlevel.reschedule(self.receiver)
-            self.receiver = None
+        if self._receiver is not None and self.is_awaited:
+            trio.lowlevel.reschedule(self._receiver, WOKEN)
 
     def hand_over(self, successor: Inbox) -> None:
         """Move what waits here to an empty inbox of the same server, as if it had arrived there."""
@@ -122,7 +152,3 @@ class Inbox:
         self._bytes_gone += size
         self._totals.waiting -= 1
         self._totals.waiting_bytes -= size
-
-    def _give_up(self, _: Any) -> trio.lowlevel.Abort:
-        self.receiver = None
-        return trio.lowlevel.Abort.SUCCEEDED

@@ -19,6 +19,12 @@ class EndpointStatistics:
       receive_errors: Errors that reading gave.
       send_errors: Datagrams that the kernel or the network refused to send.
       errors: Both kinds of error by name: ``{"EHOSTUNREACH": 2}``.
+      kernel_dropped: Datagrams that never came here: the kernel has dropped them, nearly always because the receive
+        buffer was full. They are in no other count. Told by Linux (``SO_MEMINFO``), like the next; 0 elsewhere.
+      kernel_queued: Bytes of kernel memory that hold datagrams not yet read.
+      receive_buffer: Bytes granted for them, in the measure of ``SO_RCVBUF``: Linux lets them fill twice as much, to
+        have room for its own structures.
+      receive_buffer_requested: What was asked for; 0 where nothing was.
     """
 
     received: int
@@ -29,6 +35,10 @@ class EndpointStatistics:
     receive_errors: int
     send_errors: int
     errors: Mapping[str, int] = attrs.field(hash=False)
+    kernel_dropped: int = 0
+    kernel_queued: int = 0
+    receive_buffer: int = 0
+    receive_buffer_requested: int = 0
 
 
 @attrs.frozen(kw_only=True)
@@ -86,8 +96,7 @@ class ServerStatistics:
     """What has happened to every datagram that a server read, and to its clients.
 
     Nothing disappears: ``received == delivered + waiting + dropped_inbox_full + dropped_at_end + truncated
-    + refused_by_accept + refused_full + refused_stopping``, always. Datagrams that the kernel dropped because
-    its own buffer was full were never read and are not in here.
+    + refused_by_accept + refused_full + refused_stopping``, always. ``kernel_dropped`` is not part of it.
 
     Attributes:
       received, bytes_received, sent, bytes_sent, truncated, receive_errors, send_errors, errors: As in
@@ -107,6 +116,8 @@ class ServerStatistics:
       clients_evicted: Clients ended to make room for a stranger.
       handler_errors: Handlers that raised.
       requests_timed_out: Requests that :func:`request_handler` gave up on.
+      kernel_dropped: Datagrams that never came to the server: the kernel's receive buffers were full; see
+        :class:`EndpointStatistics`.
     """
 
     received: int
@@ -130,6 +141,16 @@ class ServerStatistics:
     receive_errors: int
     send_errors: int
     errors: Mapping[str, int] = attrs.field(hash=False)
+    kernel_dropped: int = 0
+
+
+@attrs.frozen
+class KernelFigures:
+    """What the kernel says about a socket; zeros where it does not."""
+
+    dropped: int = 0  # datagrams
+    queued: int = 0  # bytes
+    receive_buffer: int = 0  # bytes
 
 
 @attrs.define(eq=False)

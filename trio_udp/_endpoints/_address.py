@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 from typing import Any, TypeAlias
 
 Address: TypeAlias = "tuple[str, int] | tuple[str, int, int, int]"
@@ -53,3 +54,24 @@ def numeric_address(address: Address) -> Address:
     if rest:
         scope = [rest[0], rest[1] or scope[1]]
     return (host.partition("%")[0], port, *scope)
+
+
+def pack_address(address: Address, family: int) -> bytes:
+    """Turn an address into a ``struct sockaddr_in`` or ``sockaddr_in6``, padded to 8 bytes, as Linux has it."""
+    host, port, *scope = address
+    raw = socket.inet_pton(family, host)
+    if family == socket.AF_INET:
+        return struct.pack("=H", family) + struct.pack("!H4s8x", port, raw)
+    flow, scope_id = scope or (0, 0)
+    return struct.pack("=H", family) + struct.pack("!HI16s", port, flow, raw) + struct.pack("=I4x", scope_id)
+
+
+def unpack_address(raw: bytes) -> Address:
+    """The address that such a structure holds."""
+    (family,) = struct.unpack_from("=H", raw)
+    if family == socket.AF_INET:
+        port, host = struct.unpack_from("!H4s", raw, 2)
+        return socket.inet_ntop(family, host), port
+    port, flow, host = struct.unpack_from("!HI16s", raw, 2)
+    (scope_id,) = struct.unpack_from("=I", raw, 24)
+    return socket.inet_ntop(family, host), port, flow, scope_id

@@ -12,8 +12,9 @@ import trio
 
 from .._statistics import EndpointStatistics, SendTally
 from ._address import Address, family_of
+from ._choice import engine_for
 from ._engine import BATCH, Datagram, Engine, Outgoing, Route
-from ._portable import is_connected, portable_engine
+from ._socket import is_connected
 
 # Somebody has closed the file descriptor itself, and perhaps it already belongs to something that is not a socket.
 CLOSED_ERRNOS = {errno.EBADF, errno.ENOTSOCK}
@@ -55,6 +56,8 @@ class Endpoint:
     # Sends since a task that sends was last known to let others run; see YIELD_EVERY.
     sent_in_a_row: int = attrs.field(default=0, init=False)
 
+    receive_buffer_requested: int = attrs.field(default=0, init=False)  # bytes; 0 where nobody has
+
     # A connected socket has one peer, and is told when that refuses something. Only a Connection wants to hear of it,
     # and then of each refusal once: either the next receive_batch() raises it, or the one that waits is woken for it.
     tells_refusals: bool = attrs.field(default=False, init=False)
@@ -88,7 +91,7 @@ class Endpoint:
             raise ValueError(f"not bound to an address: {sock!r}")
         if isinstance(sock, stdlib_socket.socket):
             sock = trio.socket.from_stdlib_socket(sock)
-        return cls(portable_engine(sock, max_datagram_size))
+        return cls(engine_for(sock, max_datagram_size))
 
     def __repr__(self) -> str:
         return f"<trio_udp.Endpoint {self.local_address}{' closed' if self.closed else ''}>"
@@ -110,7 +113,7 @@ class Endpoint:
 
     def statistics(self) -> EndpointStatistics:
         """Counts since the endpoint was made; also available once it is closed."""
-        tally = self._engine.tally
+        tally, kernel = self._engine.tally, self._engine.kernel_figures()
         return EndpointStatistics(
             received=tally.received,
             bytes_received=tally.bytes_received,
@@ -120,6 +123,10 @@ class Endpoint:
             receive_errors=tally.receive_errors,
             send_errors=tally.send_errors,
             errors=tally.errors,
+            kernel_dropped=kernel.dropped,
+            kernel_queued=kernel.queued,
+            receive_buffer=kernel.receive_buffer,
+            receive_buffer_requested=self.receive_buffer_requested,
         )
 
     def close(self) -> None:
@@ -196,9 +203,7 @@ class Endpoint:
     def read(self, batch: list[Datagram]) -> bool:
         """Append what has arrived to ``batch``, without waiting; True if the kernel has no more."""
         try:
-            self._engine.receive(batch)
-        except BlockingIOError:
-            return True
+            return self._engine.receive(batch)
         except OSError as error:
             if error.errno in CLOSED_ERRNOS:
                 self._engine.abandon()
@@ -224,8 +229,22 @@ class Endpoint:
             self._outbox.append((payload, route, tally))
         elif self._turn.locked():
             raise trio.WouldBlock
-        else:
-            self._send_now((payload, route, tally))
+        elif not self._send_now([(payload, route, tally)]):
+            raise trio.WouldBlock
+
+    def send_many_nowait(self, payloads: list[bytes], route: Route, tally: SendTally) -> int:
+        """Send datagrams after those sent before them, as many as there is room for; return how many.
+
+        Raises:
+          trio.ClosedResourceError: The endpoint is closed.
+        """
+        if self._turn.locked() and not self._corked:
+            return 0
+        outgoing = [(payload, route, tally) for payload in payloads]
+        if self._corked and len(self._outbox) + len(outgoing) < BATCH:
+            self._outbox.extend(outgoing)
+            return len(outgoing)
+        return self._send_now(outgoing)
 
     async def send(self, payload: bytes, route: Route, tally: SendTally) -> None:
         """Send a datagram for which :meth:`send_nowait` found no room: wait for it, first come first served.
@@ -235,8 +254,8 @@ class Endpoint:
         async with self._turn:
             while True:
                 await self._engine.wait_writable()
-                with suppress(trio.WouldBlock):
-                    return self._send_now((payload, route, tally))
+                if self._send_now([(payload, route, tally)]):
+                    return
                 await trio.sleep(FULL_THOUGH_WRITABLE)
 
     def cork(self) -> None:
@@ -277,17 +296,22 @@ class Endpoint:
         if self._outbox:
             self._stuck.set()
 
-    def _send_now(self, outgoing: Outgoing) -> None:
+    def _send_now(self, outgoing: list[Outgoing]) -> int:
+        """Send what is in the outbox, and then these, as far as the kernel takes them; return how many of these."""
         outbox = self._outbox
-        outbox.append(outgoing)
+        outbox.extend(outgoing)
         self._flush()
+        if not outbox:
+            return len(outgoing)
+        # First in, first out: what is left is the last of ours, and before that perhaps something older.
+        left = min(len(outbox), len(outgoing))
+        for _ in range(left):
+            outbox.pop()
         if outbox:
-            outbox.pop()  # First in, first out: if anything is left, then ours is the last of it.
-            if outbox:
-                self._stuck.set()
-            if self.closed:
-                raise trio.ClosedResourceError("this endpoint is closed")
-            raise trio.WouldBlock
+            self._stuck.set()
+        if self.closed:
+            raise trio.ClosedResourceError("this endpoint is closed")
+        return len(outgoing) - left
 
     def _flush(self) -> None:
         """Send what is in the outbox, as far as the kernel takes it now."""

@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias
 
 import trio
 
-from .._statistics import EndpointTally, SendTally
+from .._statistics import EndpointTally, KernelFigures, SendTally
 from ._address import Address
 
 # Who a datagram came from and which of our addresses it was sent to, in the form that is cheapest for the engine.
@@ -43,12 +43,11 @@ class Engine(Protocol):
     connected: bool
     tally: EndpointTally
 
-    def receive(self, batch: list[Datagram]) -> None:
-        """Append what has arrived to ``batch``, which is empty; at most ``BATCH`` datagrams.
+    def receive(self, batch: list[Datagram]) -> bool:
+        """Append what has arrived to ``batch``, which is empty; at most ``BATCH`` datagrams. True if that is all.
 
         Raises:
-          BlockingIOError: Nothing more has arrived; ``batch`` holds what had.
-          OSError: Reading failed; likewise.
+          OSError: Reading failed; ``batch`` holds what had arrived before.
         """
 
     def send(self, outbox: deque[Outgoing]) -> None:
@@ -70,6 +69,9 @@ class Engine(Protocol):
 
     def local_address(self, route: Route) -> Address:
         """Our own address at this end of a route."""
+
+    def kernel_figures(self) -> KernelFigures:
+        """What the kernel says about the socket; also available once it is closed."""
 
     def is_readable(self) -> bool:
         """Whether ``wait_readable`` would return at once."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import logging
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from typing import Any, TypeAlias
 
 import trio
@@ -13,8 +16,14 @@ import trio
 from ._address import Address
 from ._endpoint import Endpoint, check_max_datagram_size
 
+logger = logging.getLogger("trio_udp")
+
 # The machine, or this process, has no such address family at all. Other families are served without it.
 NO_SUCH_FAMILY = {errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT}
+
+# What a burst needs that arrives while handlers have the processor: a few thousand small datagrams, or 40 ms of a full
+# gigabit. What the systems give unasked, 208 KiB on Linux, holds 256 small ones.
+RECEIVE_BUFFER = 4_194_304
 
 Target: TypeAlias = tuple[socket.AddressFamily, Any]  # an address to bind, with its family
 
@@ -40,8 +49,9 @@ async def open_endpoints(
       reuse_port: Let other processes of the same user bind the port too (``SO_REUSEPORT``); the kernel then spreads
         clients over them. Without it a second bind fails.
       max_datagram_size: Longest payload to accept, in bytes; longer datagrams are counted as truncated.
-      receive_buffer: Bytes of kernel memory to ask for, for datagrams not yet read (``SO_RCVBUF``). The kernel
-        silently grants at most what the system allows.
+      receive_buffer: Bytes of kernel memory to ask for, for datagrams not yet read (``SO_RCVBUF``); 4 MiB by default.
+        The kernel grants at most what the system allows. If that is less than half, a warning is logged, once, that
+        names the setting; ``Endpoint.statistics()`` tells both figures, and what was lost for want of room.
       send_buffer: The same for datagrams not yet sent (``SO_SNDBUF``).
 
     Returns:
@@ -72,8 +82,7 @@ async def open_endpoints(
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)  # or anybody could take the port over
         if reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if receive_buffer is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        _set_receive_buffer(sock, receive_buffer)
         if send_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
 
@@ -87,7 +96,32 @@ async def open_endpoints(
             if not attempts or error.errno != errno.EADDRINUSE:
                 raise
         else:
-            return [Endpoint.from_socket(sock, max_datagram_size=max_datagram_size) for sock in sockets]
+            break
+    endpoints = [Endpoint.from_socket(sock, max_datagram_size=max_datagram_size) for sock in sockets]
+    for endpoint in endpoints:
+        endpoint.receive_buffer_requested = requested = receive_buffer or RECEIVE_BUFFER
+        granted = endpoint.statistics().receive_buffer
+        if 0 < granted < requested / 2:
+            _warn_of_small_buffer(requested, granted)
+    return endpoints
+
+
+def _set_receive_buffer(sock: socket.socket, size: int | None) -> None:
+    if size is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+    elif sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < RECEIVE_BUFFER:
+        with suppress(OSError):  # Linux grants what it may; BSD and macOS grant all or nothing
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+
+
+@cache  # once for each pair of figures
+def _warn_of_small_buffer(requested: int, granted: int) -> None:
+    setting = "net.core.rmem_max" if sys.platform == "linux" else "kern.ipc.maxsockbuf"
+    logger.warning(
+        "The kernel has granted a receive buffer of %d bytes, not %d: bursts may be lost (kernel_dropped in the "
+        "statistics). The system allows no more; to change that: sysctl -w %s=%d",
+        *(granted, requested, setting, requested),
+    )
 
 
 def _bind_all(targets: list[Target], configure: Callable[[socket.socket], None]) -> list[socket.socket]:

@@ -2,14 +2,15 @@
 
 On a socket bound to all interfaces the kernel would choose the source of a reply by its routing table, and a client
 with a connected socket would not accept it. See ip(7), ipv6(7) and RFC 3542 section 6.
-Apart from :func:`ask_for_local_address`, pure functions over the bytes of control messages.
+Apart from :func:`needs_local_address`, pure functions over the bytes of control messages.
 """
 
 from __future__ import annotations
 
 import socket
+import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 import trio
@@ -27,8 +28,10 @@ IPV6_RECVPKTINFO: int | None = getattr(socket, "IPV6_RECVPKTINFO", None)
 CONTROL_SIZE = 512
 
 
-def ask_for_local_address(sock: trio.socket.SocketType) -> bool:
-    """Have the kernel tell the local address of every datagram from now on; False where it cannot."""
+def needs_local_address(sock: trio.socket.SocketType) -> bool:
+    """Whether a socket is bound to all addresses and the kernel tells, from now on, which each datagram was sent to."""
+    if sock.getsockname()[:1] not in (("0.0.0.0",), ("::",)):
+        return False
     if sock.family == socket.AF_INET and IP_PKTINFO is not None:
         level, option = socket.IPPROTO_IP, IP_PKTINFO
     elif sock.family == socket.AF_INET6 and IPV6_RECVPKTINFO is not None:
@@ -68,6 +71,32 @@ def local_host(reply: ReplyControl) -> tuple[str, int] | None:
     """The host and the IPv6 scope that a result of :func:`reply_control` stands for."""
     for level, _, data in reply:
         if level == socket.IPPROTO_IP:
-            return socket.inet_ntop(socket.AF_INET, data[4:8]), 0
+            return (socket.inet_ntop(socket.AF_INET, data[4:8]), 0) if any(data[4:8]) else None
         return socket.inet_ntop(socket.AF_INET6, data[:16]), int.from_bytes(data[16:20], sys.byteorder)
     return None
+
+
+# struct cmsghdr: length, this header included; level; type. See cmsg(3).
+CMSG_HEADER = struct.Struct("@Nii")
+
+
+def pack_control(level: int, kind: int, data: bytes) -> bytes:
+    """One control message as the kernel has it, padded so that another may follow."""
+    size = CMSG_HEADER.size + len(data)
+    return (CMSG_HEADER.pack(size, level, kind) + data).ljust(_aligned(size), b"\0")
+
+
+def unpack_control(control: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Take control messages apart, as ``recvmsg`` gives them; those that are not whole are left out."""
+    position = 0
+    while position + CMSG_HEADER.size <= len(control):
+        size, level, kind = CMSG_HEADER.unpack_from(control, position)
+        if not CMSG_HEADER.size <= size <= len(control) - position:
+            return
+        yield level, kind, control[position + CMSG_HEADER.size : position + size]
+        position += _aligned(size)
+
+
+def _aligned(size: int) -> int:
+    word = struct.calcsize("@N")
+    return -(-size // word) * word

@@ -9,16 +9,17 @@ from __future__ import annotations
 import socket
 import sys
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
 import trio
 
-from .._statistics import EndpointTally
-from ._address import Address, max_payload
+from ._address import Address
 from ._engine import BATCH, Datagram, Outgoing, Route
-from ._pktinfo import CONTROL_SIZE, ReplyControl, ask_for_local_address, local_host, reply_control
+from ._pktinfo import CONTROL_SIZE, ReplyControl, local_host, needs_local_address, reply_control
+from ._socket import UDP_GRO, SocketEngine, is_connected
 
 # Local addresses to remember control messages for. A server may answer for a whole IPv6 prefix: somebody could write to
 # each address in it.
@@ -30,45 +31,33 @@ WSAEMSGSIZE = 10040
 
 def portable_engine(sock: trio.socket.SocketType, max_datagram_size: int) -> PortableEngine:
     """Choose how to read and write a bound datagram socket."""
-    if not is_connected(sock):
-        bound_to_all = sock.getsockname()[:1] in (("0.0.0.0",), ("::",))
-        if bound_to_all and ask_for_local_address(sock):
-            return WildcardEngine(sock, max_datagram_size)
-        return PortableEngine(sock, max_datagram_size)
-    return ConnectedEngine(sock, max_datagram_size)
+    if is_connected(sock):
+        return ConnectedEngine(sock, max_datagram_size)
+    if needs_local_address(sock):
+        return WildcardEngine(sock, max_datagram_size)
+    return PortableEngine(sock, max_datagram_size)
 
 
-def is_connected(sock: socket.socket | trio.socket.SocketType) -> bool:
-    try:
-        sock.getpeername()
-    except OSError:  # ENOTCONN
-        return False
-    return True
-
-
-class PortableEngine:
+class PortableEngine(SocketEngine):
     """A socket bound to one address. A route is the peer address.
 
     (The address tuple of IPv6 includes flow information, which could differ within one conversation; but the kernel
     reports 0 unless asked.)
     """
 
-    connected = False
-
     def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int) -> None:
-        self.socket = sock
-        self.family: int = sock.family
-        self.bound_address: Address = sock.getsockname()
-        self.tally = EndpointTally()
-        # Trio has no public name for the socket inside, and its own calls take several times as long as the kernel.
-        self._socket: socket.socket = sock._sock  # type: ignore[attr-defined]
+        super().__init__(sock)
+        if sys.platform == "linux":
+            # Somebody may have had the socket before who could take joined datagrams apart. (On others it is an error.)
+            with suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 0)
         self._longest = max_datagram_size
         # One byte more than allowed: what fills it was too long. MSG_TRUNC says the same but needs a recvmsg.
         self._buffer_size = max_datagram_size + 1
         self._receive_one: Callable[[], Datagram] = partial(self._socket.recvfrom, self._buffer_size)
         self._send_one: Callable[[bytes, Any], object] = self._socket.sendto
 
-    def receive(self, batch: list[Datagram]) -> None:
+    def receive(self, batch: list[Datagram]) -> bool:
         receive_one, longest, tally = self._receive_one, self._longest, self.tally
         size = 0
         try:
@@ -81,6 +70,8 @@ class PortableEngine:
                 else:
                     tally.truncated += 1
                     tally.received += 1
+        except BlockingIOError:
+            return True
         except OSError as error:
             if error.errno != WSAEMSGSIZE:
                 raise
@@ -89,6 +80,7 @@ class PortableEngine:
         finally:
             tally.received += len(batch)
             tally.bytes_received += size
+        return False
 
     def send(self, outbox: deque[Outgoing]) -> None:
         send_one, total = self._send_one, self.tally
@@ -110,43 +102,11 @@ class PortableEngine:
     def route(self, address: Address) -> Route:
         return address
 
-    def max_payload(self, route: Route) -> int:
-        if self.family not in (socket.AF_INET, socket.AF_INET6):
-            return sys.maxsize  # the kernel's own limit is its send buffer
-        return max_payload(self.peer_address(route))
-
     def peer_address(self, route: Route) -> Address:
         return cast("Address", route)
 
     def local_address(self, route: Route) -> Address:
         return self.bound_address
-
-    def is_readable(self) -> bool:
-        return self.socket.is_readable()
-
-    async def wait_readable(self) -> None:
-        await self._wait(trio.lowlevel.wait_readable)
-
-    async def wait_writable(self) -> None:
-        await self._wait(trio.lowlevel.wait_writable)
-
-    async def _wait(self, wait: Callable[[socket.socket], Awaitable[None]]) -> None:
-        if not self.closed:
-            try:
-                return await wait(self._socket)
-            except OSError:  # the file descriptor has been closed, or belongs to another kind of file now
-                self.abandon()
-        raise trio.ClosedResourceError("this endpoint is closed")
-
-    @property
-    def closed(self) -> bool:
-        return self._socket.fileno() == -1
-
-    def close(self) -> None:
-        self.socket.close()
-
-    def abandon(self) -> None:
-        self.socket.detach()
 
 
 class WildcardEngine(PortableEngine):
@@ -190,8 +150,6 @@ class WildcardEngine(PortableEngine):
 
 class ConnectedEngine(PortableEngine):
     """A socket connected to one peer: there is only one route."""
-
-    connected = True
 
     def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int) -> None:
         super().__init__(sock, max_datagram_size)

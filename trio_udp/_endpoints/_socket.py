@@ -1,0 +1,94 @@
+"""What all engines on a real socket have in common: waiting for it, closing it, and what the kernel says about it."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import trio
+
+from .._statistics import EndpointTally, KernelFigures
+from ._address import Address, max_payload
+from ._engine import Route
+
+# Not in the socket module, though from linux/udp.h: join datagrams of one size from one sender; see udp(7).
+UDP_GRO = 104
+
+# From linux/sock_diag.h: an array of unsigned integers, two of which are of interest.
+SO_MEMINFO = 55
+MEMINFO = struct.Struct("@9I")
+RMEM_ALLOC, DROPS = 0, 8
+
+
+def is_connected(sock: socket.socket | trio.socket.SocketType) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:  # ENOTCONN
+        return False
+    return True
+
+
+class SocketEngine(ABC):
+    """The part of an :class:`Engine` that does not read or write."""
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        self.socket = sock
+        self.family: int = sock.family
+        self.bound_address: Address = sock.getsockname()
+        self.connected = is_connected(sock)
+        self.tally = EndpointTally()
+        # Trio has no public name for the socket inside, and its own calls take several times as long as the kernel.
+        self._socket: socket.socket = sock._sock  # type: ignore[attr-defined]
+        self._kernel_figures = KernelFigures()
+
+    @abstractmethod
+    def peer_address(self, route: Route) -> Address: ...
+
+    def max_payload(self, route: Route) -> int:
+        if self.family not in (socket.AF_INET, socket.AF_INET6):
+            return sys.maxsize  # the kernel's own limit is its send buffer
+        return max_payload(self.peer_address(route))
+
+    def kernel_figures(self) -> KernelFigures:
+        with suppress(OSError):  # closed: what was known last
+            buffer = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+            if sys.platform == "linux":
+                # This costs nothing until asked, and counts from the socket's first moment. SO_RXQ_OVFL, which tells of
+                # drops with each datagram, does neither.
+                figures = MEMINFO.unpack(self._socket.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMINFO.size))
+                self._kernel_figures = KernelFigures(figures[DROPS], figures[RMEM_ALLOC], buffer // 2)
+            else:
+                self._kernel_figures = KernelFigures(receive_buffer=buffer)
+        return self._kernel_figures
+
+    def is_readable(self) -> bool:
+        return self.socket.is_readable()
+
+    async def wait_readable(self) -> None:
+        await self._wait(trio.lowlevel.wait_readable)
+
+    async def wait_writable(self) -> None:
+        await self._wait(trio.lowlevel.wait_writable)
+
+    async def _wait(self, wait: Callable[[socket.socket], Awaitable[None]]) -> None:
+        if not self.closed:
+            try:
+                return await wait(self._socket)
+            except OSError:  # the file descriptor has been closed, or belongs to another kind of file now
+                self.abandon()
+        raise trio.ClosedResourceError("this endpoint is closed")
+
+    @property
+    def closed(self) -> bool:
+        return self._socket.fileno() == -1
+
+    def close(self) -> None:
+        self.kernel_figures()
+        self.socket.close()
+
+    def abandon(self) -> None:
+        self.socket.detach()
