@@ -76,8 +76,8 @@ class Conversation(trio.abc.Channel[bytes]):
             payload = value  # nearly always: spare the call
         else:
             payload = as_payload(value, endpoint, route)
-        # checkpoint_if_cancelled() looks at this too, but as a coroutine: 0.13 µs more, twice in an echo of 4 µs. Trio has
-        # no public name for it; if that changes, every test will tell.
+        # checkpoint_if_cancelled() looks at this too, but as a coroutine: 0.13 µs more, twice in an echo of 4 µs. Trio
+        # has no public name for it; if that changes, every test will tell.
         if current_task()._cancel_status.effectively_cancelled:
             await trio.lowlevel.checkpoint_if_cancelled()
         if self._closed:

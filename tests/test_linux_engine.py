@@ -1,0 +1,404 @@
+"""What only the engine for Linux does: joining and dividing datagrams, and doing without what is not there."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import socket
+import struct
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, strategies as st
+
+import trio_udp
+from trio_udp import Client, Endpoint, Server, connect, serve
+from trio_udp._endpoints._address import pack_address, unpack_address
+from trio_udp._endpoints._pktinfo import pack_control, unpack_control
+from trio_udp._endpoints._portable import PortableEngine
+from trio_udp._endpoints._socket import UDP_GRO
+
+from .conftest import check_adds_up
+
+if sys.platform != "linux":
+    pytest.skip("needs Linux", allow_module_level=True)
+
+from trio_udp._endpoints import _linux
+from trio_udp._endpoints._linux import UDP_SEGMENT, LinuxEngine
+
+SO_NO_CHECK = 11  # from asm-generic/socket.h: send without checksums, which cannot be merged
+
+Start = Callable[..., Awaitable[Server]]
+
+
+async def echo(client: Client) -> None:
+    async for payload in client:
+        await client.send(payload)
+
+
+@pytest.fixture
+def start(nursery: trio.Nursery) -> Start:
+    async def start(handler: Callable[[Client], Awaitable[object]] = echo, **options: Any) -> Server:
+        server: Server = await nursery.start(partial(serve, handler, 0, **{"host": "127.0.0.1", **options}))
+        return server
+
+    return start
+
+
+@pytest.fixture
+def peer() -> Iterator[socket.socket]:
+    """A socket that sends what it is given in one message, and takes joined datagrams as they come."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1_000_000)
+        sock.settimeout(5)
+        yield sock
+
+
+def send_joined(sock: socket.socket, payloads: bytes, size: int, server: Server) -> None:
+    control = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", size))]
+    sock.sendmsg([payloads], control, 0, server.endpoints[0].local_address)
+
+
+async def receive(sock: socket.socket) -> bytes:
+    return await trio.to_thread.run_sync(sock.recv, 65_536)
+
+
+async def received_by(server: Server, datagrams: int) -> None:
+    """Wait until the server has read, and its handlers have taken, so many."""
+    with trio.fail_after(10):
+        while server.statistics().received < datagrams or server.statistics().waiting:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+
+
+# Choosing it
+
+
+def open_socket(family: int) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    sock.bind(("127.0.0.1", 0) if family == socket.AF_INET else b"\0trio_udp test of %d" % os.getpid())
+    return sock
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "family", "chosen"),
+    [
+        ("", socket.AF_INET, LinuxEngine),
+        ("linux", socket.AF_INET, LinuxEngine),
+        ("portable", socket.AF_INET, PortableEngine),
+        ("", socket.AF_UNIX, PortableEngine),
+    ],
+)
+async def test_it_is_chosen(monkeypatch: pytest.MonkeyPatch, asked_for: str, family: int, chosen: type) -> None:
+    """UDP sockets have this engine unless the environment asks for the other; Unix-domain sockets have the other."""
+    monkeypatch.setenv("TRIO_UDP_ENGINE", asked_for)
+    endpoint = Endpoint.from_socket(open_socket(family))
+    assert isinstance(endpoint._engine, chosen)
+    endpoint.close()
+
+
+@pytest.mark.parametrize(("asked_for", "family"), [("fast", socket.AF_INET), ("linux", socket.AF_UNIX)])
+async def test_it_cannot_be_chosen(monkeypatch: pytest.MonkeyPatch, asked_for: str, family: int) -> None:
+    """An engine that does not exist, or not for this socket, is an error: nothing else is taken instead."""
+    monkeypatch.setenv("TRIO_UDP_ENGINE", asked_for)
+    with open_socket(family) as sock, pytest.raises(ValueError, match=f"TRIO_UDP_ENGINE.*{asked_for}"):
+        Endpoint.from_socket(sock)
+
+
+def test_structures_are_the_kernels() -> None:
+    """struct mmsghdr and iovec have the kernel's layout for 64-bit machines, the same on x86-64 and arm64."""
+    offsets = {name: getattr(_linux.MsgHdr, name).offset for name, _ in _linux.MsgHdr._fields_}
+    assert offsets == {
+        "name": 0,
+        "name_length": 8,
+        "iov": 16,
+        "iov_length": 24,
+        "control": 32,
+        "control_length": 40,
+        "flags": 48,
+    }
+    assert _linux.MMsgHdr.length.offset == 56
+    assert (ctypes.sizeof(_linux.MMsgHdr), ctypes.sizeof(_linux.IOVec)) == (64, 16)
+
+
+# Joining and dividing
+
+
+async def test_replies_of_one_size_leave_as_one(start: Start, peer: socket.socket) -> None:
+    """What a handler answers in one go arrives joined at a peer that understands that, the last datagram shorter."""
+
+    async def handler(client: Client) -> None:
+        async for _ in client:
+            await client.send_many([bytes(100)] * 20 + [b"end"] + [bytes(100)] * 2)
+
+    server = await start(handler)
+    peer.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
+    peer.sendto(b"go", server.endpoints[0].local_address)
+    messages = [await receive(peer), await receive(peer)]
+    assert messages == [bytes(2000) + b"end", bytes(200)]
+    assert server.statistics().sent == 23
+    assert next(iter(server.clients)).statistics().sent == 23
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", None])
+@pytest.mark.parametrize("size", [1, 7, 100, 1400])
+async def test_joined_datagrams_are_divided(start: Start, peer: socket.socket, host: str | None, size: int) -> None:
+    """A handler sees the single datagrams, in order, however they have come and whatever came between."""
+    seen = []
+
+    async def handler(client: Client) -> None:
+        async for payload in client:
+            seen.append(payload)  # noqa: PERF401
+
+    server = await start(handler, host=host)
+    address = ("127.0.0.1", server.endpoints[0].local_address[1])
+    whole = bytes(range(256)) * 256
+    joined = whole[: 30 * size + (size + 1) // 2]
+    for _ in range(3):
+        control = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", size))]
+        peer.sendmsg([joined], control, 0, address)
+        peer.sendto(b"between", address)
+        peer.sendto(b"", address)
+    parts = [joined[start : start + size] for start in range(0, len(joined), size)]
+    await received_by(server, 3 * (len(parts) + 2))
+    assert seen == 3 * [*parts, b"between", b""]
+    assert server.statistics().clients_started == 1
+    check_adds_up(server)
+
+
+async def test_what_is_more_than_a_batch_waits_its_turn(start: Start, peer: socket.socket) -> None:
+    """Joined datagrams count one by one for fairness: a default inbox takes any number of them without loss."""
+    seen = []
+
+    async def handler(client: Client) -> None:
+        async for payload in client:
+            seen.append(payload)  # noqa: PERF401
+
+    server = await start(handler)
+    batches = [[b"%d %d" % (message, i % 10) for i in range(60)] for message in range(40)]
+    for batch in batches:
+        send_joined(peer, b"".join(batch), len(batch[0]), server)
+    await received_by(server, 2400)
+    assert seen == [payload for batch in batches for payload in batch]
+    assert server.statistics().dropped_inbox_full == 0
+
+
+async def test_datagrams_that_are_too_long_are_truncated_one_by_one(start: Start, peer: socket.socket) -> None:
+    """max_datagram_size is about datagrams, not about what they were joined to."""
+    server = await start(max_datagram_size=10)
+    send_joined(peer, bytes(100), 10, server)
+    send_joined(peer, bytes(25), 12, server)
+    peer.sendto(bytes(10), server.endpoints[0].local_address)
+    await received_by(server, 14)
+    s = server.statistics()
+    assert (s.truncated, s.delivered) == (2, 12)
+    check_adds_up(server)
+
+
+async def test_joined_datagrams_of_a_connection(peer: socket.socket) -> None:
+    """The other end divides them too, and reads ahead no more than one batch."""
+    async with await connect(*peer.getsockname()) as connection:
+        control = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", 4))]
+        for _ in range(5):
+            peer.sendmsg([b"abcd" * 50], control, 0, connection.local_address)
+        with trio.fail_after(5):
+            for _ in range(250):
+                assert await connection.receive() == b"abcd"
+                assert connection.statistics().waiting < 64
+
+
+async def test_a_socket_that_others_have_too_is_left_as_it_was(start: Start) -> None:
+    """Whoever else holds the socket, and may not understand joined datagrams, gets none once the endpoint is closed."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        endpoint = Endpoint.from_socket(sock.dup())
+        assert sock.getsockopt(socket.IPPROTO_UDP, UDP_GRO) == 1
+        endpoint.close()
+        assert sock.getsockopt(socket.IPPROTO_UDP, UDP_GRO) == 0
+
+
+# Doing without
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.levelno == logging.WARNING]
+
+
+async def test_where_merging_does_not_work(start: Start, peer: socket.socket, caplog: pytest.LogCaptureFixture) -> None:
+    """If the kernel cannot divide what it is given, datagrams leave singly, none lost; that is logged once."""
+
+    async def handler(client: Client) -> None:
+        async for _ in client:
+            await client.send_many([b"%d" % (i % 10) for i in range(50)])
+
+    server = await start(handler)
+    server.endpoints[0].socket.setsockopt(socket.SOL_SOCKET, SO_NO_CHECK, 1)
+    for _ in range(3):
+        peer.sendto(b"go", server.endpoints[0].local_address)
+        assert [await receive(peer) for _ in range(50)] == [b"%d" % (i % 10) for i in range(50)]
+    assert server.statistics().send_errors == 0
+    assert warnings_of(caplog) == ["UDP_SEGMENT does not work here (EINVAL): datagrams are sent singly"]
+
+
+async def test_segments_too_long_for_the_way_leave_singly(
+    start: Start, peer: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A peer with a small path MTU gets its datagrams in fragments, and merging goes on for the others."""
+    messages_sent = fail_when(monkeypatch, "_sendmmsg", lambda args: errno.EMSGSIZE if merged(args) else 0)
+
+    async def handler(client: Client) -> None:
+        async for _ in client:
+            await client.send_many([b"123"] * 5)
+
+    server = await start(handler)
+    for _ in range(2):
+        peer.sendto(b"go", server.endpoints[0].local_address)
+        assert [await receive(peer) for _ in range(5)] == [b"123"] * 5
+    assert messages_sent == [1, 5, 1, 5]
+    assert warnings_of(caplog) == []
+
+
+def merged(args: tuple[Any, ...]) -> bool:
+    """Whether the first message of a call to sendmmsg is merged from several datagrams."""
+    _, pointer, *_ = args
+    header = ctypes.cast(pointer, ctypes.POINTER(_linux.MsgHdr)).contents
+    return bool(header.control_length)
+
+
+def fail_when(monkeypatch: pytest.MonkeyPatch, call: str, error: Callable[[tuple[Any, ...]], int]) -> list[int]:
+    """Let a system call fail as a kernel, or a filter before it, would; return how many messages each try was for."""
+    real = getattr(_linux, call)
+    tries = []
+
+    def faulty(*args: Any) -> int:
+        tries.append(args[2])
+        if code := error(args):
+            ctypes.set_errno(code)
+            return -1
+        result: int = real(*args)
+        return result
+
+    monkeypatch.setattr(_linux, call, faulty)
+    return tries
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", None])
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM, errno.EINVAL])
+@pytest.mark.parametrize("call", ["_recvmmsg", "_sendmmsg"])
+async def test_where_a_system_call_is_missing(
+    start: Start,
+    peer: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    host: str | None,
+    code: int,
+    call: str,
+) -> None:
+    """From the beginning or from a moment on: everything still works, one by one, and that is logged once."""
+    denied: list[int] = []
+    fail_when(monkeypatch, call, lambda _: sum(denied))
+
+    async def handler(client: Client) -> None:
+        async for payload in client:
+            await client.send_many([payload, b"%d" % client.peer_address[1], b""])
+
+    server = await start(handler, host=host)
+    port = server.endpoints[0].local_address[1]
+    for denied[:] in ([], [code], [code]):
+        control = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", 3))]
+        peer.sendmsg([b"onetwo"], control, 0, ("127.0.0.2" if host is None else host, port))
+        me = b"%d" % peer.getsockname()[1]
+        assert [await receive(peer) for _ in range(6)] == [b"one", me, b"", b"two", me, b""]
+    s = server.statistics()
+    assert (s.received, s.sent, s.clients_started, s.send_errors, s.receive_errors) == (6, 18, 1, 0, 0)
+    (warning,) = warnings_of(caplog)
+    assert errno.errorcode[code] in warning
+
+
+async def test_a_refusing_filter_is_not_a_missing_call(
+    start: Start, peer: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """EPERM for one datagram, as from netfilter, is that client's error; batches go on."""
+    refuses = [True]
+    tries = fail_when(monkeypatch, "_sendmmsg", lambda args: errno.EPERM if refuses and args[2] else 0)
+    fail_when(monkeypatch, "_sendto", lambda _: errno.EPERM if refuses else 0)
+
+    async def handler(client: Client) -> None:
+        async for payload in client:
+            await client.send_many([payload, payload + b"longer"])
+            refuses.clear()
+
+    server = await start(handler)
+    peer.sendto(b"1", server.endpoints[0].local_address)
+    await received_by(server, 1)
+    peer.sendto(b"2", server.endpoints[0].local_address)
+    assert [await receive(peer) for _ in range(2)] == [b"2", b"2longer"]
+    assert server.statistics().errors == {"EPERM": 2}
+    assert next(iter(server.clients)).statistics().errors == {"EPERM": 2}
+    assert tries[-1] == 2
+    assert warnings_of(caplog) == []
+
+
+# What the kernel says
+
+
+async def test_what_the_kernel_has_dropped_is_told(peer: socket.socket) -> None:
+    """Datagrams for which the receive buffer had no room are counted, and those in it show."""
+    (endpoint,) = await trio_udp.open_endpoints(0, host="127.0.0.1", receive_buffer=10_000)
+    for _ in range(100):
+        peer.sendto(bytes(100), endpoint.local_address)
+    before = endpoint.statistics()
+    received = 0
+    while received + before.kernel_dropped < 100:
+        received += len(await endpoint.receive_batch())
+    endpoint.close()
+    after = endpoint.statistics()
+    assert 0 < before.kernel_dropped < 100
+    assert (before.receive_buffer, before.receive_buffer_requested) == (10_000, 10_000)
+    assert before.kernel_queued > after.kernel_queued == 0
+    assert (after.received, after.kernel_dropped) == (received, 100 - received)
+
+
+async def test_a_small_receive_buffer_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """If the system grants much less than was asked for, the log says so once, and how to change it."""
+    allowed = int(await trio.Path("/proc/sys/net/core/rmem_max").read_text())
+    for _ in range(2):
+        (endpoint,) = await trio_udp.open_endpoints(0, host="127.0.0.1", receive_buffer=3 * allowed)
+        s = endpoint.statistics()
+        assert (s.receive_buffer, s.receive_buffer_requested) == (allowed, 3 * allowed)
+        endpoint.close()
+    (warning,) = warnings_of(caplog)
+    assert f"sysctl -w net.core.rmem_max={3 * allowed}" in warning
+
+
+# Foreign bytes
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300), st.binary(max_size=40))))
+def test_control_messages_are_taken_apart_as_they_were_made(messages: list[tuple[int, int, bytes]]) -> None:
+    """Whatever their number and lengths."""
+    assert list(unpack_control(b"".join(pack_control(*message) for message in messages))) == messages
+
+
+@given(st.binary(max_size=200))
+def test_control_bytes_that_make_no_sense(control: bytes) -> None:
+    """Give what is whole, and no error."""
+    assert sum(len(data) for _, _, data in unpack_control(control)) <= len(control)
+
+
+@given(st.ip_addresses(), st.integers(0, 65_535), st.integers(0, 2**32 - 1))
+def test_raw_addresses(host: Any, port: int, scope: int) -> None:
+    """An address survives being turned into a structure and back."""
+    family = socket.AF_INET if host.version == 4 else socket.AF_INET6
+    text = socket.inet_ntop(family, host.packed)
+    address = (text, port) if host.version == 4 else (text, port, 0, scope)
+    raw = pack_address(address, family)
+    assert len(raw) == (16 if host.version == 4 else 32)
+    assert unpack_address(raw) == address
