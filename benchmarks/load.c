@@ -1,113 +1,329 @@
-/* Closed-loop load for a UDP echo server: CLIENTS connected sockets, each with IN_FLIGHT datagrams of 64 bytes on their
- * way. Cheap enough (recvmmsg, sendmmsg) that the server is what is measured.
+/* The load for every server: closed loops over loopback, cheap enough that the server is what is measured.
  *
- *     load PORT CLIENTS IN_FLIGHT SECONDS  ->  prints: answered lost out_of_order
+ *     load PORT PID WARM SECONDS echo CLIENTS IN_FLIGHT    64 bytes each; the server answers with the same
+ *     load PORT PID WARM SECONDS out                       the server answers every request with OUT_BURST datagrams
+ *     load PORT PID WARM SECONDS in                        the server acknowledges every IN_BURST-th datagram
  *
- * Each payload carries its sequence number, so that loss and reordering within a client show, and the process id, so that
- * late answers to an earlier run from the same port do not count. */
+ * Warms the server with process id PID up for WARM seconds, and until every client has been seen, then measures for
+ * SECONDS. Prints as JSON how many datagrams came through in how much time and processor time of the server, and how
+ * many were lost or came out of order from the very beginning.
+ *
+ * A hundred thousand clients need no hundred thousand sockets. There is one, bound to all addresses; IP_PKTINFO sets
+ * the source of each datagram to 127.0.0.1, 127.0.0.2 and so on, and tells which of them was answered.
+ *
+ * STREAM_SIZE, OUT_BURST, IN_BURST and RECEIVE_BUFFER are defined on the compiler's command line, as in servers.py. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/udp.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <sys/epoll.h>
-#include <sys/resource.h>
+#include <string.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { SIZE = 64, MOST = 64 }; /* bytes of a payload; datagrams of one system call */
-
-struct client {
-    int fd;
-    uint64_t next_sent, next_expected;
+enum {
+    ECHO_SIZE = 64,               /* bytes of a payload */
+    BATCH = 64,                   /* datagrams of one system call */
+    OUT_REQUESTS = 2,             /* on their way at once */
+    IN_BURSTS = 4,                /* on their way at once */
+    STALL = 5,                    /* seconds of silence after which all that is on its way counts as lost; not less,
+                                     for garbage collection among 100,000 clients takes a while */
+    MAX_STALLS = 3,               /* in a row */
+    MAX_CLIENTS = (1 << 24) - 2,  /* in 127.0.0.0/8 */
+    BUCKETS = 200000, BUCKET_NS = 100, /* round trips are counted in steps of 0.1 µs, up to 20 ms */
 };
 
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec * 1e-9;
+static struct sockaddr_in server = {.sin_family = AF_INET};
+static clockid_t server_clock;
+static double warm, seconds;
+
+static uint64_t received, lost, out_of_order;
+static uint32_t round_trips[BUCKETS];
+static struct {
+    uint64_t first_call, began, server_then, received_then; /* nanoseconds, and datagrams, at the beginning */
+    uint64_t took, server_took, datagrams;                  /* until the end */
+    bool ended;
+} measured;
+
+static void fail(const char *what) {
+    perror(what);
+    exit(1);
 }
 
-static void send_some(struct client *c, int count) {
-    static uint64_t payload[MOST][SIZE / 8];
-    static struct iovec iov[MOST];
-    static struct mmsghdr messages[MOST];
-    for (int i = 0; i < count; i++) {
-        payload[i][0] = c->next_sent++;
-        payload[i][1] = getpid();
-        iov[i] = (struct iovec){payload[i], SIZE};
-        messages[i].msg_hdr = (struct msghdr){.msg_iov = &iov[i], .msg_iovlen = 1};
+static uint64_t nanoseconds(clockid_t clock) {
+    struct timespec t;
+    if (clock_gettime(clock, &t)) fail("clock_gettime");
+    return t.tv_sec * 1000000000ull + t.tv_nsec;
+}
+
+/* Called again and again; true from the end of the measurement on. */
+static bool time_is_up(bool every_client_seen) {
+    if (measured.ended) return true;
+    uint64_t now = nanoseconds(CLOCK_MONOTONIC);
+    if (!measured.first_call) measured.first_call = now;
+    if (!measured.began) {
+        if (every_client_seen && now - measured.first_call >= warm * 1e9) {
+            measured.began = now;
+            measured.server_then = nanoseconds(server_clock);
+            measured.received_then = received;
+            memset(round_trips, 0, sizeof round_trips);
+        }
+    } else if (now - measured.began >= seconds * 1e9) {
+        measured.took = now - measured.began;
+        measured.server_took = nanoseconds(server_clock) - measured.server_then;
+        measured.datagrams = received - measured.received_then;
+        measured.ended = true;
     }
-    if (sendmmsg(c->fd, messages, count, 0) != count) {
-        perror("sendmmsg");
+    return measured.ended;
+}
+
+static int open_socket(void) {
+    int fd = socket(AF_INET, SOCK_DGRAM, 0), size = RECEIVE_BUFFER;
+    struct timeval stall = {.tv_sec = STALL};
+    if (fd < 0) fail("socket");
+    if (setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof size)) fail("SO_RCVBUF");
+    if (setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &stall, sizeof stall)) fail("SO_RCVTIMEO");
+    return fd;
+}
+
+static int open_connected_socket(void) {
+    int fd = open_socket();
+    if (connect(fd, (struct sockaddr *)&server, sizeof server)) fail("connect");
+    return fd;
+}
+
+/* Wait for datagrams; 0 after a stall. */
+static int receive(int fd, struct mmsghdr *messages, int most) {
+    static int stalls;
+    int got = recvmmsg(fd, messages, most, MSG_WAITFORONE, NULL);
+    if (got < 0) {
+        if (errno != EAGAIN) fail("recvmmsg");
+        if (++stalls < MAX_STALLS) return 0;
+        fprintf(stderr, "the server does not answer\n");
         exit(1);
+    }
+    stalls = 0;
+    return got;
+}
+
+/* ---- echo ---- */
+
+struct message { /* a datagram, with the control message for our own address */
+    struct {
+        uint64_t run; /* answers to an earlier run, and those that were given up, do not count */
+        uint64_t sent_at;
+        uint32_t client, number;
+        char rest[ECHO_SIZE - 24];
+    } payload;
+    struct sockaddr_in peer;
+    struct iovec iov;
+    union {
+        char room[CMSG_SPACE(sizeof(struct in_pktinfo))];
+        struct cmsghdr header;
+    } control;
+};
+
+static int echo_socket, queued;
+static uint64_t run;
+static uint32_t *next_sent, *next_expected; /* of each client */
+static struct message incoming[BATCH], outgoing[BATCH];
+static struct mmsghdr incoming_headers[BATCH], outgoing_headers[BATCH];
+
+static void prepare(struct message *messages, struct mmsghdr *headers) {
+    for (int i = 0; i < BATCH; i++) {
+        struct message *m = &messages[i];
+        m->peer = server;
+        m->iov = (struct iovec){&m->payload, sizeof m->payload};
+        m->control.header.cmsg_len = CMSG_LEN(sizeof(struct in_pktinfo));
+        m->control.header.cmsg_level = IPPROTO_IP;
+        m->control.header.cmsg_type = IP_PKTINFO;
+        headers[i].msg_hdr = (struct msghdr){
+            .msg_name = &m->peer, .msg_namelen = sizeof m->peer, .msg_iov = &m->iov, .msg_iovlen = 1,
+            .msg_control = &m->control, .msg_controllen = sizeof m->control};
+    }
+}
+
+static struct in_pktinfo *own_address(struct message *message) {
+    return (struct in_pktinfo *)CMSG_DATA(&message->control.header);
+}
+
+static void send_queued(void) {
+    uint64_t now = nanoseconds(CLOCK_MONOTONIC);
+    for (int i = 0; i < queued; i++) outgoing[i].payload.sent_at = now;
+    if (queued && sendmmsg(echo_socket, outgoing_headers, queued, 0) != queued) fail("sendmmsg");
+    queued = 0;
+}
+
+static void queue(uint32_t client) {
+    struct message *m = &outgoing[queued++];
+    m->payload.run = run;
+    m->payload.client = client;
+    m->payload.number = next_sent[client]++;
+    own_address(m)->ipi_spec_dst.s_addr = htonl(INADDR_LOOPBACK + client);
+    if (queued == BATCH) send_queued();
+}
+
+/* 0 clients: every datagram comes from a client that has never been seen. */
+static void load_echo(uint32_t clients, uint32_t in_flight) {
+    bool strangers = clients == 0;
+    if (strangers) clients = MAX_CLIENTS;
+    bool in_turn = clients > in_flight; /* otherwise it is who was answered that sends again */
+    uint64_t turns = 0;
+    uint32_t on_their_way = 0;
+    int on = 1;
+    echo_socket = open_socket();
+    if (setsockopt(echo_socket, IPPROTO_IP, IP_PKTINFO, &on, sizeof on)) fail("IP_PKTINFO");
+    next_sent = calloc(clients, sizeof *next_sent);
+    next_expected = calloc(clients, sizeof *next_expected);
+    prepare(incoming, incoming_headers);
+    prepare(outgoing, outgoing_headers);
+    run = (uint64_t)getpid() << 32;
+
+    for (;;) {
+        bool stop = time_is_up(strangers || turns >= clients);
+        if (on_their_way == 0) { /* the beginning, or everything was lost, or the end */
+            if (stop) return;
+            run++;
+            for (uint32_t i = 0; i < in_flight; i++) queue(turns++ % clients);
+            send_queued();
+            on_their_way = in_flight;
+        }
+        for (int i = 0; i < BATCH; i++) incoming_headers[i].msg_hdr.msg_controllen = sizeof incoming[i].control;
+        int got = receive(echo_socket, incoming_headers, BATCH);
+        if (got == 0) {
+            lost += on_their_way;
+            on_their_way = 0;
+        }
+        uint64_t now = nanoseconds(CLOCK_MONOTONIC);
+        for (int i = 0; i < got; i++) {
+            struct message *m = &incoming[i];
+            if (incoming_headers[i].msg_len != ECHO_SIZE || m->payload.run != run) continue;
+            uint32_t client = m->payload.client;
+            if (own_address(m)->ipi_addr.s_addr != htonl(INADDR_LOOPBACK + client)) {
+                fprintf(stderr, "a client was sent what is another's\n");
+                exit(1);
+            }
+            if (m->payload.number < next_expected[client])
+                out_of_order++;
+            else
+                next_expected[client] = m->payload.number + 1;
+            uint64_t bucket = (now - m->payload.sent_at) / BUCKET_NS;
+            round_trips[bucket < BUCKETS ? bucket : BUCKETS - 1]++;
+            received++;
+            on_their_way--;
+            if (!stop) {
+                queue(in_turn ? turns++ % clients : client);
+                on_their_way++;
+            }
+        }
+        send_queued();
+    }
+}
+
+/* The round trip, in microseconds, that a share of all was shorter than. */
+static double round_trip(double share) {
+    uint64_t all = 0, seen = 0;
+    int bucket = 0;
+    for (int i = 0; i < BUCKETS; i++) all += round_trips[i];
+    while (bucket < BUCKETS - 1 && (seen += round_trips[bucket]) < share * all) bucket++;
+    return bucket * BUCKET_NS / 1e3;
+}
+
+/* ---- streams ---- */
+
+/* The first byte of each datagram is its number within its burst. What the server's kernel sends as one large packet
+ * arrives here as one too (UDP_GRO), as it does where a network card takes such packets apart. */
+static void load_out(void) {
+    enum { AT_ONCE = 16, ROOM = 65536 };
+    static char payload[AT_ONCE][ROOM], control[AT_ONCE][CMSG_SPACE(sizeof(int))];
+    static struct iovec iov[AT_ONCE];
+    static struct mmsghdr headers[AT_ONCE];
+    int fd = open_connected_socket(), on = 1;
+    if (setsockopt(fd, IPPROTO_UDP, UDP_GRO, &on, sizeof on)) fail("UDP_GRO");
+    for (int i = 0; i < AT_ONCE; i++) {
+        iov[i] = (struct iovec){payload[i], ROOM};
+        headers[i].msg_hdr = (struct msghdr){.msg_iov = &iov[i], .msg_iovlen = 1, .msg_control = control[i]};
+    }
+
+    unsigned due = 0, expected = 0; /* datagrams that are yet to come, and the number of the next */
+    for (;;) {
+        bool stop = time_is_up(true);
+        if (stop && due == 0) return;
+        while (!stop && due + OUT_BURST <= OUT_REQUESTS * OUT_BURST) {
+            if (send(fd, "more", 4, 0) != 4) fail("send");
+            due += OUT_BURST;
+        }
+        for (int i = 0; i < AT_ONCE; i++) headers[i].msg_hdr.msg_controllen = sizeof control[i];
+        int got = receive(fd, headers, AT_ONCE);
+        if (got == 0) {
+            lost += due;
+            due = 0;
+            expected = 0;
+        }
+        for (int i = 0; i < got; i++) {
+            for (unsigned at = 0; at < headers[i].msg_len; at += STREAM_SIZE) {
+                unsigned number = (unsigned char)payload[i][at];
+                if (number != expected) out_of_order++;
+                expected = (number + 1) % OUT_BURST;
+                received++;
+                if (due) due--;
+            }
+        }
+    }
+}
+
+/* Each datagram begins with its number, and an acknowledgement is the first bytes of the datagram that it is for. */
+static void load_in(void) {
+    static struct {
+        uint64_t number;
+        char rest[STREAM_SIZE - 8];
+    } burst[IN_BURST];
+    uint64_t acknowledgement = 0, sent = 0, came_last = 0;
+    struct iovec iov = {&acknowledgement, sizeof acknowledgement};
+    struct mmsghdr header = {.msg_hdr = {.msg_iov = &iov, .msg_iovlen = 1}};
+    int fd = open_connected_socket(), size = STREAM_SIZE, on_their_way = 0; /* bursts */
+    if (setsockopt(fd, IPPROTO_UDP, UDP_SEGMENT, &size, sizeof size)) fail("UDP_SEGMENT");
+    for (;;) {
+        bool stop = time_is_up(true);
+        if (stop && on_their_way == 0) return;
+        for (; !stop && on_their_way < IN_BURSTS; on_their_way++) {
+            for (int i = 0; i < IN_BURST; i++) burst[i].number = sent++;
+            if (send(fd, burst, sizeof burst, 0) != sizeof burst) fail("send");
+        }
+        if (receive(fd, &header, 1) == 0) {
+            on_their_way = 0;
+            continue;
+        }
+        if (on_their_way) on_their_way--;
+        if (acknowledgement < came_last) out_of_order++;
+        came_last = acknowledgement;
+        received += IN_BURST;
+        lost = came_last + 1 - received; /* if every datagram so far was counted, then this is the last of them */
     }
 }
 
 int main(int argc, char **argv) {
-    if (argc != 5) return 2;
-    int port = atoi(argv[1]), clients = atoi(argv[2]), in_flight = atoi(argv[3]);
-    double seconds = atof(argv[4]);
-    if (in_flight < 1 || in_flight > MOST) return 2;
-
-    struct rlimit files = {clients + 100, clients + 100};
-    setrlimit(RLIMIT_NOFILE, &files);
-    struct client *all = calloc(clients, sizeof *all);
-    struct epoll_event *ready = calloc(clients, sizeof *ready);
-    int poll = epoll_create1(0);
-    struct sockaddr_in server = {.sin_family = AF_INET, .sin_port = htons(port)};
+    if (argc < 6) return 2;
+    server.sin_port = htons(atoi(argv[1]));
     server.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    for (int i = 0; i < clients; i++) {
-        all[i].fd = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK, 0);
-        if (all[i].fd < 0 || connect(all[i].fd, (struct sockaddr *)&server, sizeof server)) {
-            perror("connect");
-            return 1;
-        }
-        struct epoll_event event = {.events = EPOLLIN, .data.ptr = &all[i]};
-        epoll_ctl(poll, EPOLL_CTL_ADD, all[i].fd, &event);
-    }
-    static uint64_t payload[MOST][SIZE / 8];
-    static struct iovec iov[MOST];
-    static struct mmsghdr messages[MOST];
-    for (int i = 0; i < MOST; i++) {
-        iov[i] = (struct iovec){payload[i], SIZE};
-        messages[i].msg_hdr = (struct msghdr){.msg_iov = &iov[i], .msg_iovlen = 1};
-    }
-
-    uint64_t answered = 0, lost = 0, out_of_order = 0;
-    for (int i = 0; i < clients; i++) send_some(&all[i], in_flight);
-    double end = now() + seconds;
-    while (now() < end) {
-        int count = epoll_wait(poll, ready, clients, 200);
-        if (count == 0) { /* everything on its way was lost: count that, and start again */
-            for (int i = 0; i < clients; i++) {
-                lost += all[i].next_sent - all[i].next_expected;
-                all[i].next_expected = all[i].next_sent;
-                send_some(&all[i], in_flight);
-            }
-            continue;
-        }
-        for (int i = 0; i < count; i++) {
-            struct client *c = ready[i].data.ptr;
-            int got = recvmmsg(c->fd, messages, in_flight, 0, NULL);
-            if (got <= 0) continue;
-            int ours = 0;
-            for (int k = 0; k < got; k++) {
-                uint64_t number = payload[k][0];
-                if (payload[k][1] != (uint64_t)getpid()) continue;
-                ours++;
-                if (number < c->next_expected) {
-                    out_of_order++;
-                } else {
-                    lost += number - c->next_expected;
-                    c->next_expected = number + 1;
-                }
-            }
-            answered += ours;
-            if (ours) send_some(c, ours);
-        }
-    }
-    printf("%llu %llu %llu\n", (unsigned long long)answered, (unsigned long long)lost, (unsigned long long)out_of_order);
+    if (clock_getcpuclockid(atoi(argv[2]), &server_clock)) fail("clock_getcpuclockid");
+    warm = atof(argv[3]);
+    seconds = atof(argv[4]);
+    if (!strcmp(argv[5], "echo") && argc == 8)
+        load_echo(atoi(argv[6]), atoi(argv[7]));
+    else if (!strcmp(argv[5], "out"))
+        load_out();
+    else if (!strcmp(argv[5], "in"))
+        load_in();
+    else
+        return 2;
+    printf("{\"datagrams\": %llu, \"seconds\": %.9f, \"server_seconds\": %.9f, \"lost\": %llu, \"out_of_order\": %llu, "
+           "\"round_trip_p50\": %.1f, \"round_trip_p99\": %.1f}\n",
+           (unsigned long long)measured.datagrams, measured.took / 1e9, measured.server_took / 1e9,
+           (unsigned long long)lost, (unsigned long long)out_of_order, round_trip(0.5), round_trip(0.99));
     return 0;
 }

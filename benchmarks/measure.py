@@ -1,0 +1,155 @@
+"""One measurement: start one server on one processor, load it from another, end both whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import servers
+
+if sys.platform != "linux":
+    sys.exit("Needs Linux: recvmmsg, UDP_GRO, /proc.")
+
+HERE = Path(__file__).parent
+SERVER_CORE = min(os.sched_getaffinity(0))
+LOAD_CORE = max(os.sched_getaffinity(0))
+
+START_TIMEOUT = 30  # seconds, for a server to start
+LOAD_TIMEOUT = 120  # and for a load, however slowly a server may get to know 100,000 clients
+
+# asyncio allocates 256 KiB for each datagram that it reads. Depending on what else a process has done, glibc takes that
+# from the system and gives it back each time, or keeps it. That makes a factor of almost three, so both are measured.
+# See mallopt(3). Elsewhere than on glibc these have no effect.
+ENVIRONMENT = {
+    "asyncio": {"MALLOC_MMAP_THRESHOLD_": "131072"},
+    "asyncio keeping memory": {
+        "MALLOC_MMAP_THRESHOLD_": "1000000000",
+        "MALLOC_TRIM_THRESHOLD_": "1000000000",
+        "MALLOC_TOP_PAD_": "4000000",
+    },
+}
+
+
+class Load(NamedTuple):
+    what: str  # the servers do; see servers.py
+    clients: int = 1  # 0: every datagram comes from a client that has never been seen
+    in_flight: int = 1  # datagrams on their way, of all clients together
+    memory: bool = False  # measure what the server keeps for each client
+
+
+class Figures(NamedTuple):
+    micros: float  # of the server's processor time, for each datagram
+    rate: float  # datagrams a second
+    lost: int  # and out of order: from the very beginning
+    out_of_order: int
+    round_trip_p50: float  # in microseconds
+    round_trip_p99: float
+    bytes_per_client: float | None
+
+
+def build(folder: Path) -> None:
+    """Compile the C programs: a load in Python would be slower than the servers that it is to load."""
+    names = ("STREAM_SIZE", "OUT_BURST", "IN_BURST", "RECEIVE_BUFFER", "LONGEST_LIFE")
+    definitions = [f"-D{name}={getattr(servers, name)}" for name in names]
+    compiler = os.environ.get("CC", "cc")
+    for name in ("load", "server"):
+        command = [compiler, "-O2", "-Wall", *definitions, "-o", str(folder / name), str(HERE / f"{name}.c")]
+        try:
+            subprocess.run(command, check=True, timeout=60)
+        except FileNotFoundError:
+            sys.exit(f"The load is written in C, and there is no compiler {compiler!r}. Install one, or set CC.")
+
+
+def measure(programs: Path, load: Load, server: str, technique: str | None, warm: float, seconds: float) -> Figures:
+    """Measure a server, perhaps without one technique, in a new process."""
+    what = load.what
+    if server == "C":
+        command = [str(programs / "server"), what]
+    else:
+        command = [sys.executable, str(HERE / "servers.py"), what, server]
+        if technique:
+            command.append(technique)
+
+    bytes_per_client = None
+    with _running(command, ENVIRONMENT.get(server, {})) as (pid, port):
+        address = [str(programs / "load"), str(port), str(pid), str(warm), str(seconds)]
+        if what in ("out", "in"):
+            result = _run_load([*address, what])
+        else:
+            if load.memory:
+                _run_load([*address, "echo", "1", "1"])
+                before = _resident_bytes(pid)
+            result = _run_load([*address, "echo", str(load.clients), str(load.in_flight)])
+            if load.memory:
+                bytes_per_client = (_resident_bytes(pid) - before) / load.clients
+    return Figures(
+        micros=result["server_seconds"] / result["datagrams"] * 1e6,
+        rate=result["datagrams"] / result["seconds"],
+        lost=int(result["lost"]),
+        out_of_order=int(result["out_of_order"]),
+        round_trip_p50=result["round_trip_p50"],
+        round_trip_p99=result["round_trip_p99"],
+        bytes_per_client=bytes_per_client,
+    )
+
+
+class _Failed(Exception):
+    pass
+
+
+@contextmanager
+def _running(command: list[str], environment: dict[str, str]) -> Iterator[tuple[int, int]]:
+    """Run a server; give its process id and its port."""
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, **environment},
+            preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),
+        ) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            if not select.select([process.stdout], [], [], START_TIMEOUT)[0]:
+                raise _Failed(f"has not started within {START_TIMEOUT} seconds")
+            port = process.stdout.readline()
+            if not port:
+                raise _Failed("has not started")
+            yield process.pid, int(port)
+            if process.poll() is not None:
+                raise _Failed("has ended while it was measured")
+        except _Failed as failure:
+            process.kill()
+            errors.seek(0)
+            sys.exit(f"{' '.join(command)}: {failure}\n{errors.read()}")
+        finally:
+            process.kill()  # and leaving the with statement waits for it
+
+
+def _run_load(command: list[str]) -> dict[str, float]:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise _Failed(f"could not be measured within {LOAD_TIMEOUT} seconds") from None
+    if done.returncode:
+        raise _Failed(f"could not be measured: {done.stderr.strip()}")
+    result: dict[str, float] = json.loads(done.stdout)
+    if not result["datagrams"]:
+        raise _Failed("has not answered while it was measured")
+    return result
+
+
+def _resident_bytes(pid: int) -> int:
+    pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
