@@ -19,10 +19,11 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import asyncio
+    from collections import deque
 
     from easynetwork.servers.handlers import AsyncDatagramClient
 
@@ -334,11 +335,73 @@ def switch_corking_off() -> None:
     Endpoint.cork = lambda self: None  # type: ignore[method-assign]
 
 
+def switch_merging_off() -> None:
+    from trio_udp._endpoints._linux import LinuxEngine
+
+    lay_out = LinuxEngine._lay_out
+    LinuxEngine._lay_out = (  # type: ignore[method-assign]
+        lambda self, memory, outbox, merges: lay_out(self, memory, outbox, False)
+    )
+
+
+def switch_joining_off() -> None:
+    from trio_udp._endpoints._linux import LinuxEngine
+    from trio_udp._endpoints._socket import UDP_GRO
+
+    can_set = LinuxEngine._can_set
+    LinuxEngine._can_set = (  # type: ignore[method-assign]
+        lambda self, option, value: can_set(self, option, 0 if option == UDP_GRO else value)
+    )
+
+
+def send_one_message_at_a_time() -> None:
+    from trio_udp._endpoints._linux import LinuxEngine
+
+    send = LinuxEngine.send
+
+    def send_singly(self: LinuxEngine, outbox: deque[Any]) -> None:
+        self._messages_at_once = 1
+        send(self, outbox)
+
+    LinuxEngine.send = send_singly  # type: ignore[method-assign]
+
+
+def decode_every_address() -> None:
+    from trio_udp._endpoints._linux import LinuxEngine
+
+    receive = LinuxEngine.receive
+
+    def receive_and_decode(self: LinuxEngine, batch: list[Any]) -> bool:
+        drained = receive(self, batch)
+        for _, route in batch:
+            self.peer_address(route)
+        return drained
+
+    LinuxEngine.receive = receive_and_decode  # type: ignore[method-assign]
+
+
+def look_for_cancellation_by_coroutine() -> None:
+    from trio_udp import _client, _conversation
+
+    class PerhapsCancelled:
+        """Passes for a task that is cancelled, so that Trio's own checkpoint_if_cancelled() is asked each time."""
+
+        effectively_cancelled = True
+
+    PerhapsCancelled._cancel_status = PerhapsCancelled  # type: ignore[attr-defined]
+    _client.current_task = _conversation.current_task = lambda: PerhapsCancelled  # type: ignore
+
+
 # To add one: a function that patches whatever it must, and its name here. It runs before anything is served, in the
 # process of that server alone.
 TECHNIQUES: dict[str, Callable[[], None]] = {
     "Linux engine": use_portable_engine,
     "corking": switch_corking_off,
+    "sendmmsg for many": send_one_message_at_a_time,
+    "merging (GSO)": switch_merging_off,
+    "joining (GRO)": switch_joining_off,
+    "raw addresses": decode_every_address,
+    "looking up cancellation": look_for_cancellation_by_coroutine,
 }
 
 
