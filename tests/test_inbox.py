@@ -232,7 +232,7 @@ class InboxModel(RuleBasedStateMachine):
     @invariant()
     def everything_adds_up(self) -> None:
         for inbox, model in zip(self.inboxes, self.models, strict=True):
-            assert inbox.payloads == model
+            assert list(inbox.payloads) == list(model)
         totals = self.totals
         assert totals.waiting == sum(map(len, self.models))
         assert totals.waiting_bytes == sum(len(payload) for model in self.models for payload in model)

@@ -106,7 +106,7 @@ class Client(Conversation):
             if current_task()._cancel_status.effectively_cancelled:  # see Conversation.send
                 await trio.lowlevel.checkpoint_if_cancelled()
         else:
-            await self._wait_for_datagram()
+            return await self._wait_for_datagram()
         self._taken_in_a_row += 1
         self._endpoint.sent_in_a_row = 0
         return inbox.take()
@@ -119,7 +119,7 @@ class Client(Conversation):
                 await trio.lowlevel.checkpoint_if_cancelled()
         else:
             try:
-                await self._wait_for_datagram()
+                return await self._wait_for_datagram()
             except trio.EndOfChannel:
                 raise StopAsyncIteration from None
         self._taken_in_a_row += 1
@@ -167,13 +167,13 @@ class Client(Conversation):
             self._table.transaction_changed(self)
 
     @types.coroutine
-    def _wait_for_datagram(self) -> Generator[Any, Any, None]:
-        """Let other tasks run, until a datagram is in the inbox."""
+    def _wait_for_datagram(self) -> Generator[Any, Any, bytes]:
+        """Let other tasks run, until there is a datagram; take it."""
         if self._receiving:
             raise trio.BusyResourceError("another task is already receiving from this client")
         inbox, table = self._inbox, self._table
         self._receiving = True
-        self._taken_in_a_row = 0
+        self._taken_in_a_row = 1  # or 0, if this is cancelled
         try:
             if inbox.payloads:
                 yield from trio.lowlevel.checkpoint()  # noqa: ASYNC105
@@ -189,10 +189,14 @@ class Client(Conversation):
                 finally:
                     inbox.expect_no_more()
                     table.waits_no_more(self)
+                if type(outcome) is bytes:
+                    return outcome
                 if outcome is not WOKEN:
                     outcome.unwrap()
+            return inbox.take()
         finally:
             self._receiving = False
+            self._endpoint.sent_in_a_row = 0
 
     def _is_over(self) -> bool:
         """Whether there is nothing to wait for, now that the inbox is empty."""
