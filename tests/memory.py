@@ -12,7 +12,7 @@ import trio
 from trio_udp import Endpoint
 from trio_udp._endpoints._address import Address
 from trio_udp._endpoints._engine import BATCH, Datagram, Outgoing, Route
-from trio_udp._statistics import EndpointTally
+from trio_udp._statistics import EndpointTally, KernelFigures
 
 ALICE = ("192.0.2.1", 1000)
 BOB = ("192.0.2.2", 2000)
@@ -56,19 +56,22 @@ class MemoryEngine:
 
     # What an endpoint asks of an engine.
 
-    def receive(self, batch: list[Datagram]) -> None:
+    def receive(self, batch: list[Datagram]) -> bool:
         self.receive_calls += 1
         if self.closed:
             raise OSError(errno.EBADF, "closed")
         for _ in range(BATCH):
             if not self.arriving:
-                raise BlockingIOError
+                return True
             datagram = self.arriving.popleft()
+            if isinstance(datagram, BlockingIOError):
+                return True
             if isinstance(datagram, OSError):
                 raise datagram
             batch.append(datagram)
             self.tally.received += 1
             self.tally.bytes_received += len(datagram[0])
+        return False
 
     def send(self, outbox: deque[Outgoing]) -> None:
         while outbox:
@@ -86,6 +89,9 @@ class MemoryEngine:
             tally.bytes_sent += len(payload)
             self.tally.sent += 1
             self.tally.bytes_sent += len(payload)
+
+    def kernel_figures(self) -> KernelFigures:
+        return KernelFigures()
 
     def route(self, address: Address) -> Route:
         return address

@@ -48,7 +48,8 @@ def test_statistics_are_values() -> None:
     """Two snapshots can be compared, and be members of a set."""
     numbers = {"received": 1, "bytes_received": 1, "truncated": 0, "sent": 0, "bytes_sent": 0}
     errors = {"receive_errors": 0, "send_errors": 1, "errors": {"EPERM": 1}}
-    one, other = (trio_udp.EndpointStatistics(**numbers, **errors) for _ in range(2))  # type: ignore[arg-type]
+    kernel = {"kernel_dropped": 0, "kernel_queued": 0, "receive_buffer": 0, "receive_buffer_requested": 0}
+    one, other = (trio_udp.EndpointStatistics(**numbers, **errors, **kernel) for _ in range(2))  # type: ignore[arg-type]
     assert one == other
     assert len({one, other}) == 1
 

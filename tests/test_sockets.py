@@ -92,6 +92,10 @@ async def test_echo(start: StartServer) -> None:
         receive_errors=0,
         send_errors=0,
         errors={},
+        kernel_dropped=0,
+        kernel_queued=0,
+        receive_buffer=0,
+        receive_buffer_requested=0,
     )
 
 

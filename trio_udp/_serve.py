@@ -283,6 +283,7 @@ class Server:
             receive_errors=sum(s.receive_errors for s in sockets),
             send_errors=sum(s.send_errors for s in sockets),
             errors=errors,
+            kernel_dropped=sum(s.kernel_dropped for s in sockets),
         )
 
     async def _receive_from(self, endpoint: Endpoint) -> None:

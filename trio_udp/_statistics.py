@@ -19,6 +19,11 @@ class EndpointStatistics:
       receive_errors: Errors that reading gave.
       send_errors: Datagrams that the kernel or the network refused to send.
       errors: Both kinds of error by name: ``{"EHOSTUNREACH": 2}``.
+      kernel_dropped: Datagrams dropped because the socket's receive buffer was full, before they could be read; 0 where
+        the platform does not tell.
+      kernel_queued: Bytes of kernel memory that wait to be read; 0 where the platform does not tell.
+      receive_buffer: Bytes of kernel memory granted for that; 0 where the platform does not tell.
+      receive_buffer_requested: Bytes asked for; 0 if it was left to the system.
     """
 
     received: int
@@ -29,6 +34,10 @@ class EndpointStatistics:
     receive_errors: int
     send_errors: int
     errors: Mapping[str, int] = attrs.field(hash=False)
+    kernel_dropped: int
+    kernel_queued: int
+    receive_buffer: int
+    receive_buffer_requested: int
 
 
 @attrs.frozen(kw_only=True)
@@ -87,11 +96,11 @@ class ServerStatistics:
 
     Nothing disappears: ``received == delivered + waiting + dropped_inbox_full + dropped_at_end + truncated
     + refused_by_accept + refused_full + refused_stopping``, always. Datagrams that the kernel dropped because
-    its own buffer was full were never read and are not in here.
+    its own buffer was full were never read; where the platform tells, they are in ``kernel_dropped``.
 
     Attributes:
-      received, bytes_received, sent, bytes_sent, truncated, receive_errors, send_errors, errors: As in
-        :class:`EndpointStatistics`, over all endpoints of the server.
+      received, bytes_received, sent, bytes_sent, truncated, receive_errors, send_errors, errors, kernel_dropped: As
+        in :class:`EndpointStatistics`, over all endpoints of the server.
       delivered: Datagrams taken by handlers.
       waiting: Datagrams in inboxes now.
       dropped_inbox_full: Datagrams dropped because an inbox, or all inboxes together, were full; also strangers'
@@ -130,6 +139,17 @@ class ServerStatistics:
     receive_errors: int
     send_errors: int
     errors: Mapping[str, int] = attrs.field(hash=False)
+    kernel_dropped: int
+
+
+@attrs.frozen(kw_only=True)
+class KernelFigures:
+    """What an engine knows of its socket's receive buffer: the ``kernel_`` and ``receive_buffer`` fields above."""
+
+    dropped: int = 0
+    queued: int = 0
+    receive_buffer: int = 0
+    receive_buffer_requested: int = 0
 
 
 @attrs.define(eq=False)

@@ -110,7 +110,7 @@ class Endpoint:
 
     def statistics(self) -> EndpointStatistics:
         """Counts since the endpoint was made; also available once it is closed."""
-        tally = self._engine.tally
+        tally, kernel = self._engine.tally, self._engine.kernel_figures()
         return EndpointStatistics(
             received=tally.received,
             bytes_received=tally.bytes_received,
@@ -120,6 +120,10 @@ class Endpoint:
             receive_errors=tally.receive_errors,
             send_errors=tally.send_errors,
             errors=tally.errors,
+            kernel_dropped=kernel.dropped,
+            kernel_queued=kernel.queued,
+            receive_buffer=kernel.receive_buffer,
+            receive_buffer_requested=kernel.receive_buffer_requested,
         )
 
     def close(self) -> None:
@@ -196,9 +200,7 @@ class Endpoint:
     def read(self, batch: list[Datagram]) -> bool:
         """Append what has arrived to ``batch``, without waiting; True if the kernel has no more."""
         try:
-            self._engine.receive(batch)
-        except BlockingIOError:
-            return True
+            return self._engine.receive(batch)
         except OSError as error:
             if error.errno in CLOSED_ERRNOS:
                 self._engine.abandon()

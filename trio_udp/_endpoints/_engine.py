@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias
 
 import trio
 
-from .._statistics import EndpointTally, SendTally
+from .._statistics import EndpointTally, KernelFigures, SendTally
 from ._address import Address
 
 # Who a datagram came from and which of our addresses it was sent to, in the form that is cheapest for the engine.
@@ -30,25 +30,29 @@ class Engine(Protocol):
     """One socket, and all that an :class:`Endpoint` does with it.
 
     Attributes:
-      socket: For the user; everything else goes by way of the engine.
       family: Its address family.
       bound_address: Where it is bound to.
       connected: It has one peer, and is told when that refuses a datagram.
       tally: Counts of what passed through, kept by ``receive`` and ``send``.
     """
 
-    socket: trio.socket.SocketType
     family: int
     bound_address: Address
     connected: bool
     tally: EndpointTally
 
-    def receive(self, batch: list[Datagram]) -> None:
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        """For the user; everything else goes by way of the engine."""
+
+    def receive(self, batch: list[Datagram]) -> bool:
         """Append what has arrived to ``batch``, which is empty; at most ``BATCH`` datagrams.
 
+        Returns:
+          True when nothing more waits, False when there may be more.
+
         Raises:
-          BlockingIOError: Nothing more has arrived; ``batch`` holds what had.
-          OSError: Reading failed; likewise.
+          OSError: Reading failed; ``batch`` holds what had arrived before.
         """
 
     def send(self, outbox: deque[Outgoing]) -> None:
@@ -58,6 +62,9 @@ class Engine(Protocol):
           BlockingIOError: The send buffer is full; ``outbox`` holds what is left.
           OSError: The datagram that is now the first in ``outbox`` could not be sent.
         """
+
+    def kernel_figures(self) -> KernelFigures:
+        """What the kernel tells of the receive buffer, or told before the socket was closed."""
 
     def route(self, address: Address) -> Route:
         """The route to an address that has not necessarily written to us."""

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import trio
 
-from .._statistics import EndpointTally
+from .._statistics import EndpointTally, KernelFigures
 from ._address import Address, max_payload
 from ._engine import BATCH, Datagram, Outgoing, Route
 from ._pktinfo import CONTROL_SIZE, ReplyControl, ask_for_local_address, local_host, reply_control
@@ -68,7 +68,7 @@ class PortableEngine:
         self._receive_one: Callable[[], Datagram] = partial(self._socket.recvfrom, self._buffer_size)
         self._send_one: Callable[[bytes, Any], object] = self._socket.sendto
 
-    def receive(self, batch: list[Datagram]) -> None:
+    def receive(self, batch: list[Datagram]) -> bool:
         receive_one, longest, tally = self._receive_one, self._longest, self.tally
         size = 0
         try:
@@ -81,6 +81,8 @@ class PortableEngine:
                 else:
                     tally.truncated += 1
                     tally.received += 1
+        except BlockingIOError:
+            return True
         except OSError as error:
             if error.errno != WSAEMSGSIZE:
                 raise
@@ -89,6 +91,7 @@ class PortableEngine:
         finally:
             tally.received += len(batch)
             tally.bytes_received += size
+        return False
 
     def send(self, outbox: deque[Outgoing]) -> None:
         send_one, total = self._send_one, self.tally
@@ -106,6 +109,9 @@ class PortableEngine:
         finally:
             total.sent += sent
             total.bytes_sent += size
+
+    def kernel_figures(self) -> KernelFigures:
+        return KernelFigures()
 
     def route(self, address: Address) -> Route:
         return address
