@@ -15,8 +15,8 @@ import trio_udp
 
 def test_all_is_what_there_is() -> None:
     """__all__ lists every public name, and nothing else is public."""
-    public = {name for name in vars(trio_udp) if not name.startswith("_")}
-    assert sorted(public) == trio_udp.__all__
+    names = {name for name in vars(trio_udp) if not name.startswith("_")}
+    assert sorted(names - {"testing"}) == trio_udp.__all__  # a module, and only once somebody has imported it
 
 
 def test_a_type_checker_sees_the_same_names() -> None:
