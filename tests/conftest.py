@@ -13,6 +13,8 @@ from trio_udp import Client, Endpoint, Server, serve_endpoints
 from trio_udp._endpoints import Address
 from trio_udp.testing import SimulatedNetwork
 
+pytest_plugins = ["pytester", "trio_udp._pytest_plugin"]
+
 SERVER = ("192.0.2.53", 53)
 ALICE = ("192.0.2.1", 1000)
 BOB = ("192.0.2.2", 2000)

@@ -142,7 +142,7 @@ class SimulatedEngine:
                 raise BlockingIOError
             outbox.popleft()
             length = len(payload)
-            self._network.send(payload, source, destination, self._queue(now, length))
+            self._network.send(payload, source, destination, now, self._queue(now, length))
             for counts in (tally, total):
                 counts.sent += 1
                 counts.bytes_sent += length

@@ -188,7 +188,8 @@ class SimulatedNetwork:
         copy = bytes(memoryview(payload))
         if len(copy) > max_payload(destination):
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
-        self.send(copy, source, destination, self.catch_up())
+        now = self.catch_up()
+        self.send(copy, source, destination, now, now)
 
     def partition(
         self, some: Iterable[Address], others: Iterable[Address] | None = None, *, error: int | None = None
@@ -242,9 +243,10 @@ class SimulatedNetwork:
             self._arrive(when, packet)
         return now
 
-    def send(self, payload: bytes, source: Address, destination: Address, departure: float) -> None:
-        """Let a datagram leave at ``departure``, which may be later than now."""
-        self._leave(_Packet(next(self._numbers), payload, source, destination), trio.current_time(), departure)
+    def send(self, payload: bytes, source: Address, destination: Address, now: float, departure: float) -> None:
+        """Take over a datagram that will have left its sender at ``departure``."""
+        self._leave(_Packet(next(self._numbers), payload, source, destination), now, departure)
+        self.catch_up()
         self._look_in_time()
 
     def check_route(self, source: Address, destination: Address) -> None:
@@ -339,7 +341,6 @@ class SimulatedNetwork:
 
     def _look_in_time(self) -> None:
         """See to it that somebody looks when the next packet is due."""
-        self.catch_up()
         if not self._under_way:
             return
         if self._alarm is None:
