@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
