@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from . import Client, Connection, Server
     from .testing import SimulatedNetwork
 
-    StartServer: TypeAlias = Callable[..., Awaitable[Connection]]
+StartServer: TypeAlias = "Callable[..., Awaitable[Connection]]"
 
 NETWORK: pytest.StashKey[SimulatedNetwork] = pytest.StashKey()
 
