@@ -422,7 +422,9 @@ async def test_closing_a_connection_under_a_waiting_receiver(connection: Connect
         nursery.start_soon(receive)
         await settle()
         await connection.aclose()
+    connection.close()
     assert ends == ["closed"]
+    assert "closed" in repr(connection)
     for operation in (connection.receive, partial(connection.send, b"x"), partial(connection.send_many, [b"x"])):
         with pytest.raises(trio.ClosedResourceError):
             await operation()

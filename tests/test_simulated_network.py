@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from trio_udp import Client, Connection, serve_endpoints
 from trio_udp.testing import DatagramEvent, SimulatedNetwork, deterministic_scheduling
 
 from .conftest import ALICE, BOB, CAROL, SERVER, check_adds_up
+
+ROOT = Path(__file__).parent.parent
 
 STORM: Any = {"loss": 0.3, "duplicate": 0.2, "reorder": 0.2, "latency": (0.01, 0.2), "bandwidth": 10_000}
 
@@ -100,7 +103,7 @@ def test_another_process_gives_the_same_run() -> None:
     """Nothing depends on the order of hashes, which differs from process to process."""
     code = "from tests.test_simulated_network import stormy_day; print(stormy_day(1))"
     runs = [
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
         for _ in range(2)
     ]
     assert runs == [stormy_day(1) + "\n"] * 2
@@ -500,6 +503,8 @@ async def test_wrong_arguments() -> None:
         anything.inject("text", ALICE, BOB)
     with pytest.raises(OSError, match="too long"):
         network.inject(bytes(65_508), ALICE, BOB)
+    with pytest.raises(ValueError, match="many addresses"):
+        network.partition([ALICE], [("0.0.0.0", 53)])
     with pytest.raises(TypeError, match="error"):
         anything.partition([ALICE], error="EPERM")
     with pytest.raises(TypeError, match="error"):

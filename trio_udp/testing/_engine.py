@@ -37,7 +37,7 @@ class SimulatedEngine:
 
     _network: SimulatedNetwork
     bound_address: Address
-    peer: Address | None  # that it is connected to
+    peer: Address | None = None  # that it is connected to
     _max_datagram_size: int = 65_535
     _receive_buffer: int | None = None
     _send_buffer: int | None = None
@@ -91,7 +91,7 @@ class SimulatedEngine:
         self._waiting.unpark_all()
 
     def receive(self, batch: list[Datagram]) -> bool:
-        self._network.catch_up()
+        self._network._catch_up()
         self._raise_errors()
         tally = self.tally
         while self._arrived and len(batch) < BATCH:
@@ -131,18 +131,18 @@ class SimulatedEngine:
     # What is sent.
 
     def send(self, outbox: deque[Outgoing]) -> None:
-        now = self._network.catch_up()
+        now = self._network._catch_up()
         total = self.tally
         while outbox:
             payload, route, tally = outbox[0]
             source, destination = self.local_address(route), self.peer_address(route)
             self._raise_errors()
-            self._network.check_route(source, destination)
+            self._network._check_route(source, destination)
             if not self._has_room(now):
                 raise BlockingIOError
             outbox.popleft()
             length = len(payload)
-            self._network.send(payload, source, destination, now, self._queue(now, length))
+            self._network._send(payload, source, destination, now, self._queue(now, length))
             for counts in (tally, total):
                 counts.sent += 1
                 counts.bytes_sent += length
@@ -187,7 +187,7 @@ class SimulatedEngine:
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            self._network.remove(self)
+            self._network._remove(self)
             self._waiting.unpark_all()
 
     def abandon(self) -> None:

@@ -1,10 +1,10 @@
 """The network: who is where, what becomes of a datagram, and when it arrives.
 
-    SimulatedEngine.send() -> send() -> [the dice] -> _under_way -> _arrive() -> SimulatedEngine.put()
+    SimulatedEngine.send() -> _send() -> [the dice] -> _under_way -> _arrive() -> SimulatedEngine.put()
 
-Everything under way is in one heap, and arrives when Trio's clock says so: in its order, and of two that are due at the
-same moment the first to be sent. Whoever looks (:meth:`SimulatedNetwork.catch_up`) lets arrive what is due; a task that
-lives only while something is under way sees to it that somebody looks in time.
+Everything under way is in one heap, and arrives when Trio's clock says so; of two that are due at the same moment, the
+first to be sent. Whoever looks (``_catch_up``) lets arrive what is due; a task that lives only while something is under
+way sees to it that somebody looks in time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import itertools
 import os
 import random
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import trio
@@ -152,8 +152,12 @@ class SimulatedNetwork:
         for name, size in (("receive_buffer", receive_buffer), ("send_buffer", send_buffer)):
             if size is not None:
                 _check_number(size, name, 1, 2**63, kind=int)
-        address = numeric_address((host, port))
-        return Endpoint(self._bind(address, None, max_datagram_size, receive_buffer, send_buffer))
+        return self._open(
+            numeric_address((host, port)),
+            max_datagram_size=max_datagram_size,
+            receive_buffer=receive_buffer,
+            send_buffer=send_buffer,
+        )
 
     async def connect(self, host: str, port: int, *, local_address: Address | None = None) -> Connection:
         """Open a connection to an address; stands in for :func:`trio_udp.connect`.
@@ -172,7 +176,7 @@ class SimulatedNetwork:
         local = on_this_machine(numeric_address(local_address or (SOMEWHERE_IPV6 if is_ipv6(peer) else SOMEWHERE, 0)))
         _check_families(local, peer)
         await trio.lowlevel.checkpoint()
-        endpoint = Endpoint(self._bind(local, peer))
+        endpoint = self._open(local, peer=peer)
         endpoint.tells_refusals = True
         return Connection(endpoint, endpoint.route(peer))
 
@@ -188,8 +192,8 @@ class SimulatedNetwork:
         copy = bytes(memoryview(payload))
         if len(copy) > max_payload(destination):
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
-        now = self.catch_up()
-        self.send(copy, source, destination, now, now)
+        now = self._catch_up()
+        self._send(copy, source, destination, now, now)
 
     def partition(
         self, some: Iterable[Address], others: Iterable[Address] | None = None, *, error: int | None = None
@@ -209,8 +213,9 @@ class SimulatedNetwork:
         """
         if error is not None:
             _check_number(error, "error", 1, 2**31, kind=int)
-        other_side = None if others is None else frozenset(map(numeric_address, others))
-        partition = Partition(self, frozenset(map(numeric_address, some)), other_side, error)
+        side = frozenset(map(_one_address, some))
+        other_side = None if others is None else frozenset(map(_one_address, others))
+        partition = Partition(self, side, other_side, error)
         self._partitions.append(partition)
         return partition
 
@@ -235,7 +240,7 @@ class SimulatedNetwork:
 
     # What follows is for the engines.
 
-    def catch_up(self) -> float:
+    def _catch_up(self) -> float:
         """Let everything arrive that is due; return the time."""
         now = trio.current_time()
         while self._under_way and self._under_way[0][0] <= now:
@@ -243,34 +248,31 @@ class SimulatedNetwork:
             self._arrive(when, packet)
         return now
 
-    def send(self, payload: bytes, source: Address, destination: Address, now: float, departure: float) -> None:
+    def _send(self, payload: bytes, source: Address, destination: Address, now: float, departure: float) -> None:
         """Take over a datagram that will have left its sender at ``departure``."""
         self._leave(_Packet(next(self._numbers), payload, source, destination), now, departure)
-        self.catch_up()
+        self._catch_up()
         self._look_in_time()
 
-    def check_route(self, source: Address, destination: Address) -> None:
+    def _check_route(self, source: Address, destination: Address) -> None:
         """Raise what a kernel would that cannot send from here to there."""
         if not destination[1]:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         for partition in self._partitions:
-            if partition.error is not None and partition.separates(source, destination):
-                raise OSError(partition.error, os.strerror(partition.error))
+            if partition._error is not None and partition._separates(source, destination):
+                raise OSError(partition._error, os.strerror(partition._error))
 
-    def remove(self, engine: SimulatedEngine) -> None:
+    def _remove(self, engine: SimulatedEngine) -> None:
         del self._engines[engine.bound_address]
 
-    def _bind(self, address: Address, peer: Address | None, *options: Any) -> SimulatedEngine:
+    def _open(self, address: Address, **options: Any) -> Endpoint:
         host, port, *rest = address
-        if not port:
-            for _, port in zip(FREE_PORTS, self._free_ports, strict=False):
-                if (host, port, *rest) not in self._engines:
-                    break
-        address = (host, port, *rest)  # type: ignore[assignment]
-        if address in self._engines:
-            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        engine = self._engines[address] = SimulatedEngine(self, address, peer, *options)
-        return engine
+        for candidate in [port] if port else itertools.islice(self._free_ports, len(FREE_PORTS)):
+            address = cast("Address", (host, candidate, *rest))
+            if address not in self._engines:
+                engine = self._engines[address] = SimulatedEngine(self, address, **options)
+                return Endpoint(engine)
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
     def _leave(self, packet: _Packet, now: float, departure: float) -> None:
         """Throw the dice for a packet: the same number of them each time, whatever they say."""
@@ -319,8 +321,8 @@ class SimulatedNetwork:
         """Who takes a packet at its destination. A connected one takes it from its peer only."""
         if packet.is_refusal:
             return self._connected(packet.destination, packet.source)
-        _, port, *rest = packet.destination
-        everywhere: Any = ("::" if rest else "0.0.0.0", port, *rest)
+        port = packet.destination[1]
+        everywhere: Address = ("::", port, 0, 0) if is_ipv6(packet.destination) else ("0.0.0.0", port)
         for address in (packet.destination, everywhere):
             engine = self._engines.get(address)
             if engine is not None and engine.peer in (None, packet.source):
@@ -332,7 +334,7 @@ class SimulatedNetwork:
         return engine if engine is not None and engine.peer == peer else None
 
     def _is_cut(self, packet: _Packet) -> bool:
-        return any(partition.separates(packet.source, packet.destination) for partition in self._partitions)
+        return any(partition._separates(packet.source, packet.destination) for partition in self._partitions)
 
     def _record(self, now: float, packet: _Packet, fate: str) -> None:
         if packet.is_refusal:
@@ -344,9 +346,9 @@ class SimulatedNetwork:
         if not self._under_way:
             return
         if self._alarm is None:
-            self._alarm = trio.CancelScope()
             # Of the system's, because it must outlive whoever sends, and every clean-up that still awaits an answer.
             trio.lowlevel.spawn_system_task(self._look_while_under_way)
+            self._alarm = trio.CancelScope()  # until it begins
         elif self._under_way[0][0] < self._alarm.deadline:
             self._alarm.deadline = self._under_way[0][0]
 
@@ -355,7 +357,7 @@ class SimulatedNetwork:
             while self._under_way:
                 with trio.CancelScope(deadline=self._under_way[0][0]) as self._alarm:
                     await trio.sleep_forever()
-                self.catch_up()
+                self._catch_up()
         finally:
             self._alarm = None
 
@@ -363,6 +365,14 @@ class SimulatedNetwork:
 def _check_families(source: Address, destination: Address) -> None:
     if is_ipv6(source) != is_ipv6(destination):
         raise ValueError(f"{source!r} and {destination!r} are of two families")
+
+
+def _one_address(address: Address) -> Address:
+    """Check an address that datagrams can come from or go to."""
+    address = numeric_address(address)
+    if on_this_machine(address) != address:
+        raise ValueError(f"{address!r} stands for many addresses: name those that are meant")
+    return address
 
 
 def _destination(address: Address) -> Address:
@@ -380,7 +390,7 @@ class Partition:
     _network: SimulatedNetwork = attrs.field(repr=False)
     _some: frozenset[Address]
     _others: frozenset[Address] | None  # None: all others
-    error: int | None
+    _error: int | None
 
     def heal(self) -> None:
         """Let datagrams pass again. Idempotent."""
@@ -393,7 +403,7 @@ class Partition:
     def __exit__(self, *_: object) -> None:
         self.heal()
 
-    def separates(self, one: Address, other: Address) -> bool:
+    def _separates(self, one: Address, other: Address) -> bool:
         """Whether two addresses are on different sides."""
         return self._lies_between(one, other) or self._lies_between(other, one)
 
