@@ -505,6 +505,8 @@ async def test_wrong_arguments() -> None:
         network.inject(bytes(65_508), ALICE, BOB)
     with pytest.raises(ValueError, match="many addresses"):
         network.partition([ALICE], [("0.0.0.0", 53)])
+    with pytest.raises(TypeError, match="seed"), deterministic_scheduling(anything):
+        pass
     with pytest.raises(TypeError, match="error"):
         anything.partition([ALICE], error="EPERM")
     with pytest.raises(TypeError, match="error"):

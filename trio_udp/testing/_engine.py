@@ -171,7 +171,7 @@ class SimulatedEngine:
     # Addresses.
 
     def route(self, address: Address) -> Route:
-        return address, on_this_machine(self.bound_address)
+        return on_this_machine(address), on_this_machine(self.bound_address)
 
     def max_payload(self, route: Route) -> int:
         return max_payload(self.peer_address(route))

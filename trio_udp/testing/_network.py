@@ -26,6 +26,7 @@ from .._endpoints import Address, Endpoint, numeric_address
 from .._endpoints._address import is_ipv6, max_payload
 from .._endpoints._endpoint import check_max_datagram_size
 from ._engine import SimulatedEngine, on_this_machine
+from ._scheduling import check_seed
 from ._timeline import DatagramEvent
 
 # A datagram that is to be overtaken is held back for up to so many seconds.
@@ -69,8 +70,7 @@ def _bandwidth(_: object, attribute: attrs.Attribute[float | None], value: float
 
 
 def _seed(_: object, attribute: attrs.Attribute[int], value: int) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"seed must be an int, not {value!r}")
+    check_seed(value)
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -187,7 +187,7 @@ class SimulatedNetwork:
           OSError: ``EMSGSIZE``: longer than a UDP datagram can be.
           TypeError, ValueError: Not bytes-like, not addresses, or of two families.
         """
-        source, destination = numeric_address(source), _destination(destination)
+        source, destination = _one_address(source), _destination(destination)
         _check_families(source, destination)
         copy = bytes(memoryview(payload))
         if len(copy) > max_payload(destination):

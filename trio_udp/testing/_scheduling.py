@@ -16,6 +16,7 @@ def deterministic_scheduling(seed: int) -> Iterator[None]:
     ``trio.testing.MockClock``, a :class:`SimulatedNetwork` in place of the real one, and no threads. The fixture
     ``simulated_network`` does this for its test.
     """
+    check_seed(seed)
     # Trio has no public way. Its own plugin for pytest sets the same two, for Hypothesis.
     scheduler = trio._core._run
     state, allowed = scheduler._r.getstate(), scheduler._ALLOW_DETERMINISTIC_SCHEDULING
@@ -26,3 +27,8 @@ def deterministic_scheduling(seed: int) -> Iterator[None]:
     finally:
         scheduler._r.setstate(state)
         scheduler._ALLOW_DETERMINISTIC_SCHEDULING = allowed  # type: ignore[misc]
+
+
+def check_seed(seed: object) -> None:
+    if not isinstance(seed, int):  # None would mean another one each time
+        raise TypeError(f"seed must be an int, not {seed!r}")
