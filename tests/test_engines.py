@@ -456,6 +456,8 @@ async def test_two_tasks_cannot_receive_at_once(connection: Connection) -> None:
         await settle()
         with pytest.raises(trio.BusyResourceError):
             await connection.receive()
+        with pytest.raises(trio.WouldBlock):
+            connection.receive_nowait()
         await connection.send(b"x")
     assert seen == [b"x"]
 

@@ -78,9 +78,9 @@ class SimulatedNetwork:
     """A network in memory, on Trio's clock, with weather that a seed decides.
 
     Endpoints and connections on it are the same types as on a real one. By default nothing is lost and everything
-    arrives at once; in a storm the same seed gives the same losses. The weather may change at any time, by assignment,
-    for what is sent from then on. Use it inside Trio, best with ``trio.testing.MockClock(autojump_threshold=0)`` (for
-    pytest: ``autojump_clock``); nothing needs to be closed.
+    arrives at once. The weather may change at any time, by assignment, for what is sent from then on. Use it inside
+    Trio, best with ``trio.testing.MockClock(autojump_threshold=0)`` (for pytest: ``autojump_clock``); nothing needs to
+    be closed. The same seed gives the same run, byte for byte, under :func:`deterministic_scheduling`.
 
     Attributes:
       seed: Of the dice.
