@@ -10,24 +10,66 @@ import pytest
 import trio
 import trio.testing
 
-from trio_udp import Client, Server, serve_endpoints
+from trio_udp import Client, Endpoint, Server, serve_endpoints
+from trio_udp._endpoints import Address
+from trio_udp.testing import SimulatedNetwork
 
-from .memory import MemoryEngine, memory_endpoint
+pytest_plugins = ["pytester", "trio_udp._pytest_plugin"]
+
+SERVER = ("192.0.2.53", 53)
+ALICE = ("192.0.2.1", 1000)
+BOB = ("192.0.2.2", 2000)
+CAROL = ("192.0.2.3", 3000)
+
+# Enough for whatever a test lets arrive at once: its subject is what we do with it, not what a kernel would drop.
+PLENTY = 2**40
 
 
 @attrs.define
 class InMemory:
-    """A server on an endpoint in memory, for tests in virtual time."""
+    """An endpoint at ``SERVER`` on a simulated network, and what a test does to it."""
 
-    server: Server
-    engine: MemoryEngine
+    network: SimulatedNetwork
+    endpoint: Endpoint
+
+    def put(self, payload: bytes, source: Address = ALICE) -> None:
+        """Let a datagram arrive."""
+        self.network.inject(payload, source, SERVER)
+
+    @property
+    def sent(self) -> list[tuple[Address, bytes]]:
+        """What has been sent from the endpoint, and to whom."""
+        events = self.network.events
+        return [
+            (event.destination, event.payload) for event in events if (event.fate, event.source) == ("sent", SERVER)
+        ]
+
+    def sent_to(self, address: Address) -> list[bytes]:
+        return [payload for destination, payload in self.sent if destination == address]
 
     async def settle(self) -> None:
         """Let everything happen that happens without time passing."""
         await trio.testing.wait_all_tasks_blocked()
 
 
-StartInMemory = Callable[..., Awaitable[InMemory]]
+@attrs.define
+class RunningInMemory(InMemory):
+    """A server on such an endpoint."""
+
+    server: Server
+
+
+def in_memory(*, send_buffer: int | None = None, bandwidth: float | None = None) -> InMemory:
+    network = SimulatedNetwork(bandwidth=bandwidth)
+    return InMemory(network, network.endpoint(*SERVER, receive_buffer=PLENTY, send_buffer=send_buffer))
+
+
+def narrow() -> InMemory:
+    """One that sends a byte per second, and whose send buffer is full while a datagram has not yet left."""
+    return in_memory(send_buffer=1, bandwidth=1)
+
+
+StartInMemory = Callable[..., Awaitable[RunningInMemory]]
 
 
 @pytest.fixture
@@ -37,10 +79,12 @@ def start_in_memory(nursery: trio.Nursery) -> StartInMemory:
     Tests in which time passes also ask for ``autojump_clock``.
     """
 
-    async def start(handler: Callable[[Client], Awaitable[object]], **options: Any) -> InMemory:
-        endpoint, engine = memory_endpoint()
-        server = await nursery.start(partial(serve_endpoints, handler, [endpoint], **options))
-        return InMemory(server, engine)
+    async def start(
+        handler: Callable[[Client], Awaitable[object]], on: InMemory | None = None, **options: Any
+    ) -> RunningInMemory:
+        on = on or in_memory()
+        server = await nursery.start(partial(serve_endpoints, handler, [on.endpoint], **options))
+        return RunningInMemory(on.network, on.endpoint, server)
 
     return start
 

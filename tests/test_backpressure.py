@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-import random
 import socket
 import tempfile
 import time
@@ -15,22 +15,22 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from hypothesis import given, settings, strategies as st
+from trio.testing import MockClock
 
 from trio_udp import Client, Endpoint, Limits, Server, serve_endpoints
 
-from .conftest import StartInMemory, check_adds_up
-from .memory import ALICE, BOB, memory_endpoint
+from .conftest import ALICE, BOB, StartInMemory, check_adds_up, in_memory, narrow
 
 pytestmark = pytest.mark.usefixtures("engine")
 
 
-async def test_send_waits_and_send_nowait_does_not(start_in_memory: StartInMemory) -> None:
+async def test_send_waits_and_send_nowait_does_not(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
     """When the send buffer is full, send waits for room, and send_nowait raises WouldBlock and sends nothing."""
     log: list[str] = []
 
     async def handler(client: Client) -> None:
         await client.receive()
-        run.engine.room = 1
         await client.send(b"1")
         with pytest.raises(trio.WouldBlock):
             client.send_nowait(b"lost")
@@ -38,18 +38,18 @@ async def test_send_waits_and_send_nowait_does_not(start_in_memory: StartInMemor
         await client.send(b"2")
         log.append("sent")
 
-    run = await start_in_memory(handler)
-    run.engine.put(b"x")
+    run = await start_in_memory(handler, on=narrow())
+    run.put(b"x")
     await run.settle()
     assert log == ["waiting"]
-    run.engine.make_room(1)
+    await trio.sleep(1)
     await run.settle()
     assert log == ["waiting", "sent"]
-    assert run.engine.sent_to(ALICE) == [b"1", b"2"]
+    assert run.sent_to(ALICE) == [b"1", b"2"]
     assert run.server.statistics().sent == 2
 
 
-async def test_first_come_first_served(start_in_memory: StartInMemory) -> None:
+async def test_first_come_first_served(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
     """Senders get room in the order in which they asked; nobody overtakes those who wait."""
 
     async def handler(client: Client) -> None:
@@ -58,89 +58,91 @@ async def test_first_come_first_served(start_in_memory: StartInMemory) -> None:
         with pytest.raises(trio.WouldBlock):
             client.send_nowait(b"overtaken")
 
-    run = await start_in_memory(handler)
-    run.engine.room = 0
+    run = await start_in_memory(handler, on=narrow())
     names = [b"%d" % i for i in range(10)]
     for i, name in enumerate(names):
-        run.engine.put(name, ("192.0.2.1", i + 1))
+        run.put(name, ("192.0.2.1", i + 1))
         await run.settle()
     with pytest.raises(trio.WouldBlock):
         next(iter(run.server.clients)).send_nowait(b"overtaken")
     for count in range(1, 11):
-        run.engine.make_room(1)
+        assert [payload for _, payload in run.sent] == names[:count]
+        await trio.sleep(1)
         await run.settle()
-        assert [payload for _, payload in run.engine.sent] == names[:count]
 
 
-async def test_send_to_waits_too(start_in_memory: StartInMemory, nursery: trio.Nursery) -> None:
+async def test_send_to_waits_too(
+    start_in_memory: StartInMemory, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
     """Datagrams that nobody has asked for wait for room as replies do."""
 
     async def handler(client: Client) -> None:
         await client.receive()
 
-    run = await start_in_memory(handler)
-    run.engine.room = 0
+    run = await start_in_memory(handler, on=narrow())
+    await run.server.send_to(b"1", BOB)
     nursery.start_soon(run.server.send_to, b"news", BOB)
     await run.settle()
-    assert run.engine.sent == []
-    run.engine.make_room(1)
+    assert run.sent == [(BOB, b"1")]
+    await trio.sleep(1)
     await run.settle()
-    assert run.engine.sent == [(BOB, b"news")]
+    assert run.sent == [(BOB, b"1"), (BOB, b"news")]
 
 
-async def test_a_cancelled_sender_lets_the_next_one_go(start_in_memory: StartInMemory) -> None:
+async def test_a_cancelled_sender_lets_the_next_one_go(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
     """Cancelling a sender that waits sends nothing of it, and the others get their turn."""
-    scopes = [trio.CancelScope() for _ in range(3)]
+    scopes = [trio.CancelScope() for _ in range(4)]
 
     async def handler(client: Client) -> None:
         number = int(await client.receive())
         with scopes[number]:
             await client.send(b"%d" % number)
 
-    run = await start_in_memory(handler)
-    run.engine.room = 0
-    for i in range(3):
-        run.engine.put(b"%d" % i, ("192.0.2.1", i + 1))
+    run = await start_in_memory(handler, on=narrow())
+    for i in range(4):
+        run.put(b"%d" % i, ("192.0.2.1", i + 1))
         await run.settle()
+    scopes[2].cancel()
+    await run.settle()
     scopes[1].cancel()
-    await run.settle()
-    scopes[0].cancel()
-    await run.settle()
-    run.engine.make_room(5)
-    await run.settle()
-    assert [payload for _, payload in run.engine.sent] == [b"2"]
+    await trio.sleep(5)
+    assert [payload for _, payload in run.sent] == [b"0", b"3"]
 
 
-async def test_replies_to_a_batch_wait_for_room_in_order(start_in_memory: StartInMemory) -> None:
+async def test_replies_to_a_batch_wait_for_room_in_order(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
     """Replies collected during a batch that meet a full buffer leave later, complete and in order."""
 
     async def echo(client: Client) -> None:
         async for payload in client:
             await client.send(payload)
 
-    run = await start_in_memory(echo)
-    run.engine.room = 10
+    # Ten small datagrams: each takes 768 bytes besides its payload.
+    run = await start_in_memory(echo, on=in_memory(send_buffer=10 * 768, bandwidth=100))
     wanted = [b"%d" % i for i in range(200)]
     for payload in wanted:
-        run.engine.put(payload, ALICE)
-        run.engine.put(payload, BOB)
+        run.put(payload, ALICE)
+        run.put(payload, BOB)
     await run.settle()
-    assert len(run.engine.sent) == 10
-    while len(run.engine.sent) < 400:
-        run.engine.make_room(7)
-        await run.settle()
-    assert run.engine.sent_to(ALICE) == wanted
-    assert run.engine.sent_to(BOB) == wanted
+    assert len(run.sent) == 10
+    await trio.sleep(20)
+    assert run.sent_to(ALICE) == wanted
+    assert run.sent_to(BOB) == wanted
     assert run.server.statistics().sent == 400
     check_adds_up(run.server)
 
 
-@pytest.mark.parametrize("seed", range(40))
-async def test_replies_to_a_batch_do_not_overtake_those_that_wait(seed: int) -> None:
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(st.sampled_from(["datagram", "yield", "wait"]), max_size=100),
+    room=st.integers(1, 10),
+)
+def test_replies_to_a_batch_do_not_overtake_those_that_wait(steps: list[str], room: int) -> None:
     """Two tasks of a client, a batch that meets a full buffer, another batch: all leave in the order of the calls."""
     called: list[bytes] = []
-    endpoint, engine = memory_endpoint()
-    chance = random.Random(seed)
 
     async def send(client: Client, payload: bytes) -> None:
         called.append(payload)
@@ -152,24 +154,28 @@ async def test_replies_to_a_batch_do_not_overtake_those_that_wait(seed: int) -> 
                 nursery.start_soon(send, client, b"task " + payload)
                 await send(client, b"main " + payload)
 
-    async with trio.open_nursery() as nursery:
-        server = await nursery.start(partial(serve_endpoints, handler, [endpoint]))
-        engine.room = 0
-        for i in range(60):
-            engine.put(b"%d" % i)
-            if chance.random() < 0.3:
-                for _ in range(chance.randrange(4)):
+    async def main() -> None:
+        run = in_memory(send_buffer=room * 768, bandwidth=10)
+        async with trio.open_nursery() as nursery:
+            server = await nursery.start(partial(serve_endpoints, handler, [run.endpoint], idle_timeout=math.inf))
+            for i, step in enumerate(steps):
+                if step == "datagram":
+                    run.put(b"%d" % i)
+                elif step == "yield":
                     await trio.lowlevel.checkpoint()
-            if chance.random() < 0.3:
-                engine.make_room(1)
-        while len(engine.sent) < 120:
-            engine.make_room(chance.randrange(3))
-            await trio.lowlevel.checkpoint()
-        assert [payload for _, payload in engine.sent] == called
-        server.stop()
+                else:
+                    await trio.sleep(1)
+            await trio.sleep(1_000)
+            assert [payload for _, payload in run.sent] == called
+            assert len(called) == 2 * steps.count("datagram")
+            server.stop()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
-async def test_replies_before_one_that_was_given_up_leave(start_in_memory: StartInMemory) -> None:
+async def test_replies_before_one_that_was_given_up_leave(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
     """When a reply finds both outbox and send buffer full and is given up, those before it leave once there is room."""
 
     async def handler(client: Client) -> None:
@@ -179,16 +185,19 @@ async def test_replies_before_one_that_was_given_up_leave(start_in_memory: Start
                     client.send_nowait(b"%d" % i)
 
     for _ in range(20):  # in some orders of the tasks, the receive loop sees to it anyway
-        run = await start_in_memory(handler, limits=Limits(max_clients=1, when_full="evict_idle"))
-        run.engine.put(b"x", BOB)
+        run = await start_in_memory(
+            handler, on=in_memory(send_buffer=1), limits=Limits(max_clients=1, when_full="evict_idle")
+        )
+        run.put(b"x", BOB)
         await run.settle()
-        run.engine.room = 0
-        run.engine.put(b"x", ALICE)  # evicts Bob, so that the loop lets tasks run once more than usual
-        run.engine.put(b"x", ALICE)
+        run.network.bandwidth = 1
+        await run.server.send_to(b"1", BOB)  # fills the buffer for a second
+        run.put(b"x", ALICE)  # evicts Bob, so that the loop lets tasks run once more than usual
+        run.put(b"x", ALICE)
         await run.settle()
-        run.engine.make_room(1_000)
-        await run.settle()
-        assert run.engine.sent_to(ALICE) == [b"%d" % i for i in range(63)]
+        run.network.bandwidth = None
+        await trio.sleep(2)
+        assert run.sent_to(ALICE) == [b"%d" % i for i in range(63)]
 
 
 async def test_closing_wakes_senders_that_wait() -> None:
@@ -198,28 +207,27 @@ async def test_closing_wakes_senders_that_wait() -> None:
     async def handler(client: Client) -> None:
         await client.receive()
         with pytest.raises(trio.ClosedResourceError):
-            await client.send(b"x")
+            await client.send_many([b"1", b"2", b"3"])
         outcome.append("closed")
 
-    endpoint, engine = memory_endpoint()
-    engine.room = 0
+    run = narrow()
     async with trio.open_nursery() as nursery:
         async with trio.open_nursery() as handler_nursery:
 
             async def serve() -> None:
                 with pytest.raises(trio.ClosedResourceError):
-                    await serve_endpoints(handler, [endpoint], handler_nursery=handler_nursery)
+                    await serve_endpoints(handler, [run.endpoint], handler_nursery=handler_nursery)
 
             nursery.start_soon(serve)
             for i in range(3):
-                engine.put(b"x", ("192.0.2.1", i + 1))
+                run.put(b"x", ("192.0.2.1", i + 1))
                 await trio.testing.wait_all_tasks_blocked()
-            await endpoint.aclose()
+            await run.endpoint.aclose()
             await trio.testing.wait_all_tasks_blocked()
     assert outcome == ["closed"] * 3
 
 
-async def test_closing_a_client_wakes_its_senders(start_in_memory: StartInMemory) -> None:
+async def test_closing_a_client_wakes_its_senders(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
     """A send that waits for room ends with ClosedResourceError when its client is closed, and sends nothing."""
     outcome: list[str] = []
 
@@ -229,25 +237,24 @@ async def test_closing_a_client_wakes_its_senders(start_in_memory: StartInMemory
         outcome.append("closed")
 
     async def handler(client: Client) -> None:
+        client.send_nowait(b"1")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send, client)
             nursery.start_soon(send, client)
             await trio.testing.wait_all_tasks_blocked()
             client.close()
 
-    run = await start_in_memory(handler)
-    run.engine.room = 0
-    run.engine.put(b"x")
+    run = await start_in_memory(handler, on=narrow())
+    run.put(b"x")
     await run.settle()
     await run.settle()
     assert outcome == ["closed", "closed"]
-    run.engine.make_room(5)
-    await run.settle()
-    assert run.engine.sent == []
+    await trio.sleep(5)
+    assert run.sent_to(ALICE) == [b"1"]
 
 
 async def test_what_cannot_leave_before_closing_is_counted(
-    start_in_memory: StartInMemory, autojump_clock: trio.testing.MockClock
+    start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
     """Replies that find no room until drain_timeout is over count as send errors."""
 
@@ -255,10 +262,9 @@ async def test_what_cannot_leave_before_closing_is_counted(
         async for payload in client:
             client.send_nowait(payload)
 
-    run = await start_in_memory(handler, drain_timeout=5)
-    run.engine.room = 1
+    run = await start_in_memory(handler, on=narrow(), drain_timeout=5)
     for _ in range(4):
-        run.engine.put(b"x")
+        run.put(bytes(10))
     await run.settle()
     run.server.stop()
     await trio.sleep(10)

@@ -16,8 +16,7 @@ from trio.testing import MockClock
 import trio_udp
 from trio_udp import Client, serve_endpoints
 
-from .conftest import Bystander, StartInMemory, check_adds_up
-from .memory import ALICE, BOB, memory_endpoint
+from .conftest import ALICE, BOB, SERVER, Bystander, StartInMemory, check_adds_up, in_memory
 
 
 async def echo(client: Client) -> None:
@@ -29,11 +28,11 @@ async def test_datagrams_of_a_client_are_handled_in_order(start_in_memory: Start
     """Each client's datagrams reach its own handler, in arrival order, an empty one included."""
     run = await start_in_memory(echo)
     for payload in (b"1", b"", b"2"):
-        run.engine.put(payload, ALICE)
-        run.engine.put(payload + b"b", BOB)
+        run.put(payload, ALICE)
+        run.put(payload + b"b", BOB)
     await run.settle()
-    assert run.engine.sent_to(ALICE) == [b"1", b"", b"2"]
-    assert run.engine.sent_to(BOB) == [b"1b", b"b", b"2b"]
+    assert run.sent_to(ALICE) == [b"1", b"", b"2"]
+    assert run.sent_to(BOB) == [b"1b", b"b", b"2b"]
     assert run.server.statistics().clients_started == 2
 
 
@@ -44,10 +43,10 @@ async def test_order_survives_the_scheduler(start_in_memory: StartInMemory) -> N
     for burst in range(40):
         for client in clients:
             for number in range(5):
-                run.engine.put(b"%d.%d" % (burst, number), client)
+                run.put(b"%d.%d" % (burst, number), client)
         await run.settle()
     expected = [b"%d.%d" % (burst, number) for burst in range(40) for number in range(5)]
-    assert all(run.engine.sent_to(client) == expected for client in clients)
+    assert all(run.sent_to(client) == expected for client in clients)
 
 
 async def test_addresses_and_repr(start_in_memory: StartInMemory) -> None:
@@ -58,7 +57,7 @@ async def test_addresses_and_repr(start_in_memory: StartInMemory) -> None:
         seen.append((client.peer_address, client.local_address, client.server, repr(client)))
 
     run = await start_in_memory(handler)
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
     text = "<trio_udp.Client ('192.0.2.53', 53) with ('192.0.2.1', 1000)>"
     assert seen == [(ALICE, ("192.0.2.53", 53), run.server, text)]
@@ -81,7 +80,7 @@ async def test_receive_nowait(start_in_memory: StartInMemory) -> None:
         seen.append("done")
 
     run = await start_in_memory(handler)
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
     assert seen == [b"x", "done"]
 
@@ -98,7 +97,7 @@ async def test_cancelling_receive_loses_nothing(start_in_memory: StartInMemory, 
 
     run = await start_in_memory(handler, idle_timeout=math.inf)
     for payload in wanted:
-        run.engine.put(payload)
+        run.put(payload)
         await trio.sleep(1)
     assert seen == wanted
 
@@ -115,7 +114,7 @@ async def test_receive_notices_cancellation_when_a_datagram_waits(start_in_memor
         seen.append(await client.receive())
 
     run = await start_in_memory(handler)
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
     assert seen == [b"x"]
 
@@ -137,9 +136,9 @@ async def test_two_tasks_cannot_receive_at_once(start_in_memory: StartInMemory) 
             nursery.start_soon(receive, client)
 
     run = await start_in_memory(handler)
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
-    run.engine.put(b"y")
+    run.put(b"y")
     await run.settle()
     assert outcome == ["busy", b"y"]
 
@@ -165,7 +164,7 @@ async def test_a_busy_handler_lets_others_run(start_in_memory: StartInMemory) ->
 
     run = await start_in_memory(handler)
     for i in range(2_000):
-        run.engine.put(b"%d" % i)
+        run.put(b"%d" % i)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(bystander)
         while run.server.statistics().delivered < 2_000:
@@ -190,9 +189,9 @@ async def test_sending_without_receiving_lets_others_run(start_in_memory: StartI
 
         run = await start_in_memory(handler)
         nursery.start_soon(bystander.run)
-        run.engine.put(b"x")
+        run.put(b"x")
     assert turns_during_sends[0] >= 9
-    assert len(run.engine.sent) == 640
+    assert len(run.sent) == 640
 
 
 async def test_send_notices_cancellation(start_in_memory: StartInMemory) -> None:
@@ -207,9 +206,9 @@ async def test_send_notices_cancellation(start_in_memory: StartInMemory) -> None
         await client.send(b"afterwards")
 
     run = await start_in_memory(handler)
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
-    assert run.engine.sent_to(ALICE) == [b"afterwards"]
+    assert run.sent_to(ALICE) == [b"afterwards"]
 
 
 async def test_any_bytes_like_object_is_copied_at_the_call(start_in_memory: StartInMemory) -> None:
@@ -224,11 +223,11 @@ async def test_any_bytes_like_object_is_copied_at_the_call(start_in_memory: Star
             changing[:] = b"after!"
 
     run = await start_in_memory(handler)
-    run.engine.put(b"1")
-    run.engine.put(b"2")
+    run.put(b"1")
+    run.put(b"2")
     await run.settle()
     rest = [b"abc", bytes(4), b""]
-    assert run.engine.sent_to(ALICE) == [b"before", *rest, b"after!", *rest]
+    assert run.sent_to(ALICE) == [b"before", *rest, b"after!", *rest]
 
 
 @pytest.mark.parametrize("payload", ["text", 5, [1, 2], None])
@@ -249,10 +248,10 @@ async def test_what_is_not_bytes_like_is_refused(start_in_memory: StartInMemory,
         checked.append(payload)
 
     run = await start_in_memory(handler)
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
     assert checked == [payload]
-    assert run.engine.sent == []
+    assert run.sent == []
 
 
 async def test_a_payload_that_no_datagram_can_carry_is_refused(start_in_memory: StartInMemory) -> None:
@@ -266,10 +265,10 @@ async def test_a_payload_that_no_datagram_can_carry_is_refused(start_in_memory: 
         codes.append(info.value.errno)
 
     run = await start_in_memory(handler)
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
     assert codes == [errno.EMSGSIZE]
-    assert [len(payload) for payload in run.engine.sent_to(ALICE)] == [65_507]
+    assert [len(payload) for payload in run.sent_to(ALICE)] == [65_507]
 
 
 async def test_closing_starts_afresh_at_once(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
@@ -292,9 +291,9 @@ async def test_closing_starts_afresh_at_once(start_in_memory: StartInMemory, aut
 
     run = await start_in_memory(handler)
     for payload in (b"first", b"dropped", b"dropped too"):
-        run.engine.put(payload)
+        run.put(payload)
     await run.settle()
-    run.engine.put(b"second")
+    run.put(b"second")
     await run.settle()
     assert log == [b"first", b"second"]
     await trio.sleep(11)
@@ -321,7 +320,7 @@ async def test_closing_wakes_the_receiver(start_in_memory: StartInMemory, autoju
             await client.aclose()
 
     run = await start_in_memory(handler)
-    run.engine.put(b"x")
+    run.put(b"x")
     await trio.sleep(1)
     assert outcome == ["closed"]
 
@@ -340,7 +339,7 @@ async def test_a_handler_that_ends_early_loses_nothing(start_in_memory: StartInM
 
     run = await start_in_memory(handler, on_error=lambda client, error: None)
     for payload in (b"1", b"2", b"3", b"4"):
-        run.engine.put(payload)
+        run.put(payload)
     await run.settle()
     assert calls == [(1, b"1"), (2, b"2"), (3, b"3"), (4, b"4")]
     assert len(set(clients)) == 4
@@ -360,7 +359,7 @@ async def test_a_handler_that_takes_nothing_is_not_called_again(start_in_memory:
 
     run = await start_in_memory(handler)
     for _ in range(3):
-        run.engine.put(b"x")
+        run.put(b"x")
     await run.settle()
     assert calls == 1
     assert run.server.statistics().dropped_at_end == 3
@@ -376,7 +375,7 @@ async def test_a_client_is_over_when_its_handler_is(start_in_memory: StartInMemo
         await client.receive()
 
     run = await start_in_memory(handler)
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
     with pytest.raises(trio.ClosedResourceError):
         await kept[0].receive()
@@ -393,16 +392,15 @@ async def test_client_statistics(start_in_memory: StartInMemory) -> None:
     async def handler(client: Client) -> None:
         kept.append(client)
         await client.receive()
-        run.engine.unreachable[ALICE] = errno.EHOSTUNREACH
-        await client.send(b"lost")
-        del run.engine.unreachable[ALICE]
+        with run.network.partition([SERVER], [ALICE], error=errno.EHOSTUNREACH):
+            await client.send(b"lost")
         await client.send(b"answer")
         await trio.sleep(10)
 
     run = await start_in_memory(handler)
-    run.engine.put(b"one")
+    run.put(b"one")
     await run.settle()
-    run.engine.put(b"four")
+    run.put(b"four")
     await run.settle()
     assert kept[0].statistics() == trio_udp.ClientStatistics(
         received=2,
@@ -442,16 +440,16 @@ def test_short_deadlines_do_not_starve() -> None:
         counts.append((taken, sent))
 
     async def main() -> None:
-        endpoint, engine = memory_endpoint()
+        run = in_memory()
         for _ in range(256):
-            engine.put(b"x")
+            run.put(b"x")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(hurry)
-            server = await nursery.start(partial(serve_endpoints, handler, [endpoint], idle_timeout=math.inf))
+            server = await nursery.start(partial(serve_endpoints, handler, [run.endpoint], idle_timeout=math.inf))
             while not counts:
                 await trio.lowlevel.checkpoint()
             server.stop()
-        assert len(engine.sent) == counts[0][1]
+        assert len(run.sent) == counts[0][1]
 
     trio.run(main, clock=clock)
     assert counts == [(256, 280)]
@@ -469,7 +467,7 @@ async def test_who_waits_is_who_receives(start_in_memory: StartInMemory) -> None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(receive, client)
             await trio.testing.wait_all_tasks_blocked()
-            run.engine.put(b"y")
+            run.put(b"y")
             # In every order of the tasks there is a pass in which the datagram is there and its receiver has not run.
             while not outcome:
                 with pytest.raises(trio.BusyResourceError):
@@ -481,7 +479,7 @@ async def test_who_waits_is_who_receives(start_in_memory: StartInMemory) -> None
     for _ in range(20):
         outcome.clear()
         run = await start_in_memory(handler)
-        run.engine.put(b"x")
+        run.put(b"x")
         await run.settle()
         await run.settle()
         assert outcome == [b"y"]
@@ -505,10 +503,10 @@ async def test_calls_of_two_tasks_are_sent_in_their_order(start_in_memory: Start
             nursery.start_soon(send, client, b"b")
 
     run = await start_in_memory(handler)
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
     assert len(called) == 400
-    assert run.engine.sent_to(ALICE) == called
+    assert run.sent_to(ALICE) == called
 
 
 async def test_sending_to_many_clients_lets_others_run(start_in_memory: StartInMemory) -> None:
@@ -521,7 +519,7 @@ async def test_sending_to_many_clients_lets_others_run(start_in_memory: StartInM
 
     run = await start_in_memory(listen)
     for i in range(1_000):
-        run.engine.put(b"x", ("192.0.2.8", i))
+        run.put(b"x", ("192.0.2.8", i + 1))
     await run.settle()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(bystander.run)
@@ -531,7 +529,7 @@ async def test_sending_to_many_clients_lets_others_run(start_in_memory: StartInM
             await client.send(b"news")
         assert bystander.turns - before >= 1_000 // 64 - 1
         nursery.cancel_scope.cancel()
-    assert len(run.engine.sent) == 1_000
+    assert len(run.sent) == 1_000
 
 
 async def test_send_many_notices_cancellation_even_of_nothing(start_in_memory: StartInMemory) -> None:
@@ -545,7 +543,7 @@ async def test_send_many_notices_cancellation_even_of_nothing(start_in_memory: S
         noticed.append(scope.cancelled_caught)
 
     run = await start_in_memory(handler)
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
     assert noticed == [True]
 
@@ -567,7 +565,7 @@ async def test_an_old_handler_does_not_take_the_new_client_with_it(
 
     run = await start_in_memory(handler)
     for payload in (b"close", b"hello", b"again"):
-        run.engine.put(payload)
+        run.put(payload)
         await trio.sleep(6)
     assert log == [(1, b"close"), (2, b"hello"), (2, b"again")]
 
@@ -582,8 +580,8 @@ async def test_a_flood_starves_nobody(start_in_memory: StartInMemory) -> None:
 
     run = await start_in_memory(handler)
     for i in range(10_000):
-        run.engine.put(b"x", ("192.0.2.8", i % 100))
-    while run.engine.arriving:
+        run.put(b"x", ("192.0.2.8", i % 100))
+    while run.endpoint.statistics().kernel_queued:
         received = run.server.statistics().received
         most, before = max(most, received - before), received
         await trio.lowlevel.checkpoint()

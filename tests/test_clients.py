@@ -13,8 +13,7 @@ from trio.testing import MockClock
 from trio_udp import Client, Limits
 from trio_udp._endpoints import Address
 
-from .conftest import InMemory, StartInMemory, check_adds_up
-from .memory import ALICE, BOB, CAROL
+from .conftest import ALICE, BOB, CAROL, RunningInMemory, StartInMemory, check_adds_up
 
 
 class Recorder:
@@ -32,11 +31,11 @@ async def test_a_silent_client_ends(start_in_memory: StartInMemory, autojump_clo
     """A client that is silent for idle_timeout ends; its next datagram starts a new one."""
     handler = Recorder()
     run = await start_in_memory(handler, idle_timeout=4)
-    run.engine.put(b"a")
+    run.put(b"a")
     await trio.sleep(1)
-    run.engine.put(b"b")
+    run.put(b"b")
     await trio.sleep(9)
-    run.engine.put(b"c")
+    run.put(b"c")
     await trio.sleep(10)
     assert [end[:3] for end in handler.ends] == [(ALICE, [b"a", b"b"], "idle"), (ALICE, [b"c"], "idle")]
     # Silent since 1 and since 10; looked at in steps of half a second.
@@ -52,7 +51,7 @@ async def test_expiry_is_at_most_a_quarter_late(start_in_memory: StartInMemory, 
     for i in range(200):
         address = ("192.0.2.7", i)
         for _ in range(i % 3 + 1):
-            run.engine.put(b"x", address)
+            run.put(b"x", address)
             await run.settle()
             last[address] = trio.current_time()
             await trio.sleep(0.013 * (i % 17))
@@ -76,7 +75,7 @@ async def test_a_busy_handler_is_never_expired(start_in_memory: StartInMemory, a
         times.append(trio.current_time())
 
     run = await start_in_memory(handler, idle_timeout=8)
-    run.engine.put(b"x")
+    run.put(b"x")
     await trio.sleep(200)
     assert times == [108.0]
 
@@ -93,9 +92,9 @@ async def test_a_client_can_say_goodbye(start_in_memory: StartInMemory, autojump
         await client.send(b"goodbye")
 
     run = await start_in_memory(handler, idle_timeout=8)
-    run.engine.put(b"x")
+    run.put(b"x")
     await trio.sleep(20)
-    assert run.engine.sent_to(ALICE) == [b"goodbye"]
+    assert run.sent_to(ALICE) == [b"goodbye"]
 
 
 async def test_end_of_channel_is_no_error(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
@@ -111,7 +110,7 @@ async def test_end_of_channel_is_no_error(start_in_memory: StartInMemory, autoju
 
     for handler in (receive_for_ever, in_a_nursery):
         run = await start_in_memory(handler, idle_timeout=8)
-        run.engine.put(b"x")
+        run.put(b"x")
         await trio.sleep(20)
         assert run.server.statistics().clients_expired == 1
         assert run.server.statistics().clients == 0
@@ -123,7 +122,7 @@ async def test_idle_timeout_can_be_set_per_client(start_in_memory: StartInMemory
     handler = Recorder()
     run = await start_in_memory(handler, idle_timeout=80)
     for address in (ALICE, BOB, CAROL):
-        run.engine.put(b"x", address)
+        run.put(b"x", address)
     await run.settle()
     by_address = {client.peer_address: client for client in run.server.clients}
     assert by_address[ALICE].idle_timeout == 80
@@ -149,7 +148,7 @@ async def test_the_last_idle_timeout_counts(start_in_memory: StartInMemory, auto
 
     run = await start_in_memory(handler, idle_timeout=80)
     for i in range(1_000):
-        run.engine.put(b"40" if i % 2 else b"8")
+        run.put(b"40" if i % 2 else b"8")
         await run.settle()
     await trio.sleep(100)
     assert ends == [40.0]
@@ -167,7 +166,7 @@ async def test_an_idle_timeout_must_be_positive(start_in_memory: StartInMemory, 
         assert client.idle_timeout == 60
 
     run = await start_in_memory(handler)
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
     assert run.server.statistics().handler_errors == 0
     with pytest.RaisesGroup(pytest.RaisesExc(ValueError, match="idle_timeout"), allow_unwrapped=True):
@@ -178,16 +177,16 @@ async def test_strangers_are_refused_when_full(start_in_memory: StartInMemory, a
     """At max_clients strangers are refused and counted; those who are known are served, and a place is reused."""
     handler = Recorder()
     run = await start_in_memory(handler, idle_timeout=8, limits=Limits(max_clients=2))
-    run.engine.put(b"1", ALICE)
-    run.engine.put(b"1", BOB)
+    run.put(b"1", ALICE)
+    run.put(b"1", BOB)
     for _ in range(5):
-        run.engine.put(b"1", CAROL)
-    run.engine.put(b"2", ALICE)
+        run.put(b"1", CAROL)
+    run.put(b"2", ALICE)
     await run.settle()
     assert run.server.statistics().refused_full == 5
     assert run.server.statistics().clients == 2
     await trio.sleep(20)
-    run.engine.put(b"2", CAROL)
+    run.put(b"2", CAROL)
     await trio.sleep(20)
     assert sorted(end[:2] for end in handler.ends) == [(ALICE, [b"1", b"2"]), (BOB, [b"1"]), (CAROL, [b"2"])]
     check_adds_up(run.server)
@@ -202,18 +201,18 @@ async def test_a_lingering_handler_counts(start_in_memory: StartInMemory, autoju
         await trio.sleep(100)
 
     run = await start_in_memory(handler, idle_timeout=8, limits=Limits(max_clients=1))
-    run.engine.put(b"x", ALICE)
+    run.put(b"x", ALICE)
     await trio.sleep(20)
-    run.engine.put(b"x", BOB)
+    run.put(b"x", BOB)
     await run.settle()
     assert run.server.statistics().refused_full == 1
     await trio.sleep(100)
-    run.engine.put(b"x", BOB)
+    run.put(b"x", BOB)
     await run.settle()
     assert [client.peer_address for client in run.server.clients] == [BOB]
 
 
-async def start_evicting(start_in_memory: StartInMemory, handler: Recorder, max_clients: int) -> InMemory:
+async def start_evicting(start_in_memory: StartInMemory, handler: Recorder, max_clients: int) -> RunningInMemory:
     limits = Limits(max_clients=max_clients, when_full="evict_idle")
     return await start_in_memory(handler, idle_timeout=1_000, limits=limits)
 
@@ -225,7 +224,7 @@ async def test_the_client_that_waits_the_longest_is_evicted(
     handler = Recorder()
     run = await start_evicting(start_in_memory, handler, 2)
     for address in (ALICE, BOB, ALICE, CAROL):
-        run.engine.put(b"x", address)
+        run.put(b"x", address)
         await trio.sleep(1)
     assert handler.ends == [(BOB, [b"x"], "evicted", 3.0)]
     assert {client.peer_address for client in run.server.clients} == {ALICE, CAROL}
@@ -241,20 +240,20 @@ async def test_a_handler_at_work_is_not_evicted(start_in_memory: StartInMemory, 
             await trio.sleep(float(payload))
 
     run = await start_in_memory(handler, limits=Limits(max_clients=2, when_full="evict_idle"))
-    run.engine.put(b"100", ALICE)
-    run.engine.put(b"10", BOB)
+    run.put(b"100", ALICE)
+    run.put(b"10", BOB)
     await run.settle()
-    run.engine.put(b"0", CAROL)
+    run.put(b"0", CAROL)
     await run.settle()
     assert run.server.statistics().refused_full == 1
     await trio.sleep(11)
     # Bob waits now, but in the batch with the stranger's datagram there is one for him before it.
-    run.engine.put(b"1", BOB)
-    run.engine.put(b"0", CAROL)
+    run.put(b"1", BOB)
+    run.put(b"0", CAROL)
     await run.settle()
     assert run.server.statistics().refused_full == 2
     await trio.sleep(2)
-    run.engine.put(b"0", CAROL)
+    run.put(b"0", CAROL)
     await run.settle()
     assert run.server.statistics().clients_evicted == 1
     assert {client.peer_address for client in run.server.clients} == {ALICE, CAROL}
@@ -275,7 +274,7 @@ async def test_eviction_exceeds_the_bound_by_one_batch_at_most(
 
     run = await start_in_memory(handler, limits=Limits(max_clients=100, when_full="evict_idle"))
     for i in range(1_000):
-        run.engine.put(b"x", ("192.0.2.8", i))
+        run.put(b"x", ("192.0.2.8", i))
         if i % 100 == 99:
             await run.settle()
     assert most == 164
@@ -296,18 +295,18 @@ async def test_a_transaction_protects_from_eviction(start_in_memory: StartInMemo
         ends.append((client.peer_address, client.ended))
 
     run = await start_in_memory(handler, idle_timeout=80, limits=Limits(max_clients=1, when_full="evict_idle"))
-    run.engine.put(b"begin", ALICE)
+    run.put(b"begin", ALICE)
     await run.settle()
-    run.engine.put(b"x", BOB)
+    run.put(b"x", BOB)
     await run.settle()
     assert run.server.statistics().refused_full == 1
-    run.engine.put(b"finish", ALICE)
+    run.put(b"finish", ALICE)
     await run.settle()
-    run.engine.put(b"x", BOB)
+    run.put(b"x", BOB)
     await run.settle()
     assert ends == [(ALICE, "evicted")]
     await trio.sleep(200)
-    run.engine.put(b"begin", CAROL)
+    run.put(b"begin", CAROL)
     await trio.sleep(200)
     assert ends == [(ALICE, "evicted"), (BOB, "idle")]
     assert run.server.statistics().clients_expired == 2
@@ -324,8 +323,8 @@ async def test_the_clients_of_a_server(start_in_memory: StartInMemory, autojump_
     run = await start_in_memory(handler, idle_timeout=80)
     clients = run.server.clients
     assert len(clients) == 0
-    run.engine.put(b"x", ALICE)
-    run.engine.put(b"x", BOB)
+    run.put(b"x", ALICE)
+    run.put(b"x", BOB)
     await run.settle()
     assert [client.peer_address for client in clients] == [ALICE, BOB]
     assert repr(clients) == "<2 clients>"
@@ -347,8 +346,8 @@ async def test_short_conversations_leave_nothing_behind(
 
     run = await start_in_memory(handler, idle_timeout=1_000)
     for i in range(50_000):
-        run.engine.put(b"x", ("192.0.2.8", i))
-    while run.engine.arriving:
+        run.put(b"x", ("192.0.2.8", i))
+    while run.endpoint.statistics().kernel_queued:
         await trio.lowlevel.checkpoint()
     await run.settle()
     assert run.server.statistics().clients_started == 50_000
@@ -362,7 +361,7 @@ async def test_many_clients_that_expire_together(start_in_memory: StartInMemory,
     handler = Recorder()
     run = await start_in_memory(handler, idle_timeout=8)
     for i in range(1_000):
-        run.engine.put(b"x", ("192.0.2.8", i))
+        run.put(b"x", ("192.0.2.8", i))
     await trio.sleep_until(8)
     while expired < 1_000:
         now_expired = run.server.statistics().clients_expired
@@ -390,12 +389,12 @@ async def test_a_transaction_of_another_task(start_in_memory: StartInMemory, aut
             nursery.cancel_scope.cancel()
 
     run = await start_in_memory(handler, limits=Limits(max_clients=1, when_full="evict_idle"))
-    run.engine.put(b"x", ALICE)
+    run.put(b"x", ALICE)
     await trio.sleep(1.5)
-    run.engine.put(b"x", BOB)
+    run.put(b"x", BOB)
     await trio.sleep(1)
     assert [client.peer_address for client in run.server.clients] == [ALICE]
-    run.engine.put(b"x", BOB)
+    run.put(b"x", BOB)
     await trio.sleep(0.1)
     assert [client.peer_address for client in run.server.clients] == [BOB]
 
@@ -414,12 +413,14 @@ async def test_many_timeouts_leave_nothing_behind(
 
     run = await start_in_memory(handler)
     for _ in range(1_000):
-        run.engine.put(b"x")
+        run.put(b"x")
         await run.settle()
+    run.network.events.clear()
     gc.collect()
     before = sys.getallocatedblocks()
     for _ in range(5_000):
-        run.engine.put(b"x")
+        run.put(b"x")
         await run.settle()
+    run.network.events.clear()
     gc.collect()
     assert sys.getallocatedblocks() - before < 5_000

@@ -16,8 +16,7 @@ from trio.testing import MockClock
 import trio_udp
 from trio_udp import Client, Limits, serve_endpoints
 
-from .conftest import StartInMemory, check_adds_up
-from .memory import ALICE, BOB, memory_endpoint
+from .conftest import ALICE, BOB, SERVER, StartInMemory, check_adds_up, in_memory
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -37,11 +36,11 @@ async def test_an_error_ends_only_its_client(start_in_memory: StartInMemory, cap
     """A handler that raises is logged with its traceback and counted; its client and the others go on."""
     run = await start_in_memory(divide)
     for payload in (b"6", b"0", b"5"):
-        run.engine.put(payload, ALICE)
-        run.engine.put(b"12", BOB)
+        run.put(payload, ALICE)
+        run.put(b"12", BOB)
     await run.settle()
-    assert run.engine.sent_to(ALICE) == [b"10", b"12"]
-    assert run.engine.sent_to(BOB) == [b"5", b"5", b"5"]
+    assert run.sent_to(ALICE) == [b"10", b"12"]
+    assert run.sent_to(BOB) == [b"5", b"5", b"5"]
     assert run.server.statistics().handler_errors == 1
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("trio_udp", "ERROR")
@@ -60,7 +59,7 @@ async def test_garbage_is_not_a_log_flood(
     async def fail(times: int) -> list[str]:
         caplog.clear()
         for _ in range(times):
-            run.engine.put(b"0")
+            run.put(b"0")
             await run.settle()
         await trio.sleep(0.4)
         return [record.getMessage() for record in caplog.records]
@@ -88,11 +87,11 @@ async def test_on_error_replaces_the_log(start_in_memory: StartInMemory, caplog:
         client.send_nowait(b"sorry")
 
     run = await start_in_memory(divide, on_error=on_error)
-    run.engine.put(b"0")
-    run.engine.put(b"six", BOB)
+    run.put(b"0")
+    run.put(b"six", BOB)
     await run.settle()
     assert sorted(errors) == [(ALICE, ZeroDivisionError), (BOB, ValueError)]
-    assert sorted(run.engine.sent) == [(ALICE, b"sorry"), (BOB, b"sorry")]
+    assert sorted(run.sent) == [(ALICE, b"sorry"), (BOB, b"sorry")]
     assert caplog.records == []
 
 
@@ -107,7 +106,7 @@ async def test_log_error_can_be_called_from_on_error(
         trio_udp.log_error(client, error)
 
     run = await start_in_memory(divide, on_error=on_error)
-    run.engine.put(b"0")
+    run.put(b"0")
     await run.settle()
     assert seen == [ALICE]
     assert [record.getMessage() for record in caplog.records] == ["Handler of client ('192.0.2.1', 1000) failed"]
@@ -115,30 +114,30 @@ async def test_log_error_can_be_called_from_on_error(
 
 async def test_on_error_may_crash_the_server() -> None:
     """What on_error raises ends the server, in an exception group as from any nursery; everything is closed."""
-    endpoint, engine = memory_endpoint()
+    run = in_memory()
 
     def on_error(client: Client, error: Exception) -> None:
         raise error
 
-    engine.put(b"0")
-    engine.put(b"6", BOB)
+    run.put(b"0")
+    run.put(b"6", BOB)
     with pytest.RaisesGroup(ZeroDivisionError):
-        await serve_endpoints(divide, [endpoint], on_error=on_error)
-    assert engine.closed
+        await serve_endpoints(divide, [run.endpoint], on_error=on_error)
+    assert run.endpoint.closed
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
 async def test_what_is_not_an_exception_always_propagates(error: type[BaseException]) -> None:
     """SystemExit and KeyboardInterrupt in a handler end the server."""
-    endpoint, engine = memory_endpoint()
+    run = in_memory()
 
     async def handler(client: Client) -> None:
         raise error
 
-    engine.put(b"x")
+    run.put(b"x")
     with pytest.RaisesGroup(error):
-        await serve_endpoints(handler, [endpoint])
-    assert engine.closed
+        await serve_endpoints(handler, [run.endpoint])
+    assert run.endpoint.closed
 
 
 async def test_exception_groups_are_errors_unless_all_are_ends(start_in_memory: StartInMemory) -> None:
@@ -149,7 +148,7 @@ async def test_exception_groups_are_errors_unless_all_are_ends(start_in_memory: 
         raise ExceptionGroup("both", [trio.EndOfChannel(), ExceptionGroup("inner", [ValueError("wrong")])])
 
     run = await start_in_memory(handler, on_error=lambda client, error: errors.append(error))
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
     assert [type(error) for error in errors] == [ExceptionGroup]
 
@@ -163,7 +162,7 @@ async def test_using_a_closed_client_is_an_error(start_in_memory: StartInMemory)
         await client.receive()
 
     run = await start_in_memory(handler, on_error=lambda client, error: errors.append(error))
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
     assert [type(error) for error in errors] == [trio.ClosedResourceError]
 
@@ -178,12 +177,12 @@ async def test_accept_turns_strangers_away(start_in_memory: StartInMemory, caplo
 
     run = await start_in_memory(echo, accept=accept, limits=Limits(max_clients=1))
     for payload in (b"no", b"", b"+yes", b"no more questions"):
-        run.engine.put(payload)
-    run.engine.put(b"no", BOB)
-    run.engine.put(b"+yes", BOB)
+        run.put(payload)
+    run.put(b"no", BOB)
+    run.put(b"+yes", BOB)
     await run.settle()
     assert asked == [(b"no", ALICE), (b"", ALICE), (b"+yes", ALICE), (b"no", BOB), (b"+yes", BOB)]
-    assert run.engine.sent_to(ALICE) == [b"+yes", b"no more questions"]
+    assert run.sent_to(ALICE) == [b"+yes", b"no more questions"]
     statistics = run.server.statistics()
     assert (statistics.refused_by_accept, statistics.refused_full, statistics.clients_started) == (3, 1, 1)
     assert [record.getMessage() for record in caplog.records] == [
@@ -195,14 +194,14 @@ async def test_accept_turns_strangers_away(start_in_memory: StartInMemory, caplo
 async def test_receive_errors_are_counted_and_survived(start_in_memory: StartInMemory) -> None:
     """An error on receive loses no datagram, not even in the middle of a batch."""
     run = await start_in_memory(echo)
-    run.engine.put(b"1")
-    run.engine.fail(errno.ECONNRESET)
-    run.engine.put(b"2")
-    run.engine.fail(errno.ENOMEM)
-    run.engine.fail(99_999)
-    run.engine.put(b"3")
+    run.put(b"1")
+    run.network.fail_next_receive(SERVER, errno.ECONNRESET)
+    run.put(b"2")
+    run.network.fail_next_receive(SERVER, errno.ENOMEM)
+    run.network.fail_next_receive(SERVER, 99_999)
+    run.put(b"3")
     await run.settle()
-    assert run.engine.sent_to(ALICE) == [b"1", b"2", b"3"]
+    assert run.sent_to(ALICE) == [b"1", b"2", b"3"]
     statistics = run.server.statistics()
     assert statistics.receive_errors == 3
     assert statistics.errors == {"ECONNRESET": 1, "ENOMEM": 1, "99999": 1}
@@ -213,12 +212,12 @@ async def test_an_error_that_lasts_is_no_busy_loop(start_in_memory: StartInMemor
     """When reading fails again and again, the server looks only now and then, and recovers."""
     run = await start_in_memory(echo)
     for _ in range(100):
-        run.engine.fail(errno.EIO)
-    run.engine.put(b"x")
+        run.network.fail_next_receive(SERVER, errno.EIO)
+    run.put(b"x")
     await trio.sleep(5)
-    assert run.engine.receive_calls < 60
+    assert run.server.statistics().receive_errors < 60
     await trio.sleep(10)
-    assert run.engine.sent_to(ALICE) == [b"x"]
+    assert run.sent_to(ALICE) == [b"x"]
     assert run.server.statistics().receive_errors == 100
 
 
@@ -232,12 +231,12 @@ async def test_send_errors_are_counted_for_the_client_they_concern(start_in_memo
             await client.send(payload)
 
     run = await start_in_memory(handler)
-    run.engine.unreachable[ALICE] = errno.EPERM
     for payload in (b"1", b"2"):
-        run.engine.put(payload, ALICE)
-        run.engine.put(payload, BOB)
+        run.put(payload, ALICE)
+        run.put(payload, BOB)
+    run.network.partition([SERVER], [ALICE], error=errno.EPERM)
     await run.settle()
-    assert run.engine.sent == [(BOB, b"1"), (BOB, b"2")]
+    assert run.sent == [(BOB, b"1"), (BOB, b"2")]
     assert run.server.statistics().send_errors == 2
     assert run.server.statistics().errors == {"EPERM": 2}
     assert kept[ALICE].statistics().errors == {"EPERM": 2}
@@ -283,23 +282,22 @@ async def _generator(client: Client) -> Any:
 )
 async def test_wrong_arguments_raise_at_once(error: type[Exception], arguments: dict[str, Any]) -> None:
     """A mistake of the caller's raises at the call and closes the endpoints."""
-    endpoint, engine = memory_endpoint()
-    keywords = {"handler": echo, "endpoints": [endpoint], **arguments}
+    run = in_memory()
+    keywords = {"handler": echo, "endpoints": [run.endpoint], **arguments}
     with pytest.raises(error):
         await serve_endpoints(**keywords)
-    assert engine.closed or "endpoints" in arguments
+    assert run.endpoint.closed or "endpoints" in arguments
 
 
 async def test_endpoints_are_checked_and_closed_together() -> None:
     """One wrong endpoint, or the same one twice, raises at the call, and all of them are closed."""
     for wrong, error in (("not an endpoint", TypeError), (None, ValueError)):
-        first, first_engine = memory_endpoint()
-        last, last_engine = memory_endpoint()
+        first, last = in_memory().endpoint, in_memory().endpoint
         endpoints: Any = [first, first if wrong is None else wrong, last]
         with pytest.raises(error):
             await serve_endpoints(echo, endpoints)
-        assert first_engine.closed
-        assert last_engine.closed
+        assert first.closed
+        assert last.closed
 
 
 @pytest.mark.parametrize(
@@ -326,7 +324,7 @@ async def test_a_handler_that_is_not_async_is_told(
 ) -> None:
     """A plain function as handler shows in the log as a TypeError."""
     run = await start_in_memory(lambda client: None)
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
     assert caplog.records[0].exc_info
     assert caplog.records[0].exc_info[0] is TypeError
@@ -348,7 +346,7 @@ async def test_logging_is_the_standard_library(
     run = await start_in_memory(divide)
     logging.getLogger("trio_udp").disabled = True
     try:
-        run.engine.put(b"0")
+        run.put(b"0")
         await run.settle()
     finally:
         logging.getLogger("trio_udp").disabled = False
@@ -357,26 +355,28 @@ async def test_logging_is_the_standard_library(
 
 async def test_a_closed_handler_nursery_is_the_callers_mistake() -> None:
     """When the caller's handler_nursery is over, the server ends with the error that says so."""
-    endpoint, engine = memory_endpoint()
+    run = in_memory()
     async with trio.open_nursery() as handler_nursery:
         pass
-    engine.put(b"x")
+    run.put(b"x")
     with pytest.RaisesGroup(RuntimeError):
-        await serve_endpoints(echo, [endpoint], handler_nursery=handler_nursery)
-    assert engine.closed
+        await serve_endpoints(echo, [run.endpoint], handler_nursery=handler_nursery)
+    assert run.endpoint.closed
 
 
 async def test_a_cancelled_handler_nursery_leaves_the_server_alone() -> None:
     """Handlers cancelled by their own nursery are forgotten; what waited for them is counted."""
-    endpoint, engine = memory_endpoint()
+    run = in_memory()
     async with trio.open_nursery() as nursery:
         async with trio.open_nursery() as handler_nursery:
-            server = await nursery.start(partial(serve_endpoints, echo, [endpoint], handler_nursery=handler_nursery))
-            engine.put(b"x")
+            server = await nursery.start(
+                partial(serve_endpoints, echo, [run.endpoint], handler_nursery=handler_nursery)
+            )
+            run.put(b"x")
             await trio.testing.wait_all_tasks_blocked()
             handler_nursery.cancel_scope.cancel()
         assert server.statistics().clients == 0
-        assert engine.sent_to(ALICE) == [b"x"]
+        assert run.sent_to(ALICE) == [b"x"]
         server.stop()
     check_adds_up(server)
 
@@ -392,13 +392,13 @@ async def test_what_is_in_hand_when_the_server_crashes_is_counted() -> None:
     async with trio.open_nursery() as over:
         pass
     for options in ({"accept": accept}, {"handler_nursery": over}):
-        endpoint, engine = memory_endpoint()
+        run = in_memory()
         servers: list[trio_udp.Server] = []
         for payload, address in ((b"1", ALICE), (b"2", ALICE), (b"crash", BOB), (b"3", ALICE), (b"4", BOB)):
-            engine.put(payload, address)
+            run.put(payload, address)
         try:
             async with trio.open_nursery() as nursery:
-                servers.append(await nursery.start(partial(serve_endpoints, echo, [endpoint], **options)))
+                servers.append(await nursery.start(partial(serve_endpoints, echo, [run.endpoint], **options)))
         except BaseException:
             pass
         assert servers[0].statistics().received == 5
@@ -412,7 +412,7 @@ async def test_an_accept_that_turns_out_to_be_async_accepts_nobody(
     """A coroutine is true, but not an answer."""
     accept: Any = lambda payload, address: _async_accept(payload, address)  # noqa: E731
     run = await start_in_memory(echo, accept=accept)
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
     assert run.server.statistics().refused_by_accept == 1
     assert "accept must be a plain function" in caplog.text
@@ -431,7 +431,7 @@ async def test_the_counters_add_up_inside_accept(start_in_memory: StartInMemory)
     run = await start_in_memory(echo, accept=accept)
     servers.append(run.server)
     for i in range(10):
-        run.engine.put(b"no" if i % 3 else b"yes", ("192.0.2.8", i))
+        run.put(b"no" if i % 3 else b"yes", ("192.0.2.8", i))
     await run.settle()
     assert len(checked) == 10
     assert run.server.statistics().refused_by_accept == 6
@@ -444,19 +444,17 @@ async def test_strangers_cannot_make_the_server_pause(
     """Datagrams that poll as readable and then are not there, for their checksum is wrong, cost no time."""
     run = await start_in_memory(echo)
     for _ in range(100):
-        run.engine.arriving.append(BlockingIOError())
-        run.engine.put(b"", ("192.0.2.9", 9))
-        run.engine.arriving.pop()
+        run.network.fail_next_receive(SERVER, errno.EAGAIN)
         await run.settle()
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
-    assert run.engine.sent_to(ALICE) == [b"x"]
+    assert run.sent_to(ALICE) == [b"x"]
     assert trio.current_time() == 0
 
 
 async def test_what_is_to_end_the_program_is_seen_with_what_came_beside_it() -> None:
     """A group from a handler's nursery with a KeyboardInterrupt in it propagates whole."""
-    endpoint, engine = memory_endpoint()
+    run = in_memory()
 
     def on_error(client: Client, error: Exception) -> None:
         raise error
@@ -469,6 +467,6 @@ async def test_what_is_to_end_the_program_is_seen_with_what_came_beside_it() -> 
             nursery.start_soon(fail, KeyboardInterrupt())
             nursery.start_soon(fail, ValueError("beside it"))
 
-    engine.put(b"x")
+    run.put(b"x")
     with pytest.RaisesGroup(KeyboardInterrupt, ValueError, flatten_subgroups=True):
-        await serve_endpoints(handler, [endpoint], on_error=on_error)
+        await serve_endpoints(handler, [run.endpoint], on_error=on_error)

@@ -15,11 +15,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from trio_udp import Client, Limits
 from trio_udp._inbox import Inbox, InboxTally
 
-from .conftest import InMemory, StartInMemory, check_adds_up
-from .memory import ALICE, BOB
+from .conftest import ALICE, BOB, RunningInMemory, StartInMemory, check_adds_up
 
 
-async def collect(start_in_memory: StartInMemory, limits: Limits, *payloads: bytes) -> tuple[InMemory, list[bytes]]:
+async def collect(
+    start_in_memory: StartInMemory, limits: Limits, *payloads: bytes
+) -> tuple[RunningInMemory, list[bytes]]:
     """Let payloads arrive while the handler is busy; return what it takes afterwards."""
     taken: list[bytes] = []
     go_on = trio.Event()
@@ -30,10 +31,10 @@ async def collect(start_in_memory: StartInMemory, limits: Limits, *payloads: byt
         taken.extend([payload async for payload in client])
 
     run = await start_in_memory(handler, limits=limits, idle_timeout=math.inf)
-    run.engine.put(b"")
+    run.put(b"")
     await run.settle()
     for payload in payloads:
-        run.engine.put(payload)
+        run.put(payload)
     await run.settle()
     go_on.set()
     await run.settle()
@@ -79,13 +80,13 @@ async def test_all_inboxes_are_bounded_together(start_in_memory: StartInMemory) 
         await trio.sleep_forever()
 
     run = await start_in_memory(handler, limits=Limits(total_bytes=10))
-    run.engine.put(bytes(8), ALICE)
-    run.engine.put(bytes(3), BOB)
+    run.put(bytes(8), ALICE)
+    run.put(bytes(3), BOB)
     await run.settle()
     assert run.server.statistics().clients == 1
-    run.engine.put(bytes(2), BOB)
-    run.engine.put(bytes(1), ALICE)
-    run.engine.put(b"", ALICE)
+    run.put(bytes(2), BOB)
+    run.put(bytes(1), ALICE)
+    run.put(b"", ALICE)
     await run.settle()
     statistics = run.server.statistics()
     assert (statistics.clients, statistics.waiting, statistics.dropped_inbox_full) == (2, 3, 2)
@@ -100,10 +101,10 @@ async def test_one_client_does_not_drop_anothers_datagrams(start_in_memory: Star
 
     limits = Limits(total_bytes=10, when_inbox_full="drop_oldest")
     run = await start_in_memory(handler, limits=limits)
-    run.engine.put(bytes(6), ALICE)
-    run.engine.put(bytes(2), BOB)
-    run.engine.put(bytes(5), BOB)
-    run.engine.put(bytes(4), BOB)
+    run.put(bytes(6), ALICE)
+    run.put(bytes(2), BOB)
+    run.put(bytes(5), BOB)
+    run.put(bytes(4), BOB)
     await run.settle()
     waiting = {c.peer_address: (c.statistics().waiting, c.statistics().bytes_received) for c in run.server.clients}
     assert waiting == {ALICE: (1, 6), BOB: (1, 11)}
@@ -124,12 +125,12 @@ async def test_who_sends_too_much_is_not_silent(
         ends.append((client.peer_address, trio.current_time()))
 
     run = await start_in_memory(handler, idle_timeout=8, limits=Limits(total_bytes=10))
-    run.engine.put(b"", BOB)
+    run.put(b"", BOB)
     await run.settle()
-    run.engine.put(bytes(10), ALICE)
+    run.put(bytes(10), ALICE)
     for _ in range(6):
         await trio.sleep(5)
-        run.engine.put(b"dropped", BOB)
+        run.put(b"dropped", BOB)
     await trio.sleep(20)
     assert ends == [(BOB, 38.0), (ALICE, 43.0)]
     assert run.server.statistics().dropped_inbox_full == 6
@@ -148,10 +149,10 @@ async def test_a_slow_client_holds_nobody_up(start_in_memory: StartInMemory) -> 
     wanted = [b"%d" % i for i in range(500)]
     for payload in wanted:
         for _ in range(5):
-            run.engine.put(payload, ALICE)
-        run.engine.put(payload, BOB)
+            run.put(payload, ALICE)
+        run.put(payload, BOB)
     await run.settle()
-    assert run.engine.sent_to(BOB) == wanted
+    assert run.sent_to(BOB) == wanted
     assert run.server.statistics().dropped_inbox_full == 2_500 - 1 - 256
     check_adds_up(run.server)
 
@@ -169,9 +170,9 @@ async def test_an_echo_keeps_up_with_any_burst(
     run = await start_in_memory(echo, limits=Limits(when_inbox_full=policy))
     wanted = [b"%d" % i for i in range(20_000)]
     for payload in wanted:
-        run.engine.put(payload)
+        run.put(payload)
     await run.settle()
-    assert run.engine.sent_to(ALICE) == wanted
+    assert run.sent_to(ALICE) == wanted
 
 
 class InboxModel(RuleBasedStateMachine):

@@ -11,8 +11,7 @@ from trio.testing import MockClock
 import trio_udp
 from trio_udp import Client
 
-from .conftest import StartInMemory, check_adds_up
-from .memory import ALICE, BOB
+from .conftest import ALICE, BOB, StartInMemory, check_adds_up
 
 
 async def test_what_the_function_returns_is_the_reply(start_in_memory: StartInMemory) -> None:
@@ -24,9 +23,9 @@ async def test_what_the_function_returns_is_the_reply(start_in_memory: StartInMe
 
     run = await start_in_memory(reply)
     for payload in (b"a", b"quiet", b"", b"b"):
-        run.engine.put(payload)
+        run.put(payload)
     await run.settle()
-    assert run.engine.sent_to(ALICE) == [b"aa", b"", b"bb"]
+    assert run.sent_to(ALICE) == [b"aa", b"", b"bb"]
     assert run.server.statistics().clients_started == 1
 
 
@@ -40,13 +39,13 @@ async def test_requests_that_time_out_are_counted(start_in_memory: StartInMemory
 
     run = await start_in_memory(reply)
     for payload in (b"1", b"3", b"1.5"):
-        run.engine.put(payload)
-    run.engine.put(b"0", BOB)
+        run.put(payload)
+    run.put(b"0", BOB)
     await run.settle()
-    assert run.engine.sent == [(BOB, b"0")]
+    assert run.sent == [(BOB, b"0")]
     (alice,) = [client for client in run.server.clients if client.peer_address == ALICE]
     await trio.sleep(10)
-    assert run.engine.sent_to(ALICE) == [b"1", b"1.5"]
+    assert run.sent_to(ALICE) == [b"1", b"1.5"]
     assert run.server.statistics().requests_timed_out == 1
     assert alice.statistics().requests_timed_out == 1
     check_adds_up(run.server)
@@ -62,9 +61,9 @@ async def test_an_error_costs_one_request(start_in_memory: StartInMemory) -> Non
 
     run = await start_in_memory(double, on_error=lambda client, error: errors.append(str(error)))
     for payload in (b"1", b"one", b"2"):
-        run.engine.put(payload)
+        run.put(payload)
     await run.settle()
-    assert run.engine.sent_to(ALICE) == [b"2", b"4"]
+    assert run.sent_to(ALICE) == [b"2", b"4"]
     assert errors == ["invalid literal for int() with base 10: b'one'"]
 
 

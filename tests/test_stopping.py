@@ -14,9 +14,9 @@ import trio.testing
 from trio.testing import MockClock
 
 from trio_udp import Client, Server, serve_endpoints
+from trio_udp.testing import SimulatedNetwork
 
-from .conftest import StartInMemory, check_adds_up
-from .memory import ALICE, BOB, CAROL, memory_endpoint
+from .conftest import ALICE, BOB, CAROL, SERVER, StartInMemory, check_adds_up, in_memory, narrow
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -40,19 +40,19 @@ async def test_stop_handles_what_has_arrived(start_in_memory: StartInMemory, aut
 
     run = await start_in_memory(handler)
     for i in range(10):
-        run.engine.put(b"%d" % i, ALICE)
-    run.engine.put(b"x", BOB)
+        run.put(b"%d" % i, ALICE)
+    run.put(b"x", BOB)
     await run.settle()
     run.server.stop()
     run.server.stop()
-    run.engine.put(b"late", ALICE)
-    run.engine.put(b"late", CAROL)
+    run.put(b"late", ALICE)
+    run.put(b"late", CAROL)
     await trio.sleep(10)
-    assert run.engine.sent_to(ALICE) == [b"%d" % i for i in range(10)] + [b"goodbye"]
-    assert run.engine.sent_to(BOB) == [b"x", b"goodbye"]
-    assert run.engine.sent_to(CAROL) == []
+    assert run.sent_to(ALICE) == [b"%d" % i for i in range(10)] + [b"goodbye"]
+    assert run.sent_to(BOB) == [b"x", b"goodbye"]
+    assert run.sent_to(CAROL) == []
     assert ends == ["stopping", "stopping"]
-    assert run.engine.closed
+    assert run.endpoint.closed
     assert run.server.statistics().refused_stopping == 2
     assert run.server.statistics().clients == 0
     check_adds_up(run.server)
@@ -60,15 +60,15 @@ async def test_stop_handles_what_has_arrived(start_in_memory: StartInMemory, aut
 
 async def test_serve_returns_as_soon_as_the_last_handler_has(autojump_clock: MockClock) -> None:
     """The drain takes as long as the handlers need, not all of drain_timeout."""
-    endpoint, engine = memory_endpoint()
+    run = in_memory()
 
     async def handler(client: Client) -> None:
         await client.receive()
         client.server.stop()
         await trio.sleep(3)
 
-    engine.put(b"x")
-    await serve_endpoints(handler, [endpoint], drain_timeout=math.inf)
+    run.put(b"x")
+    await serve_endpoints(handler, [run.endpoint], drain_timeout=math.inf)
     assert trio.current_time() == 3
 
 
@@ -87,13 +87,13 @@ async def test_what_is_left_after_drain_timeout_is_cancelled(
             client.send_nowait(b"last word")
 
     run = await start_in_memory(handler, drain_timeout=7)
-    run.engine.put(b"1")
-    run.engine.put(b"2")
+    run.put(b"1")
+    run.put(b"2")
     await run.settle()
     run.server.stop()
     await trio.sleep(10)
     assert cancelled == [7.0]
-    assert run.engine.sent_to(ALICE) == [b"last word"]
+    assert run.sent_to(ALICE) == [b"last word"]
     assert run.server.statistics().dropped_at_end == 1
     check_adds_up(run.server)
 
@@ -103,7 +103,7 @@ async def test_stop_without_clients_ends_at_once(start_in_memory: StartInMemory,
     run = await start_in_memory(echo, drain_timeout=math.inf)
     run.server.stop()
     await run.settle()
-    assert run.engine.closed
+    assert run.endpoint.closed
     assert run.server.statistics().received == 0
 
 
@@ -124,17 +124,17 @@ async def test_a_transaction_goes_on_during_the_drain(
         await trio.sleep(1)
 
     run = await start_in_memory(handler)
-    run.engine.put(b"begin")
+    run.put(b"begin")
     await run.settle()
     run.server.stop()
     for payload in (b"name", b"password"):
         await trio.sleep(1)
-        run.engine.put(payload)
+        run.put(payload)
     await run.settle()
-    run.engine.put(b"late")
+    run.put(b"late")
     await trio.sleep(2)
     assert seen == [b"name", b"password", "stopping"]
-    assert run.engine.closed
+    assert run.endpoint.closed
     assert run.server.statistics().refused_stopping == 1
     assert run.server.statistics().handler_errors == 0
     check_adds_up(run.server)
@@ -153,14 +153,14 @@ async def test_a_transaction_can_begin_during_the_drain(
             seen.append(await client.receive())
 
     run = await start_in_memory(handler)
-    run.engine.put(b"begin")
+    run.put(b"begin")
     await run.settle()
     run.server.stop()
     await trio.sleep(2)
-    run.engine.put(b"more")
+    run.put(b"more")
     await trio.sleep(1)
     assert seen == [b"more"]
-    assert run.engine.closed
+    assert run.endpoint.closed
 
 
 async def test_a_transaction_ends_with_drain_timeout(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
@@ -172,13 +172,13 @@ async def test_a_transaction_ends_with_drain_timeout(start_in_memory: StartInMem
                 pass
 
     run = await start_in_memory(handler, drain_timeout=5)
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
     run.server.stop()
     await trio.sleep(4)
-    assert not run.engine.closed
+    assert not run.endpoint.closed
     await trio.sleep(2)
-    assert run.engine.closed
+    assert run.endpoint.closed
 
 
 async def test_leaving_a_transaction_ends_another_tasks_wait(
@@ -200,7 +200,7 @@ async def test_leaving_a_transaction_ends_another_tasks_wait(
                 await trio.sleep(2)
 
     run = await start_in_memory(handler)
-    run.engine.put(b"x")
+    run.put(b"x")
     await run.settle()
     run.server.stop()
     await trio.sleep(3)
@@ -219,7 +219,7 @@ async def test_what_an_ended_handler_leaves_is_handled_in_the_drain(
 
     run = await start_in_memory(handler)
     for i in range(5):
-        run.engine.put(b"%d" % i)
+        run.put(b"%d" % i)
     await run.settle()
     run.server.stop()
     await trio.sleep(1)
@@ -242,16 +242,16 @@ async def test_stop_from_accept(
     run = await start_in_memory(echo, accept=accept, drain_timeout=drain_timeout)
     servers.append(run.server)
     for payload, address in ((b"1", ALICE), (b"stop", BOB), (b"2", ALICE), (b"x", CAROL)):
-        run.engine.put(payload, address)
+        run.put(payload, address)
     await trio.sleep(1)
-    assert run.engine.closed
+    assert run.endpoint.closed
     assert run.server.statistics().refused_stopping == 3
     check_adds_up(run.server)
 
 
 async def test_cancelling_serve_ends_everything_at_once(autojump_clock: MockClock) -> None:
     """Cancelling serve cancels its handlers and closes its endpoints; what waits is counted as dropped."""
-    endpoint, engine = memory_endpoint()
+    run = in_memory()
     ended = []
 
     async def handler(client: Client) -> None:
@@ -262,30 +262,30 @@ async def test_cancelling_serve_ends_everything_at_once(autojump_clock: MockCloc
             ended.append(client.peer_address)
 
     for address in (ALICE, ALICE, BOB):
-        engine.put(b"x", address)
+        run.put(b"x", address)
     async with trio.open_nursery() as nursery:
-        server = await nursery.start(partial(serve_endpoints, handler, [endpoint]))
+        server = await nursery.start(partial(serve_endpoints, handler, [run.endpoint]))
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     assert sorted(ended) == [ALICE, BOB]
-    assert engine.closed
+    assert run.endpoint.closed
     assert server.statistics().dropped_at_end == 1
     check_adds_up(server)
 
 
 async def test_closing_the_only_endpoint_ends_the_server(autojump_clock: MockClock) -> None:
     """serve_endpoints raises ClosedResourceError itself, not a group, when nothing is left to serve on."""
-    endpoint, engine = memory_endpoint()
+    run = in_memory()
     seen = []
 
     async def handler(client: Client) -> None:
         await client.receive()
-        await endpoint.aclose()
+        await run.endpoint.aclose()
         await trio.sleep_forever()
 
-    engine.put(b"x")
+    run.put(b"x")
     try:
-        await serve_endpoints(handler, [endpoint])
+        await serve_endpoints(handler, [run.endpoint])
     except trio.ClosedResourceError as error:
         seen.append(str(error))
     assert seen == ["every endpoint of this server has been closed"]
@@ -293,20 +293,20 @@ async def test_closing_the_only_endpoint_ends_the_server(autojump_clock: MockClo
 
 async def test_closing_one_of_two_endpoints_ends_its_clients(autojump_clock: MockClock) -> None:
     """ClientTable of a closed endpoint get ClosedResourceError, which is no error of theirs; the others go on."""
-    first, first_engine = memory_endpoint(("192.0.2.53", 53))
-    second, second_engine = memory_endpoint(("192.0.2.54", 53))
+    network = SimulatedNetwork()
+    first, second = network.endpoint(*SERVER), network.endpoint("192.0.2.54", 53)
     async with trio.open_nursery() as nursery:
         server: Server = await nursery.start(partial(serve_endpoints, echo, [first, second]))
-        first_engine.put(b"1")
-        second_engine.put(b"2")
+        network.inject(b"1", ALICE, first.local_address)
+        network.inject(b"2", ALICE, second.local_address)
         await trio.testing.wait_all_tasks_blocked()
         assert len(server.clients) == 2
         await first.aclose()
         await trio.testing.wait_all_tasks_blocked()
         assert [client.local_address for client in server.clients] == [("192.0.2.54", 53)]
-        second_engine.put(b"3")
+        network.inject(b"3", ALICE, second.local_address)
         await trio.testing.wait_all_tasks_blocked()
-        assert second_engine.sent_to(ALICE) == [b"2", b"3"]
+        assert second.statistics().sent == 2
         assert server.statistics().handler_errors == 0
         server.stop()
     check_adds_up(server)
@@ -314,22 +314,22 @@ async def test_closing_one_of_two_endpoints_ends_its_clients(autojump_clock: Moc
 
 async def test_closing_the_endpoint_during_the_drain_is_no_error(autojump_clock: MockClock) -> None:
     """A server that is stopping anyway returns normally when its endpoint is closed meanwhile."""
-    endpoint, engine = memory_endpoint()
+    run = in_memory()
 
     async def handler(client: Client) -> None:
         await client.receive()
         client.server.stop()
-        await endpoint.aclose()
+        await run.endpoint.aclose()
         await trio.sleep(1)
 
-    engine.put(b"x")
-    await serve_endpoints(handler, [endpoint])
+    run.put(b"x")
+    await serve_endpoints(handler, [run.endpoint])
     assert trio.current_time() == 1
 
 
 async def test_handlers_in_a_nursery_of_the_callers(autojump_clock: MockClock) -> None:
     """With handler_nursery, handlers outlive the server, and find their client closed."""
-    endpoint, engine = memory_endpoint()
+    run = in_memory()
     log = []
 
     async def handler(client: Client) -> None:
@@ -346,11 +346,11 @@ async def test_handlers_in_a_nursery_of_the_callers(autojump_clock: MockClock) -
     async with trio.open_nursery() as handler_nursery:
         async with trio.open_nursery() as nursery:
             server: Server = await nursery.start(
-                partial(serve_endpoints, handler, [endpoint], handler_nursery=handler_nursery)
+                partial(serve_endpoints, handler, [run.endpoint], handler_nursery=handler_nursery)
             )
-            engine.put(b"x")
-            engine.put(b"y", BOB)
-            engine.put(b"y", BOB)
+            run.put(b"x")
+            run.put(b"y", BOB)
+            run.put(b"y", BOB)
             await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
         log.append("server")
@@ -361,7 +361,7 @@ async def test_handlers_in_a_nursery_of_the_callers(autojump_clock: MockClock) -
 
 async def test_drain_with_handlers_in_a_nursery_of_the_callers(autojump_clock: MockClock) -> None:
     """The drain waits for such handlers too, but does not cancel them when the time is over."""
-    endpoint, engine = memory_endpoint()
+    run = in_memory()
     log = []
 
     async def handler(client: Client) -> None:
@@ -372,9 +372,9 @@ async def test_drain_with_handlers_in_a_nursery_of_the_callers(autojump_clock: M
     async with trio.open_nursery() as handler_nursery:
         async with trio.open_nursery() as nursery:
             server: Server = await nursery.start(
-                partial(serve_endpoints, handler, [endpoint], handler_nursery=handler_nursery)
+                partial(serve_endpoints, handler, [run.endpoint], handler_nursery=handler_nursery)
             )
-            engine.put(b"x")
+            run.put(b"x")
             await trio.testing.wait_all_tasks_blocked()
             server.stop()
         log.append(("server", trio.current_time()))
@@ -383,7 +383,7 @@ async def test_drain_with_handlers_in_a_nursery_of_the_callers(autojump_clock: M
 
 async def test_signals_stop_the_server(autojump_clock: MockClock) -> None:
     """The first of stop_signals drains the server."""
-    endpoint, engine = memory_endpoint()
+    run = in_memory()
     ends = []
 
     async def handler(client: Client) -> None:
@@ -391,14 +391,14 @@ async def test_signals_stop_the_server(autojump_clock: MockClock) -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
         ends.append(client.ended)
 
-    engine.put(b"x")
-    await serve_endpoints(handler, [endpoint], stop_signals={signal.SIGUSR1})
+    run.put(b"x")
+    await serve_endpoints(handler, [run.endpoint], stop_signals={signal.SIGUSR1})
     assert ends == ["stopping"]
 
 
 async def test_the_second_signal_stops_at_once(autojump_clock: MockClock) -> None:
     """The second of stop_signals cancels what still runs; serve returns normally all the same."""
-    endpoint, engine = memory_endpoint()
+    run = in_memory()
 
     async def handler(client: Client) -> None:
         await client.receive()
@@ -407,8 +407,8 @@ async def test_the_second_signal_stops_at_once(autojump_clock: MockClock) -> Non
         os.kill(os.getpid(), signal.SIGUSR1)
         await trio.sleep_forever()
 
-    engine.put(b"x")
-    await serve_endpoints(handler, [endpoint], stop_signals=[signal.SIGUSR1], drain_timeout=100)
+    run.put(b"x")
+    await serve_endpoints(handler, [run.endpoint], stop_signals=[signal.SIGUSR1], drain_timeout=100)
     assert trio.current_time() == 1
 
 
@@ -441,13 +441,13 @@ async def test_a_handler_with_a_nursery_is_cut_off(
 
     for _ in range(20):
         errors.clear()
-        endpoint, engine = memory_endpoint()
+        run = in_memory()
         async with trio.open_nursery() as nursery:
             server: Server = await nursery.start(
-                partial(serve_endpoints, handler, [endpoint], on_error=on_error, drain_timeout=drain_timeout)
+                partial(serve_endpoints, handler, [run.endpoint], on_error=on_error, drain_timeout=drain_timeout)
             )
-            engine.put(b"x", ALICE)
-            engine.put(b"x", BOB)
+            run.put(b"x", ALICE)
+            run.put(b"x", BOB)
             await trio.testing.wait_all_tasks_blocked()
             server.stop()
         assert [error for error in errors if error] == ["192.0.2.2: late"]
@@ -469,16 +469,14 @@ async def test_last_words_wait_for_room(start_in_memory: StartInMemory, autojump
         async for payload in client:
             client.send_nowait(payload)
 
-    run = await start_in_memory(handler)
-    run.engine.room = 1
+    run = await start_in_memory(handler, on=narrow())
     for i in range(3):
-        run.engine.put(b"%d" % i)
+        run.put(b"%d" % i)
     await run.settle()
     run.server.stop()
-    await trio.sleep(1)
+    await trio.sleep(1.5)
     assert run.server.statistics().clients == 0
-    assert not run.engine.closed
-    run.engine.make_room(2)
+    assert not run.endpoint.closed
     await trio.sleep(1)
-    assert run.engine.closed
-    assert run.engine.sent_to(ALICE) == [b"0", b"1", b"2"]
+    assert run.endpoint.closed
+    assert run.sent_to(ALICE) == [b"0", b"1", b"2"]

@@ -144,7 +144,7 @@ class ServerStatistics:
     kernel_dropped: int = 0
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class KernelFigures:
     """What the kernel says about a socket; zeros where it does not."""
 

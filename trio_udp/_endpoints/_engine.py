@@ -30,18 +30,20 @@ class Engine(Protocol):
     """One socket, and all that an :class:`Endpoint` does with it.
 
     Attributes:
-      socket: For the user; everything else goes by way of the engine.
       family: Its address family.
       bound_address: Where it is bound to.
       connected: It has one peer, and is told when that refuses a datagram.
       tally: Counts of what passed through, kept by ``receive`` and ``send``.
     """
 
-    socket: trio.socket.SocketType
     family: int
     bound_address: Address
     connected: bool
     tally: EndpointTally
+
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        """For the user; everything else goes by way of the engine."""
 
     def receive(self, batch: list[Datagram]) -> bool:
         """Append what has arrived to ``batch``, which is empty; at most ``BATCH`` datagrams. True if that is all.

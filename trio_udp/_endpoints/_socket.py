@@ -61,7 +61,9 @@ class SocketEngine(ABC):
                 # This costs nothing until asked, and counts from the socket's first moment. SO_RXQ_OVFL, which tells of
                 # drops with each datagram, does neither.
                 figures = MEMINFO.unpack(self._socket.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMINFO.size))
-                self._kernel_figures = KernelFigures(figures[DROPS], figures[RMEM_ALLOC], buffer // 2)
+                self._kernel_figures = KernelFigures(
+                    dropped=figures[DROPS], queued=figures[RMEM_ALLOC], receive_buffer=buffer // 2
+                )
             else:
                 self._kernel_figures = KernelFigures(receive_buffer=buffer)
         return self._kernel_figures

@@ -1,0 +1,496 @@
+"""What holds for every engine: the same tests run in memory and over loopback, so that neither can drift.
+
+Everything here is said in terms of endpoints, servers and connections. Times are real ones, and short.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+import trio_udp
+from trio_udp import Client, Connection, Endpoint, Server, serve_endpoints
+from trio_udp._endpoints import Address
+from trio_udp.testing import SimulatedNetwork
+
+from .conftest import Bystander, check_adds_up
+
+HOST = "127.0.0.1"
+
+
+@attrs.frozen
+class World:
+    """Where a test takes place: how to open an endpoint, and how to connect to it."""
+
+    endpoint: Callable[..., Awaitable[Endpoint]]
+    connect: Callable[..., Awaitable[Connection]]
+    narrow: Callable[[], Awaitable[tuple[Connection, Connection]]]  # two ends, and a line that is soon full
+
+
+async def open_endpoint(port: int = 0, host: str = HOST, **options: Any) -> Endpoint:
+    (endpoint,) = await trio_udp.open_endpoints(port, host=host, **options)
+    return endpoint
+
+
+async def open_narrow() -> tuple[Connection, Connection]:
+    # UDP has no back-pressure on one machine; Unix-domain datagrams have.
+    near, far = map(Endpoint.from_socket, socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
+    return Connection(near, near.route((HOST, 1))), Connection(far, far.route((HOST, 1)))
+
+
+def in_memory() -> World:
+    network = SimulatedNetwork()
+
+    async def open_endpoint(port: int = 0, host: str = HOST, **options: Any) -> Endpoint:
+        return network.endpoint(host, port, **options)
+
+    async def open_narrow() -> tuple[Connection, Connection]:
+        network = SimulatedNetwork(bandwidth=30_000)
+        near, far = (HOST, 1), (HOST, 2)
+        return await network.connect(*far, local_address=near), await network.connect(*near, local_address=far)
+
+    return World(open_endpoint, network.connect, open_narrow)
+
+
+@pytest.fixture(params=["simulated", "portable", "linux"])
+def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> World:
+    if request.param == "simulated":
+        return in_memory()
+    if request.param == "linux" and sys.platform != "linux":
+        pytest.skip("not Linux")
+    monkeypatch.setenv("TRIO_UDP_ENGINE", "" if request.param == "linux" else request.param)
+    return World(open_endpoint, trio_udp.connect, open_narrow)
+
+
+async def echo(client: Client) -> None:
+    async for payload in client:
+        await client.send(payload)
+
+
+StartServer = Callable[..., Awaitable[Server]]
+
+
+@pytest.fixture
+def start(world: World, nursery: trio.Nursery) -> StartServer:
+    """Start a server on a new endpoint; keywords are those of the endpoint."""
+
+    async def start(handler: Callable[[Client], Awaitable[object]] = echo, **options: Any) -> Server:
+        endpoint = await world.endpoint(**options)
+        server: Server = await nursery.start(partial(serve_endpoints, handler, [endpoint], idle_timeout=math.inf))
+        return server
+
+    return start
+
+
+def address_of(server: Server) -> Address:
+    return server.endpoints[0].local_address
+
+
+@pytest.fixture
+async def connection(world: World, start: StartServer) -> AsyncIterator[Connection]:
+    """A connection to an echo server."""
+    server = await start(receive_buffer=1_000_000)
+    async with await world.connect(*address_of(server)) as connection:
+        yield connection
+
+
+@pytest.fixture
+async def refused(world: World) -> AsyncIterator[Connection]:
+    """A connection to an address where nobody listens."""
+    endpoint = await world.endpoint()
+    await endpoint.aclose()
+    async with await world.connect(*endpoint.local_address) as connection:
+        yield connection
+
+
+async def take(connection: Connection, count: int) -> list[bytes]:
+    with trio.fail_after(5):
+        return [await connection.receive() for _ in range(count)]
+
+
+async def expect_refusal(connection: Connection) -> None:
+    with trio.fail_after(5), pytest.raises(ConnectionRefusedError):
+        await connection.receive()
+
+
+async def settle() -> None:
+    await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_payloads_come_back_whole(connection: Connection) -> None:
+    """Whatever its length, also none and the longest that UDP can carry."""
+    for payload in (b"hello", b"", bytes(range(256)) * 200, bytes(65_507)):
+        await connection.send(payload)
+        assert await take(connection, 1) == [payload]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_both_families(world: World, start: StartServer, host: str) -> None:
+    """Addresses are those that a socket of the family would give."""
+    server = await start(host=host)
+    own = address_of(server)
+    async with await world.connect(*own[:2]) as connection:
+        await connection.send(b"x")
+        assert await take(connection, 1) == [b"x"]
+        assert connection.peer_address == own
+        assert own == ((host, own[1]) if host == "127.0.0.1" else (host, own[1], 0, 0))
+        assert [client.peer_address for client in server.clients] == [connection.local_address]
+
+
+async def test_a_burst_keeps_its_order(connection: Connection) -> None:
+    """More than a batch, sent at once, is received and answered in order."""
+    wanted = [b"%d" % i for i in range(200)]
+    await connection.send_many(wanted)
+    assert await take(connection, 200) == wanted
+
+
+async def test_many_clients_at_once(world: World, start: StartServer) -> None:
+    """Datagrams of many clients that arrive mixed reach each its own handler, in order."""
+    server = await start(receive_buffer=1_000_000)
+    connections = [await world.connect(*address_of(server)) for _ in range(20)]
+    wanted = [b"%d" % i for i in range(10)]
+    for payload in wanted:
+        for connection in connections:
+            connection.send_nowait(payload)
+    for connection in connections:
+        assert await take(connection, 10) == wanted
+        await connection.aclose()
+    assert server.statistics().clients_started == 20
+    check_adds_up(server)
+
+
+async def test_what_is_too_long_is_the_senders_mistake(connection: Connection) -> None:
+    """65,508 bytes raise EMSGSIZE, and the connection goes on."""
+    with pytest.raises(OSError, match="too long") as info:
+        await connection.send(bytes(65_508))
+    assert info.value.errno == errno.EMSGSIZE
+    await connection.send(b"x")
+    assert await take(connection, 1) == [b"x"]
+
+
+async def test_truncated_datagrams_are_counted_and_dropped(world: World, start: StartServer) -> None:
+    """One as long as max_datagram_size is delivered, a longer one is not, and does not start a client."""
+    server = await start(max_datagram_size=100)
+    async with await world.connect(*address_of(server)) as connection:
+        await connection.send_many([bytes(101), bytes(5_000)])
+        await settle()
+        assert server.statistics().clients_started == 0
+        await connection.send_many([bytes(100), bytes(101), b"x"])
+        assert await take(connection, 2) == [bytes(100), b"x"]
+    statistics = server.statistics()
+    assert (statistics.received, statistics.truncated, statistics.delivered) == (5, 3, 2)
+    check_adds_up(server)
+
+
+async def test_only_the_peer_is_heard(world: World, start: StartServer, connection: Connection) -> None:
+    """What others send to a connection's address does not arrive."""
+    stranger = await start()
+    await stranger.send_to(b"forged", connection.local_address)
+    await connection.send(b"genuine")
+    assert await take(connection, 1) == [b"genuine"]
+    with pytest.raises(trio.WouldBlock):
+        connection.receive_nowait()
+
+
+async def test_send_to_reaches_who_has_never_written(start: StartServer) -> None:
+    """A server may speak first; the other end sees it at its own address."""
+    seen = []
+
+    async def handler(client: Client) -> None:
+        seen.append((client.peer_address, await client.receive()))
+
+    server, other = await start(), await start(handler)
+    await server.send_to(b"news", address_of(other))
+    await settle()
+    assert seen == [(address_of(server), b"news")]
+    assert (server.statistics().sent, server.statistics().bytes_sent) == (1, 4)
+
+
+async def test_nobody_can_write_to_port_zero(world: World, start: StartServer) -> None:
+    """Sending there is counted as EINVAL and harms nothing; connecting there is a mistake."""
+    server = await start()
+    await server.send_to(b"x", (HOST, 0))
+    assert server.statistics().errors == {"EINVAL": 1}
+    assert (server.statistics().sent, server.statistics().send_errors) == (0, 1)
+    with pytest.raises(ValueError, match="port"):
+        await world.connect(HOST, 0)
+
+
+async def test_answers_leave_from_the_address_written_to(world: World, start: StartServer) -> None:
+    """On an endpoint for all addresses, the same stranger at two of them is two clients."""
+
+    async def tell(client: Client) -> None:
+        async for _ in client:
+            await client.send(client.local_address[0].encode())
+
+    seen = []
+
+    async def listen(client: Client) -> None:
+        seen.append((client.peer_address, await client.receive()))
+
+    server, stranger = await start(tell, host="0.0.0.0"), await start(listen)
+    port = address_of(server)[1]
+    assert address_of(server) == ("0.0.0.0", port)
+    for host in ("127.0.0.2", "127.0.0.3"):
+        await stranger.send_to(b"x", (host, port))
+        await settle()
+    assert seen == [(("127.0.0.2", port), b"127.0.0.2"), (("127.0.0.3", port), b"127.0.0.3")]
+    assert {client.peer_address for client in server.clients} == {address_of(stranger)}
+    assert server.statistics().clients_started == 2
+
+
+async def test_what_came_before_the_server_is_served(world: World, nursery: trio.Nursery) -> None:
+    """Datagrams wait in the endpoint until somebody serves on it."""
+    endpoint = await world.endpoint()
+    async with await world.connect(*endpoint.local_address) as connection:
+        await connection.send_many([b"1", b"2"])
+        await nursery.start(partial(serve_endpoints, echo, [endpoint]))
+        await connection.send(b"3")
+        assert await take(connection, 3) == [b"1", b"2", b"3"]
+
+
+TELLS_NOT = () if sys.platform == "linux" else (0,)
+
+
+async def test_a_full_receive_buffer(world: World, nursery: trio.Nursery) -> None:
+    """What finds no room is lost; what is there already is not, and stays in order."""
+    endpoint = await world.endpoint(receive_buffer=10_000)
+    seen: list[bytes] = []
+
+    async def collect(client: Client) -> None:
+        while True:
+            seen.append(await client.receive())
+
+    async with await world.connect(*endpoint.local_address) as connection:
+        sent = [b"%0100d" % i for i in range(1_000)]
+        await connection.send_many(sent)
+        server: Server = await nursery.start(partial(serve_endpoints, collect, [endpoint]))
+        await settle()
+        assert 0 < len(seen) < 1_000
+        assert seen[0] == sent[0]
+        assert seen == sorted(seen)
+        assert server.statistics().received == len(seen)
+        assert server.statistics().kernel_dropped in (1_000 - len(seen), *TELLS_NOT)
+        assert connection.statistics().sent == 1_000
+        await connection.send(b"there is room again")
+        await settle()
+        assert seen[-1] == b"there is room again"
+
+
+async def test_a_full_send_buffer(world: World) -> None:
+    """send_nowait raises, send waits, and everything arrives once and in order."""
+    near, far = await world.narrow()
+    count = 0
+    while True:
+        try:
+            near.send_nowait(b"%d" % count)
+        except trio.WouldBlock:
+            break
+        count += 1
+    assert count > 0
+    rest = [b"%d" % i for i in range(count, count + 1_000)]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(near.send_many, rest)
+        assert await take(far, count + 1_000) == [b"%d" % i for i in range(count + 1_000)]
+    assert near.statistics().sent == count + 1_000
+    assert near.statistics().send_errors == 0
+    near.close()
+    far.close()
+
+
+async def test_a_refusal_is_raised_once(world: World, refused: Connection, nursery: trio.Nursery) -> None:
+    """receive says once that nobody listens; when somebody does, the same connection reaches them."""
+    await refused.send(b"anybody?")
+    await expect_refusal(refused)
+    with pytest.raises(trio.WouldBlock):
+        refused.receive_nowait()
+    endpoint = await world.endpoint(refused.peer_address[1])
+    await nursery.start(partial(serve_endpoints, echo, [endpoint]))
+    await refused.send(b"and now?")
+    assert await take(refused, 1) == [b"and now?"]
+    assert refused.statistics().errors == {"ECONNREFUSED": 1}
+
+
+async def test_a_refusal_costs_no_datagram(world: World, refused: Connection, nursery: trio.Nursery) -> None:
+    """A refusal may show when the next datagram is sent; that one is sent all the same."""
+    await refused.send(b"refused")
+    endpoint = await world.endpoint(refused.peer_address[1])
+    await nursery.start(partial(serve_endpoints, echo, [endpoint]))
+    await refused.send(b"wanted")
+    await expect_refusal(refused)
+    assert await take(refused, 1) == [b"wanted"]
+    assert (refused.statistics().sent, refused.statistics().send_errors) == (2, 0)
+
+
+async def test_a_refusal_wakes_the_receiver(refused: Connection) -> None:
+    """A task that has been waiting all the time is told of each refusal."""
+    for _ in range(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(expect_refusal, refused)
+            await settle()
+            await refused.send(b"x")
+
+
+async def test_a_server_is_not_told_of_refusals(world: World, start: StartServer) -> None:
+    """Answers to a client that is gone are no errors, and others are served."""
+    server = await start()
+    for _ in range(5):
+        async with await world.connect(*address_of(server)) as leaves:
+            await leaves.send(b"x")
+    async with await world.connect(*address_of(server)) as stays:
+        await stays.send(b"still there?")
+        assert await take(stays, 1) == [b"still there?"]
+    assert (server.statistics().sent, server.statistics().errors) == (6, {})
+
+
+async def test_addresses_in_use(world: World, start: StartServer) -> None:
+    """An address belongs to one endpoint, and is free when that is closed."""
+    endpoint = await world.endpoint()
+    with pytest.raises(OSError, match="in use") as info:
+        await world.endpoint(endpoint.local_address[1])
+    assert info.value.errno == errno.EADDRINUSE
+    server = await start()
+    with pytest.raises(OSError, match="in use"):
+        await world.connect(*address_of(server), local_address=endpoint.local_address)
+    await endpoint.aclose()
+    async with await world.connect(*address_of(server), local_address=endpoint.local_address) as connection:
+        assert connection.local_address == endpoint.local_address
+        await connection.send(b"x")
+        assert await take(connection, 1) == [b"x"]
+
+
+async def test_closing_an_endpoint_under_a_waiting_server(world: World, nursery: trio.Nursery) -> None:
+    """The server ends with ClosedResourceError; its handlers find their client closed."""
+    endpoint = await world.endpoint()
+    ends = []
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        try:
+            await client.receive()
+        finally:
+            ends.append(client.statistics().received)
+
+    async def serve() -> None:
+        with trio.fail_after(5), pytest.raises(trio.ClosedResourceError):
+            await serve_endpoints(handler, [endpoint])
+        ends.append(-1)
+
+    nursery.start_soon(serve)
+    async with await world.connect(*endpoint.local_address) as connection:
+        await connection.send(b"x")
+        await settle()
+        await endpoint.aclose()
+        await settle()
+    assert ends == [1, -1]
+    assert endpoint.closed
+    assert endpoint.statistics().received == 1
+    assert repr(endpoint) == f"<trio_udp.Endpoint {endpoint.local_address} closed>"
+
+
+async def test_closing_with_datagrams_waiting(world: World) -> None:
+    """A server whose endpoint is closed in the middle of what has arrived ends, and does not spin."""
+    endpoint = await world.endpoint()
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        endpoint.close()
+        await trio.sleep_forever()
+
+    async with await world.connect(*endpoint.local_address) as connection:
+        await connection.send_many([b"x"] * 100)
+        with trio.fail_after(5), pytest.raises(trio.ClosedResourceError):
+            await serve_endpoints(handler, [endpoint])
+
+
+async def test_closing_a_connection_under_a_waiting_receiver(connection: Connection) -> None:
+    """It gets ClosedResourceError, as does everybody afterwards."""
+    ends = []
+
+    async def receive() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await connection.receive()
+        ends.append("closed")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        await settle()
+        await connection.aclose()
+    connection.close()
+    assert ends == ["closed"]
+    assert "closed" in repr(connection)
+    for operation in (connection.receive, partial(connection.send, b"x"), partial(connection.send_many, [b"x"])):
+        with pytest.raises(trio.ClosedResourceError):
+            await operation()
+    for nowait in (connection.receive_nowait, partial(connection.send_nowait, b"x")):
+        with pytest.raises(trio.ClosedResourceError):
+            nowait()
+
+
+async def test_cancelling_receive_loses_nothing(connection: Connection) -> None:
+    """What has arrived is there for the next receive."""
+    await connection.send(b"x")
+    await settle()
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await connection.receive()
+    assert scope.cancelled_caught
+    assert await take(connection, 1) == [b"x"]
+
+
+async def test_two_tasks_cannot_receive_at_once(connection: Connection) -> None:
+    """The second one gets BusyResourceError, and the first its datagram."""
+    seen = []
+
+    async def receive() -> None:
+        seen.append(await connection.receive())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        await settle()
+        with pytest.raises(trio.BusyResourceError):
+            await connection.receive()
+        with pytest.raises(trio.WouldBlock):
+            connection.receive_nowait()
+        await connection.send(b"x")
+    assert seen == [b"x"]
+
+
+async def test_counters(world: World, start: StartServer) -> None:
+    """Both ends count the same datagrams, and every one of them once."""
+    server = await start()
+    async with await world.connect(*address_of(server)) as connection:
+        await connection.send_many([b"123", b"", b"45"])
+        assert await take(connection, 2) == [b"123", b""]
+        await settle()
+        near = connection.statistics()
+    far = connection.statistics()
+    statistics = server.statistics()
+    assert (statistics.received, statistics.bytes_received, statistics.sent, statistics.bytes_sent) == (3, 5, 3, 5)
+    assert (near.sent, near.bytes_sent, near.delivered) == (3, 5, 2)
+    assert near.received == near.delivered + near.waiting
+    assert far.received == far.delivered + far.dropped_at_end
+    assert (statistics.errors, near.errors) == ({}, {})
+    check_adds_up(server)
+
+
+async def test_two_ends_leave_turns_to_others(connection: Connection) -> None:
+    """A conversation that never pauses lets other tasks run."""
+    bystander = Bystander()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bystander.run)
+        for _ in range(100):
+            await connection.send(b"x")
+            assert await take(connection, 1) == [b"x"]
+        nursery.cancel_scope.cancel()
+    assert bystander.turns >= 100
