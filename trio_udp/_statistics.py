@@ -20,7 +20,8 @@ class EndpointStatistics:
       send_errors: Datagrams that the kernel or the network refused to send.
       errors: Both kinds of error by name: ``{"EHOSTUNREACH": 2}``.
       kernel_dropped: Datagrams that never came here: the kernel has dropped them, nearly always because the receive
-        buffer was full. They are in no other count. Told by Linux (``SO_MEMINFO``), like the next; 0 elsewhere.
+        buffer was full. They are in no other count; some that travelled as one (GSO, GRO) count as one. Told by Linux
+        (``SO_MEMINFO``), like the next; 0 elsewhere.
       kernel_queued: Bytes of kernel memory that hold datagrams not yet read.
       receive_buffer: Bytes granted for them, in the measure of ``SO_RCVBUF``: Linux lets them fill twice as much, to
         have room for its own structures.
