@@ -290,6 +290,39 @@ def fail_when(monkeypatch: pytest.MonkeyPatch, call: str, error: Callable[[tuple
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", None])
+async def test_a_full_send_buffer(
+    start: Start, peer: socket.socket, monkeypatch: pytest.MonkeyPatch, host: str | None
+) -> None:
+    """Of a batch the kernel takes what there is room for; the rest leaves later, once and in order."""
+    real, calls = _linux._sendmmsg, 0
+
+    def narrow(fileno: int, messages: Any, count: int, flags: int) -> int:
+        """Take three messages, then none, by turns."""
+        nonlocal calls
+        calls += 1
+        if calls % 2:
+            return int(real(fileno, messages, min(count, 3), flags))
+        ctypes.set_errno(errno.EAGAIN)
+        return -1
+
+    monkeypatch.setattr(_linux, "_sendmmsg", narrow)
+
+    async def handler(client: Client) -> None:
+        async for _ in client:
+            await client.send_many([b"%d" % i for i in range(30)])  # sizes 1 and 2
+            for i in range(30, 60):
+                await client.send(bytes(i))  # of growing size: nothing to merge
+
+    server = await start(handler, host=host)
+    for _ in range(3):
+        peer.sendto(b"go", ("127.0.0.1", server.endpoints[0].local_address[1]))
+    expected = 3 * [*[b"%d" % i for i in range(30)], *[bytes(i) for i in range(30, 60)]]
+    assert [await receive(peer) for _ in expected] == expected
+    assert calls > 20
+    assert (server.statistics().sent, server.statistics().send_errors) == (180, 0)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", None])
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM, errno.EINVAL])
 @pytest.mark.parametrize("call", ["_recvmmsg", "_sendmmsg"])
 async def test_where_a_system_call_is_missing(
