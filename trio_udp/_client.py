@@ -182,12 +182,13 @@ class Client(Conversation):
                     yield from trio.lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105
                     self._raise_over()
                 table.begins_to_wait(self)
-                inbox.expect_with(trio.lowlevel.current_task())
+                inbox.receiver = task = current_task()
+                task.custom_sleep_data = inbox  # until Trio is to run it again, for whatever reason
                 try:
                     # Here, not in a coroutine further down: 200 bytes less for each client that waits.
                     outcome = yield SLEEP
                 finally:
-                    inbox.expect_no_more()
+                    inbox.receiver = None
                     table.waits_no_more(self)
                 if type(outcome) is bytes:
                     return outcome

@@ -154,6 +154,7 @@ class ClientTable:
         client._waiting_since = self._now()
         if client._next_check == math.inf:
             self._check_later(client)
+            client._inbox.shrink()  # here because it is seldom: the first time, and then about once in an idle timeout
         if self._evictable is not None and not client._transactions:
             self._evictable[client] = None
 

@@ -31,7 +31,7 @@ SLEEP = _make_sleep()
 # What comes back: a payload, or this if there is none. When the task is cancelled, an outcome comes back that raises.
 WOKEN: Any = None
 
-# In place of a deque, which is 620 bytes, for as long as each datagram is taken before the next one comes.
+# In place of a deque, which is 620 bytes, until two datagrams wait at once.
 NOTHING: Any = ()
 
 
@@ -53,7 +53,7 @@ class Inbox:
     _limits: Limits
     _totals: InboxTally
     payloads: deque[bytes] = attrs.field(default=NOTHING, init=False)
-    _receiver: trio.lowlevel.Task | None = attrs.field(default=None, init=False)
+    receiver: trio.lowlevel.Task | None = attrs.field(default=None, init=False)
     delivered: int = attrs.field(default=0, init=False)
     dropped_inbox_full: int = attrs.field(default=0, init=False)
     dropped_at_end: int = attrs.field(default=0, init=False)
@@ -80,7 +80,7 @@ class Inbox:
             totals.dropped_inbox_full += 1
             self.wake()  # where it was the total that was full: the client is not silent, its wait begins anew
             return
-        receiver = self._receiver
+        receiver = self.receiver
         if receiver is not None and receiver.custom_sleep_data is self:  # it sleeps, so nothing waits here
             self._bytes_gone += size
             self.delivered += 1
@@ -105,25 +105,20 @@ class Inbox:
         self.delivered += 1
         return payload
 
-    def expect_with(self, task: trio.lowlevel.Task) -> None:
-        """The task is about to ``yield SLEEP`` until something is put here, or :meth:`wake` is called."""
-        if self.delivered == 1:
-            self.payloads = NOTHING  # what was for the first datagram, before there was a task to wait for it
-        task.custom_sleep_data = self  # Trio clears it when the task is to run again, for whatever reason
-        self._receiver = task
-
-    def expect_no_more(self) -> None:
-        self._receiver = None
+    def shrink(self) -> None:
+        """Give back the memory of an empty inbox."""
+        if not self.payloads:
+            self.payloads = NOTHING
 
     @property
     def is_awaited(self) -> bool:
         """Whether a task sleeps here, and nothing has happened yet that will wake it."""
-        return self._receiver is not None and self._receiver.custom_sleep_data is self
+        return self.receiver is not None and self.receiver.custom_sleep_data is self
 
     def wake(self) -> None:
         """Let the receiver, if there is one, look again."""
-        if self._receiver is not None and self.is_awaited:
-            trio.lowlevel.reschedule(self._receiver, WOKEN)
+        if self.receiver is not None and self.is_awaited:
+            trio.lowlevel.reschedule(self.receiver, WOKEN)
 
     def hand_over(self, successor: Inbox) -> None:
         """Move what waits here to an empty inbox of the same server, as if it had arrived there."""
