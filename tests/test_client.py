@@ -532,6 +532,45 @@ async def test_sending_to_many_clients_lets_others_run(start_in_memory: StartInM
     assert len(run.sent) == 1_000
 
 
+async def test_receiving_in_vain_between_sends_lets_others_run(start_in_memory: StartInMemory) -> None:
+    """Sends count towards letting others run until a receive gives something: one that raises does not count."""
+    turns = []
+
+    async def handler(client: Client) -> None:
+        bystander = Bystander()
+        await client.receive()
+        client.server.stop()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(bystander.run)
+            for _ in range(640):
+                with pytest.raises(trio.EndOfChannel):
+                    await client.receive()
+                await client.send(b"goodbye")
+            turns.append(bystander.turns)
+            nursery.cancel_scope.cancel()
+
+    run = await start_in_memory(handler)
+    run.put(b"x")
+    await run.settle()
+    assert turns[0] >= 640 // 64 - 1
+
+
+async def test_send_many_is_over_with_the_conversation_even_of_nothing(start_in_memory: StartInMemory) -> None:
+    """send_many with nothing to send raises ClosedResourceError once the client is closed, as send does."""
+    raised = []
+
+    async def handler(client: Client) -> None:
+        client.close()
+        with pytest.raises(trio.ClosedResourceError):
+            await client.send_many([])
+        raised.append(True)
+
+    run = await start_in_memory(handler)
+    run.put(b"x")
+    await run.settle()
+    assert raised == [True]
+
+
 async def test_send_many_notices_cancellation_even_of_nothing(start_in_memory: StartInMemory) -> None:
     """send_many with nothing to send is a point at which cancellation is noticed."""
     noticed = []

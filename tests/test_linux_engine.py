@@ -23,7 +23,7 @@ from trio_udp import Client, Endpoint, Server, connect, serve
 from trio_udp._endpoints._address import pack_address, unpack_address
 from trio_udp._endpoints._pktinfo import pack_control, unpack_control
 from trio_udp._endpoints._portable import PortableEngine
-from trio_udp._endpoints._socket import UDP_GRO
+from trio_udp._endpoints._socket import UDP_GRO, UDP_SEGMENT
 
 from .conftest import check_adds_up
 
@@ -31,7 +31,7 @@ if sys.platform != "linux":
     pytest.skip("needs Linux", allow_module_level=True)
 
 from trio_udp._endpoints import _linux
-from trio_udp._endpoints._linux import UDP_SEGMENT, LinuxEngine
+from trio_udp._endpoints._linux import LinuxEngine
 
 SO_NO_CHECK = 11  # from asm-generic/socket.h: send without checksums, which cannot be merged
 
@@ -50,6 +50,11 @@ def start(nursery: trio.Nursery) -> Start:
         return server
 
     return start
+
+
+@pytest.fixture(autouse=True)
+def warn_anew() -> None:
+    _linux._warn_once.cache_clear()
 
 
 @pytest.fixture
@@ -147,6 +152,21 @@ async def test_replies_of_one_size_leave_as_one(start: Start, peer: socket.socke
     assert next(iter(server.clients)).statistics().sent == 23
 
 
+async def test_each_client_is_told_what_it_sent_itself(start: Start, peer: socket.socket) -> None:
+    """Replies of a client and of its successor, which has the same peer, may leave as one; each counts its own."""
+    clients = []
+
+    async def handler(client: Client) -> None:
+        clients.append(client)
+        await client.send(await client.receive())
+
+    server = await start(handler)
+    send_joined(peer, b"abcde", 1, server)
+    assert [await receive(peer) for _ in range(5)] == [b"a", b"b", b"c", b"d", b"e"]
+    assert [client.statistics().sent for client in clients] == [1] * 5
+    assert server.statistics().sent == 5
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", None])
 @pytest.mark.parametrize("size", [1, 7, 100, 1400])
 async def test_joined_datagrams_are_divided(start: Start, peer: socket.socket, host: str | None, size: int) -> None:
@@ -212,6 +232,27 @@ async def test_joined_datagrams_of_a_connection(peer: socket.socket) -> None:
             for _ in range(250):
                 assert await connection.receive() == b"abcd"
                 assert connection.statistics().waiting < 64
+
+
+async def test_closing_ends_what_is_ahead(start: Start, peer: socket.socket) -> None:
+    """Once an endpoint is closed nobody new is served on it, whatever had been read together with the last batch."""
+    started = []
+
+    async def handler(client: Client) -> None:
+        started.append(client)
+        async for _ in client:
+            client.server.endpoints[0].close()
+
+    with pytest.RaisesGroup(trio.ClosedResourceError):
+        async with trio.open_nursery() as nursery:
+            server = await nursery.start(partial(serve, handler, 0, host="127.0.0.1"))
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+                for sock in (peer, other):
+                    send_joined(sock, bytes(1_000), 16, server)
+                    send_joined(sock, bytes(1_000), 16, server)
+                await trio.sleep_forever()
+    assert len(started) == 1
+    check_adds_up(server)
 
 
 async def test_a_socket_that_others_have_too_is_left_as_it_was(start: Start) -> None:
@@ -351,6 +392,9 @@ async def test_where_a_system_call_is_missing(
         assert [await receive(peer) for _ in range(6)] == [b"one", me, b"", b"two", me, b""]
     s = server.statistics()
     assert (s.received, s.sent, s.clients_started, s.send_errors, s.receive_errors) == (6, 18, 1, 0, 0)
+    async with await connect("127.0.0.1", port) as connection:
+        await connection.send(b"")
+        assert [await connection.receive() for _ in range(3)] == [b"", b"%d" % connection.local_address[1], b""]
     (warning,) = warnings_of(caplog)
     assert errno.errorcode[code] in warning
 

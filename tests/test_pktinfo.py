@@ -61,3 +61,10 @@ def test_other_control_messages_are_passed_over(others: list[tuple[int, int, byt
     assert reply_control(others) == ()
     assert local_host(()) is None
     assert reply_control([*others, in_pktinfo(3, "192.0.2.5", "192.0.2.5")]) == (in_pktinfo(0, "192.0.2.5", "0.0.0.0"),)
+
+
+def test_replies_to_ipv4_multicast_leave_it_to_the_kernel() -> None:
+    """Also on an IPv6 socket, where the kernel accepts no local address of IPv6 for an IPv4 peer."""
+    reply = reply_control([in6_pktinfo("::ffff:224.0.0.1", 2)])
+    assert reply == (in6_pktinfo("::ffff:0.0.0.0", 0),)
+    assert local_host(reply) is None

@@ -158,6 +158,11 @@ async def test_ipv4_clients_of_a_dual_stack_socket(nursery: trio.Nursery) -> Non
         answer = await ask(client, b"x")
         own, port = client.getsockname()[1], port_of(server)
         assert answer.decode() == f"('::ffff:127.0.0.1', {own}, 0, 0) to ('::ffff:127.0.0.2', {port}, 0, 0)"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(5)
+        await server.send_to(b"unasked", ("::ffff:127.0.0.1", sock.getsockname()[1], 0, 0))
+        assert sock.recvfrom(100) == (b"unasked", ("127.0.0.1", port))
 
 
 @needs_pktinfo

@@ -143,7 +143,8 @@ class Client(Conversation):
     def close(self) -> None:
         """End this conversation; what waits in the inbox is dropped and counted. Idempotent.
 
-        The next datagram from this address begins a new conversation at once, even while this handler still tidies up.
+        (What has been handed to a :meth:`receive` that was waiting for it does not wait any more: that returns it.) The
+        next datagram from this address begins a new conversation at once, even while this handler still tidies up.
         """
         if not self._closed:
             super().close()
@@ -191,13 +192,14 @@ class Client(Conversation):
                     inbox.receiver = None
                     table.waits_no_more(self)
                 if type(outcome) is bytes:
+                    self._endpoint.sent_in_a_row = 0
                     return outcome
                 if outcome is not WOKEN:
                     outcome.unwrap()
+            self._endpoint.sent_in_a_row = 0
             return inbox.take()
         finally:
             self._receiving = False
-            self._endpoint.sent_in_a_row = 0
 
     def _is_over(self) -> bool:
         """Whether there is nothing to wait for, now that the inbox is empty."""

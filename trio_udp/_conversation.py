@@ -113,8 +113,8 @@ class Conversation(trio.abc.Channel[bytes]):
         endpoint, route = self._endpoint, self._route
         copies = [as_payload(payload, endpoint, route) for payload in payloads]
         position = 0
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while position < len(copies):
+        while True:
+            await trio.lowlevel.checkpoint_if_cancelled()
             self._check_open()
             some = copies[position : position + YIELD_EVERY - endpoint.sent_in_a_row]
             sent = endpoint.send_many_nowait(some, route, self._sending)
@@ -126,8 +126,8 @@ class Conversation(trio.abc.Channel[bytes]):
             if endpoint.sent_in_a_row >= YIELD_EVERY:
                 endpoint.sent_in_a_row = 0
                 await trio.lowlevel.cancel_shielded_checkpoint()
-            if position < len(copies):
-                await trio.lowlevel.checkpoint_if_cancelled()
+            if position == len(copies):
+                return
 
     async def aclose(self) -> None:
         """Like :meth:`close`, and a checkpoint."""

@@ -19,14 +19,18 @@ def is_ipv6(address: Address) -> bool:
     return ":" in address[0]
 
 
+def is_mapped(address: Address) -> bool:
+    """Whether it is an IPv4 address as an IPv6 socket has it, mapped into IPv6: RFC 4291 section 2.5.5.2."""
+    return address[0].startswith("::ffff:") and "." in address[0]
+
+
 def family_of(address: Address) -> socket.AddressFamily:
     return socket.AF_INET6 if is_ipv6(address) else socket.AF_INET
 
 
 def max_payload(address: Address) -> int:
     """Length of the longest payload that one datagram to an address can carry."""
-    # An IPv6 socket may have IPv4 peers, whose addresses are then mapped into IPv6 (RFC 4291 section 2.5.5.2).
-    over_ipv6 = is_ipv6(address) and not address[0].startswith("::ffff:")
+    over_ipv6 = is_ipv6(address) and not is_mapped(address)
     return MAX_PAYLOAD_IPV6 if over_ipv6 else MAX_PAYLOAD_IPV4
 
 

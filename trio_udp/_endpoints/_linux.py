@@ -27,20 +27,21 @@ import threading
 from array import array
 from collections import deque
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from typing import Any, NoReturn, TypeAlias, cast
 
 import attrs
 import trio
 
-from ._address import MAX_PAYLOAD_IPV4, Address, pack_address, unpack_address
+from ._address import MAX_PAYLOAD_IPV4, Address, is_mapped, pack_address, unpack_address
 from ._engine import BATCH, Datagram, Outgoing, Route
 from ._pktinfo import (
     CMSG_HEADER,
     CONTROL_SIZE,
     IP_PKTINFO,
     IPV6_PKTINFO,
+    NO_MAPPED_ADDRESS,
     ReplyControl,
     local_host,
     needs_local_address,
@@ -48,12 +49,11 @@ from ._pktinfo import (
     reply_control,
     unpack_control,
 )
-from ._socket import UDP_GRO, SocketEngine
+from ._socket import UDP_GRO, UDP_SEGMENT, SocketEngine
 
 logger = logging.getLogger("trio_udp")
 
-# From linux/udp.h. Kernels before 6.9 take no more segments than this.
-UDP_SEGMENT = 103
+# Kernels before 6.9 divide a message into no more segments than this.
 MAX_SEGMENTS = 64
 SEGMENT_SIZE = struct.Struct("@H")
 
@@ -245,6 +245,9 @@ _recvmmsg, _sendmmsg, _sendto = (
 )  # AttributeError where the C library has none
 
 
+_warn_once = cache(logger.warning)  # not for each socket: a client may open thousands
+
+
 def _raise(code: int) -> NoReturn:
     raise OSError(code, os.strerror(code))
 
@@ -278,7 +281,8 @@ class LinuxEngine(SocketEngine):
         else:
             self._layout = IPV6_WILDCARD if needs_local_address(sock) else IPV6
         # A machine has few addresses. To take the same bytes apart each time would be a tenth of an echo.
-        self._understand = lru_cache(maxsize=1_000)(lambda control: self._layout.understand(unpack_control(control)))
+        layout = self._layout
+        self._understand = lru_cache(maxsize=1_000)(lambda control: layout.understand(unpack_control(control)))
         # On a connected socket, sending may fail with the answer to an earlier datagram, and sendmmsg does not tell why
         # it has stopped in the middle. So there each message has a call of its own.
         self._messages_at_once = 1 if self.connected else BATCH
@@ -297,7 +301,7 @@ class LinuxEngine(SocketEngine):
         return True
 
     def receive(self, batch: list[Datagram]) -> bool:
-        if self._ahead:
+        if self._ahead and not self.closed:
             return self._take_from_ahead(batch)
         if self._one_by_one:
             return self._receive_one_by_one(batch)
@@ -406,7 +410,7 @@ class LinuxEngine(SocketEngine):
         room = 0  # bytes: the longest datagram that can become one more segment of the last message
         for payload, route, tally in outbox:
             size = len(payload)
-            if route is last_route and 0 < size <= room:
+            if route is last_route and 0 < size <= room and tally is message[3]:
                 message[0] += 1
                 message[1] += size
                 if size < room or message[0] == MAX_SEGMENTS or message[1] + size > MAX_PAYLOAD_IPV4:
@@ -448,22 +452,25 @@ class LinuxEngine(SocketEngine):
         # A segment too long for the way to one peer says nothing about the others, and may be EINVAL on older kernels.
         if code == errno.EIO or (code == errno.EINVAL and not self._has_merged):
             self._merges = False
-            logger.warning("UDP_SEGMENT does not work here (%s): datagrams are sent singly", errno.errorcode[code])
+            _warn_once("UDP_SEGMENT does not work here (%s): datagrams are sent singly", errno.errorcode[code])
 
     def _do_without_batches(self, code: int) -> None:
-        logger.warning(
-            "recvmmsg or sendmmsg cannot be used (%s): a system call for each datagram", errno.errorcode[code]
-        )
+        _warn_once("recvmmsg or sendmmsg cannot be used (%s): a system call for each datagram", errno.errorcode[code])
         self._one_by_one = True
 
     def _receive_one_by_one(self, batch: list[Datagram]) -> bool:
         try:
-            payload, control, _, address = self._socket.recvmsg(65_535, CONTROL_SIZE)
+            while len(self._ahead) < BATCH:
+                payload, control, _, address = self._socket.recvmsg(65_535, CONTROL_SIZE)
+                name = b"" if self.connected else pack_address(address, self.family)
+                self._put_ahead(payload, name, self._layout.understand(control))
         except BlockingIOError:
-            return True
-        name = b"" if self.connected else pack_address(address, self.family)
-        self._put_ahead(payload, name, self._layout.understand(control))
-        return self._take_from_ahead(batch)
+            pass
+        finally:
+            drained = len(self._ahead) < BATCH
+            if self._ahead:
+                self._take_from_ahead(batch)
+        return drained
 
     def _send_one_by_one(self, outbox: deque[Outgoing]) -> None:
         while outbox:
@@ -473,7 +480,12 @@ class LinuxEngine(SocketEngine):
             self._remove_sent(outbox, [[1, len(payload), 0, tally]])
 
     def route(self, address: Address) -> Route:
-        return b"" if self.connected else pack_address(address, self.family) + self._layout.no_local_address
+        if self.connected:
+            return b""
+        end = self._layout.no_local_address
+        if end and is_mapped(address):
+            end = self._layout.local_address(NO_MAPPED_ADDRESS)
+        return pack_address(address, self.family) + end
 
     def peer_address(self, route: Route) -> Address:
         return self._peer_address if self.connected else unpack_address(cast("bytes", route))

@@ -23,6 +23,11 @@ IP_PKTINFO: int | None = getattr(socket, "IP_PKTINFO", {"linux": 8, "darwin": 26
 IPV6_PKTINFO: int | None = getattr(socket, "IPV6_PKTINFO", None)
 IPV6_RECVPKTINFO: int | None = getattr(socket, "IPV6_RECVPKTINFO", None)
 
+# An IPv4 address as an IPv6 socket has it (RFC 4291 section 2.5.5.2), and the choice of one left to the kernel: with an
+# IPv4 peer it takes no other IPv6 address, not even the unspecified one.
+MAPPED = bytes(10) + b"\xff\xff"
+NO_MAPPED_ADDRESS: ReplyControl = ((socket.IPPROTO_IPV6, IPV6_PKTINFO or 0, MAPPED + bytes(8)),)
+
 # Bytes to make room for: either structure, and what else the user may have asked the socket for. What does not fit is
 # cut off.
 CONTROL_SIZE = 512
@@ -62,6 +67,8 @@ def reply_control(control: Iterable[tuple[int, int, Any]]) -> ReplyControl:
             # struct in6_pktinfo {struct in6_addr ipi6_addr; unsigned int ipi6_ifindex;}
             if data[0] == 0xFF:
                 return ()  # multicast: not an address to send from
+            if data[:12] == MAPPED and data[12] & 0xF0 == 0xE0:
+                return NO_MAPPED_ADDRESS
             link_local = data[0] == 0xFE and data[1] & 0xC0 == 0x80
             return ((level, kind, data if link_local else data[:16] + bytes(4)),)
     return ()
@@ -72,6 +79,8 @@ def local_host(reply: ReplyControl) -> tuple[str, int] | None:
     for level, _, data in reply:
         if level == socket.IPPROTO_IP:
             return (socket.inet_ntop(socket.AF_INET, data[4:8]), 0) if any(data[4:8]) else None
+        if data[:16] in (bytes(16), MAPPED + bytes(4)):
+            return None
         return socket.inet_ntop(socket.AF_INET6, data[:16]), int.from_bytes(data[16:20], sys.byteorder)
     return None
 

@@ -19,7 +19,7 @@ import trio
 from ._address import Address
 from ._engine import BATCH, Datagram, Outgoing, Route
 from ._pktinfo import CONTROL_SIZE, ReplyControl, local_host, needs_local_address, reply_control
-from ._socket import UDP_GRO, SocketEngine, is_connected
+from ._socket import UDP_GRO, UDP_SEGMENT, SocketEngine, is_connected
 
 # Local addresses to remember control messages for. A server may answer for a whole IPv6 prefix: somebody could write to
 # each address in it.
@@ -48,9 +48,10 @@ class PortableEngine(SocketEngine):
     def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int) -> None:
         super().__init__(sock)
         if sys.platform == "linux":
-            # Somebody may have had the socket before who could take joined datagrams apart. (On others it is an error.)
-            with suppress(OSError):
-                sock.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 0)
+            # Somebody may have had the socket before who joined datagrams. (On sockets other than UDP it is an error.)
+            for option in (UDP_SEGMENT, UDP_GRO):
+                with suppress(OSError):
+                    sock.setsockopt(socket.IPPROTO_UDP, option, 0)
         self._longest = max_datagram_size
         # One byte more than allowed: what fills it was too long. MSG_TRUNC says the same but needs a recvmsg.
         self._buffer_size = max_datagram_size + 1

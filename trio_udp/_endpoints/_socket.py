@@ -16,7 +16,8 @@ from .._statistics import EndpointTally, KernelFigures
 from ._address import Address, max_payload
 from ._engine import Route
 
-# Not in the socket module, though from linux/udp.h: join datagrams of one size from one sender; see udp(7).
+# From linux/udp.h, and not in the socket module. Divide what is sent, join what arrives; see udp(7).
+UDP_SEGMENT = 103
 UDP_GRO = 104
 
 # From linux/sock_diag.h: an array of unsigned integers, two of which are of interest.
