@@ -381,7 +381,7 @@ def decode_every_address() -> None:
 
 
 def look_for_cancellation_by_coroutine() -> None:
-    from trio_udp import _client, _conversation
+    from trio_udp import _conversation
 
     class PerhapsCancelled:
         """Passes for a task that is cancelled, so that Trio's own checkpoint_if_cancelled() is asked each time."""
@@ -389,7 +389,7 @@ def look_for_cancellation_by_coroutine() -> None:
         effectively_cancelled = True
 
     PerhapsCancelled._cancel_status = PerhapsCancelled  # type: ignore[attr-defined]
-    _client.current_task = _conversation.current_task = lambda: PerhapsCancelled  # type: ignore
+    _conversation.current_task = lambda: PerhapsCancelled  # type: ignore
 
 
 # To add one: a function that patches whatever it must, and its name here. It runs before anything is served, in the
@@ -401,7 +401,7 @@ TECHNIQUES: dict[str, Callable[[], None]] = {
     "merging (GSO)": switch_merging_off,
     "joining (GRO)": switch_joining_off,
     "raw addresses": decode_every_address,
-    "looking up cancellation": look_for_cancellation_by_coroutine,
+    "looking up cancellation (send)": look_for_cancellation_by_coroutine,
 }
 
 

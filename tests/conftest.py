@@ -114,5 +114,5 @@ def check_adds_up(server: Server) -> None:
     """Every datagram that was received is accounted for, exactly once."""
     s = server.statistics()
     dropped = s.dropped_inbox_full + s.dropped_at_end + s.truncated
-    refused = s.refused_by_accept + s.refused_full + s.refused_stopping
+    refused = s.refused_by_rate + s.refused_by_accept + s.refused_full + s.refused_stopping
     assert s.received == s.delivered + s.waiting + dropped + refused

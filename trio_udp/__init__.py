@@ -3,7 +3,7 @@
 from ._client import Client as Client
 from ._connect import Connection as Connection, connect as connect
 from ._endpoints import Endpoint as Endpoint, open_endpoints as open_endpoints
-from ._limits import Limits as Limits
+from ._limits import Limits as Limits, RateLimit as RateLimit
 from ._requests import request_handler as request_handler
 from ._serve import (
     Server as Server,
@@ -26,6 +26,7 @@ __all__ = [
     "Endpoint",
     "EndpointStatistics",
     "Limits",
+    "RateLimit",
     "Server",
     "ServerStatistics",
     "connect",

@@ -15,6 +15,7 @@ from trio.lowlevel import current_task
 from ._conversation import YIELD_EVERY, Conversation
 from ._inbox import SLEEP, WOKEN, Inbox
 from ._limits import check_seconds
+from ._rate import NO_BUCKET, Bucket
 from ._statistics import ClientStatistics
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Client(Conversation):
       ended: Why :meth:`receive` raises ``trio.EndOfChannel``: ``"idle"`` (silent for ``idle_timeout``),
         ``"evicted"`` (its place was needed) or ``"stopping"`` (the server drains); ``None`` while it does not.
         Sending works until the handler returns, so that it can say goodbye.
+      validated: Whether :meth:`validate` has been called.
     """
 
     server: Server
@@ -46,6 +48,10 @@ class Client(Conversation):
     _receiving: bool = attrs.field(default=False, init=False)
     _transactions: int = attrs.field(default=0, init=False)
     _requests_timed_out: int = attrs.field(default=0, init=False)
+    _sends_withheld: int = attrs.field(default=0, init=False)
+    validated: bool = attrs.field(default=False, init=False)
+    _bucket: Bucket = attrs.field(default=NO_BUCKET, init=False)  # of its part of the network, or its own
+    _amplified: float = attrs.field(default=0.0, init=False)  # bytes sent before it was validated
     # For the table of clients: since when the handler has been waiting, and when to look whether that is too long.
     _waiting_since: float = attrs.field(default=0.0, init=False)
     _next_check: float = attrs.field(default=math.inf, init=False)
@@ -85,6 +91,7 @@ class Client(Conversation):
             bytes_sent=sending.bytes_sent,
             send_errors=sending.send_errors,
             requests_timed_out=self._requests_timed_out,
+            sends_withheld=self._sends_withheld,
             errors=sending.errors,
         )
 
@@ -167,6 +174,17 @@ class Client(Conversation):
             self._transactions -= 1
             self._table.transaction_changed(self)
 
+    def validate(self) -> None:
+        """Say that the peer has shown that it gets what is sent to its address, as by sending back a token.
+
+        From then on ``Limits.amplification`` does not apply to it, and ``Limits.rate_limit`` counts it by itself, so
+        that neither others in its part of the network nor whoever forges their addresses can use up its share.
+        """
+        if not self.validated:
+            self.validated = True
+            self._limited = False
+            self._bucket = Bucket()
+
     @types.coroutine
     def _wait_for_datagram(self) -> Generator[Any, Any, bytes]:
         """Let other tasks run, until there is a datagram; take it."""
@@ -210,6 +228,29 @@ class Client(Conversation):
     def _raise_over(self) -> NoReturn:
         self._check_open()
         raise trio.EndOfChannel
+
+    def _take_over_from(self, predecessor: Client) -> None:
+        """Go on with what a client of the same peer has left behind."""
+        predecessor._inbox.hand_over(self._inbox)
+        self._taken_in_a_row = predecessor._taken_in_a_row
+        self._bucket = predecessor._bucket
+        self.validated = predecessor.validated
+        if self._limited:
+            self._limited = not self.validated
+            # What it has sent on the strength of datagrams that it leaves behind.
+            self._amplified = max(0.0, predecessor._amplified - predecessor._may_send_in_all())
+
+    def _may_send_in_all(self) -> float:
+        """Bytes that may be sent before the client is validated, for what has been received from it."""
+        return (self._table.limits.amplification or math.inf) * self._inbox.bytes_received
+
+    def _may_send(self, size: int) -> bool:
+        if self._amplified + size > self._may_send_in_all():
+            self._sends_withheld += 1
+            self.server._sends_withheld += 1
+            return False
+        self._amplified += size
+        return True
 
     def _request_timed_out(self) -> None:
         self._requests_timed_out += 1

@@ -34,7 +34,7 @@ COARSENESS = 1 / 8
 class ClientTable:
     """Every client whose handler runs, and which of them a route leads to."""
 
-    _limits: Limits
+    limits: Limits
     _idle_timeout: float
     _now: Callable[[], float]
     # A client that has ended or closed is not known any more, though it may be running: its address is free.
@@ -60,18 +60,18 @@ class ClientTable:
 
     @_evictable.default
     def _(self) -> OrderedDict[Client, None] | None:
-        return OrderedDict() if self._limits.when_full == "evict_idle" else None
+        return OrderedDict() if self.limits.when_full == "evict_idle" else None
 
     @property
     def overfull(self) -> bool:
         """Whether evicted handlers are still there."""
-        return len(self.running) > self._limits.max_clients
+        return len(self.running) > self.limits.max_clients
 
     def make_room(self) -> bool:
         """Whether a stranger may become a client; evicts another one for it where that is the policy."""
-        if len(self.running) < self._limits.max_clients:
+        if len(self.running) < self.limits.max_clients:
             return True
-        if self._evictable is None or len(self.running) >= self._limits.max_clients + BATCH:
+        if self._evictable is None or len(self.running) >= self.limits.max_clients + BATCH:
             return False
         for client in self._evictable:
             if client._is_waiting:  # or else a datagram has just woken it
@@ -83,11 +83,12 @@ class ClientTable:
     def has_room_for(self, payload: bytes) -> bool:
         """Whether a stranger's first datagram would fit into its inbox: no client is begun for nothing."""
         size = len(payload)
-        return size <= self._limits.inbox_bytes and self.totals.waiting_bytes + size <= self._limits.total_bytes
+        return size <= self.limits.inbox_bytes and self.totals.waiting_bytes + size <= self.limits.total_bytes
 
     def add(self, server: Server, endpoint: Endpoint, route: Route) -> Client:
         """A new client for a stranger on an endpoint."""
-        client = Client(endpoint, route, server, self, Inbox(self._limits, self.totals), self._idle_timeout)
+        client = Client(endpoint, route, server, self, Inbox(self.limits, self.totals), self._idle_timeout)
+        client._limited = self.limits.amplification is not None
         self.running[client] = None
         self.started += 1
         if not self.stopping.is_set():
@@ -103,8 +104,7 @@ class ClientTable:
         if client._inbox.payloads and client._inbox.delivered:
             self.forget(client)
             successor = self.add(client.server, client._endpoint, client._route)
-            successor._taken_in_a_row = client._taken_in_a_row
-            client._inbox.hand_over(successor._inbox)
+            successor._take_over_from(client)
         self.remove(client)
         return successor
 

@@ -35,6 +35,8 @@ class Conversation(trio.abc.Channel[bytes]):
     _route: Route
     _sending: SendTally = attrs.field(factory=SendTally, init=False)
     _closed: bool = attrs.field(default=False, init=False)
+    # Whether something limits what may be sent to the peer; see Client._may_send.
+    _limited: bool = attrs.field(default=False, init=False)
     # Cancelled to tell senders that wait for room in the send buffer that the conversation is over.
     _blocked_sends: set[trio.CancelScope] | None = attrs.field(default=None, init=False)
 
@@ -82,6 +84,8 @@ class Conversation(trio.abc.Channel[bytes]):
             await trio.lowlevel.checkpoint_if_cancelled()
         if self._closed:
             self._check_open()
+        if self._limited and not self._may_send(len(payload)):
+            return
         try:
             endpoint.send_nowait(payload, route, self._sending)
         except trio.WouldBlock:
@@ -100,7 +104,9 @@ class Conversation(trio.abc.Channel[bytes]):
         """
         self._check_open()
         endpoint, route = self._endpoint, self._route
-        endpoint.send_nowait(as_payload(payload, endpoint, route), route, self._sending)
+        copy = as_payload(payload, endpoint, route)
+        if not self._limited or self._may_send(len(copy)):
+            endpoint.send_nowait(copy, route, self._sending)
 
     async def send_many(self, payloads: Iterable[Payload]) -> None:
         """Send many datagrams, in order.
@@ -113,6 +119,8 @@ class Conversation(trio.abc.Channel[bytes]):
         endpoint, route = self._endpoint, self._route
         copies = [as_payload(payload, endpoint, route) for payload in payloads]
         position = 0
+        if self._limited:
+            copies = [payload for payload in copies if self._may_send(len(payload))]
         while True:
             await trio.lowlevel.checkpoint_if_cancelled()
             self._check_open()
@@ -139,6 +147,10 @@ class Conversation(trio.abc.Channel[bytes]):
         self._closed = True
         for scope in self._blocked_sends or ():
             scope.cancel()
+
+    def _may_send(self, size: int) -> bool:
+        """Whether so many bytes may be sent now; they count as sent then, or as withheld."""
+        return True
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,9 +1,20 @@
 """What a server may hold at once, and for how long: plain values, checked when they are made."""
 
+import math
 from contextlib import suppress
 from typing import Any, Literal
 
 import attrs
+
+# Datagrams moved between two looks at the other tasks. Larger batches gain little (a checkpoint is 3 µs, 64 datagrams
+# about 250) and make every timer of the program wait longer.
+BATCH = 64
+
+# Bytes of memory in CPython, rounded up: a client with its task and its inbox, while its handler does nothing but wait;
+# the object around a payload, and its place in an inbox; a bucket.
+CLIENT = 3_600
+DATAGRAM = 64
+BUCKET = 250
 
 
 def _positive_int(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
@@ -21,6 +32,37 @@ def check_seconds(name: str, seconds: object, *, zero: bool = False) -> float:
         if float(seconds) > 0 or (seconds == 0 and zero):
             return float(seconds)
     raise ValueError(f"{name} must be {'at least' if zero else 'greater than'} 0, not {seconds!r}")
+
+
+def _positive_number(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{attribute.name} must be a number, not {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{attribute.name} must be greater than 0 and finite, not {value!r}")
+
+
+@attrs.frozen
+class RateLimit:
+    """How many datagrams each part of the network may send to a server, on average and at once: a token bucket.
+
+    For ``Limits(rate_limit=...)``. All addresses with the same prefix share one bucket, since whoever has one of them
+    usually has the others too. Datagrams beyond it are refused before anything else is looked at, and counted as
+    ``refused_by_rate``; those of clients too, whether they wrote them or somebody forged their address. A client that
+    its handler has validated has a bucket of its own; see :meth:`Client.validate`.
+
+    Attributes:
+      per_second: Datagrams per second, in the long run.
+      burst: Datagrams at once, by a source that has been silent.
+      ipv4_prefix, ipv6_prefix: Bits of an address that tell sources apart.
+      buckets: The most to keep in memory, about 200 bytes each, besides one for each client. When there are more
+        sources than that, those that have been silent the longest are forgotten: their bucket is full again.
+    """
+
+    per_second: float = attrs.field(validator=_positive_number)
+    burst: int = attrs.field(default=100, validator=_positive_int)
+    ipv4_prefix: int = attrs.field(default=24, validator=attrs.validators.in_(range(1, 33)))
+    ipv6_prefix: int = attrs.field(default=56, validator=attrs.validators.in_(range(1, 129)))
+    buckets: int = attrs.field(default=65_536, validator=_positive_int)
 
 
 @attrs.frozen(kw_only=True)
@@ -41,6 +83,11 @@ class Limits:
       total_bytes: Payload bytes waiting for all clients of the server.
       when_inbox_full: Which datagram is dropped at a full inbox: ``"drop_newest"``, the one that arrives, or
         ``"drop_oldest"``, those that have been waiting the longest for the same client.
+      rate_limit: Datagrams per second from one part of the network; by default any number.
+      amplification: How many times the bytes received from a client may be sent to it, until its handler calls
+        :meth:`Client.validate`. What would be more is not sent, and counted as ``sends_withheld``. Without it, somebody
+        who forges a victim's address can make the server flood the victim. RFC 9000 section 8.1 has 3. By default
+        there is no such limit.
     """
 
     max_clients: int = attrs.field(default=10_000, validator=_positive_int)
@@ -53,3 +100,21 @@ class Limits:
     when_inbox_full: Literal["drop_newest", "drop_oldest"] = attrs.field(
         default="drop_newest", validator=attrs.validators.in_(("drop_newest", "drop_oldest"))
     )
+    rate_limit: RateLimit | None = attrs.field(
+        default=None, validator=attrs.validators.optional(attrs.validators.instance_of(RateLimit))
+    )
+    amplification: float | None = attrs.field(default=None, validator=attrs.validators.optional(_positive_number))
+
+    def worst_case_memory(self) -> int:
+        """Bytes that a server holds at most for strangers, whatever they send: ``print(limits.worst_case_memory())``.
+
+        For each client its task and its inbox, for each datagram that may wait in one the object around its payload,
+        all payloads together, and the buckets::
+
+            clients * (CLIENT + inbox_datagrams * DATAGRAM) + total_bytes + buckets * BUCKET
+
+        What handlers keep comes on top, and about 5 MB of buffers for each endpoint.
+        """
+        clients = self.max_clients + (BATCH if self.when_full == "evict_idle" else 0)
+        buckets = self.rate_limit.buckets if self.rate_limit else 0
+        return clients * (CLIENT + self.inbox_datagrams * DATAGRAM) + self.total_bytes + buckets * BUCKET

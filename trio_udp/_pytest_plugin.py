@@ -100,7 +100,7 @@ async def udp_server(simulated_network: SimulatedNetwork, nursery: trio.Nursery)
         assert not left, f"handlers that did not end within {PATIENCE} seconds after the server was stopped: {left}"
         s = server.statistics()
         dropped = s.dropped_inbox_full + s.dropped_at_end + s.truncated
-        refused = s.refused_by_accept + s.refused_full + s.refused_stopping
+        refused = s.refused_by_rate + s.refused_by_accept + s.refused_full + s.refused_stopping
         assert s.received == s.delivered + dropped + refused, f"datagrams that are not accounted for: {s}"
 
 

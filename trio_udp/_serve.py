@@ -26,6 +26,7 @@ from ._conversation import Payload, as_payload
 from ._endpoints import Address, Endpoint, Route, numeric_address, open_endpoints
 from ._limits import Limits, check_seconds
 from ._log import ErrorLog
+from ._rate import RateLimiter
 from ._statistics import SendTally, ServerStatistics
 
 if sys.version_info < (3, 11):
@@ -132,7 +133,7 @@ async def serve_endpoints(
       handler: Async function, called with a new :class:`Client`. ``trio.EndOfChannel`` leaving it is a normal end.
       endpoints: From :func:`open_endpoints` or :meth:`Endpoint.from_socket`. They are closed when this function ends.
       idle_timeout: Seconds of silence after which a waiting handler's ``async for`` ends; see ``Client.idle_timeout``.
-      limits: What may be held in memory for strangers.
+      limits: What may be held in memory for strangers, how many datagrams they may send, and how much they may be sent.
       accept: ``accept(payload, peer_address)`` is asked about every stranger before anything is kept of it; false means
         that the datagram is refused. If it raises, the datagram is refused too, and the error logged. A plain function,
         run in the receive loop: it should be quick. It is not asked about known clients, nor about datagrams taken
@@ -161,9 +162,12 @@ async def serve_endpoints(
         now = trio.lowlevel.current_clock().current_time
         known: dict[Endpoint, dict[Route, Client]] = {endpoint: {} for endpoint in endpoints}
         table = ClientTable(limits, check_seconds("idle_timeout", idle_timeout), now, known)
+        limiter = RateLimiter(limits.rate_limit, now) if limits.rate_limit else None
         log = ErrorLog(now)
         async with trio.open_nursery() as nursery:
-            server = Server(endpoints, table, handler, accept, on_error, log, nursery, handler_nursery or nursery)
+            server = Server(
+                endpoints, table, handler, limiter, accept, on_error, log, nursery, handler_nursery or nursery
+            )
             cleanup.callback(server._end)
             if stop_signals:
                 await nursery.start(server._stop_at_signals, stop_signals)
@@ -196,6 +200,7 @@ class Server:
     endpoints: tuple[Endpoint, ...]
     _table: ClientTable
     _handler: Handler
+    _limiter: RateLimiter | None
     _accept: Accept | None
     _on_error: OnError
     _log: ErrorLog
@@ -203,11 +208,13 @@ class Server:
     _handler_nursery: trio.Nursery
     _unsolicited: SendTally = attrs.field(factory=SendTally, init=False)  # what is sent has to be somebody's
     _in_hand: int = attrs.field(default=0, init=False)  # datagrams of a batch, read but not yet handed out
+    _refused_by_rate: int = attrs.field(default=0, init=False)
     _refused_by_accept: int = attrs.field(default=0, init=False)
     _refused_full: int = attrs.field(default=0, init=False)
     _refused_stopping: int = attrs.field(default=0, init=False)
     _handler_errors: int = attrs.field(default=0, init=False)
     _requests_timed_out: int = attrs.field(default=0, init=False)
+    _sends_withheld: int = attrs.field(default=0, init=False)
 
     @property
     def clients(self) -> Collection[Client]:
@@ -274,6 +281,7 @@ class Server:
             dropped_inbox_full=totals.dropped_inbox_full,
             dropped_at_end=totals.dropped_at_end,
             truncated=sum(s.truncated for s in sockets),
+            refused_by_rate=self._refused_by_rate,
             refused_by_accept=self._refused_by_accept,
             refused_full=self._refused_full,
             refused_stopping=self._refused_stopping,
@@ -283,6 +291,7 @@ class Server:
             clients_evicted=table.evicted,
             handler_errors=self._handler_errors,
             requests_timed_out=self._requests_timed_out,
+            sends_withheld=self._sends_withheld,
             receive_errors=sum(s.receive_errors for s in sockets),
             send_errors=sum(s.send_errors for s in sockets),
             errors=errors,
@@ -291,18 +300,28 @@ class Server:
 
     async def _receive_from(self, endpoint: Endpoint) -> None:
         """The receive loop: hand every datagram to its client, for ever, until the endpoint is closed."""
-        known = self._table.known[endpoint]
+        known, limiter = self._table.known[endpoint], self._limiter
+        now = 0.0
         try:
             while True:
                 batch = await endpoint.receive_batch()
                 if len(batch) > 1:
                     endpoint.cork()
+                if limiter is not None:
+                    now = limiter.now()
                 for number, (payload, route) in enumerate(batch):
                     client = known.get(route)
+                    if limiter is not None:
+                        bucket = client._bucket if client else limiter.bucket_of(endpoint.peer_address_of(route))
+                        if not limiter.take(bucket, now):
+                            self._refused_by_rate += 1
+                            continue
                     if client is None:
                         self._in_hand = len(batch) - number
                         client = self._admit(endpoint, route, payload)
                         self._in_hand = 0
+                        if client is not None and limiter is not None:
+                            client._bucket = bucket
                     # Put it into the inbox here, in arrival order, rather than in a task per datagram: Trio shuffles
                     # tasks that become runnable together, so spawning would reorder the datagrams of a batch.
                     if client is not None:

@@ -76,6 +76,7 @@ class ClientStatistics:
       bytes_sent: Their payload bytes.
       send_errors: Datagrams to this client that the kernel or the network refused.
       requests_timed_out: Requests that :func:`request_handler` gave up on.
+      sends_withheld: Datagrams not sent, for the sake of ``Limits.amplification``.
       errors: Send errors by name: ``{"EHOSTUNREACH": 2}``.
     """
 
@@ -90,6 +91,7 @@ class ClientStatistics:
     send_errors: int
     requests_timed_out: int
     errors: Mapping[str, int] = attrs.field(hash=False)
+    sends_withheld: int = 0
 
 
 @attrs.frozen(kw_only=True)
@@ -97,7 +99,8 @@ class ServerStatistics:
     """What has happened to every datagram that a server read, and to its clients.
 
     Nothing disappears: ``received == delivered + waiting + dropped_inbox_full + dropped_at_end + truncated
-    + refused_by_accept + refused_full + refused_stopping``, always. ``kernel_dropped`` is not part of it.
+    + refused_by_rate + refused_by_accept + refused_full + refused_stopping``, always. ``kernel_dropped`` is not part of
+    it.
 
     Attributes:
       received, bytes_received, sent, bytes_sent, truncated, receive_errors, send_errors, errors: As in
@@ -108,6 +111,7 @@ class ServerStatistics:
         datagrams for which there would have been no room.
       dropped_at_end: Datagrams still in an inbox when its client was closed or cancelled, or when its handler
         ended without having taken any.
+      refused_by_rate: Datagrams turned away by ``Limits.rate_limit``, those of clients included.
       refused_by_accept: Strangers' datagrams that ``accept`` turned away.
       refused_full: Strangers' datagrams turned away at ``max_clients``.
       refused_stopping: Datagrams that came too late: the server was draining.
@@ -117,6 +121,7 @@ class ServerStatistics:
       clients_evicted: Clients ended to make room for a stranger.
       handler_errors: Handlers that raised.
       requests_timed_out: Requests that :func:`request_handler` gave up on.
+      sends_withheld: Datagrams not sent, for the sake of ``Limits.amplification``.
       kernel_dropped: Datagrams that never came to the server: the kernel's receive buffers were full; see
         :class:`EndpointStatistics`.
     """
@@ -143,6 +148,8 @@ class ServerStatistics:
     send_errors: int
     errors: Mapping[str, int] = attrs.field(hash=False)
     kernel_dropped: int = 0
+    refused_by_rate: int = 0
+    sends_withheld: int = 0
 
 
 @attrs.frozen(kw_only=True)

@@ -12,6 +12,7 @@ from ._address import (
     MAX_PAYLOAD_IPV4 as MAX_PAYLOAD_IPV4,
     Address as Address,
     numeric_address as numeric_address,
+    source_prefix as source_prefix,
 )
 from ._endpoint import Endpoint as Endpoint
 from ._engine import BATCH as BATCH, Datagram as Datagram, Route as Route

@@ -34,6 +34,21 @@ def max_payload(address: Address) -> int:
     return MAX_PAYLOAD_IPV6 if over_ipv6 else MAX_PAYLOAD_IPV4
 
 
+def source_prefix(address: Address, ipv4_bits: int, ipv6_bits: int) -> bytes:
+    """The first bits of an address, which tell what part of the network it is in."""
+    if not isinstance(address, tuple):
+        return repr(address).encode()  # of a Unix-domain socket: a part by itself
+    if is_ipv6(address):
+        raw, bits = socket.inet_pton(socket.AF_INET6, address[0]), ipv6_bits
+        if is_mapped(address):
+            raw, bits = raw[12:], ipv4_bits
+    else:
+        raw, bits = socket.inet_aton(address[0]), ipv4_bits
+    prefix = int.from_bytes(raw, "big") >> (8 * len(raw) - bits)
+    # Not the number itself: which numbers fall together in a dict is known, and strangers choose them.
+    return prefix.to_bytes(len(raw), "big")
+
+
 def numeric_address(address: Address) -> Address:
     """Check an address that a user wants to send to. To look up a name in it would keep all clients waiting.
 

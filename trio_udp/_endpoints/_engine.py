@@ -12,6 +12,7 @@ from typing import Protocol, TypeAlias
 
 import trio
 
+from .._limits import BATCH as BATCH
 from .._statistics import EndpointTally, KernelFigures, SendTally
 from ._address import Address
 
@@ -20,10 +21,6 @@ from ._address import Address
 Route: TypeAlias = Hashable
 Datagram: TypeAlias = tuple[bytes, Route]
 Outgoing: TypeAlias = tuple[bytes, Route, SendTally]
-
-# Datagrams moved between two looks at the other tasks. Larger batches gain little (a checkpoint is 3 µs, 64 datagrams
-# about 400) and make every timer of the program wait longer.
-BATCH = 64
 
 
 class Engine(Protocol):

@@ -1,0 +1,359 @@
+"""Strangers who send too much, or make us send too much to somebody else: rate limits and the amplification limit."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import attrs
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, strategies as st
+from trio.testing import MockClock
+
+import trio_udp
+import trio_udp.testing
+from trio_udp import Client, Limits, RateLimit
+from trio_udp._endpoints import source_prefix
+from trio_udp._rate import RateLimiter
+
+from .conftest import ALICE, SERVER, StartInMemory, check_adds_up
+
+NEIGHBOUR = ("192.0.2.250", 7)  # of ALICE: the same /24
+ELSEWHERE = ("192.0.3.1", 7)
+
+
+async def echo(client: Client) -> None:
+    async for payload in client:
+        await client.send(payload)
+
+
+def limits(per_second: float, burst: int, **options: Any) -> Limits:
+    return Limits(rate_limit=RateLimit(per_second, burst, **options))
+
+
+# Rates
+
+
+async def test_a_source_may_send_a_burst_and_then_so_many_a_second(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
+    """What is more is refused before it reaches a client, and counted; silence fills the bucket again."""
+    run = await start_in_memory(echo, limits=limits(2, 5))
+    answered = []
+    for seconds in (0, 0.5, 1, 10, 0):
+        await trio.sleep(seconds)
+        before = len(run.sent)
+        for _ in range(8):
+            run.put(b"x")
+        await run.settle()
+        answered.append(len(run.sent) - before)
+    assert answered == [5, 1, 2, 5, 0]
+    s = run.server.statistics()
+    assert (s.received, s.delivered, s.refused_by_rate, s.clients) == (40, 13, 27, 1)
+    check_adds_up(run.server)
+
+
+async def test_neighbours_share_a_bucket(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+    """All addresses of a /24 count together, whether their datagrams make new clients or not; others by themselves."""
+    run = await start_in_memory(echo, limits=limits(1, 3))
+    for source in (ALICE, NEIGHBOUR, ALICE, NEIGHBOUR, ALICE, ("192.0.2.9", 9), ELSEWHERE):
+        run.put(b"x", source)
+    await run.settle()
+    assert sorted(destination for destination, _ in run.sent) == [ALICE, ALICE, NEIGHBOUR, ELSEWHERE]
+    assert run.server.statistics().refused_by_rate == 3
+
+
+async def test_a_validated_client_counts_by_itself(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+    """Neighbours, and whoever forges their addresses, cannot use up its share; its own is as large as any."""
+
+    async def handler(client: Client) -> None:
+        async for payload in client:
+            if payload == b"token":
+                client.validate()
+            await client.send(payload)
+
+    run = await start_in_memory(handler, limits=limits(1, 4))
+    run.put(b"token")
+    await run.settle()
+    for port in range(1_000):
+        run.put(b"flood", ("192.0.2.99", port + 1))
+    for _ in range(6):
+        run.put(b"mine")
+    await run.settle()
+    assert run.sent_to(ALICE) == [b"token", *[b"mine"] * 4]
+    assert run.server.statistics().refused_by_rate == 1_000 - 3 + 2
+    await trio.sleep(1)
+    run.put(b"mine")
+    await run.settle()
+    assert run.sent_to(ALICE)[-1] == b"mine"
+    check_adds_up(run.server)
+
+
+async def test_validating_twice_gives_no_second_burst(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
+    """A client, and the one that takes over what it leaves behind, have one bucket of their own."""
+    taken = []
+
+    async def handler(client: Client) -> None:
+        client.validate()
+        taken.append(await client.receive())
+
+    run = await start_in_memory(handler, limits=limits(1, 5))
+    for i in range(20):
+        run.put(b"%d" % i)
+    await run.settle()
+    assert taken == [b"%d" % i for i in range(5)]
+    for _ in range(20):
+        run.put(b"x")
+    await run.settle()
+    assert run.server.statistics().clients_started == len(taken)
+
+
+async def test_accept_is_not_asked_about_what_is_too_much(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
+    """The rate limit comes first: a flood costs as little as possible."""
+    asked = []
+
+    def accept(payload: bytes, address: object) -> bool:
+        asked.append(payload)
+        return False
+
+    run = await start_in_memory(echo, limits=limits(1, 3), accept=accept)
+    for i in range(10):
+        run.put(b"%d" % i)
+    await run.settle()
+    assert asked == [b"0", b"1", b"2"]
+    assert (run.server.statistics().refused_by_accept, run.server.statistics().refused_by_rate) == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("192.0.2.1", "192.0.2.255", True),
+        ("192.0.2.1", "192.0.3.1", False),
+        ("2001:db8:0:1::1", "2001:db8:0:ff::1", True),
+        ("2001:db8:0:1::1", "2001:db8:0:100::1", False),
+        ("::ffff:192.0.2.1", "::ffff:192.0.2.2", True),
+        ("::ffff:192.0.2.1", "::ffff:192.0.3.1", False),
+    ],
+)
+def test_prefixes(one: str, other: str, same: bool) -> None:
+    """By default a /24 of IPv4, mapped into IPv6 or not, and a /56 of IPv6 are one source."""
+    limiter = RateLimiter(RateLimit(1), lambda: 0.0)
+    assert (limiter.bucket_of((one, 1)) is limiter.bucket_of((other, 2))) == same
+
+
+@given(st.ip_addresses(), st.ip_addresses(), st.integers(1, 32), st.integers(1, 128))
+def test_prefixes_are_the_first_bits(one: Any, other: Any, ipv4_bits: int, ipv6_bits: int) -> None:
+    """Whatever their number; and an address of IPv4 is never in one network with one of IPv6."""
+    prefixes = [source_prefix((str(address), 1), ipv4_bits, ipv6_bits) for address in (one, other)]
+    bits = ipv4_bits if one.version == 4 else ipv6_bits
+    shift = one.max_prefixlen - bits
+    assert (prefixes[0] == prefixes[1]) == (one.version == other.version and int(one) >> shift == int(other) >> shift)
+
+
+def test_a_million_sources_do_not_make_the_table_grow() -> None:
+    """They make it forget those that have been quiet; one that is busy all the while stays limited."""
+    limit = RateLimit(10, 5, buckets=1_000)
+    time = 0.0
+    limiter = RateLimiter(limit, lambda: time)
+    admitted = 0
+    for number in range(1_000_000):
+        time = number / 100_000
+        address = (f"{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}.1", 1)
+        limiter.take(limiter.bucket_of(address), limiter.now())
+        if number % 100 == 0:
+            admitted += limiter.take(limiter.bucket_of(("255.255.255.1", 1)), limiter.now())
+        if number % 1_000 == 0:
+            assert len(limiter._young) + len(limiter._old) <= 1_000
+    assert 10 * 10 <= admitted <= 10 * 10 + 5
+
+
+RATES = st.floats(0.1, 1_000)
+BURSTS = st.integers(1, 20)
+STARTS = st.floats(0, 2**31)  # of Trio's clock, which may count from anywhere
+
+
+@given(RATES, BURSTS, STARTS, st.lists(st.floats(0, 10), max_size=200))
+def test_no_source_gets_more_than_its_rate(rate: float, burst: int, start: float, waits: list[float]) -> None:
+    """Over any stretch of time it is at most the burst and what the rate allows in that time."""
+    now = start
+    limiter = RateLimiter(RateLimit(rate, burst), lambda: now)
+    taken = []
+    for wait in waits:  # as multiples of the time that one datagram takes at that rate
+        now += wait / rate
+        if limiter.take(limiter.bucket_of(ALICE), limiter.now()):
+            taken.append(now)
+    for first, last in itertools.combinations(range(len(taken)), 2):
+        assert last - first + 1 <= burst + (taken[last] - taken[first]) * rate + 0.01
+
+
+@given(RATES, BURSTS, STARTS, st.lists(st.floats(1, 10), max_size=50))
+def test_who_keeps_to_the_rate_is_never_refused(rate: float, burst: int, start: float, waits: list[float]) -> None:
+    """Neither in the burst at the beginning, nor later."""
+    now = start
+    limiter = RateLimiter(RateLimit(rate, burst), lambda: now)
+    for wait in [*[0.0] * burst, *waits]:
+        now += wait * 1.001 / rate
+        assert limiter.take(limiter.bucket_of(ALICE), limiter.now())
+
+
+# Amplification
+
+
+async def test_no_more_is_sent_to_a_stranger_than_a_multiple_of_what_came(start_in_memory: StartInMemory) -> None:
+    """Until the client is validated. What would be more is not sent, is counted, and is no error for the handler."""
+
+    async def handler(client: Client) -> None:
+        async for payload in client:
+            if payload == b"validate":
+                client.validate()
+            for size in (100, 150, 200, 50):
+                await client.send(bytes(size))
+
+    run = await start_in_memory(handler, limits=Limits(amplification=3.0))
+    run.put(bytes(100))
+    await run.settle()
+    assert [len(payload) for payload in run.sent_to(ALICE)] == [100, 150, 50]
+    (client,) = run.server.clients
+    assert not client.validated
+    assert (client.statistics().sends_withheld, run.server.statistics().sends_withheld) == (1, 1)
+    run.put(b"validate")
+    await run.settle()
+    assert [len(payload) for payload in run.sent_to(ALICE)[3:]] == [100, 150, 200, 50]
+    assert client.validated
+    assert run.server.statistics().sent == 7
+
+
+async def test_every_way_to_send_is_limited(start_in_memory: StartInMemory) -> None:
+    """send_nowait and send_many too, and the replies of a request handler."""
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        client.send_nowait(bytes(20))
+        client.send_nowait(bytes(20))
+        await client.send_many([bytes(5), bytes(6), bytes(5), b""])
+        await client.send(bytes(1))
+
+    run = await start_in_memory(handler, limits=Limits(amplification=3))
+    run.put(bytes(10))
+    await run.settle()
+    assert [len(payload) for payload in run.sent_to(ALICE)] == [20, 5, 5, 0]
+    assert run.server.statistics().sends_withheld == 3
+
+
+async def test_a_conversation_handed_over_is_not_paid_for_twice(start_in_memory: StartInMemory) -> None:
+    """What a handler has sent on the strength of datagrams that it leaves behind counts for its successor."""
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        for _ in range(10):
+            await client.send(bytes(10))
+
+    run = await start_in_memory(handler, limits=Limits(amplification=2))
+    for _ in range(6):
+        run.put(bytes(10))
+    await run.settle()
+    assert run.server.statistics().clients_started == 6
+    assert len(run.sent_to(ALICE)) == 12
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.lists(st.integers(0, 500), max_size=4)), max_size=20), st.data())
+def test_the_multiple_is_never_exceeded(turns: list[tuple[int, list[int]]], data: st.DataObject) -> None:
+    """Whatever is received and sent, in whatever order, by however many handlers."""
+    amplification = data.draw(st.sampled_from([0.5, 1, 3]))
+    replies = iter([sizes for _, sizes in turns])
+    keep = iter(data.draw(st.lists(st.booleans(), min_size=20, max_size=20)))
+
+    async def handler(client: Client) -> None:
+        async for _ in client:
+            for size in next(replies, []):
+                await client.send(bytes(size))
+            if not next(keep, True):
+                return
+
+    async def main() -> None:
+        network = trio_udp.testing.SimulatedNetwork()
+        endpoint = network.endpoint(*SERVER)
+        async with trio.open_nursery() as nursery:
+            server = await nursery.start(
+                lambda task_status: trio_udp.serve_endpoints(
+                    handler, [endpoint], limits=Limits(amplification=amplification), task_status=task_status
+                )
+            )
+            for size, _ in turns:
+                network.inject(bytes(size), ALICE, SERVER)
+                if data.draw(st.booleans()):
+                    await trio.testing.wait_all_tasks_blocked()
+                s = server.statistics()
+                assert s.bytes_sent <= amplification * s.bytes_received
+            await trio.testing.wait_all_tasks_blocked()
+            s = server.statistics()
+            assert s.bytes_sent <= amplification * s.bytes_received
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+async def test_without_limits_nothing_is_withheld(start_in_memory: StartInMemory) -> None:
+    """Both are off by default; validate() then only sets a flag."""
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        await client.send(bytes(60_000))
+        client.validate()
+        await client.send(bytes(60_000))
+
+    run = await start_in_memory(handler)
+    run.put(b"")
+    await run.settle()
+    assert len(run.sent) == 2
+    assert (run.server.statistics().sends_withheld, run.server.statistics().refused_by_rate) == (0, 0)
+
+
+# What is passed in
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"per_second": 0}, ValueError),
+        ({"per_second": float("inf")}, ValueError),
+        ({"per_second": float("nan")}, ValueError),
+        ({"per_second": "1"}, TypeError),
+        ({"burst": 0}, ValueError),
+        ({"burst": 1.5}, TypeError),
+        ({"ipv4_prefix": 33}, ValueError),
+        ({"ipv6_prefix": 0}, ValueError),
+        ({"buckets": 0}, ValueError),
+    ],
+)
+def test_rate_limits_that_make_no_sense(options: dict[str, Any], error: type[Exception]) -> None:
+    """Are an error where they are made, which names the value."""
+    name = next(iter(options))
+    with pytest.raises(error, match=name):
+        RateLimit(**{"per_second": 1, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"rate_limit": 5}, TypeError), ({"amplification": 0}, ValueError), ({"amplification": "3"}, TypeError)],
+)
+def test_limits_that_make_no_sense(options: dict[str, Any], error: type[Exception]) -> None:
+    """Likewise."""
+    with pytest.raises(error, match=next(iter(options))):
+        Limits(**options)
+
+
+def test_worst_case_memory() -> None:
+    """Limits can say how much memory strangers can take up at most."""
+    small = Limits(max_clients=100, inbox_datagrams=10, total_bytes=1_000_000)
+    assert small.worst_case_memory() == 100 * (3_600 + 10 * 64) + 1_000_000
+    assert (
+        attrs.evolve(small, rate_limit=RateLimit(1, buckets=50)).worst_case_memory() - small.worst_case_memory()
+        == 50 * 250
+    )

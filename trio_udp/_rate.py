@@ -1,0 +1,67 @@
+"""Token buckets: how many datagrams a part of the network may send, in a table that strangers cannot make grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+
+from ._endpoints import Address, source_prefix
+from ._limits import RateLimit
+
+# Tokens: more than rounding can add up to, and no datagram.
+EPSILON = 1e-3
+
+
+@attrs.define(eq=False)
+class Bucket:
+    """What one source may still send.
+
+    Kept as the moment, counted in tokens, at which the bucket will be full again: one addition for each datagram, and
+    nothing to refill (the "virtual scheduling algorithm" of ITU-T I.371).
+    """
+
+    full_at: float = 0.0
+
+
+NO_BUCKET = Bucket()  # of those for whom there is no limit; nobody takes from it
+
+
+@attrs.define(eq=False)
+class RateLimiter:
+    """The buckets of one server.
+
+    One half of the table is of this generation, the other of the one before. When this one's half is full, the older is
+    forgotten; whoever is seen again before that moves over. So a flood of new sources makes the table forget those that
+    have been quiet, whose buckets are full anyway, and not those that are busy.
+    """
+
+    _limit: RateLimit
+    _now: Callable[[], float]
+    _young: dict[bytes, Bucket] = attrs.field(factory=dict, init=False)
+    _old: dict[bytes, Bucket] = attrs.field(factory=dict, init=False)
+
+    def bucket_of(self, address: Address) -> Bucket:
+        """The bucket that all addresses of one part of the network share."""
+        limit = self._limit
+        prefix = source_prefix(address, limit.ipv4_prefix, limit.ipv6_prefix)
+        bucket = self._young.get(prefix)
+        if bucket is None:
+            if len(self._young) >= limit.buckets / 2:
+                self._old, self._young = self._young, {}
+            bucket = self._young[prefix] = self._old.pop(prefix) if prefix in self._old else Bucket()
+        return bucket
+
+    def now(self) -> float:
+        """The time in tokens."""
+        return self._now() * self._limit.per_second
+
+    def take(self, bucket: Bucket, now: float) -> bool:
+        """Take a token from a bucket, if there is one."""
+        full_at = bucket.full_at
+        if full_at < now:
+            full_at = now
+        if full_at + 1 - now > self._limit.burst + EPSILON:
+            return False
+        bucket.full_at = full_at + 1
+        return True
