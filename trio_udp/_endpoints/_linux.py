@@ -159,7 +159,7 @@ class Messages:
         self.payload_pointers, self.payload_sizes = words[0::2], words[1::2]
 
 
-class Incoming(Messages):
+class IncomingMessages(Messages):
     """Where recvmmsg writes."""
 
     def __init__(self, layout: Layout) -> None:
@@ -231,19 +231,15 @@ class ThisThread(threading.local):
     """
 
     def __init__(self) -> None:
-        self.incoming: dict[Layout, Incoming] = {}
+        self.incoming: dict[Layout, IncomingMessages] = {}
         self.outgoing: dict[Layout, OutgoingMessages] = {}
 
 
 this_thread = ThisThread()
 
+# An AttributeError here says that the C library does not have them; see engine_for().
 _libc = ctypes.CDLL(None, use_errno=True)
-_recvmmsg, _sendmmsg, _sendto = (
-    _libc.recvmmsg,
-    _libc.sendmmsg,
-    _libc.sendto,
-)  # AttributeError where the C library has none
-
+_recvmmsg, _sendmmsg, _sendto = _libc.recvmmsg, _libc.sendmmsg, _libc.sendto
 
 _warn_once = cache(logger.warning)  # not for each socket: a client may open thousands
 
@@ -307,7 +303,7 @@ class LinuxEngine(SocketEngine):
             return self._receive_one_by_one(batch)
         memory = this_thread.incoming.get(self._layout)
         if memory is None:
-            memory = this_thread.incoming[self._layout] = Incoming(self._layout)
+            memory = this_thread.incoming[self._layout] = IncomingMessages(self._layout)
         memory.reset()
         asked = self._ask
         count: int = _recvmmsg(self._socket.fileno(), memory.pointer, asked, socket.MSG_DONTWAIT, None)
