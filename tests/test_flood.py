@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import socket
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from functools import partial
 
@@ -77,6 +78,35 @@ async def test_ten_thousand_clients_each_in_order(nursery: trio.Nursery, forgers
     wanted = [b"%d" % number for number in range(10)]
     assert all(payloads == wanted for payloads in taken.values())
     check_adds_up(server)
+
+
+async def test_memory_stays_below_the_worst_case(nursery: trio.Nursery, forgers: list[Forger]) -> None:
+    """A server whose every limit is reached takes no more than Limits say, and not much less either."""
+
+    async def stuck(client: Client) -> None:
+        await trio.sleep_forever()
+
+    limits = Limits(max_clients=500, inbox_datagrams=20, total_bytes=500 * 20 * 100 + 100)
+    server: Server = await nursery.start(partial(serve, stuck, 0, host="127.0.0.1", limits=limits))
+    forger = Forger(server)
+    forgers.append(forger)
+    sent = 0
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for number in range(25):
+            for client in range(600):
+                forger.send(client, b"%0100d" % number)
+                sent += 1
+                if sent % 100 == 0:
+                    await all_read(server, sent)
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    s = server.statistics()
+    assert (s.clients, s.waiting, s.refused_full, s.dropped_inbox_full) == (500, 10_000, 2_500, 2_500)
+    assert limits.worst_case_memory() / 2 < grown < limits.worst_case_memory()
 
 
 @pytest.mark.parametrize("when_full", ["refuse", "evict_idle"])
