@@ -117,7 +117,13 @@ class Conversation(trio.abc.Channel[bytes]):
         another task sends meanwhile may come in between.
         """
         endpoint, route = self._endpoint, self._route
-        copies = [as_payload(payload, endpoint, route) for payload in payloads]
+        copies = [
+            # The same condition as in send(), for the same reason.
+            payload
+            if type(payload) is bytes and len(payload) <= MAX_PAYLOAD_IPV4
+            else as_payload(payload, endpoint, route)
+            for payload in payloads
+        ]
         position = 0
         if self._limited:
             copies = [payload for payload in copies if self._may_send(len(payload))]

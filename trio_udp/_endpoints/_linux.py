@@ -34,6 +34,7 @@ from typing import Any, NoReturn, TypeAlias, cast
 import attrs
 import trio
 
+from .._statistics import SendTally
 from ._address import MAX_PAYLOAD_IPV4, Address, is_mapped, pack_address, unpack_address
 from ._engine import BATCH, Datagram, Outgoing, Route
 from ._pktinfo import (
@@ -399,27 +400,32 @@ class LinuxEngine(SocketEngine):
     def _lay_out(self, memory: OutgoingMessages, outbox: deque[Outgoing], merges: bool) -> list[Message]:
         """Prepare a call for the first datagrams of ``outbox``."""
         messages: list[Message] = []
-        message: Message = []
         routes: list[Route] = []
         payloads: list[bytes] = []
         last_route: Route = self  # none
-        room = 0  # bytes: the longest datagram that can become one more segment of the last message
+        last_tally: SendTally | None = None
+        datagrams = total = 0  # in the last message, and their bytes
+        room = 0  # bytes: the longest datagram that can become one more segment of it
         for payload, route, tally in outbox:
             size = len(payload)
-            if route is last_route and 0 < size <= room and tally is message[3]:
-                message[0] += 1
-                message[1] += size
-                if size < room or message[0] == MAX_SEGMENTS or message[1] + size > MAX_PAYLOAD_IPV4:
+            if 0 < size <= room and route is last_route and tally is last_tally:
+                datagrams += 1
+                total += size
+                if size < room or datagrams == MAX_SEGMENTS or total + size > MAX_PAYLOAD_IPV4:
                     room = 0
             elif len(messages) == self._messages_at_once:
                 break
             else:
-                message = [1, size, size, tally]
-                messages.append(message)
+                if datagrams > 1:
+                    messages[-1][:2] = datagrams, total
+                messages.append([1, size, size, tally])
                 routes.append(route)
-                last_route = route
+                last_route, last_tally = route, tally
+                datagrams, total = 1, size
                 room = size if merges and 2 * size <= MAX_PAYLOAD_IPV4 else 0
             payloads.append(payload)
+        if datagrams > 1:
+            messages[-1][:2] = datagrams, total
         memory.lay_out(routes, b"".join(payloads), [size for _, size, _, _ in messages])
         if len(payloads) > len(messages):
             for number, (datagrams, _, segment_size, _) in enumerate(messages):
