@@ -48,7 +48,7 @@ class Load(NamedTuple):
 class Figures(NamedTuple):
     micros: float  # of the server's processor time, for each datagram
     rate: float  # datagrams a second
-    lost: int  # and out of order: from the very beginning
+    lost: int  # like the next, from the first datagram, warming up included
     out_of_order: int
     round_trip_p50: float  # in microseconds
     round_trip_p99: float
@@ -85,7 +85,7 @@ def measure(programs: Path, load: Load, server: str, technique: str | None, warm
             result = _run_load([*address, what])
         else:
             if load.memory:
-                _run_load([*address, "echo", "1", "1"])
+                _run_load([*address, "echo", "1", "1"])  # so that imports and buffers do not count
                 before = _resident_bytes(pid)
             result = _run_load([*address, "echo", str(load.clients), str(load.in_flight)])
             if load.memory:

@@ -18,7 +18,7 @@ from trio_udp import Client, Limits, RateLimit
 from trio_udp._endpoints import source_prefix
 from trio_udp._rate import RateLimiter
 
-from .conftest import ALICE, SERVER, StartInMemory, check_adds_up
+from .conftest import ALICE, SERVER, StartInMemory, check_adds_up, narrow
 
 NEIGHBOUR = ("192.0.2.250", 7)  # of ALICE: the same /24
 ELSEWHERE = ("192.0.3.1", 7)
@@ -91,25 +91,30 @@ async def test_a_validated_client_counts_by_itself(start_in_memory: StartInMemor
     check_adds_up(run.server)
 
 
-async def test_validating_twice_gives_no_second_burst(
+async def test_what_is_validated_stays_so_when_a_conversation_is_handed_over(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """A client, and the one that takes over what it leaves behind, have one bucket of their own."""
-    taken = []
+    """A client that takes over what another has left is validated too, and they have one bucket, not one each."""
+    seen = []
 
     async def handler(client: Client) -> None:
+        seen.append(client.validated)
         client.validate()
-        taken.append(await client.receive())
+        payload = await client.receive()
+        while payload != b"return":
+            payload = await client.receive()
 
     run = await start_in_memory(handler, limits=limits(1, 5))
-    for i in range(20):
-        run.put(b"%d" % i)
+    run.put(b"")
     await run.settle()
-    assert taken == [b"%d" % i for i in range(5)]
-    for _ in range(20):
-        run.put(b"x")
+    for payload in (b"return", b"", b"return", b"", b"refused"):  # five of its own bucket, and not one more
+        run.put(payload)
     await run.settle()
-    assert run.server.statistics().clients_started == len(taken)
+    assert seen == [False, True, True]
+    for _ in range(3):
+        run.put(b"refused")
+    await run.settle()
+    assert run.server.statistics().refused_by_rate == 3
 
 
 async def test_accept_is_not_asked_about_what_is_too_much(
@@ -230,7 +235,7 @@ async def test_no_more_is_sent_to_a_stranger_than_a_multiple_of_what_came(start_
 
 
 async def test_every_way_to_send_is_limited(start_in_memory: StartInMemory) -> None:
-    """send_nowait and send_many too, and the replies of a request handler."""
+    """send_nowait and send_many too."""
 
     async def handler(client: Client) -> None:
         await client.receive()
@@ -244,6 +249,28 @@ async def test_every_way_to_send_is_limited(start_in_memory: StartInMemory) -> N
     await run.settle()
     assert [len(payload) for payload in run.sent_to(ALICE)] == [20, 5, 5, 0]
     assert run.server.statistics().sends_withheld == 3
+
+
+async def test_what_could_not_be_sent_does_not_count(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+    """Where the send buffer is full, or a send is cancelled, the bytes may be sent later."""
+    blocked = []
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        client.send_nowait(bytes(10))
+        for send in (client.send, lambda payload: client.send_many([payload] * 3)):
+            with pytest.raises(trio.WouldBlock):
+                client.send_nowait(bytes(10))
+            with trio.move_on_after(0.1) as scope:
+                await send(bytes(10))
+            blocked.append(scope.cancelled_caught)
+        await client.send_many([bytes(10)] * 9)
+
+    run = await start_in_memory(handler, on=narrow(), limits=Limits(amplification=3))
+    run.put(bytes(20))
+    await trio.sleep(1_000)
+    assert blocked == [True, True]
+    assert [len(payload) for payload in run.sent_to(ALICE)] == [10] * 6
 
 
 async def test_a_conversation_handed_over_is_not_paid_for_twice(start_in_memory: StartInMemory) -> None:
@@ -352,7 +379,7 @@ def test_limits_that_make_no_sense(options: dict[str, Any], error: type[Exceptio
 def test_worst_case_memory() -> None:
     """Limits can say how much memory strangers can take up at most."""
     small = Limits(max_clients=100, inbox_datagrams=10, total_bytes=1_000_000)
-    assert small.worst_case_memory() == 100 * (3_600 + 10 * 64) + 1_000_000
+    assert small.worst_case_memory() == 100 * (4_500 + 10 * 64) + 1_000_000
     assert (
         attrs.evolve(small, rate_limit=RateLimit(1, buckets=50)).worst_case_memory() - small.worst_case_memory()
         == 50 * 250

@@ -185,14 +185,14 @@ class Client(Conversation):
             self._limited = False
             self._bucket = Bucket()
 
-    @types.coroutine
+    @types.coroutine  # in which "yield from" is what "await" is in others
     def _wait_for_datagram(self) -> Generator[Any, Any, bytes]:
         """Let other tasks run, until there is a datagram; take it."""
         if self._receiving:
             raise trio.BusyResourceError("another task is already receiving from this client")
         inbox, table = self._inbox, self._table
         self._receiving = True
-        self._taken_in_a_row = 1  # or 0, if this is cancelled
+        self._taken_in_a_row = 1  # the one about to be taken; if this is cancelled it does no harm
         try:
             if inbox.payloads:
                 yield from trio.lowlevel.checkpoint()  # noqa: ASYNC105
@@ -238,19 +238,23 @@ class Client(Conversation):
         if self._limited:
             self._limited = not self.validated
             # What it has sent on the strength of datagrams that it leaves behind.
-            self._amplified = max(0.0, predecessor._amplified - predecessor._may_send_in_all())
+            self._amplified = max(0.0, predecessor._amplified - predecessor._allowed())
 
-    def _may_send_in_all(self) -> float:
+    def _allowed(self) -> float:
         """Bytes that may be sent before the client is validated, for what has been received from it."""
-        return (self._table.limits.amplification or math.inf) * self._inbox.bytes_received
+        assert self._table.limits.amplification is not None
+        return self._table.limits.amplification * self._inbox.bytes_received
 
-    def _may_send(self, size: int) -> bool:
-        if self._amplified + size > self._may_send_in_all():
+    def _reserve(self, size: int) -> bool:
+        if self._amplified + size > self._allowed():
             self._sends_withheld += 1
             self.server._sends_withheld += 1
             return False
         self._amplified += size
         return True
+
+    def _give_back(self, size: int) -> None:
+        self._amplified -= size
 
     def _request_timed_out(self) -> None:
         self._requests_timed_out += 1

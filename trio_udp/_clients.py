@@ -1,7 +1,7 @@
 """Who is known: the table of clients, the bound on their number, eviction and idle expiry.
 
-No task and no timer for each client. A client costs the table one look in each idle period: when it is due, either its
-handler has been waiting for long enough, or the time to look again is known.
+Expiry needs neither a task nor a timer for each client. A client costs the table one look in each idle period: when it
+is due, either its handler has been waiting for long enough, or the time to look again is known.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Conversation(trio.abc.Channel[bytes]):
     _route: Route
     _sending: SendTally = attrs.field(factory=SendTally, init=False)
     _closed: bool = attrs.field(default=False, init=False)
-    # Whether something limits what may be sent to the peer; see Client._may_send.
+    # Whether something limits what may be sent to the peer; see Client._reserve.
     _limited: bool = attrs.field(default=False, init=False)
     # Cancelled to tell senders that wait for room in the send buffer that the conversation is over.
     _blocked_sends: set[trio.CancelScope] | None = attrs.field(default=None, init=False)
@@ -67,7 +67,7 @@ class Conversation(trio.abc.Channel[bytes]):
         Raises:
           OSError: ``EMSGSIZE``: longer than a UDP datagram can be (65,507 bytes over IPv4, 65,527 over IPv6).
           TypeError: Not a bytes-like object.
-          trio.ClosedResourceError: The conversation is over.
+          trio.ClosedResourceError: After :meth:`close`, or when the endpoint or the client's server or handler is gone.
 
         Cancellation:
           Always noticed, and then the datagram is not sent. Other tasks run at least once in 64 sends that no
@@ -84,12 +84,16 @@ class Conversation(trio.abc.Channel[bytes]):
             await trio.lowlevel.checkpoint_if_cancelled()
         if self._closed:
             self._check_open()
-        if self._limited and not self._may_send(len(payload)):
+        if self._limited and not self._reserve(len(payload)):
             return
         try:
             endpoint.send_nowait(payload, route, self._sending)
         except trio.WouldBlock:
-            await self._send_when_there_is_room(payload)
+            try:
+                await self._send_when_there_is_room(payload)
+            except BaseException:
+                self._give_back(len(payload))
+                raise
         endpoint.sent_in_a_row += 1
         if endpoint.sent_in_a_row >= YIELD_EVERY:
             # Only now, and not to be cancelled: what is called first is sent first, and what was sent has not failed.
@@ -105,16 +109,21 @@ class Conversation(trio.abc.Channel[bytes]):
         self._check_open()
         endpoint, route = self._endpoint, self._route
         copy = as_payload(payload, endpoint, route)
-        if not self._limited or self._may_send(len(copy)):
+        if self._limited and not self._reserve(len(copy)):
+            return
+        try:
             endpoint.send_nowait(copy, route, self._sending)
+        except BaseException:
+            self._give_back(len(copy))
+            raise
 
     async def send_many(self, payloads: Iterable[Payload]) -> None:
         """Send many datagrams, in order.
 
         Cheaper than to send them one by one, most of all if they have one size. Everything is checked and copied before
         the first is sent: what :meth:`send` would raise for one of them means that none is sent. Waiting, cancellation
-        and the turns of other tasks are as for ``send``, though cancellation is noticed only once in 64 datagrams; what
-        another task sends meanwhile may come in between.
+        and the turns of other tasks are as for ``send``, though cancellation is noticed only once in 64 datagrams; those
+        before it have been sent. What another task sends meanwhile may come in between.
         """
         endpoint, route = self._endpoint, self._route
         copies = [
@@ -124,24 +133,27 @@ class Conversation(trio.abc.Channel[bytes]):
             else as_payload(payload, endpoint, route)
             for payload in payloads
         ]
-        position = 0
         if self._limited:
-            copies = [payload for payload in copies if self._may_send(len(payload))]
-        while True:
-            await trio.lowlevel.checkpoint_if_cancelled()
-            self._check_open()
-            some = copies[position : position + YIELD_EVERY - endpoint.sent_in_a_row]
-            sent = endpoint.send_many_nowait(some, route, self._sending)
-            if sent < len(some):
-                await self._send_when_there_is_room(some[sent])
-                sent += 1
-            position += sent
-            endpoint.sent_in_a_row += sent
-            if endpoint.sent_in_a_row >= YIELD_EVERY:
-                endpoint.sent_in_a_row = 0
-                await trio.lowlevel.cancel_shielded_checkpoint()
-            if position == len(copies):
-                return
+            copies = [payload for payload in copies if self._reserve(len(payload))]
+        position = 0
+        try:
+            while True:
+                await trio.lowlevel.checkpoint_if_cancelled()
+                self._check_open()
+                some = copies[position : position + YIELD_EVERY - endpoint.sent_in_a_row]
+                sent = endpoint.send_many_nowait(some, route, self._sending)
+                if sent < len(some):
+                    await self._send_when_there_is_room(some[sent])
+                    sent += 1
+                position += sent
+                endpoint.sent_in_a_row += sent
+                if endpoint.sent_in_a_row >= YIELD_EVERY:
+                    endpoint.sent_in_a_row = 0
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+                if position == len(copies):
+                    return
+        finally:
+            self._give_back(sum(map(len, copies[position:])))
 
     async def aclose(self) -> None:
         """Like :meth:`close`, and a checkpoint."""
@@ -154,9 +166,12 @@ class Conversation(trio.abc.Channel[bytes]):
         for scope in self._blocked_sends or ():
             scope.cancel()
 
-    def _may_send(self, size: int) -> bool:
-        """Whether so many bytes may be sent now; they count as sent then, or as withheld."""
+    def _reserve(self, size: int) -> bool:
+        """Whether so many bytes may be sent now; they count as sent then, unless they are given back."""
         return True
+
+    def _give_back(self, size: int) -> None:
+        """Bytes that were reserved have not been sent after all."""
 
     def _check_open(self) -> None:
         if self._closed:

@@ -24,7 +24,7 @@ def _make_sleep() -> object:
 
 
 # What a task yields to Trio's loop to sleep until it is rescheduled or cancelled. It is what wait_task_rescheduled()
-# yields, made once: the coroutines and the outcome that it makes for each wait cost 0.9 µs, a seventh of an echo.
+# yields, made once: the coroutines and the outcome that it makes for each wait cost 0.9 µs, of an echo of 6 µs.
 # One will do for all tasks, since being cancelled needs nothing of ours done.
 SLEEP = _make_sleep()
 
@@ -57,7 +57,7 @@ class Inbox:
     delivered: int = attrs.field(default=0, init=False)
     dropped_inbox_full: int = attrs.field(default=0, init=False)
     dropped_at_end: int = attrs.field(default=0, init=False)
-    # Counted in and counted out, so that one addition for each says both how much there was and how much waits.
+    # Bytes waiting are the difference of these two: running totals, so that each event costs one addition.
     bytes_received: int = attrs.field(default=0, init=False)
     _bytes_gone: int = attrs.field(default=0, init=False)
 
@@ -78,10 +78,10 @@ class Inbox:
             self._bytes_gone += size
             self.dropped_inbox_full += 1
             totals.dropped_inbox_full += 1
-            self.wake()  # where it was the total that was full: the client is not silent, its wait begins anew
+            self.wake()  # if all inboxes together were full, and this one empty: the client is not silent
             return
         receiver = self.receiver
-        if receiver is not None and receiver.custom_sleep_data is self:  # it sleeps, so nothing waits here
+        if receiver is not None and receiver.custom_sleep_data is self:  # is_awaited; then nothing waits here
             self._bytes_gone += size
             self.delivered += 1
             totals.delivered += 1

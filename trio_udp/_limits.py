@@ -10,9 +10,9 @@ import attrs
 # about 250) and make every timer of the program wait longer.
 BATCH = 64
 
-# Bytes of memory in CPython, rounded up: a client with its task and its inbox, while its handler does nothing but wait;
+# Bytes of memory in CPython, rounded up: a client with its task and its inbox, and a handler that does nothing but wait;
 # the object around a payload, and its place in an inbox; a bucket.
-CLIENT = 3_600
+CLIENT = 4_500
 DATAGRAM = 64
 BUCKET = 250
 
@@ -54,15 +54,16 @@ class RateLimit:
       per_second: Datagrams per second, in the long run.
       burst: Datagrams at once, by a source that has been silent.
       ipv4_prefix, ipv6_prefix: Bits of an address that tell sources apart.
-      buckets: The most to keep in memory, about 200 bytes each, besides one for each client. When there are more
-        sources than that, those that have been silent the longest are forgotten: their bucket is full again.
+      buckets: The most to keep in memory, about 250 bytes each, besides one for each client. A source is forgotten, and
+        its bucket full again, once half as many others have come since it was last seen: let that be more than can
+        come in ``burst / per_second`` seconds.
     """
 
     per_second: float = attrs.field(validator=_positive_number)
     burst: int = attrs.field(default=100, validator=_positive_int)
     ipv4_prefix: int = attrs.field(default=24, validator=attrs.validators.in_(range(1, 33)))
     ipv6_prefix: int = attrs.field(default=56, validator=attrs.validators.in_(range(1, 129)))
-    buckets: int = attrs.field(default=65_536, validator=_positive_int)
+    buckets: int = attrs.field(default=65_536, validator=[_positive_int, attrs.validators.ge(2)])
 
 
 @attrs.frozen(kw_only=True)
@@ -87,7 +88,7 @@ class Limits:
       amplification: How many times the bytes received from a client may be sent to it, until its handler calls
         :meth:`Client.validate`. What would be more is not sent, and counted as ``sends_withheld``. Without it, somebody
         who forges a victim's address can make the server flood the victim. RFC 9000 section 8.1 has 3. By default
-        there is no such limit.
+        there is no such limit; ``Server.send_to`` never has one.
     """
 
     max_clients: int = attrs.field(default=10_000, validator=_positive_int)
@@ -113,7 +114,8 @@ class Limits:
 
             clients * (CLIENT + inbox_datagrams * DATAGRAM) + total_bytes + buckets * BUCKET
 
-        What handlers keep comes on top, and about 5 MB of buffers for each endpoint.
+        On top comes what handlers keep, and buffers: 4 MB for each thread and kind of socket, up to 8 MB for each
+        endpoint.
         """
         clients = self.max_clients + (BATCH if self.when_full == "evict_idle" else 0)
         buckets = self.rate_limit.buckets if self.rate_limit else 0

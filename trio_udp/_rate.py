@@ -9,7 +9,7 @@ import attrs
 from ._endpoints import Address, source_prefix
 from ._limits import RateLimit
 
-# Tokens: more than rounding can add up to, and no datagram.
+# Tolerance for rounding, in tokens: far less than one datagram.
 EPSILON = 1e-3
 
 
@@ -33,7 +33,7 @@ class RateLimiter:
 
     One half of the table is of this generation, the other of the one before. When this one's half is full, the older is
     forgotten; whoever is seen again before that moves over. So a flood of new sources makes the table forget those that
-    have been quiet, whose buckets are full anyway, and not those that are busy.
+    have been quiet, and not those that are busy.
     """
 
     _limit: RateLimit
@@ -47,13 +47,13 @@ class RateLimiter:
         prefix = source_prefix(address, limit.ipv4_prefix, limit.ipv6_prefix)
         bucket = self._young.get(prefix)
         if bucket is None:
-            if len(self._young) >= limit.buckets / 2:
+            if len(self._young) >= limit.buckets // 2:
                 self._old, self._young = self._young, {}
             bucket = self._young[prefix] = self._old.pop(prefix) if prefix in self._old else Bucket()
         return bucket
 
     def now(self) -> float:
-        """The time in tokens."""
+        """The time, in units of what one token takes to come back."""
         return self._now() * self._limit.per_second
 
     def take(self, bucket: Bucket, now: float) -> bool:

@@ -143,7 +143,8 @@ async def serve_endpoints(
       drain_timeout: Seconds that handlers have to finish once the server stops. What is left then is cancelled.
       stop_signals: Signals that stop the server as :meth:`Server.stop` does; the second one stops it at once.
       handler_nursery: Run handlers there rather than in a nursery of the server's own. They are then the caller's to
-        cancel; a client used after its server has ended raises ``trio.ClosedResourceError``.
+        cancel, also after ``drain_timeout``, and what they raise goes there; a client used after its server has ended
+        raises ``trio.ClosedResourceError``.
       task_status: With ``nursery.start``, gives the running :class:`Server`.
 
     Raises:
@@ -206,8 +207,9 @@ class Server:
     _log: ErrorLog
     _nursery: trio.Nursery
     _handler_nursery: trio.Nursery
-    _unsolicited: SendTally = attrs.field(factory=SendTally, init=False)  # what is sent has to be somebody's
-    _in_hand: int = attrs.field(default=0, init=False)  # datagrams of a batch, read but not yet handed out
+    _unsolicited: SendTally = attrs.field(factory=SendTally, init=False)  # counts of send_to: no client's
+    # Datagrams of the current batch not handed out yet. Not 0 only while accept is asked, which may look at statistics.
+    _in_hand: int = attrs.field(default=0, init=False)
     _refused_by_rate: int = attrs.field(default=0, init=False)
     _refused_by_accept: int = attrs.field(default=0, init=False)
     _refused_full: int = attrs.field(default=0, init=False)
@@ -218,7 +220,7 @@ class Server:
 
     @property
     def clients(self) -> Collection[Client]:
-        """A live, read-only collection of the clients whose handlers run. It may change while it is iterated."""
+        """A live, read-only collection of the clients whose handlers run. Iterating goes over those of the moment."""
         return ClientsView(self._table)
 
     def __repr__(self) -> str:
@@ -433,7 +435,7 @@ def _is_normal_end(error: Exception, client: Client) -> bool:
     """Whether an exception only says that the conversation is over, perhaps from inside a nursery of the handler's."""
     if isinstance(error, ExceptionGroup):
         return all(_is_normal_end(inner, client) for inner in error.exceptions)
-    closed = client._abandoned or client._endpoint.closed  # and not by the handler
+    closed = client._abandoned or client._endpoint.closed  # by the server or its endpoint, not by the handler itself
     return isinstance(error, trio.EndOfChannel) or (closed and isinstance(error, trio.ClosedResourceError))
 
 

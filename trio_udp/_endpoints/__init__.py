@@ -3,7 +3,10 @@
 _open.py        from a host and a port to endpoints
 _endpoint.py    a bound socket: waiting, batches, counters
 _engine.py      what an endpoint asks of the code that makes the system calls
-_portable.py    that code for every platform
+_choice.py      which such code there is for a socket
+_socket.py      what is the same in all of it
+_portable.py    for every platform, a system call for each datagram
+_linux.py       for Linux, one for up to 64
 _address.py     addresses: what they look like, which of them can be sent to, and how much
 _pktinfo.py     the control messages that tell, and set, our own address
 """

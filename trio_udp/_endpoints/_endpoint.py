@@ -196,7 +196,7 @@ class Endpoint:
             if self._corked:
                 self._corked -= 1
             self._fruitless_reads += 1
-            if self._fruitless_reads > FRUITLESS_READS and not (self._drained and not self._engine.is_readable()):
+            if self._fruitless_reads > FRUITLESS_READS and (not self._drained or self._engine.is_readable()):
                 self.uncork()
                 await trio.sleep(PAUSE)
 

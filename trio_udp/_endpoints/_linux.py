@@ -98,26 +98,26 @@ class MMsgHdr(ctypes.Structure):
 
 @attrs.frozen(eq=False)
 class Layout:
-    """What the routes of a socket look like: a socket address, padded, and perhaps a control message."""
+    """What the routes of a socket look like: a socket address, padded, and at the end perhaps a control message."""
 
     name_size: int
     control_offset: int
-    no_local_address: bytes = b""  # that control message, where it leaves the choice to the kernel
+    default_end: bytes = b""  # that control message, where it leaves the choice to the kernel; only on wildcard sockets
 
     @property
     def route_size(self) -> int:
-        return self.control_offset + len(self.no_local_address)
+        return self.control_offset + len(self.default_end)
 
-    def local_address(self, reply: ReplyControl) -> bytes:
+    def end(self, reply: ReplyControl) -> bytes:
         """The end of a route, from the control message for a reply."""
-        return pack_control(*reply[0]) if reply else self.no_local_address
+        return pack_control(*reply[0]) if reply else self.default_end
 
     def understand(self, control: Iterable[tuple[int, int, bytes]]) -> tuple[bytes, int]:
         """Turn the control messages of a message into the end of its route, and the size of its segments or 0."""
         messages = list(control)
         sizes = [data for level, kind, data in messages if (level, kind) == (socket.IPPROTO_UDP, UDP_GRO)]
         segment_size = int.from_bytes(sizes[0], sys.byteorder) if sizes else 0
-        return self.local_address(reply_control(messages)) if self.no_local_address else b"", segment_size
+        return self.end(reply_control(messages)) if self.default_end else b"", segment_size
 
 
 CONNECTED = Layout(0, 0)
@@ -177,8 +177,8 @@ class IncomingMessages(Messages):
         self.names = [
             slice(record, record + layout.control_offset) for record in range(0, len(self.records), record_size)
         ]
-        self.controls = [slice(name.stop, name.stop + len(layout.no_local_address)) for name in self.names]
-        self.usual_control_sizes = memoryview(array("L", [len(layout.no_local_address)] * BATCH))
+        self.controls = [slice(name.stop, name.stop + len(layout.default_end)) for name in self.names]
+        self.usual_control_sizes = memoryview(array("L", [len(layout.default_end)] * BATCH))
 
     def reset(self) -> None:
         """Undo what the kernel has written into the headers."""
@@ -193,7 +193,7 @@ class OutgoingMessages(Messages):
     def __init__(self, layout: Layout) -> None:
         # A record is a route followed by this, which the kernel reads only if the message is merged from datagrams.
         self.separator = pack_control(socket.IPPROTO_UDP, UDP_SEGMENT, SEGMENT_SIZE.pack(0))
-        self.plain_control_size = len(layout.no_local_address)
+        self.plain_control_size = len(layout.default_end)
         self.record_size = layout.route_size + len(self.separator)
         super().__init__(layout, self.record_size, self.plain_control_size)
         self.records[:] = (bytes(layout.route_size) + self.separator) * BATCH
@@ -322,7 +322,7 @@ class LinuxEngine(SocketEngine):
             # The next call is to read about one batch of datagrams, so that they are not ahead for long.
             self._ask = max(1, BATCH * count // len(self._ahead))
             return self._take_from_ahead(batch)
-        if self._layout.no_local_address:
+        if self._layout.default_end:
             batch += [
                 (payloads[start : start + size], records[name] + understand(records[control])[0])
                 for start, size, name, control in where
@@ -364,7 +364,7 @@ class LinuxEngine(SocketEngine):
     def send(self, outbox: deque[Outgoing]) -> None:
         if self._one_by_one:
             return self._send_one_by_one(outbox)
-        if len(outbox) == 1 and not self._layout.no_local_address:
+        if len(outbox) == 1 and not self._layout.default_end:
             return self._send_lone(outbox)
         memory = this_thread.outgoing.get(self._layout)
         if memory is None:
@@ -484,9 +484,9 @@ class LinuxEngine(SocketEngine):
     def route(self, address: Address) -> Route:
         if self.connected:
             return b""
-        end = self._layout.no_local_address
+        end = self._layout.default_end
         if end and is_mapped(address):
-            end = self._layout.local_address(NO_MAPPED_ADDRESS)
+            end = self._layout.end(NO_MAPPED_ADDRESS)
         return pack_address(address, self.family) + end
 
     def peer_address(self, route: Route) -> Address:

@@ -59,7 +59,8 @@ async def open_endpoints(
 
     Raises:
       OSError: The kernel's own, when an address cannot be bound; everything opened so far is closed.
-      TypeError, ValueError: An argument makes no sense.
+      TypeError, ValueError: An argument makes no sense, or ``TRIO_UDP_ENGINE`` in the environment, which chooses the
+        engine: ``portable``, or ``linux`` where it must be that; by default the fastest that there is.
     """
     _check_port(port, least=0)
     check_max_datagram_size(max_datagram_size)
@@ -97,7 +98,12 @@ async def open_endpoints(
                 raise
         else:
             break
-    endpoints = [Endpoint.from_socket(sock, max_datagram_size=max_datagram_size) for sock in sockets]
+    try:
+        endpoints = [Endpoint.from_socket(sock, max_datagram_size=max_datagram_size) for sock in sockets]
+    except BaseException:  # TRIO_UDP_ENGINE makes no sense
+        for sock in sockets:
+            sock.close()
+        raise
     for endpoint in endpoints:
         endpoint.receive_buffer_requested = requested = receive_buffer or RECEIVE_BUFFER
         granted = endpoint.statistics().receive_buffer
