@@ -122,7 +122,7 @@ class Conversation(trio.abc.Channel[bytes]):
 
         Cheaper than to send them one by one, most of all if they have one size. Everything is checked and copied before
         the first is sent: what :meth:`send` would raise for one of them means that none is sent. Waiting, cancellation
-        and the turns of other tasks are as for ``send``, though cancellation is noticed only once in 64 datagrams; those
+        and the turns of other tasks are as for ``send``, though cancellation is noticed once in 64 datagrams, and those
         before it have been sent. What another task sends meanwhile may come in between.
         """
         endpoint, route = self._endpoint, self._route
