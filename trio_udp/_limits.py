@@ -10,8 +10,8 @@ import attrs
 # about 250) and make every timer of the program wait longer.
 BATCH = 64
 
-# Bytes of memory in CPython, rounded up: a client with its task, its inbox, and a handler that does nothing but wait; the
-# object around a payload, and its place in an inbox; a bucket.
+# Bytes of memory in CPython, rounded up: a client with its task, its inbox, and a handler that does nothing but wait;
+# the object around a payload, and its place in an inbox; a bucket.
 CLIENT = 4_500
 DATAGRAM = 64
 BUCKET = 250
