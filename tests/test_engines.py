@@ -23,7 +23,7 @@ from trio_udp import Client, Connection, Endpoint, Server, serve_endpoints
 from trio_udp._endpoints import Address
 from trio_udp.testing import SimulatedNetwork
 
-from .conftest import Bystander, check_adds_up
+from .conftest import check_adds_up
 
 HOST = "127.0.0.1"
 
@@ -34,7 +34,7 @@ class World:
 
     endpoint: Callable[..., Awaitable[Endpoint]]
     connect: Callable[..., Awaitable[Connection]]
-    narrow: Callable[[], Awaitable[tuple[Connection, Connection]]]  # two ends, and a line that is soon full
+    narrow: Callable[[], Awaitable[tuple[Connection, Connection]]] | None  # two ends, and a line that is soon full
 
 
 async def open_endpoint(port: int = 0, host: str = HOST, **options: Any) -> Endpoint:
@@ -43,7 +43,6 @@ async def open_endpoint(port: int = 0, host: str = HOST, **options: Any) -> Endp
 
 
 async def open_narrow() -> tuple[Connection, Connection]:
-    # UDP has no back-pressure on one machine; Unix-domain datagrams have.
     near, far = map(Endpoint.from_socket, socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
     return Connection(near, near.route((HOST, 1))), Connection(far, far.route((HOST, 1)))
 
@@ -68,8 +67,9 @@ def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Wo
         return in_memory()
     if request.param == "linux" and sys.platform != "linux":
         pytest.skip("not Linux")
-    monkeypatch.setenv("TRIO_UDP_ENGINE", "" if request.param == "linux" else request.param)
-    return World(open_endpoint, trio_udp.connect, open_narrow)
+    monkeypatch.setenv("TRIO_UDP_ENGINE", request.param)
+    # UDP has no back-pressure on one machine; Unix-domain datagrams have, and only the portable engine.
+    return World(open_endpoint, trio_udp.connect, open_narrow if request.param == "portable" else None)
 
 
 async def echo(client: Client) -> None:
@@ -290,6 +290,8 @@ async def test_a_full_receive_buffer(world: World, nursery: trio.Nursery) -> Non
 
 async def test_a_full_send_buffer(world: World) -> None:
     """send_nowait raises, send waits, and everything arrives once and in order."""
+    if world.narrow is None:
+        pytest.skip("no UDP socket of one machine is ever full; see test_linux_engine.py")
     near, far = await world.narrow()
     count = 0
     while True:
@@ -483,15 +485,3 @@ async def test_counters(world: World, start: StartServer) -> None:
     assert far.received == far.delivered + far.dropped_at_end
     assert (statistics.errors, near.errors) == ({}, {})
     check_adds_up(server)
-
-
-async def test_two_ends_leave_turns_to_others(connection: Connection) -> None:
-    """A conversation that never pauses lets other tasks run."""
-    bystander = Bystander()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(bystander.run)
-        for _ in range(100):
-            await connection.send(b"x")
-            assert await take(connection, 1) == [b"x"]
-        nursery.cancel_scope.cancel()
-    assert bystander.turns >= 100
