@@ -54,7 +54,7 @@ def in_memory() -> World:
         return network.endpoint(host, port, **options)
 
     async def open_narrow() -> tuple[Connection, Connection]:
-        network = SimulatedNetwork(bandwidth=30_000)
+        network = SimulatedNetwork(bandwidth=8_000)
         near, far = (HOST, 1), (HOST, 2)
         return await network.connect(*far, local_address=near), await network.connect(*near, local_address=far)
 
