@@ -3,6 +3,7 @@
 _open.py        from a host and a port to endpoints
 _endpoint.py    a bound socket: waiting, batches, counters
 _engine.py      what an endpoint asks of the code that makes the system calls
+_faults.py      what each error of a socket means
 _portable.py    that code for every platform
 _address.py     addresses: what they look like, which of them can be sent to, and how much
 _pktinfo.py     the control messages that tell, and set, our own address
