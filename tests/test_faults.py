@@ -111,6 +111,9 @@ class World:
         """Whether an error of reading makes the engine do without a system call."""
         return False
 
+    def close_what_was_given_up(self) -> None:
+        """Close the file descriptor that the endpoint takes for somebody else's now."""
+
     def close(self) -> None:
         pass
 
@@ -169,7 +172,7 @@ class RealWorld(World):
         self.alice, self.bob = self._peers
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         sock.bind(("0.0.0.0" if what == "wildcard" else "127.0.0.1", 0))
-        self._server_fileno = sock.fileno()
+        self.fileno = sock.fileno()
         self._port = sock.getsockname()[1]
         self.endpoint = Endpoint.from_socket(sock)
 
@@ -193,12 +196,10 @@ class RealWorld(World):
     def takes_for_missing(self, code: int) -> bool:
         return self._in_batches and code in (errno.EPERM, errno.EINVAL)
 
+    def close_what_was_given_up(self) -> None:
+        os.close(self.fileno)
+
     def close(self) -> None:
-        if self.endpoint.closed:  # and perhaps given up, as a file descriptor that is somebody else's
-            try:
-                os.close(self._server_fileno)
-            except OSError:
-                pass
         for sock in self._peers.values():
             sock.close()
 
@@ -215,7 +216,7 @@ class RealWorld(World):
         real = getattr(where, call)
 
         def faulty(sock: socket.socket, *args: Any) -> Any:
-            code = error(*args) if sock.fileno() == self._server_fileno else 0
+            code = error(*args) if sock.fileno() == self.fileno else 0
             if code:
                 raise OSError(code, os.strerror(code))
             return real(sock, *args)
@@ -468,6 +469,18 @@ async def test_a_file_descriptor_that_is_gone(
     assert outcome == (["ended"] if way == "reading" else ["told", "ended"])
     assert caplog.messages[-1] == expected
     assert world.endpoint.closed
+    world.close_what_was_given_up()
+
+
+@pytest.mark.parametrize("world", WORLDS[1:], indirect=True)
+async def test_a_file_descriptor_that_is_no_socket_any_more(world: RealWorld) -> None:
+    """To wait for it is no different from using it."""
+    with open(os.devnull) as other:  # noqa: ASYNC230
+        os.dup2(other.fileno(), world.fileno)
+    with pytest.raises(trio.ClosedResourceError):
+        await world.endpoint.receive_batch()
+    assert world.endpoint.closed
+    world.close_what_was_given_up()
 
 
 async def test_a_unix_domain_peer_that_is_gone(nursery: trio.Nursery, tmp_path: Path) -> None:
