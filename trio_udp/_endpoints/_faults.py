@@ -19,8 +19,8 @@ class Fault(Enum):
     """Nobody's: there is nothing yet, or no room."""
 
     ANSWER = auto()
-    """Not this call's: the network answers something sent earlier. The call is repeated, once if it is to send. Not
-    logged, and no reason to pause: strangers bring it about at will."""
+    """Not this call's: nearly always the network answers something sent earlier. The call is repeated, to send only
+    once. Not logged, and no reason to pause: strangers bring it about at will."""
 
     PEER = auto()
     """This datagram's, or its peer's: counted for that client. Not logged: strangers can bring it about. If reading
