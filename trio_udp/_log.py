@@ -1,9 +1,10 @@
-"""Errors of the user's own functions, in the log: with traceback, but not without end."""
+"""Errors in the log, but not without end: of the user's own functions, with traceback, and of sockets."""
 
 from __future__ import annotations
 
+import errno
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 import attrs
@@ -13,6 +14,9 @@ LOGGER = logging.getLogger("trio_udp")
 
 # A stranger who finds a payload that makes a handler raise can send a million of them.
 TRACEBACKS_PER_SECOND = 10
+
+# Between two lines about the same errno of the same socket.
+SECONDS_OF_SILENCE = 60
 
 
 @attrs.define(eq=False)
@@ -47,3 +51,25 @@ class ErrorLog:
             await trio.sleep_until(self._written[0] + 1)
             self._suppressing = trio.Event()
             self.write_suppressed()
+
+
+@attrs.define(eq=False)
+class FaultLog:
+    """Writes what goes wrong with a socket: each errno at once, and again at most every minute."""
+
+    _count: Counter[int] = attrs.field(factory=Counter, init=False)  # by errno, since it was last written
+    _silent_until: dict[int, float] = attrs.field(factory=dict, init=False)
+
+    def count(self, error: OSError) -> None:
+        self._count[error.errno or 0] += 1
+
+    def write(self, socket: object, error: OSError, reason: str) -> None:
+        code = error.errno or 0
+        try:
+            now = trio.current_time()
+        except RuntimeError:  # an endpoint may be closed outside of Trio
+            return
+        if now >= self._silent_until.get(code, now):
+            self._silent_until[code] = now + SECONDS_OF_SILENCE
+            name, count = errno.errorcode.get(code, str(code)), self._count.pop(code)
+            LOGGER.warning("%s: %s (%d since last logged): %s", repr(socket), name, count, reason)

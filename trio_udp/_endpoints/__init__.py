@@ -3,6 +3,7 @@
 _open.py        from a host and a port to endpoints
 _endpoint.py    a bound socket: waiting, batches, counters
 _engine.py      what an endpoint asks of the code that makes the system calls
+_faults.py      what each error of a socket means
 _choice.py      which such code there is for a socket
 _socket.py      what is the same in all of it
 _portable.py    for every platform, a system call for each datagram

@@ -10,22 +10,26 @@ from contextlib import suppress
 import attrs
 import trio
 
+from .._log import FaultLog
 from .._statistics import EndpointStatistics, SendTally
 from ._address import Address, family_of
 from ._choice import engine_for
 from ._engine import BATCH, Datagram, Engine, Outgoing, Route
+from ._faults import Fault, fault_of, reason_for
 from ._socket import is_connected
 
-# Somebody has closed the file descriptor itself, and perhaps it already belongs to something that is not a socket.
-CLOSED_ERRNOS = {errno.EBADF, errno.ENOTSOCK}
+INTERNET = (stdlib_socket.AF_INET, stdlib_socket.AF_INET6)
 
-# Errors on receive come one at a time, each an answer to something sent earlier, and a socket that polls as readable
-# has something to read. If more than this many reads in a row gave nothing, and there is still an error or it still
-# polls as readable, then that is a fault that lasts (one is IP_RECVERR with nobody to read the error queue): look only
-# every so many seconds, so as not to burn the processor. No stranger can bring this about: a datagram with a wrong
-# checksum polls as readable and gives nothing, but then it is gone.
+# A socket that polls as readable has something to read, be it an answer to something sent earlier. If more than this
+# many reads in a row gave nothing, and there is still an error or it still polls as readable, then that is a fault that
+# lasts (one is IP_RECVERR with nobody to read the error queue): look only every so many seconds, so as not to burn the
+# processor. No stranger can bring this about: a datagram with a wrong checksum polls as readable and gives nothing, but
+# then it is gone.
 FRUITLESS_READS = 8
 PAUSE = 0.1
+
+# Reads in a row that gave answers to something sent earlier, and nothing else. So many are not the network's any more.
+MANY_ANSWERS = 1_024
 
 # Seconds to wait when the socket polls as writable and sending still fails with EAGAIN, as on a Unix-domain socket:
 # there it is the peer's buffer that is full, which polling does not show.
@@ -52,6 +56,9 @@ class Endpoint:
 
     _drained: bool = attrs.field(default=True, init=False)  # the kernel had nothing more when we last looked
     _fruitless_reads: int = attrs.field(default=0, init=False)
+    _answers_in_a_row: int = attrs.field(default=0, init=False)
+
+    _log: FaultLog = attrs.field(factory=FaultLog, init=False)
 
     # Sends since a task that sends was last known to let others run; see YIELD_EVERY.
     sent_in_a_row: int = attrs.field(default=0, init=False)
@@ -86,7 +93,7 @@ class Endpoint:
             raise TypeError(f"expected a socket of the operating system's, not a {type(sock).__name__}")
         if sock.type != stdlib_socket.SOCK_DGRAM:
             raise ValueError(f"not a datagram socket: {sock!r}")
-        is_inet = sock.family in (stdlib_socket.AF_INET, stdlib_socket.AF_INET6)
+        is_inet = sock.family in INTERNET
         if sock.getsockname()[1] == 0 if is_inet else not sock.getsockname() and not is_connected(sock):
             raise ValueError(f"not bound to an address: {sock!r}")
         if isinstance(sock, stdlib_socket.socket):
@@ -188,7 +195,7 @@ class Endpoint:
             received = self._engine.tally.received
             self._drained = self.read(batch)
             if self._engine.tally.received > received:  # be it truncated
-                self._fruitless_reads = 0
+                self._fruitless_reads = self._answers_in_a_row = 0
             if batch:
                 self._corked = 0
                 self.sent_in_a_row = 0
@@ -205,8 +212,8 @@ class Endpoint:
         try:
             return self._engine.receive(batch)
         except OSError as error:
-            if error.errno in CLOSED_ERRNOS:
-                self._engine.abandon()
+            if fault_of(error) is Fault.CLOSED:
+                self._abandon(error)
                 raise trio.ClosedResourceError("this endpoint is closed") from error
             self._count_receive_error(error)
         return False
@@ -215,7 +222,6 @@ class Endpoint:
         """Raise the refusal by the peer that nobody has been told of yet, if there is one."""
         if self._refusal is not None:
             refusal, self._refusal = self._refusal, None
-            self._fruitless_reads = 0  # the read that has met it was not in vain
             raise refusal
 
     def send_nowait(self, payload: bytes, route: Route, tally: SendTally) -> None:
@@ -315,15 +321,20 @@ class Endpoint:
 
     def _flush(self) -> None:
         """Send what is in the outbox, as far as the kernel takes it now."""
+        repeated: Outgoing | None = None
         while self._outbox:
             try:
                 self._engine.send(self._outbox)
             except OSError as error:
-                if isinstance(error, BlockingIOError) or error.errno in CLOSED_ERRNOS:
+                fault = fault_of(error)
+                if fault is Fault.CLOSED:
+                    self._abandon(error)
+                if fault in (Fault.CLOSED, Fault.WAIT):
                     self._corked = 0  # so that whoever sends next is told at once
                     return
-                if self._engine.connected and isinstance(error, ConnectionRefusedError):
+                if fault is Fault.ANSWER and self._outbox[0] is not repeated and self._engine.family in INTERNET:
                     # The answer to an earlier datagram; this one has not been tried yet. See udp(7).
+                    repeated = self._outbox[0]
                     self._count_receive_error(error)
                 else:
                     self._count_send_error(error)
@@ -331,8 +342,22 @@ class Endpoint:
                 # Not an address that one can send to, such as that of a Unix-domain socket which has none.
                 self._count_send_error(OSError(errno.EDESTADDRREQ, str(error)))
 
+    def _abandon(self, error: OSError) -> None:
+        """End, for the file descriptor is gone; if it was not we who have closed it, say so."""
+        if not self.closed:
+            self._log.count(error)
+            self._log.write(self, error, reason_for(error))
+        self._engine.abandon()
+
     def _count_receive_error(self, error: OSError) -> None:
         self._engine.tally.count_receive_error(error)
+        self._log.count(error)
+        fault = fault_of(error)
+        if fault is Fault.ANSWER and self._answers_in_a_row < MANY_ANSWERS:
+            self._answers_in_a_row += 1
+            self._fruitless_reads = 0  # the read that has met it was not in vain
+        elif fault is Fault.MACHINE or self._fruitless_reads >= FRUITLESS_READS:  # it lasts, whosever it is
+            self._log.write(self, error, reason_for(error))
         if self.tells_refusals and isinstance(error, ConnectionRefusedError):
             self._refusal = error
             self._wait.cancel()
@@ -341,6 +366,9 @@ class Endpoint:
         _, _, tally = self._outbox.popleft()
         tally.count_send_error(error)
         self._engine.tally.count_send_error(error)
+        self._log.count(error)
+        if fault_of(error) is Fault.MACHINE:
+            self._log.write(self, error, reason_for(error))
 
 
 def check_max_datagram_size(size: int) -> None:

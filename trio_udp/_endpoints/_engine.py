@@ -89,4 +89,4 @@ class Engine(Protocol):
         """Close the socket and wake whoever waits for it."""
 
     def abandon(self) -> None:
-        """Forget the file descriptor, which is not ours any more; ``closed`` from now on."""
+        """Forget the file descriptor, which is not ours any more, and wake whoever waits for it."""

@@ -96,4 +96,6 @@ class SocketEngine(ABC):
         self.socket.close()
 
     def abandon(self) -> None:
-        self.socket.detach()
+        if not self.closed:
+            trio.lowlevel.notify_closing(self._socket)  # who waits for it already would do so for ever
+            self.socket.detach()

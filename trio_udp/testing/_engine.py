@@ -138,7 +138,7 @@ class SimulatedEngine:
             self._raise_errors()
             self._network._check_route(source, destination)
             if not self._has_room(now):
-                raise BlockingIOError
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             outbox.popleft()
             length = len(payload)
             self._network._send(payload, source, destination, now, self._queue(now, length))

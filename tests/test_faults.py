@@ -1,0 +1,528 @@
+"""Errors of the system: what they mean, and each of them injected where a system call would give it, on every engine.
+
+What Linux can be made to do for real is in test_network_faults.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from trio_udp import Client, Endpoint, Server, serve_endpoints
+from trio_udp._endpoints import Address
+from trio_udp._endpoints._address import unpack_address
+from trio_udp._endpoints._endpoint import FRUITLESS_READS, FULL_THOUGH_WRITABLE, MANY_ANSWERS, PAUSE
+from trio_udp._endpoints._faults import TABLE, Fault, fault_of, reason_for
+from trio_udp._log import SECONDS_OF_SILENCE, FaultLog
+
+from .conftest import ALICE, BOB, SERVER, check_adds_up, in_memory
+
+# The table
+
+MANUALS = {
+    "recv(2) of Linux": "EAGAIN EBADF ECONNREFUSED EFAULT EINTR EINVAL ENOMEM ENOTCONN ENOTSOCK EWOULDBLOCK",
+    "send(2) of Linux": "EACCES EAGAIN EALREADY EBADF ECONNRESET EDESTADDRREQ EFAULT EINTR EINVAL EISCONN EMSGSIZE "
+    "ENOBUFS ENOMEM ENOTCONN ENOTSOCK EOPNOTSUPP EPIPE EWOULDBLOCK",
+    "udp(7), ip(7) and ipv6(7)": "ECONNREFUSED EACCES EADDRINUSE EADDRNOTAVAIL EAGAIN EALREADY ECONNABORTED "
+    "EHOSTUNREACH EINVAL EISCONN EMSGSIZE ENOBUFS ENODEV ENOENT ENOMEM ENOPKG ENOPROTOOPT ENOTCONN EOPNOTSUPP EPERM "
+    "EPIPE ESOCKTNOSUPPORT",
+    "icmp_err_convert and icmpv6_err_convert of Linux": "ENETUNREACH EHOSTUNREACH ENOPROTOOPT ECONNREFUSED EMSGSIZE "
+    "EOPNOTSUPP EHOSTDOWN ENONET EPROTO EACCES",
+    "recvmsg and sendmsg of POSIX": "EAGAIN EWOULDBLOCK EBADF ECONNRESET EINTR EINVAL EMSGSIZE ENOTCONN ENOTSOCK "
+    "EOPNOTSUPP ETIMEDOUT EIO ENOBUFS ENOMEM EAFNOSUPPORT EPIPE EACCES EDESTADDRREQ EHOSTUNREACH EISCONN ENETDOWN "
+    "ENETUNREACH ELOOP ENAMETOOLONG ENOENT ENOTDIR",
+    "recv(2) and send(2) of FreeBSD and macOS": "EBADF ECONNRESET ENOTCONN ENOTSOCK EAGAIN EINTR EFAULT EACCES "
+    "EMSGSIZE ENOBUFS EHOSTUNREACH EHOSTDOWN ENETDOWN ENETUNREACH EISCONN ECONNREFUSED EPIPE EADDRNOTAVAIL "
+    "EDESTADDRREQ EINVAL",
+    "WSARecvFrom and WSASendTo of Windows": "ECONNRESET EFAULT EINTR EINVAL EMSGSIZE ENETDOWN ENETRESET ENOTCONN "
+    "EWOULDBLOCK EACCES EADDRNOTAVAIL EAFNOSUPPORT EDESTADDRREQ EHOSTUNREACH ENETUNREACH ENOBUFS ENOTSOCK ESHUTDOWN "
+    "EISCONN EOPNOTSUPP ETIMEDOUT",
+}
+
+# Named there too, but they come from bind, connect and listen, from opening a socket, or from path names.
+NOT_OURS = {"EADDRINUSE", "EALREADY", "ENOPKG", "ESOCKTNOSUPPORT", "ELOOP", "ENAMETOOLONG", "ENOTDIR"}
+
+
+@pytest.mark.parametrize("manual", MANUALS)
+def test_the_table_is_complete(manual: str) -> None:
+    """Whatever the manuals say that receiving and sending can give is in it."""
+    known = {name for reasons in TABLE.values() for name in reasons}
+    assert set(MANUALS[manual].split()) - NOT_OURS <= known
+
+
+def test_the_table_is_unambiguous() -> None:
+    """It has no errno twice, not even under another name, and a sentence for each."""
+    rows = [(name, fault, reason) for fault, reasons in TABLE.items() for name, reason in reasons.items()]
+    assert len({name for name, _, _ in rows}) == len(rows)
+    for name, fault, reason in rows:
+        assert reason[0].isupper()
+        assert reason.endswith(".")
+        if hasattr(errno, name):
+            error = OSError(getattr(errno, name), "")
+            assert fault_of(error) is fault
+            assert name == "EWOULDBLOCK" or reason_for(error) == reason or errno.EWOULDBLOCK == error.errno
+
+
+def test_what_is_not_in_the_table_is_the_machines() -> None:
+    assert fault_of(OSError(99_999, "")) is Fault.MACHINE
+    assert fault_of(OSError()) is Fault.MACHINE
+    assert reason_for(OSError(99_999, "")) == "Not an error that a datagram socket is known to give."
+
+
+# Each of them, injected
+
+
+class World:
+    """A server of which the system calls fail as a test likes, and two clients."""
+
+    alice: Address
+    bob: Address
+    endpoint: Endpoint
+
+    def put(self, payload: bytes, source: Address) -> None:
+        """Let a datagram arrive."""
+        raise NotImplementedError
+
+    def arrived(self, address: Address) -> list[bytes]:
+        """What a client has received since it was last asked."""
+        raise NotImplementedError
+
+    def fail_reading(self, code: int, times: int) -> None:
+        raise NotImplementedError
+
+    def fail_sending_to_alice(self, code: int) -> None:
+        """From now on, until the code is 0."""
+        raise NotImplementedError
+
+    def takes_for_missing(self, code: int) -> bool:
+        """Whether an error of reading makes the engine do without a system call."""
+        return False
+
+    def close_what_was_given_up(self) -> None:
+        """Close the file descriptor that the endpoint takes for somebody else's now."""
+
+    def close(self) -> None:
+        pass
+
+
+class SimulatedWorld(World):
+    alice, bob = ALICE, BOB
+
+    def __init__(self) -> None:
+        self._memory = in_memory()
+        self.endpoint = self._memory.endpoint
+
+    def put(self, payload: bytes, source: Address) -> None:
+        self._memory.put(payload, source)
+
+    def arrived(self, address: Address) -> list[bytes]:
+        payloads = self._memory.sent_to(address)
+        network = self._memory.network
+        network.events[:] = [event for event in network.events if event.destination != address]
+        return payloads
+
+    def fail_reading(self, code: int, times: int) -> None:
+        for _ in range(times):
+            self._memory.network.fail_next_receive(SERVER, code)
+
+    def fail_sending_to_alice(self, code: int) -> None:
+        if code:
+            self._partition = self._memory.network.partition([SERVER], [ALICE], error=code)
+        else:
+            self._partition.heal()
+
+
+class RealWorld(World):
+    """Sockets on loopback. The calls that would read and write the server's fail before they reach the kernel."""
+
+    def __init__(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._reading = self._reads_to_fail = self._sending = 0
+        engine, _, what = kind.partition(" ")
+        self._in_batches = engine == "linux" and what != "one by one"
+        monkeypatch.setenv("TRIO_UDP_ENGINE", engine)
+        if engine == "linux":
+            self._patch_linux_engine(monkeypatch, one_by_one=what == "one by one")
+        for call in ("recvfrom", "recvmsg"):
+            self._patch(monkeypatch, call, self._reading_error)
+        for call in ("sendto", "sendmsg"):
+            self._patch(monkeypatch, call, lambda *args: self._sending_error(args[-1]))
+        self._peers = {}
+        for _ in range(2):
+            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sock.bind(("127.0.0.1", 0))
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1_000_000)
+            self._peers[sock.getsockname()] = sock
+        self.alice, self.bob = self._peers
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind(("0.0.0.0" if what == "wildcard" else "127.0.0.1", 0))
+        self.fileno = sock.fileno()
+        self._port = sock.getsockname()[1]
+        self.endpoint = Endpoint.from_socket(sock)
+
+    def put(self, payload: bytes, source: Address) -> None:
+        self._peers[source].sendto(payload, ("127.0.0.1", self._port))
+
+    def arrived(self, address: Address) -> list[bytes]:
+        payloads = []
+        while True:
+            try:
+                payloads.append(self._peers[address].recv(65_535))
+            except BlockingIOError:
+                return payloads
+
+    def fail_reading(self, code: int, times: int) -> None:
+        self._reading, self._reads_to_fail = code, times
+
+    def fail_sending_to_alice(self, code: int) -> None:
+        self._sending = code
+
+    def takes_for_missing(self, code: int) -> bool:
+        return self._in_batches and code in (errno.EPERM, errno.EINVAL)
+
+    def close_what_was_given_up(self) -> None:
+        os.close(self.fileno)
+
+    def close(self) -> None:
+        for sock in self._peers.values():
+            sock.close()
+
+    def _reading_error(self, *_: Any) -> int:
+        if not self._reads_to_fail:
+            return 0
+        self._reads_to_fail -= 1
+        return self._reading
+
+    def _sending_error(self, address: Address) -> int:
+        return self._sending if address == self.alice else 0
+
+    def _patch(self, monkeypatch: pytest.MonkeyPatch, call: str, error: Callable[..., int]) -> None:
+        real = getattr(socket.socket, call)
+
+        def faulty(sock: socket.socket, *args: Any) -> Any:
+            code = error(*args) if sock.fileno() == self.fileno else 0
+            if code:
+                raise OSError(code, os.strerror(code))
+            return real(sock, *args)
+
+        monkeypatch.setattr(socket.socket, call, faulty)
+
+    def _patch_linux_engine(self, monkeypatch: pytest.MonkeyPatch, *, one_by_one: bool) -> None:
+        from trio_udp._endpoints import _linux
+
+        def patch(call: str, error: Callable[..., int], most_messages: int | None = None) -> None:
+            real = getattr(_linux, call)
+
+            def faulty(fileno: int, pointer: Any, count: int, *rest: Any) -> int:
+                code = error(pointer, count, *rest)
+                if code:
+                    ctypes.set_errno(code)
+                    return -1
+                return int(real(fileno, pointer, min(count, most_messages or count), *rest))
+
+            monkeypatch.setattr(_linux, call, faulty)
+
+        def first_receiver(pointer: Any, count: int, *_: Any) -> int:
+            if not count:
+                return 0
+            header = ctypes.cast(pointer, ctypes.POINTER(_linux.MsgHdr)).contents
+            return self._sending_error(unpack_address(ctypes.string_at(header.name, header.name_length)))
+
+        if one_by_one:
+            patch("_recvmmsg", lambda *_: errno.ENOSYS)
+            patch("_sendmmsg", lambda *_: errno.ENOSYS)
+        else:
+            patch("_recvmmsg", self._reading_error)
+            patch("_sendmmsg", first_receiver, 1)  # else the kernel would send to alice what is not the first
+            patch("_sendto", lambda payload, size, flags, address, _: self._sending_error(unpack_address(address)))
+
+
+WORLDS = ["simulated", "portable", "portable wildcard", "linux", "linux wildcard", "linux one by one"]
+
+
+@pytest.fixture(params=WORLDS)
+def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    if request.param.startswith("linux") and sys.platform != "linux":
+        pytest.skip("needs Linux")
+    world = SimulatedWorld() if request.param == "simulated" else RealWorld(request.param, monkeypatch)
+    yield world
+    world.close()
+
+
+@attrs.define
+class Running:
+    server: Server
+    alice: Client
+    bob: Client
+
+
+@pytest.fixture
+async def running(world: World, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> Running:
+    """An echo server that both clients have written to already."""
+    clients = {}
+
+    async def echo(client: Client) -> None:
+        clients[client.peer_address] = client
+        async for payload in client:
+            await client.send(payload)
+
+    server = await nursery.start(partial(serve_endpoints, echo, [world.endpoint]))
+    for address in (world.alice, world.bob):
+        world.put(b"hello", address)
+        await settle()
+        assert world.arrived(address) == [b"hello"]
+    caplog.clear()  # of what the engine has to do without
+    return Running(server, clients[world.alice], clients[world.bob])
+
+
+async def settle() -> None:
+    await trio.testing.wait_all_tasks_blocked()
+
+
+def errnos(*faults: Fault) -> pytest.MarkDecorator:
+    """The errnos that are such, as far as this platform has them, and one that nobody knows."""
+    codes = {name: getattr(errno, name) for fault in faults for name in TABLE[fault] if hasattr(errno, name)}
+    if Fault.MACHINE in faults:
+        codes["99999"] = 99_999
+    return pytest.mark.parametrize("code", codes.values(), ids=codes.keys())
+
+
+def name_of(code: int) -> str:
+    return errno.errorcode.get(code, str(code))
+
+
+def line(world: World, code: int, count: int) -> str:
+    return f"{world.endpoint!r}: {name_of(code)} ({count} since last logged): {reason_for(OSError(code, ''))}"
+
+
+@errnos(Fault.PEER, Fault.MACHINE)
+async def test_reading_that_goes_on_failing(
+    world: World, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    """It is tried a few times, and then only now and then; counted, logged once a minute, and over when it is over."""
+    if world.takes_for_missing(code):
+        pytest.skip("means that there is no recvmmsg, and then it is as one by one")
+    world.fail_reading(code, 30)
+    world.put(b"x", world.alice)
+    for _ in range(1_000):  # as another task that never waits
+        await trio.lowlevel.checkpoint()
+    expected = FRUITLESS_READS + 1
+    assert running.server.statistics().receive_errors == expected
+    for seconds in (PAUSE, PAUSE, SECONDS_OF_SILENCE - 3 * PAUSE, PAUSE, PAUSE, PAUSE):
+        mock_clock.jump(seconds)
+        await settle()
+        expected += 1
+        assert running.server.statistics().receive_errors == expected
+    # What may be a peer's is logged when it lasts.
+    before = 1 if fault_of(OSError(code, "")) is Fault.MACHINE else FRUITLESS_READS + 1
+    after = expected - before - 2
+    assert caplog.messages == [line(world, code, before), line(world, code, after)]
+
+    world.fail_reading(0, 0)
+    for _ in range(30):  # the rest of those in memory cannot be taken back
+        mock_clock.jump(PAUSE)
+        await settle()
+        if payloads := world.arrived(world.alice):
+            break
+    assert payloads == [b"x"]
+    statistics = running.server.statistics()
+    assert statistics.errors == {name_of(code): statistics.receive_errors}
+    assert (statistics.received, statistics.sent, statistics.send_errors) == (3, 3, 0)
+    check_adds_up(running.server)
+
+
+@errnos(Fault.ANSWER)
+async def test_answers_of_the_network(
+    world: World, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    """However many a stranger brings about, reading goes on at once, others have their turns, and the log is silent."""
+    world.fail_reading(code, 1_000)
+    world.put(b"x", world.alice)
+    for turns in range(10_000):  # noqa: B007
+        if payloads := world.arrived(world.alice):
+            break
+        await trio.lowlevel.checkpoint()
+    assert turns >= 1_000
+    assert payloads == [b"x"]
+    assert trio.current_time() == 0
+    statistics = running.server.statistics()
+    assert statistics.errors == {name_of(code): 1_000}
+    assert (statistics.receive_errors, statistics.received, statistics.sent) == (1_000, 3, 3)
+    assert caplog.messages == []
+
+
+@errnos(Fault.ANSWER)
+async def test_answers_without_end(
+    world: World, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    """What nothing else comes between is no answer any more, but a fault that lasts."""
+    world.fail_reading(code, 5_000)
+    world.put(b"x", world.alice)
+    for _ in range(5_000):
+        await trio.lowlevel.checkpoint()
+    tried = MANY_ANSWERS + FRUITLESS_READS
+    assert running.server.statistics().receive_errors == tried
+    mock_clock.jump(PAUSE)
+    await settle()
+    assert running.server.statistics().receive_errors == tried + 1
+    assert caplog.messages == [line(world, code, tried)]
+
+
+@errnos(Fault.WAIT)
+async def test_nothing_to_read_after_all(
+    world: World, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    """A socket that polls as readable and has nothing is no busy loop, and no error."""
+    world.fail_reading(code, FRUITLESS_READS + 2)
+    world.put(b"x", world.alice)
+    for _ in range(1_000):
+        await trio.lowlevel.checkpoint()
+    assert world.arrived(world.alice) == []
+    for _ in range(2):
+        mock_clock.jump(PAUSE)
+        await settle()
+    assert world.arrived(world.alice) == [b"x"]
+    assert running.server.statistics().errors == {}
+    assert caplog.messages == []
+
+
+@errnos(Fault.PEER, Fault.MACHINE, Fault.ANSWER)
+async def test_sending_that_fails(
+    world: World, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    """It is counted for the client it concerns; others are answered; and what strangers can cause is not logged."""
+    alice, bob, fault = running.alice, running.bob, fault_of(OSError(code, ""))
+    for payload in (b"1", b"2", b"3"):  # a batch, so the replies leave together
+        world.put(payload, world.alice)
+        world.put(payload, world.bob)
+    world.fail_sending_to_alice(code)
+    await settle()
+    await alice.send_many([b"x"] * 997)
+    assert world.arrived(world.bob) == [b"1", b"2", b"3"]
+    assert (alice.statistics().errors, alice.statistics().send_errors) == ({name_of(code): 1_000}, 1_000)
+    assert caplog.messages == ([line(world, code, 1)] if fault is Fault.MACHINE else [])
+    mock_clock.jump(SECONDS_OF_SILENCE)
+    await alice.send(b"x")
+    assert caplog.messages[1:] == ([line(world, code, 1_000)] if fault is Fault.MACHINE else [])
+
+    world.fail_sending_to_alice(0)
+    await alice.send(b"again")
+    await settle()
+    assert world.arrived(world.alice) == [b"again"]
+    # What may be the answer to an earlier datagram is counted as such, and then the call repeated.
+    answers = 1_001 if fault is Fault.ANSWER else 0
+    statistics = running.server.statistics()
+    assert statistics.errors == {name_of(code): 1_001 + answers}
+    assert (statistics.send_errors, statistics.receive_errors) == (1_001, answers)
+    assert (alice.statistics().sent, bob.statistics().sent, statistics.sent) == (2, 4, 6)
+    assert bob.statistics().errors == {}
+
+
+@errnos(Fault.WAIT)
+async def test_sending_that_has_to_wait(
+    world: World, running: Running, mock_clock: MockClock, nursery: trio.Nursery, code: int
+) -> None:
+    """A full send buffer is no error; once there is room everything leaves, in order."""
+    world.fail_sending_to_alice(code)
+    nursery.start_soon(running.alice.send, b"1")
+    await settle()
+    nursery.start_soon(running.bob.send, b"2")
+    await settle()
+    assert world.arrived(world.bob) == []
+    world.fail_sending_to_alice(0)
+    for _ in range(2):
+        mock_clock.jump(FULL_THOUGH_WRITABLE)
+        await settle()
+    assert (world.arrived(world.alice), world.arrived(world.bob)) == ([b"1"], [b"2"])
+    assert running.server.statistics().errors == {}
+
+
+@errnos(Fault.CLOSED)
+@pytest.mark.parametrize("way", ["reading", "sending"])
+async def test_a_file_descriptor_that_is_gone(
+    world: World, caplog: pytest.LogCaptureFixture, code: int, way: str
+) -> None:
+    """The server ends with ClosedResourceError, and says why, whichever way it finds out and whoever waits."""
+    outcome = []
+    expected = line(world, code, 1)
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        with pytest.raises(trio.ClosedResourceError):
+            await client.send(b"x")
+        outcome.append("told")
+
+    async def run() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await serve_endpoints(handler, [world.endpoint])
+        outcome.append("ended")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        await settle()
+        if way == "reading":
+            world.fail_reading(code, 1)
+        world.put(b"x", world.alice)
+        if way == "sending":
+            world.fail_sending_to_alice(code)
+        await settle()
+        nursery.cancel_scope.cancel()
+    assert outcome == (["ended"] if way == "reading" else ["told", "ended"])
+    assert caplog.messages[-1] == expected
+    assert world.endpoint.closed
+    world.close_what_was_given_up()
+
+
+@pytest.mark.parametrize("world", WORLDS[1:], indirect=True)
+async def test_a_file_descriptor_that_is_no_socket_any_more(world: RealWorld) -> None:
+    """To wait for it is no different from using it."""
+    with open(os.devnull) as other:  # noqa: ASYNC230
+        os.dup2(other.fileno(), world.fileno)
+    with pytest.raises(trio.ClosedResourceError):
+        await world.endpoint.receive_batch()
+    assert world.endpoint.closed
+    world.close_what_was_given_up()
+
+
+async def test_a_unix_domain_peer_that_is_gone(nursery: trio.Nursery, tmp_path: Path) -> None:
+    """There a refusal is no answer to something earlier: it is counted once, for the datagram that is refused."""
+    clients = []
+
+    async def handler(client: Client) -> None:
+        clients.append(client)
+        await trio.sleep_forever()
+
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(str(tmp_path / "server"))
+    server = await nursery.start(partial(serve_endpoints, handler, [Endpoint.from_socket(sock)]))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
+        peer.bind(str(tmp_path / "peer"))
+        peer.sendto(b"x", str(tmp_path / "server"))
+        await settle()
+    await clients[0].send(b"refused")
+    (tmp_path / "peer").unlink()
+    await clients[0].send(b"nobody there")
+    assert clients[0].statistics().errors == {"ECONNREFUSED": 1, "ENOENT": 1}
+    assert (server.statistics().send_errors, server.statistics().receive_errors) == (2, 0)
+
+
+def test_outside_of_trio_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """There is no clock then; and an endpoint may be closed there."""
+    error = OSError(errno.ENOMEM, "")
+    log = FaultLog()
+    log.count(error)
+    log.write("a socket", error, reason_for(error))
+    assert caplog.messages == []
