@@ -18,7 +18,7 @@ from trio_udp import Client, Limits, RateLimit
 from trio_udp._endpoints import source_prefix
 from trio_udp._rate import RateLimiter
 
-from .conftest import ALICE, SERVER, StartInMemory, check_adds_up, narrow
+from .conftest import ALICE, SERVER, StartInMemory, check_adds_up, in_memory, narrow
 
 NEIGHBOUR = ("192.0.2.250", 7)  # of ALICE: the same /24
 ELSEWHERE = ("192.0.3.1", 7)
@@ -66,7 +66,7 @@ async def test_neighbours_share_a_bucket(start_in_memory: StartInMemory, autojum
 
 
 async def test_a_validated_client_counts_by_itself(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """Neighbours, and whoever forges their addresses, cannot use up its share; its own is as large as any."""
+    """Neighbours, and whoever forges their addresses, cannot use up its share; that is as large as any other."""
 
     async def handler(client: Client) -> None:
         async for payload in client:
@@ -207,6 +207,48 @@ def test_who_keeps_to_the_rate_is_never_refused(rate: float, burst: int, start: 
         assert limiter.take(limiter.bucket_of(ALICE), limiter.now())
 
 
+async def test_validating_again_and_again_gives_no_more(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
+    """Conversations that follow on one another, from whatever ports, have one bucket for their host."""
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        client.validate()
+        while await client.receive() != b"bye":
+            pass
+
+    run = await start_in_memory(handler, limits=limits(10, 50))
+    for second in range(30):
+        for _ in range(4):
+            port = 1 + second % 5
+            for payload in (b"hello", *[b"x"] * 20, b"bye"):
+                run.put(payload, ("192.0.2.1", port))
+                await run.settle()
+        await trio.sleep(1)
+    # Twice, because what comes before validation counts for the /24.
+    assert run.server.statistics().delivered <= 2 * (50 + 10 * 30)
+    check_adds_up(run.server)
+
+
+async def test_a_busy_network_has_one_bucket_however_many_come_after(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
+    """The table forgets sources, but not the bucket of one that has clients."""
+    run = await start_in_memory(echo, limits=limits(10, 10, buckets=100), idle_timeout=1_000)
+    for second in range(60):
+        if second % 10 == 0:
+            run.put(b"x", ("192.0.2.1", 1 + second))  # another client of the same /24
+        for source in range(60):
+            run.put(b"x", (f"10.{second}.{source}.1", 1))
+        for client in range(0, second, 10):
+            for _ in range(20):
+                run.put(b"x", ("192.0.2.1", 1 + client))
+        await trio.sleep(1)
+    answered = sum(destination[0] == "192.0.2.1" for destination, _ in run.sent)
+    assert answered <= 10 + 10 * 60
+
+
 # Amplification
 
 
@@ -232,6 +274,44 @@ async def test_no_more_is_sent_to_a_stranger_than_a_multiple_of_what_came(start_
     assert [len(payload) for payload in run.sent_to(ALICE)[3:]] == [100, 150, 200, 50]
     assert client.validated
     assert run.server.statistics().sent == 7
+
+
+@pytest.mark.parametrize("many", [1, 10])
+async def test_what_is_withheld_lets_others_run(start_in_memory: StartInMemory, many: int) -> None:
+    """A handler that sends without end, and may not, does not keep the program from running."""
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        while True:
+            if many == 1:
+                await client.send(b"flood")
+            else:
+                await client.send_many([b"flood"] * many)
+
+    run = await start_in_memory(handler, limits=Limits(amplification=3))
+    run.put(b"xx")
+    for _ in range(20):
+        await trio.lowlevel.checkpoint()
+    withheld = run.server.statistics().sends_withheld
+    assert 64 < withheld <= 20 * (64 + many)
+    assert run.sent_to(ALICE) == [b"flood"]
+
+
+async def test_what_has_left_counts_though_send_many_is_cancelled(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
+    """Of a send_many that is cancelled half-way, the first half counts towards the limit."""
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        for _ in range(5):
+            with trio.move_on_after(1.5):
+                await client.send_many([bytes(10)] * 20)
+
+    run = await start_in_memory(handler, on=in_memory(send_buffer=2_000, bandwidth=10), limits=Limits(amplification=3))
+    run.put(bytes(30))
+    await trio.sleep(1_000)
+    assert len(run.sent_to(ALICE)) == 9
 
 
 async def test_every_way_to_send_is_limited(start_in_memory: StartInMemory) -> None:
@@ -352,6 +432,8 @@ async def test_without_limits_nothing_is_withheld(start_in_memory: StartInMemory
         ({"per_second": float("inf")}, ValueError),
         ({"per_second": float("nan")}, ValueError),
         ({"per_second": "1"}, TypeError),
+        ({"per_second": 10**400}, ValueError),
+        ({"burst": 10**400}, ValueError),
         ({"burst": 0}, ValueError),
         ({"burst": 1.5}, TypeError),
         ({"ipv4_prefix": 33}, ValueError),
@@ -379,7 +461,7 @@ def test_limits_that_make_no_sense(options: dict[str, Any], error: type[Exceptio
 def test_worst_case_memory() -> None:
     """Limits can say how much memory strangers can take up at most."""
     small = Limits(max_clients=100, inbox_datagrams=10, total_bytes=1_000_000)
-    assert small.worst_case_memory() == 100 * (4_500 + 10 * 64) + 1_000_000
+    assert small.worst_case_memory() == 100 * (5_500 + 10 * 64) + 1_000_000
     assert (
         attrs.evolve(small, rate_limit=RateLimit(1, buckets=50)).worst_case_memory() - small.worst_case_memory()
         == 50 * 250

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import types
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -50,12 +49,11 @@ class Client(Conversation):
     _requests_timed_out: int = attrs.field(default=0, init=False)
     _sends_withheld: int = attrs.field(default=0, init=False)
     validated: bool = attrs.field(default=False, init=False)
-    _bucket: Bucket = attrs.field(default=NO_BUCKET, init=False)  # of its part of the network, or its own
+    _bucket: Bucket = attrs.field(default=NO_BUCKET, init=False)  # of its part of the network, or of its host
     _amplified: float = attrs.field(default=0.0, init=False)  # bytes sent before it was validated
     # For the table of clients: since when the handler has been waiting, and when to look whether that is too long.
     _waiting_since: float = attrs.field(default=0.0, init=False)
-    _next_check: float = attrs.field(default=math.inf, init=False)
-    _check_number: int = attrs.field(default=-1, init=False)
+    _check: list[Any] | None = attrs.field(default=None, init=False)
 
     @property
     def idle_timeout(self) -> float:
@@ -177,13 +175,15 @@ class Client(Conversation):
     def validate(self) -> None:
         """Say that the peer has shown that it gets what is sent to its address, as by sending back a token.
 
-        From then on ``Limits.amplification`` does not apply to it, and ``Limits.rate_limit`` counts it by itself, so
-        that neither others in its part of the network nor whoever forges their addresses can use up its share.
+        From then on ``Limits.amplification`` does not apply to it, and ``Limits.rate_limit`` counts its host by itself
+        (an address of IPv4, a /64 of IPv6), so that neither others in its part of the network nor whoever forges their
+        addresses can use up its share.
         """
         if not self.validated:
             self.validated = True
             self._limited = False
-            self._bucket = Bucket()
+            if self.server._limiter is not None:
+                self._bucket = self.server._limiter.bucket_of_host(self.peer_address)
 
     @types.coroutine  # in which "yield from" is what "await" is in others
     def _wait_for_datagram(self) -> Generator[Any, Any, bytes]:

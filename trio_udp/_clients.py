@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 import trio
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # Looks at clients are put off to the next multiple of this part of their idle timeout, so that clients that began at
 # about the same time are looked at together. It is also how late an idle timeout can be.
 COARSENESS = 1 / 8
+
+
+Check: TypeAlias = "list[Any]"
 
 
 @attrs.define(eq=False)
@@ -52,9 +55,8 @@ class ClientTable:
     # Who may be evicted, the one that has been waiting the longest first; kept only where eviction is asked for.
     _evictable: OrderedDict[Client, None] | None = attrs.field(init=False)
 
-    # A heap of (when to look, number, client); an entry is void unless it is the client's latest. Numbers also decide
-    # between entries for the same time.
-    _checks: list[tuple[float, int, Client]] = attrs.field(factory=list, init=False)
+    # A heap of [when to look, number, client]; no client where it is void. Numbers decide where the time is the same.
+    _checks: list[Check] = attrs.field(factory=list, init=False)
     _numbers: Iterator[int] = attrs.field(factory=itertools.count, init=False)
     _alarm: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
 
@@ -121,6 +123,7 @@ class ClientTable:
         if known.get(client._route) is client:  # not its successor
             del known[client._route]
         self.waits_no_more(client)
+        self._void_check(client)
 
     def abandon(self, endpoint: Endpoint | None = None) -> None:
         """Close the clients of an endpoint that is closed, or all clients."""
@@ -152,7 +155,7 @@ class ClientTable:
 
     def begins_to_wait(self, client: Client) -> None:
         client._waiting_since = self._now()
-        if client._next_check == math.inf:
+        if client._check is None:
             self._check_later(client)
             client._inbox.shrink()  # here because it is seldom: the first time, and then about once in an idle timeout
         if self._evictable is not None and not client._transactions:
@@ -165,8 +168,8 @@ class ClientTable:
     def timeout_changed(self, client: Client) -> None:
         """The client has another idle timeout. If it is longer, looking at the client too early does no harm."""
         since = client._waiting_since if client._is_waiting else self._now()
-        if since + client._idle_timeout < client._next_check:
-            client._next_check = math.inf
+        if client._check is None or since + client._idle_timeout < client._check[0]:
+            self._void_check(client)
             if client._is_waiting:
                 self._check_later(client)
 
@@ -177,12 +180,12 @@ class ClientTable:
             return
         if step := client._idle_timeout * COARSENESS:  # 0 where that is less than the least number
             when += -when % step
-        client._next_check, client._check_number = when, next(self._numbers)
-        # Void entries hold on to clients that are gone, which in a flood of short conversations is most of them.
+        client._check = [when, next(self._numbers), client]
+        # Those of short conversations are void long before they are due.
         if len(self._checks) > 2 * len(self.running) + 1_000:
-            self._checks = [check for check in self._checks if self._is_valid(check)]
+            self._checks = [check for check in self._checks if check[2] is not None]
             heapq.heapify(self._checks)
-        heapq.heappush(self._checks, (when, client._check_number, client))
+        heapq.heappush(self._checks, client._check)
         if when < self._alarm.deadline:
             self._alarm.deadline = when
 
@@ -193,9 +196,10 @@ class ClientTable:
             for _ in range(BATCH):
                 if not self._checks or self._checks[0][0] > now:
                     break
-                check = heapq.heappop(self._checks)
-                if self._is_valid(check):
-                    self._check(check[2], now)
+                _, _, client = heapq.heappop(self._checks)
+                if client is not None:
+                    client._check = None
+                    self._look_at(client, now)
             else:  # more than a batch was due: let others run before the next
                 await trio.lowlevel.checkpoint()
                 continue
@@ -203,8 +207,7 @@ class ClientTable:
             with trio.CancelScope(deadline=self._checks[0][0] if self._checks else math.inf) as self._alarm:
                 await trio.sleep_forever()
 
-    def _check(self, client: Client, now: float) -> None:
-        client._next_check = math.inf
+    def _look_at(self, client: Client, now: float) -> None:
         if not client._is_waiting:
             return  # at work; what comes next begins with its next wait
         if client._waiting_since + client._idle_timeout <= now:
@@ -213,9 +216,11 @@ class ClientTable:
         else:
             self._check_later(client)
 
-    def _is_valid(self, check: tuple[float, int, Client]) -> bool:
-        _, number, client = check
-        return number == client._check_number and not client._closed and client.ended is None
+    def _void_check(self, client: Client) -> None:
+        """Let the heap let go of a client."""
+        if client._check is not None:
+            client._check[2] = None
+            client._check = None
 
 
 class ClientsView(Collection["Client"]):

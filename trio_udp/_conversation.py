@@ -84,16 +84,16 @@ class Conversation(trio.abc.Channel[bytes]):
             await trio.lowlevel.checkpoint_if_cancelled()
         if self._closed:
             self._check_open()
-        if self._limited and not self._reserve(len(payload)):
-            return
-        try:
-            endpoint.send_nowait(payload, route, self._sending)
-        except trio.WouldBlock:
+        if not self._limited or self._reserve(len(payload)):
             try:
-                await self._send_when_there_is_room(payload)
-            except BaseException:
-                self._give_back(len(payload))
-                raise
+                endpoint.send_nowait(payload, route, self._sending)
+            except trio.WouldBlock:
+                try:
+                    await self._send_when_there_is_room(payload)
+                except BaseException:
+                    self._give_back(len(payload))
+                    raise
+        # A datagram that is withheld counts too: a handler that never waits must not keep others from running.
         endpoint.sent_in_a_row += 1
         if endpoint.sent_in_a_row >= YIELD_EVERY:
             # Only now, and not to be cancelled: what is called first is sent first, and what was sent has not failed.
@@ -134,19 +134,22 @@ class Conversation(trio.abc.Channel[bytes]):
             for payload in payloads
         ]
         if self._limited:
+            endpoint.sent_in_a_row += len(copies)
             copies = [payload for payload in copies if self._reserve(len(payload))]
+            endpoint.sent_in_a_row -= len(copies)  # they are counted when they are sent
         position = 0
         try:
             while True:
                 await trio.lowlevel.checkpoint_if_cancelled()
                 self._check_open()
-                some = copies[position : position + YIELD_EVERY - endpoint.sent_in_a_row]
+                some = copies[position : position + max(0, YIELD_EVERY - endpoint.sent_in_a_row)]
                 sent = endpoint.send_many_nowait(some, route, self._sending)
-                if sent < len(some):
-                    await self._send_when_there_is_room(some[sent])
-                    sent += 1
                 position += sent
                 endpoint.sent_in_a_row += sent
+                if sent < len(some):
+                    await self._send_when_there_is_room(some[sent])
+                    position += 1
+                    endpoint.sent_in_a_row += 1
                 if endpoint.sent_in_a_row >= YIELD_EVERY:
                     endpoint.sent_in_a_row = 0
                     await trio.lowlevel.cancel_shielded_checkpoint()

@@ -1,6 +1,5 @@
 """What a server may hold at once, and for how long: plain values, checked when they are made."""
 
-import math
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -12,16 +11,19 @@ BATCH = 64
 
 # Bytes of memory in CPython, rounded up: a client with its task, its inbox, and a handler that does nothing but wait;
 # the object around a payload, and its place in an inbox; a bucket.
-CLIENT = 4_500
+CLIENT = 5_500
 DATAGRAM = 64
 BUCKET = 250
+
+
+MOST = 1e12  # of anything
 
 
 def _positive_int(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{attribute.name} must be an int, not {value!r}")
-    if value < 1:
-        raise ValueError(f"{attribute.name} must be at least 1, not {value!r}")
+    if not 1 <= value <= MOST:
+        raise ValueError(f"{attribute.name} must be at least 1, and at most {MOST:g}, not {value!r}")
 
 
 def check_seconds(name: str, seconds: object, *, zero: bool = False) -> float:
@@ -37,8 +39,8 @@ def check_seconds(name: str, seconds: object, *, zero: bool = False) -> float:
 def _positive_number(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{attribute.name} must be a number, not {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{attribute.name} must be greater than 0 and finite, not {value!r}")
+    if not 0 < value <= MOST:
+        raise ValueError(f"{attribute.name} must be greater than 0, and at most {MOST:g}, not {value!r}")
 
 
 @attrs.frozen
@@ -47,8 +49,8 @@ class RateLimit:
 
     For ``Limits(rate_limit=...)``. All addresses with the same prefix share one bucket, since whoever has one of them
     usually has the others too. Datagrams beyond it are refused before anything else is looked at, and counted as
-    ``refused_by_rate``; those of clients too, whether they wrote them or somebody forged their address. A client that
-    its handler has validated has a bucket of its own; see :meth:`Client.validate`.
+    ``refused_by_rate``; those of clients too, whether they wrote them or somebody forged their address. The clients of
+    a host that their handlers have validated have a bucket of their own; see :meth:`Client.validate`.
 
     Attributes:
       per_second: Datagrams per second, in the long run.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from weakref import WeakValueDictionary
 
 import attrs
 
 from ._endpoints import Address, source_prefix
 from ._limits import RateLimit
+
+# Of IPv4 and IPv6: what one host has for itself. Of IPv6 that is a /64 (RFC 7934 section 6).
+HOST_PREFIXES = 32, 64
 
 # Tolerance for rounding, in tokens: far less than one datagram.
 EPSILON = 1e-3
@@ -21,7 +26,7 @@ class Bucket:
     nothing to refill (the "virtual scheduling algorithm" of ITU-T I.371).
     """
 
-    full_at: float = 0.0
+    full_at: float = -math.inf
 
 
 NO_BUCKET = Bucket()  # of those for whom there is no limit; nobody takes from it
@@ -33,23 +38,38 @@ class RateLimiter:
 
     One half of the table is of this generation, the other of the one before. When this one's half is full, the older is
     forgotten; whoever is seen again before that moves over. So a flood of new sources makes the table forget those that
-    have been quiet, and not those that are busy.
+    have been quiet, and not those that are busy. The bucket of a client is not forgotten while there is the client.
     """
 
     _limit: RateLimit
     _now: Callable[[], float]
     _young: dict[bytes, Bucket] = attrs.field(factory=dict, init=False)
     _old: dict[bytes, Bucket] = attrs.field(factory=dict, init=False)
+    _in_use: WeakValueDictionary[bytes, Bucket] = attrs.field(factory=WeakValueDictionary, init=False)
 
     def bucket_of(self, address: Address) -> Bucket:
         """The bucket that all addresses of one part of the network share."""
-        limit = self._limit
-        prefix = source_prefix(address, limit.ipv4_prefix, limit.ipv6_prefix)
-        bucket = self._young.get(prefix)
+        return self._find(source_prefix(address, self._limit.ipv4_prefix, self._limit.ipv6_prefix))
+
+    def bucket_of_client(self, address: Address) -> Bucket:
+        """The same, for as long as the client keeps it."""
+        return self._keep(source_prefix(address, self._limit.ipv4_prefix, self._limit.ipv6_prefix))
+
+    def bucket_of_host(self, address: Address) -> Bucket:
+        """The bucket of a validated client, and of all others on its host."""
+        return self._keep(b"host" + source_prefix(address, *HOST_PREFIXES))
+
+    def _find(self, key: bytes) -> Bucket:
+        bucket = self._young.get(key)
         if bucket is None:
-            if len(self._young) >= limit.buckets // 2:
+            if len(self._young) >= self._limit.buckets // 2:
                 self._old, self._young = self._young, {}
-            bucket = self._young[prefix] = self._old.pop(prefix) if prefix in self._old else Bucket()
+            bucket = self._old.pop(key, None) or self._in_use.get(key) or Bucket()
+            self._young[key] = bucket
+        return bucket
+
+    def _keep(self, key: bytes) -> Bucket:
+        bucket = self._in_use[key] = self._find(key)
         return bucket
 
     def now(self) -> float:

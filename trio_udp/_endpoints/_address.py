@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import struct
 from typing import Any, TypeAlias
@@ -37,7 +38,8 @@ def max_payload(address: Address) -> int:
 def source_prefix(address: Address, ipv4_bits: int, ipv6_bits: int) -> bytes:
     """The first bits of an address, which tell what part of the network it is in."""
     if not isinstance(address, tuple):
-        return repr(address).encode()  # of a Unix-domain socket: a part by itself
+        # Of a Unix-domain socket: a part by itself. Hashed, since it may be long.
+        return hashlib.blake2b(repr(address).encode(), digest_size=16).digest()
     if is_ipv6(address):
         raw, bits = socket.inet_pton(socket.AF_INET6, address[0]), ipv6_bits
         if is_mapped(address):
