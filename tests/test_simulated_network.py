@@ -553,8 +553,28 @@ async def test_a_shielded_goodbye_arrives(autojump_clock: MockClock) -> None:
     assert trio.current_time() == 2
 
 
+async def test_what_is_due_arrives_before_the_network_changes(mock_clock: MockClock) -> None:
+    """A partition, or an endpoint that opens or closes, changes nothing for what should have arrived before."""
+    network = SimulatedNetwork(latency=(1, 1))
+    for change in (
+        lambda: network.partition([ALICE]),
+        lambda: network.endpoint(*SERVER),
+        lambda: endpoint.close(),
+    ):
+        endpoint = network.endpoint(*BOB)
+        network.events.clear()
+        network.inject(b"x", ALICE, BOB)
+        network.inject(b"x", ALICE, SERVER)
+        mock_clock.jump(5)
+        change()
+        assert [fate for _, fate in fates(network)] == ["sent", "sent", "arrived", "port closed"]
+        network._partitions.clear()
+        for opened in list(network._engines.values()):
+            opened.close()
+
+
 def test_a_network_may_outlive_its_run() -> None:
-    """What was under way when Trio ended arrives in the next run, should there be one."""
+    """What was under way when Trio ended arrives when the network is next used, on whatever clock."""
     network = SimulatedNetwork(latency=(1, 1))
 
     async def send() -> None:
@@ -563,14 +583,15 @@ def test_a_network_may_outlive_its_run() -> None:
     for _ in range(2):
         run(send)
     run(partial(trio.sleep, 2))
-    assert [fate for _, fate in fates(network)] == ["sent", "sent"]
+    assert [fate for _, fate in fates(network)] == ["sent", "port closed", "sent"]
 
     async def wait() -> None:
         network.inject(b"x", ALICE, SERVER)
         await trio.sleep(2)
 
     run(wait)
-    assert [fate for _, fate in fates(network)] == ["sent"] * 3 + ["port closed"] * 3
+    assert [fate for _, fate in fates(network)] == ["sent", "port closed"] * 3
+    assert network.events[-1].time == network.events[-2].time + 1
 
 
 def test_a_program_that_is_interrupted() -> None:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 StartServer: TypeAlias = "Callable[..., Awaitable[Connection]]"
 
-NETWORK: pytest.StashKey[SimulatedNetwork] = pytest.StashKey()
+# Marks a test that has a network. (Nothing here may need a new pytest: whatever there is loads it.)
+NETWORK = "_trio_udp_network"
 
 # Lines of the timeline that a failing test shows, the last ones.
 LINES_SHOWN = 50
@@ -32,17 +33,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--network-seed", type=int, default=0, help="seed of the fixture simulated_network (default: 0)")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    network = item.stash.get(NETWORK, None)
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, None]:
+    report = (yield).get_result()
+    network: SimulatedNetwork | None = getattr(item, NETWORK, None)
     if network is not None and report.failed:
         lines = network.timeline().splitlines()
         shown = [f"{network!r}: repeat it with --network-seed={network.seed}"]
         if len(lines) > LINES_SHOWN:
             shown.append(f"... {len(lines) - LINES_SHOWN} earlier events")
         report.sections.append(("simulated network", "\n".join(shown + lines[-LINES_SHOWN:])))
-    return report
+    if network is not None and call.when == "teardown":
+        delattr(item, NETWORK)  # pytest keeps its items until the end, and a network remembers all that has happened
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def simulated_network(request: pytest.FixtureRequest) -> Iterator[SimulatedNetwo
     from .testing import SimulatedNetwork, deterministic_scheduling
 
     network = SimulatedNetwork(seed=request.config.getoption("--network-seed"))
-    request.node.stash[NETWORK] = network
+    setattr(request.node, NETWORK, network)
     with deterministic_scheduling(network.seed):
         yield network
 

@@ -57,7 +57,10 @@ def numeric_address(address: Address) -> Address:
     Raises:
       TypeError, ValueError: It is not a numeric host and a port, and for IPv6 perhaps flow information and scope.
     """
-    host, port, *rest = address
+    try:
+        host, port, *rest = address
+    except (TypeError, ValueError):
+        raise TypeError(f"not an address: {address!r}") from None
     if not isinstance(host, str) or not all(isinstance(number, int) for number in (port, *rest)):
         raise TypeError(f"not an address: {address!r}")
     numbers = (port, *rest)

@@ -162,6 +162,12 @@ class SimulatedEngine:
             self._unsent_bytes += OVERHEAD + length
         return self._line_free_at
 
+    def forget_time(self) -> None:
+        """The times known are those of another clock."""
+        self._unsent.clear()
+        self._unsent_bytes = 0
+        self._line_free_at = 0.0
+
     def _has_room(self, now: float) -> bool:
         while self._unsent and self._unsent[0][0] <= now:
             self._unsent_bytes -= self._unsent.popleft()[1]

@@ -88,7 +88,8 @@ class SimulatedNetwork:
       duplicate: Probability that a datagram arrives twice.
       reorder: Probability that a datagram is held back, for up to a tenth of a second, so that those sent after it
         overtake it. Otherwise those between the same two addresses arrive in the order in which they were sent.
-      latency: Seconds on the way, from the least to the most.
+      latency: Seconds on the way, from the least to the most. Since datagrams between two addresses do not overtake one
+        another, dense traffic is held up by its slowest, and nearer to the most.
       mtu: Bytes in one packet, IP header included. A longer datagram is sent in fragments, as a kernel does by default,
         and lost if one of them is.
       bandwidth: Payload bytes per second that leave each sending address. What waits to leave is in the address's send
@@ -116,6 +117,7 @@ class SimulatedNetwork:
     _under_way: list[tuple[float, int, _Packet]] = attrs.field(factory=list, init=False, repr=False)
     _order: Iterator[int] = attrs.field(factory=itertools.count, init=False, repr=False)
     _last_arrival: dict[tuple[Address, Address], float] = attrs.field(factory=dict, init=False, repr=False)
+    _clock: trio.abc.Clock | None = attrs.field(default=None, init=False, repr=False)  # of the run that times are of
     _alarm: trio.CancelScope | None = attrs.field(default=None, init=False, repr=False)  # of the task that looks
 
     @_dice.default
@@ -198,7 +200,7 @@ class SimulatedNetwork:
     def partition(
         self, some: Iterable[Address], others: Iterable[Address] | None = None, *, error: int | None = None
     ) -> Partition:
-        """Cut some addresses off from others: nothing crosses, in neither direction, not even what is under way.
+        """Cut some addresses off from others: nothing is sent or arrives, in neither direction.
 
         It is there at once, until :meth:`Partition.heal`; or for the time of a ``with``::
 
@@ -215,6 +217,7 @@ class SimulatedNetwork:
             _check_number(error, "error", 1, 2**31, kind=int)
         side = frozenset(map(_one_address, some))
         other_side = None if others is None else frozenset(map(_one_address, others))
+        self._catch_up_if_any()
         partition = Partition(self, side, other_side, error)
         self._partitions.append(partition)
         return partition
@@ -243,10 +246,23 @@ class SimulatedNetwork:
     def _catch_up(self) -> float:
         """Let everything arrive that is due; return the time."""
         now = trio.current_time()
+        clock = trio.lowlevel.current_clock()
+        if clock is not self._clock:
+            # Another run of Trio's, with a time of its own: what was under way in the one before arrives now.
+            self._clock = clock
+            self._under_way = [(now, order, packet) for _, order, packet in sorted(self._under_way)]
+            self._last_arrival.clear()
+            for engine in self._engines.values():
+                engine.forget_time()
         while self._under_way and self._under_way[0][0] <= now:
             when, _, packet = heapq.heappop(self._under_way)
             self._arrive(when, packet)
         return now
+
+    def _catch_up_if_any(self) -> None:
+        """What is due arrives before the network changes. (Outside of Trio nothing can be.)"""
+        if self._under_way and trio.lowlevel.in_trio_run():
+            self._catch_up()
 
     def _send(self, payload: bytes, source: Address, destination: Address, now: float, departure: float) -> None:
         """Take over a datagram that will have left its sender at ``departure``."""
@@ -263,9 +279,11 @@ class SimulatedNetwork:
                 raise OSError(partition._error, os.strerror(partition._error))
 
     def _remove(self, engine: SimulatedEngine) -> None:
+        self._catch_up_if_any()
         del self._engines[engine.bound_address]
 
     def _open(self, address: Address, **options: Any) -> Endpoint:
+        self._catch_up_if_any()
         host, port, *rest = address
         for candidate in [port] if port else itertools.islice(self._free_ports, len(FREE_PORTS)):
             address = cast("Address", (host, candidate, *rest))
@@ -397,6 +415,7 @@ class Partition:
     def heal(self) -> None:
         """Let datagrams pass again. Idempotent."""
         if self in self._network._partitions:
+            self._network._catch_up_if_any()
             self._network._partitions.remove(self)
 
     def __enter__(self) -> Partition:
