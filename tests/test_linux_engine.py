@@ -16,12 +16,9 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from hypothesis import given, strategies as st
 
 import trio_udp
 from trio_udp import Client, Endpoint, Server, connect, serve
-from trio_udp._endpoints._address import pack_address, unpack_address
-from trio_udp._endpoints._pktinfo import pack_control, unpack_control
 from trio_udp._endpoints._portable import PortableEngine
 from trio_udp._endpoints._socket import UDP_GRO, UDP_SEGMENT
 
@@ -454,32 +451,3 @@ async def test_a_small_receive_buffer_is_warned_of_once(caplog: pytest.LogCaptur
         endpoint.close()
     (warning,) = warnings_of(caplog)
     assert f"sysctl -w net.core.rmem_max={3 * allowed}" in warning
-
-
-# Foreign bytes
-
-
-@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300), st.binary(max_size=40))))
-def test_control_messages_are_taken_apart_as_they_were_made(messages: list[tuple[int, int, bytes]]) -> None:
-    """Whatever their number and lengths."""
-    assert list(unpack_control(b"".join(pack_control(*message) for message in messages))) == messages
-
-
-@given(st.binary(max_size=200))
-def test_control_bytes_that_make_no_sense(control: bytes) -> None:
-    """Give what is whole, and no error."""
-    whole = (1, 2, b"345")
-    first, *others = unpack_control(pack_control(*whole) + control)
-    assert first == whole
-    assert sum(len(data) for _, _, data in others) <= len(control)
-
-
-@given(st.ip_addresses(), st.integers(0, 65_535), st.integers(0, 2**32 - 1))
-def test_raw_addresses(host: Any, port: int, scope: int) -> None:
-    """An address survives being turned into a structure and back."""
-    family = socket.AF_INET if host.version == 4 else socket.AF_INET6
-    text = socket.inet_ntop(family, host.packed)
-    address = (text, port) if host.version == 4 else (text, port, 0, scope)
-    raw = pack_address(address, family)
-    assert len(raw) == (16 if host.version == 4 else 32)
-    assert unpack_address(raw) == address

@@ -53,9 +53,12 @@ def needs_local_address(sock: trio.socket.SocketType) -> bool:
 
 
 def reply_control(control: Iterable[tuple[int, int, Any]]) -> ReplyControl:
-    """Turn a datagram's control messages into those that make a reply leave from where it arrived."""
+    """Turn a datagram's control messages into those that make a reply leave from where it arrived.
+
+    One that the kernel has cut off, for want of room, tells nothing.
+    """
     for level, kind, data in control:
-        if level == socket.IPPROTO_IP and kind == IP_PKTINFO:
+        if (level, kind, len(data)) == (socket.IPPROTO_IP, IP_PKTINFO, 12):
             # struct in_pktinfo {int ipi_ifindex; struct in_addr ipi_spec_dst, ipi_addr;}: addr is where the datagram
             # was sent to, spec_dst our own address even if that was a broadcast; but zero if the datagram arrived
             # before the kernel was asked for it. Interface 0: routing decides.
@@ -63,7 +66,7 @@ def reply_control(control: Iterable[tuple[int, int, Any]]) -> ReplyControl:
             if local[0] & 0xF0 == 0xE0:
                 return ()  # multicast: not an address to send from
             return ((level, kind, bytes(4) + local + bytes(4)),)
-        if level == socket.IPPROTO_IPV6 and kind == IPV6_PKTINFO:
+        if (level, kind, len(data)) == (socket.IPPROTO_IPV6, IPV6_PKTINFO, 20):
             # struct in6_pktinfo {struct in6_addr ipi6_addr; unsigned int ipi6_ifindex;}
             if data[0] == 0xFF:
                 return ()  # multicast: not an address to send from
