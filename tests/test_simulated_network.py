@@ -19,7 +19,7 @@ from hypothesis import given, settings, strategies as st
 from trio.testing import MockClock
 
 import trio_udp
-from trio_udp import Client, Connection, serve_endpoints
+from trio_udp import Client, Connection, Endpoint, serve_endpoints
 from trio_udp.testing import DatagramEvent, SimulatedNetwork, deterministic_scheduling
 
 from .conftest import ALICE, BOB, CAROL, SERVER, check_adds_up
@@ -556,17 +556,18 @@ async def test_a_shielded_goodbye_arrives(autojump_clock: MockClock) -> None:
 async def test_what_is_due_arrives_before_the_network_changes(mock_clock: MockClock) -> None:
     """A partition, or an endpoint that opens or closes, changes nothing for what should have arrived before."""
     network = SimulatedNetwork(latency=(1, 1))
-    for change in (
-        lambda: network.partition([ALICE]),
-        lambda: network.endpoint(*SERVER),
-        lambda: endpoint.close(),
-    ):
+    changes: list[Callable[[Endpoint], object]] = [
+        lambda _: network.partition([ALICE]),
+        lambda _: network.endpoint(*SERVER),
+        lambda endpoint: endpoint.close(),
+    ]
+    for change in changes:
         endpoint = network.endpoint(*BOB)
         network.events.clear()
         network.inject(b"x", ALICE, BOB)
         network.inject(b"x", ALICE, SERVER)
         mock_clock.jump(5)
-        change()
+        change(endpoint)
         assert [fate for _, fate in fates(network)] == ["sent", "sent", "arrived", "port closed"]
         network._partitions.clear()
         for opened in list(network._engines.values()):
