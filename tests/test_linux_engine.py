@@ -21,6 +21,7 @@ import trio_udp
 from trio_udp import Client, Endpoint, Server, connect, serve
 from trio_udp._endpoints._portable import PortableEngine
 from trio_udp._endpoints._socket import UDP_GRO, UDP_SEGMENT
+from trio_udp._log import warn_once
 
 from .conftest import check_adds_up
 
@@ -34,6 +35,9 @@ SO_NO_CHECK = 11  # from asm-generic/socket.h: send without checksums, which can
 
 Start = Callable[..., Awaitable[Server]]
 
+# A buffer that every system grants, or the log would have a line about that.
+DEFAULTS = {"host": "127.0.0.1", "receive_buffer": 200_000}
+
 
 async def echo(client: Client) -> None:
     async for payload in client:
@@ -43,7 +47,7 @@ async def echo(client: Client) -> None:
 @pytest.fixture
 def start(nursery: trio.Nursery) -> Start:
     async def start(handler: Callable[[Client], Awaitable[object]] = echo, **options: Any) -> Server:
-        server: Server = await nursery.start(partial(serve, handler, 0, **{"host": "127.0.0.1", **options}))
+        server: Server = await nursery.start(partial(serve, handler, 0, **{**DEFAULTS, **options}))
         return server
 
     return start
@@ -51,7 +55,7 @@ def start(nursery: trio.Nursery) -> Start:
 
 @pytest.fixture(autouse=True)
 def warn_anew() -> None:
-    _linux._warn_once.cache_clear()
+    warn_once.cache_clear()
 
 
 @pytest.fixture

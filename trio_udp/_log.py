@@ -6,11 +6,15 @@ import errno
 import logging
 from collections import Counter, deque
 from collections.abc import Callable
+from functools import cache
 
 import attrs
 import trio
 
 LOGGER = logging.getLogger("trio_udp")
+
+# Once for each message with its arguments, and not for each socket: a client may open thousands.
+warn_once = cache(LOGGER.warning)
 
 # A stranger who finds a payload that makes a handler raise can send a million of them.
 TRACEBACKS_PER_SECOND = 10

@@ -26,10 +26,11 @@ class Bucket:
     nothing to refill (the "virtual scheduling algorithm" of ITU-T I.371).
     """
 
+    key: bytes
     full_at: float = -math.inf
 
 
-NO_BUCKET = Bucket()  # of those for whom there is no limit; nobody takes from it
+NO_BUCKET = Bucket(b"")  # of those for whom there is no limit; nobody takes from it
 
 
 @attrs.define(eq=False)
@@ -51,25 +52,22 @@ class RateLimiter:
         """The bucket that all addresses of one part of the network share."""
         return self._find(source_prefix(address, self._limit.ipv4_prefix, self._limit.ipv6_prefix))
 
-    def bucket_of_client(self, address: Address) -> Bucket:
-        """The same, for as long as the client keeps it."""
-        return self._keep(source_prefix(address, self._limit.ipv4_prefix, self._limit.ipv6_prefix))
-
     def bucket_of_host(self, address: Address) -> Bucket:
         """The bucket of a validated client, and of all others on its host."""
-        return self._keep(b"host" + source_prefix(address, *HOST_PREFIXES))
+        return self.keep(self._find(b"host" + source_prefix(address, *HOST_PREFIXES)))
+
+    def keep(self, bucket: Bucket) -> Bucket:
+        """Remember a bucket for as long as somebody, a client, holds on to it; return it."""
+        self._in_use[bucket.key] = bucket
+        return bucket
 
     def _find(self, key: bytes) -> Bucket:
         bucket = self._young.get(key)
         if bucket is None:
             if len(self._young) >= self._limit.buckets // 2:
                 self._old, self._young = self._young, {}
-            bucket = self._old.pop(key, None) or self._in_use.get(key) or Bucket()
+            bucket = self._old.pop(key, None) or self._in_use.get(key) or Bucket(key)
             self._young[key] = bucket
-        return bucket
-
-    def _keep(self, key: bytes) -> Bucket:
-        bucket = self._in_use[key] = self._find(key)
         return bucket
 
     def now(self) -> float:

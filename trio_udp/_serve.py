@@ -323,7 +323,7 @@ class Server:
                         client = self._admit(endpoint, route, payload)
                         self._in_hand = 0
                         if client is not None and limiter is not None:
-                            client._bucket = limiter.bucket_of_client(client.peer_address)
+                            client._bucket = limiter.keep(bucket)
                     # Put it into the inbox here, in arrival order, rather than in a task per datagram: Trio shuffles
                     # tasks that become runnable together, so spawning would reorder the datagrams of a batch.
                     if client is not None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import logging
 import mmap
 import os
 import socket
@@ -27,13 +26,14 @@ import threading
 from array import array
 from collections import deque
 from collections.abc import Iterable
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NoReturn, TypeAlias, cast
 
 import attrs
 import trio
 
+from .._log import warn_once
 from .._statistics import SendTally
 from ._address import MAX_PAYLOAD_IPV4, Address, is_mapped, pack_address, unpack_address
 from ._engine import BATCH, Datagram, Outgoing, Route
@@ -44,15 +44,12 @@ from ._pktinfo import (
     IPV6_PKTINFO,
     NO_MAPPED_ADDRESS,
     ReplyControl,
-    local_host,
     needs_local_address,
     pack_control,
     reply_control,
     unpack_control,
 )
 from ._socket import UDP_GRO, UDP_SEGMENT, SocketEngine
-
-logger = logging.getLogger("trio_udp")
 
 # Kernels before 6.9 divide a message into no more segments than this.
 MAX_SEGMENTS = 64
@@ -242,8 +239,6 @@ this_thread = ThisThread()
 _libc = ctypes.CDLL(None, use_errno=True)
 _recvmmsg, _sendmmsg, _sendto = _libc.recvmmsg, _libc.sendmmsg, _libc.sendto
 
-_warn_once = cache(logger.warning)  # not for each socket: a client may open thousands
-
 
 def _raise(code: int) -> NoReturn:
     raise OSError(code, os.strerror(code))
@@ -290,13 +285,6 @@ class LinuxEngine(SocketEngine):
         self._ahead: list[Datagram] = []  # read, but more than a batch
         self._one_by_one = False
 
-    def _can_set(self, option: int, value: int) -> bool:
-        try:
-            self.socket.setsockopt(socket.IPPROTO_UDP, option, value)
-        except OSError:
-            return False
-        return True
-
     def receive(self, batch: list[Datagram]) -> bool:
         if self._ahead and not self.closed:
             return self._take_from_ahead(batch)
@@ -334,8 +322,8 @@ class LinuxEngine(SocketEngine):
         return count < asked
 
     def _put_ahead(self, payload: bytes, name: bytes, understood: tuple[bytes, int]) -> None:
-        local_address, segment_size = understood
-        route = name + local_address
+        end, segment_size = understood
+        route = name + end
         step = segment_size or len(payload) or 1
         self._ahead += [(payload[start : start + step], route) for start in range(0, len(payload) or 1, step)]
 
@@ -454,10 +442,10 @@ class LinuxEngine(SocketEngine):
         # A segment too long for the way to one peer says nothing about the others, and may be EINVAL on older kernels.
         if code == errno.EIO or (code == errno.EINVAL and not self._has_merged):
             self._merges = False
-            _warn_once("UDP_SEGMENT does not work here (%s): datagrams are sent singly", errno.errorcode[code])
+            warn_once("UDP_SEGMENT does not work here (%s): datagrams are sent singly", errno.errorcode[code])
 
     def _do_without_batches(self, code: int) -> None:
-        _warn_once("recvmmsg or sendmmsg cannot be used (%s): a system call for each datagram", errno.errorcode[code])
+        warn_once("recvmmsg or sendmmsg cannot be used (%s): a system call for each datagram", errno.errorcode[code])
         self._one_by_one = True
 
     def _receive_one_by_one(self, batch: list[Datagram]) -> bool:
@@ -493,12 +481,7 @@ class LinuxEngine(SocketEngine):
         return self._peer_address if self.connected else unpack_address(cast("bytes", route))
 
     def local_address(self, route: Route) -> Address:
-        port = self.bound_address[1]
-        local = local_host(self._reply_control(route))
-        if local is None:
-            return self.bound_address
-        host, scope = local
-        return (host, port) if self.family == socket.AF_INET else (host, port, 0, scope)
+        return self._local_address(self._reply_control(route))
 
     def _reply_control(self, route: Route) -> ReplyControl:
         return reply_control(unpack_control(cast("bytes", route)[self._layout.control_offset :]))

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import errno
-import logging
 import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from typing import Any, TypeAlias
 
 import trio
 
+from .._log import warn_once
 from ._address import Address
 from ._endpoint import Endpoint, check_max_datagram_size
-
-logger = logging.getLogger("trio_udp")
 
 # The machine, or this process, has no such address family at all. Other families are served without it.
 NO_SUCH_FAMILY = {errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT}
@@ -120,10 +117,9 @@ def _set_receive_buffer(sock: socket.socket, size: int | None) -> None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
 
 
-@cache  # once for each pair of figures
 def _warn_of_small_buffer(requested: int, granted: int) -> None:
     setting = "net.core.rmem_max" if sys.platform == "linux" else "kern.ipc.maxsockbuf"
-    logger.warning(
+    warn_once(
         "The kernel has granted a receive buffer of %d bytes, not %d: bursts may be lost (kernel_dropped in the "
         "statistics). The system allows no more; to change that: sysctl -w %s=%d",
         *(granted, requested, setting, requested),

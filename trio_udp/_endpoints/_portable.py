@@ -6,11 +6,9 @@ them, or connected to one peer.
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
@@ -18,7 +16,7 @@ import trio
 
 from ._address import Address
 from ._engine import BATCH, Datagram, Outgoing, Route
-from ._pktinfo import CONTROL_SIZE, ReplyControl, local_host, needs_local_address, reply_control
+from ._pktinfo import CONTROL_SIZE, ReplyControl, needs_local_address, reply_control
 from ._socket import UDP_GRO, UDP_SEGMENT, SocketEngine, is_connected
 
 # Local addresses to remember control messages for. A server may answer for a whole IPv6 prefix: somebody could write to
@@ -49,9 +47,8 @@ class PortableEngine(SocketEngine):
         super().__init__(sock)
         if sys.platform == "linux":
             # Somebody may have had the socket before who joined datagrams. (On sockets other than UDP it is an error.)
-            for option in (UDP_SEGMENT, UDP_GRO):
-                with suppress(OSError):
-                    sock.setsockopt(socket.IPPROTO_UDP, option, 0)
+            self._can_set(UDP_SEGMENT, 0)
+            self._can_set(UDP_GRO, 0)
         self._longest = max_datagram_size
         # One byte more than allowed: what fills it was too long. MSG_TRUNC says the same but needs a recvmsg.
         self._buffer_size = max_datagram_size + 1
@@ -144,9 +141,7 @@ class WildcardEngine(PortableEngine):
 
     def local_address(self, route: Route) -> Address:
         _, reply = cast("tuple[Address, ReplyControl]", route)
-        host, scope = local_host(reply) or (self.bound_address[0], 0)
-        port = self.bound_address[1]
-        return (host, port) if self.family == socket.AF_INET else (host, port, 0, scope)
+        return self._local_address(reply)
 
 
 class ConnectedEngine(PortableEngine):

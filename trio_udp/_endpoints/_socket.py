@@ -15,6 +15,7 @@ import trio
 from .._statistics import EndpointTally, KernelFigures
 from ._address import Address, max_payload
 from ._engine import Route
+from ._pktinfo import ReplyControl, local_host
 
 # From linux/udp.h, and not in the socket module. Divide what is sent, join what arrives; see udp(7).
 UDP_SEGMENT = 103
@@ -54,6 +55,23 @@ class SocketEngine(ABC):
         if self.family not in (socket.AF_INET, socket.AF_INET6):
             return sys.maxsize  # the kernel's own limit is its send buffer
         return max_payload(self.peer_address(route))
+
+    def _local_address(self, reply: ReplyControl) -> Address:
+        """Our own address, from the control message that a reply goes out with."""
+        local = local_host(reply)
+        if local is None:
+            return self.bound_address
+        host, scope = local
+        port = self.bound_address[1]
+        return (host, port) if self.family == socket.AF_INET else (host, port, 0, scope)
+
+    def _can_set(self, option: int, value: int) -> bool:
+        """Set an option of UDP, if there is such a thing."""
+        try:
+            self.socket.setsockopt(socket.IPPROTO_UDP, option, value)
+        except OSError:
+            return False
+        return True
 
     def kernel_figures(self) -> KernelFigures:
         with suppress(OSError):  # closed: what was known last
