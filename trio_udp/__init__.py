@@ -1,16 +1,26 @@
 """UDP servers with structured concurrency: one task and one bounded, ordered inbox for each client."""
 
+from types import FunctionType
+
 from ._client import Client as Client
-from ._connect import Connection as Connection, connect as connect
-from ._endpoints import Endpoint as Endpoint, open_endpoints as open_endpoints
+from ._connection import Connection as Connection, connect as connect
+from ._endpoints import (
+    Address as Address,
+    Datagram as Datagram,
+    Endpoint as Endpoint,
+    Payload as Payload,
+    open_endpoints as open_endpoints,
+)
+from ._handlers import (
+    Accept as Accept,
+    Handler as Handler,
+    OnError as OnError,
+    datagram_handler as datagram_handler,
+)
 from ._limits import Limits as Limits, RateLimit as RateLimit
 from ._requests import request_handler as request_handler
-from ._serve import (
-    Server as Server,
-    log_error as log_error,
-    serve as serve,
-    serve_endpoints as serve_endpoints,
-)
+from ._serve import serve as serve, serve_endpoints as serve_endpoints
+from ._server import Server as Server, log_error as log_error, raise_error as raise_error
 from ._statistics import (
     ClientStatistics as ClientStatistics,
     ConnectionStatistics as ConnectionStatistics,
@@ -19,26 +29,35 @@ from ._statistics import (
 )
 
 __all__ = [
+    "Accept",
+    "Address",
     "Client",
     "ClientStatistics",
     "Connection",
     "ConnectionStatistics",
+    "Datagram",
     "Endpoint",
     "EndpointStatistics",
+    "Handler",
     "Limits",
+    "OnError",
+    "Payload",
     "RateLimit",
     "Server",
     "ServerStatistics",
     "connect",
+    "datagram_handler",
     "log_error",
     "open_endpoints",
+    "raise_error",
     "request_handler",
     "serve",
     "serve_endpoints",
 ]
 __version__ = "0.1.0"
 
-# Tracebacks, documentation and pickles name the public place.
+# Tracebacks, documentation and pickles name the public place. Type aliases have none.
 for _name in __all__:
-    globals()[_name].__module__ = __name__
-del _name
+    if isinstance(globals()[_name], (type, FunctionType)):
+        globals()[_name].__module__ = __name__
+del _name, FunctionType

@@ -1,96 +1,119 @@
-"""The server's side of the conversation with one peer address: what a handler is called with."""
+"""The server's side of the conversation with one peer address, as its handler sees it."""
 
 from __future__ import annotations
 
-import types
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, final
 
-import attrs
 import trio
-from trio.lowlevel import current_task
 
-from ._conversation import YIELD_EVERY, Conversation
-from ._inbox import SLEEP, WOKEN, Inbox
+from ._channel import DatagramChannel
+from ._endpoints import Address, Endpoint
+from ._lifecycle import End
 from ._limits import check_seconds
-from ._rate import NO_BUCKET, Bucket
+from ._seats import Seat
 from ._statistics import ClientStatistics
 
 if TYPE_CHECKING:
-    from ._clients import ClientTable
-    from ._serve import Server
+    import trio_udp
+
+# The most that receive_many() returns at once: as many as may be taken between two turns of other tasks.
+MANY = 64
+
+REASONS: dict[End, Literal["idle", "evicted", "stopping"]] = {
+    End.IDLE: "idle",
+    End.EVICTED: "evicted",
+    End.STOPPING: "stopping",
+}
 
 
-@attrs.define(eq=False, repr=False)
-class Client(Conversation):
+@final
+class Client(DatagramChannel):
     """The conversation with one peer address: its datagrams in arrival order, and a way to answer.
 
-    A client is one pair of peer address and local address on one endpoint. It begins with a stranger's first
-    datagram and ends when its handler returns; the next datagram from that address then begins another.
+    ``receive`` and ``send`` always notice cancellation, but they are not full checkpoints: they let other tasks run at
+    least once in 64 datagrams, not each time.
 
-    Attributes:
-      server: The :class:`Server` it belongs to.
-      ended: Why :meth:`receive` raises ``trio.EndOfChannel``: ``"idle"`` (silent for ``idle_timeout``),
-        ``"evicted"`` (its place was needed) or ``"stopping"`` (the server drains); ``None`` while it does not.
-        Sending works until the handler returns, so that it can say goodbye.
-      validated: Whether :meth:`validate` has been called.
+    A client is one pair of peer address and local address on one endpoint; writing to a group or a broadcast address makes
+    a client of its own. It begins with a stranger's first datagram and ends when its handler returns; the next datagram
+    from that address then begins another. (:meth:`Server.connect` makes one that the caller owns and closes.)
     """
 
-    server: Server
-    _table: ClientTable
-    _inbox: Inbox
-    _idle_timeout: float
-    ended: Literal["idle", "evicted", "stopping"] | None = attrs.field(default=None, init=False)
-    _abandoned: bool = attrs.field(default=False, init=False)  # closed because its endpoint or its server was
-    _taken_in_a_row: int = attrs.field(default=0, init=False)  # since receive last let other tasks run
-    _receiving: bool = attrs.field(default=False, init=False)
-    _transactions: int = attrs.field(default=0, init=False)
-    _requests_timed_out: int = attrs.field(default=0, init=False)
-    _sends_withheld: int = attrs.field(default=0, init=False)
-    validated: bool = attrs.field(default=False, init=False)
-    _bucket: Bucket = attrs.field(default=NO_BUCKET, init=False)  # of its part of the network, or of its host
-    _amplified: float = attrs.field(default=0.0, init=False)  # bytes sent before it was validated
-    # For the table of clients: since when the handler has been waiting, and when to look whether that is too long.
-    _waiting_since: float = attrs.field(default=0.0, init=False)
-    _check: list[Any] | None = attrs.field(default=None, init=False)
+    __slots__ = ()
+
+    _state: Seat
+
+    @property
+    def server(self) -> trio_udp.Server:
+        """The :class:`Server` it belongs to."""
+        server: trio_udp.Server | None = self._state.place.server
+        assert server is not None
+        return server
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The :class:`Endpoint` that its datagrams arrive on."""
+        return self._state.place.endpoint
+
+    @property
+    def destination(self) -> Address:
+        """The address that its datagrams were sent to: our own, a group or a broadcast address."""
+        return self._state.outbox.engine.destination(self._state.route)
+
+    @property
+    def interface(self) -> int | None:
+        """Index of the interface they arrived on, if the destination is link-local, a group or a broadcast address.
+
+        Replies leave on it. ``None`` for other destinations: there routing decides.
+        """
+        return self._state.outbox.engine.interface(self._state.route)
+
+    @property
+    def ended(self) -> Literal["idle", "evicted", "stopping"] | None:
+        """Why :meth:`receive` raises ``trio.EndOfChannel``; ``None`` while it does not.
+
+        ``"idle"``: silent for ``idle_timeout``. ``"evicted"``: its place was needed. ``"stopping"``: the server drains.
+        Sending works until the handler returns, so that it can say goodbye.
+        """
+        return REASONS.get(self._state.end)
+
+    @property
+    def validated(self) -> bool:
+        """Whether :meth:`validate` has been called."""
+        return self._state.validated
 
     @property
     def idle_timeout(self) -> float:
         """Seconds of silence after which this client ends, while its handler waits; ``math.inf`` for never.
 
-        Settable; the server's ``idle_timeout`` at first. Silence counts from the moment the handler began to wait
-        in :meth:`receive`, so a busy handler is never ended by it, nor one that never waits for as long: each call
-        of ``receive`` begins a new wait. It is noticed at most a quarter of the timeout late.
+        Settable; the server's ``idle_timeout`` at first. Silence begins when the handler first waits in :meth:`receive`
+        after the last datagram it took. A wait that is cancelled and begun again does not begin it anew, so a handler that
+        polls and pings notices a dead peer. A handler at work is never interrupted by it. It is noticed at most a quarter
+        of the timeout late.
         """
-        return self._idle_timeout
+        return self._state.idle_timeout
 
     @idle_timeout.setter
     def idle_timeout(self, seconds: float) -> None:
-        self._idle_timeout = check_seconds("idle_timeout", seconds)
-        self._table.timeout_changed(self)
-
-    @property
-    def _is_waiting(self) -> bool:
-        """Whether the handler waits in :meth:`receive`, and nothing has arrived that will end its wait."""
-        return self._inbox.is_awaited
+        self._state.set_idle_timeout(check_seconds("idle_timeout", seconds))
 
     def statistics(self) -> ClientStatistics:
         """Counts of this conversation so far; also available once it is over."""
-        inbox, sending = self._inbox, self._sending
+        seat = self._state
         return ClientStatistics(
-            received=inbox.received,
-            bytes_received=inbox.bytes_received,
-            delivered=inbox.delivered,
-            waiting=len(inbox.payloads),
-            dropped_inbox_full=inbox.dropped_inbox_full,
-            dropped_at_end=inbox.dropped_at_end,
-            sent=sending.sent,
-            bytes_sent=sending.bytes_sent,
-            send_errors=sending.send_errors,
-            requests_timed_out=self._requests_timed_out,
-            sends_withheld=self._sends_withheld,
-            errors=sending.errors,
+            received=seat.received,
+            bytes_received=seat.bytes_received,
+            delivered=seat.delivered,
+            waiting=len(seat.payloads),
+            dropped_inbox_full=seat.dropped_inbox_full,
+            dropped_at_end=seat.dropped_at_end,
+            sent=seat.sent,
+            bytes_sent=seat.bytes_sent,
+            send_errors=seat.send_errors,
+            requests_timed_out=seat.requests_timed_out,
+            sends_withheld=seat.sends_withheld,
+            errors=seat.errors,
         )
 
     async def receive(self) -> bytes:
@@ -104,32 +127,14 @@ class Client(Conversation):
           trio.BusyResourceError: Another task is receiving from this client.
 
         Cancellation:
-          Always noticed, and never loses a datagram. Other tasks run at least once in 64 datagrams taken.
+          Always noticed, and never loses a datagram. Not a full checkpoint each time: other tasks run at least once in 64
+          datagrams taken.
         """
-        inbox = self._inbox
-        if inbox.payloads and self._taken_in_a_row < YIELD_EVERY and not self._receiving:
-            if current_task()._cancel_status.effectively_cancelled:  # see Conversation.send
-                await trio.lowlevel.checkpoint_if_cancelled()
-        else:
-            return await self._wait_for_datagram()
-        self._taken_in_a_row += 1
-        self._endpoint.sent_in_a_row = 0
-        return inbox.take()
+        return await self._state.receive(trio.EndOfChannel)
 
-    async def __anext__(self) -> bytes:
-        # The body of receive() again: awaiting that here would make an echo 4 % dearer.
-        inbox = self._inbox
-        if inbox.payloads and self._taken_in_a_row < YIELD_EVERY and not self._receiving:
-            if current_task()._cancel_status.effectively_cancelled:  # see Conversation.send
-                await trio.lowlevel.checkpoint_if_cancelled()
-        else:
-            try:
-                return await self._wait_for_datagram()
-            except trio.EndOfChannel:
-                raise StopAsyncIteration from None
-        self._taken_in_a_row += 1
-        self._endpoint.sent_in_a_row = 0
-        return inbox.take()
+    # Not a coroutine around the generator: what a task resumes when it wakes costs time for every datagram.
+    def __anext__(self) -> Any:
+        return self._state.receive(StopAsyncIteration)
 
     def receive_nowait(self) -> bytes:
         """Like :meth:`receive`, without waiting.
@@ -137,131 +142,50 @@ class Client(Conversation):
         Raises:
           trio.WouldBlock: Nothing waits in the inbox, or another task is about to receive it.
         """
-        if not self._inbox.payloads:
-            if self._is_over():
-                self._raise_over()
-            raise trio.WouldBlock
-        if self._receiving:
-            raise trio.WouldBlock
-        return self._inbox.take()
+        return self._state.receive_nowait()
+
+    async def receive_many(self) -> list[bytes]:
+        """Wait for a datagram, and return the payloads of all that wait by then: at least one, at most 64, in order.
+
+        The twin of :meth:`send_many`. Errors and cancellation are as for :meth:`receive`.
+        """
+        first = await self._state.receive(trio.EndOfChannel)
+        return [first, *self._state.take_many(MANY - 1)]
 
     def close(self) -> None:
         """End this conversation; what waits in the inbox is dropped and counted. Idempotent.
 
-        (What has been handed to a :meth:`receive` that was waiting for it does not wait any more: that returns it.) The
-        next datagram from this address begins a new conversation at once, even while this handler still tidies up.
+        A :meth:`receive` that already has its datagram still returns it. The next datagram from this address begins a new
+        conversation at once, even while this handler still tidies up.
         """
-        if not self._closed:
-            super().close()
-            self._table.forget(self)
-            self._inbox.drop_all()
-            self._inbox.wake()
+        if not self._state.is_closed:
+            self._state.finish(End.CLOSED)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Say that the conversation is in the middle of something that wants to be finished.
+        """Protect this conversation from eviction and drain until the block ends.
 
         Inside ``with client.transaction():`` datagrams go on arriving while the server drains (for ``drain_timeout`` at
-        most), and the client is not evicted to make room. The idle timeout still applies. May be nested.
+        most; not on a shared endpoint, which is not read any more), and the client is not evicted to make room. The idle
+        timeout still applies. May be nested. To learn of the stop inside it, see :attr:`Server.stopping` and
+        :meth:`Server.wait_stopping`.
         """
-        self._transactions += 1
-        self._table.transaction_changed(self)
+        self._state.enter_transaction()
         try:
             yield
         finally:
-            self._transactions -= 1
-            self._table.transaction_changed(self)
+            self._state.leave_transaction()
 
     def validate(self) -> None:
-        """Say that the peer has shown that it gets what is sent to its address, as by sending back a token.
+        """Mark the peer's address as verified, for example after it echoed a token.
 
-        From then on ``Limits.amplification`` does not apply to it, and ``Limits.rate_limit`` counts its host by itself
-        (an address of IPv4, a /64 of IPv6), so that neither others in its part of the network nor whoever forges their
-        addresses can use up its share.
+        From then on the client is not evicted, ``Limits.amplification`` does not apply to it, and ``Limits.rate_limit``
+        counts its host by itself (an address of IPv4, a /64 of IPv6): strangers in its part of the network, and those who
+        forge their addresses, cannot use up its share.
         """
-        if not self.validated:
-            self.validated = True
-            self._limited = False
-            if self.server._limiter is not None:
-                self._bucket = self.server._limiter.bucket_of_host(self.peer_address)
+        self._state.validate()
 
-    @types.coroutine  # in which "yield from" is what "await" is in others
-    def _wait_for_datagram(self) -> Generator[Any, Any, bytes]:
-        """Let other tasks run, until there is a datagram; take it."""
-        if self._receiving:
-            raise trio.BusyResourceError("another task is already receiving from this client")
-        inbox, table = self._inbox, self._table
-        self._receiving = True
-        self._taken_in_a_row = 1  # the one about to be taken; if this is cancelled it does no harm
-        try:
-            if inbox.payloads:
-                yield from trio.lowlevel.checkpoint()  # noqa: ASYNC105
-            while not inbox.payloads:
-                if self._is_over():
-                    yield from trio.lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105
-                    self._raise_over()
-                table.begins_to_wait(self)
-                inbox.receiver = task = current_task()
-                task.custom_sleep_data = inbox  # until Trio is to run it again, for whatever reason
-                try:
-                    # Here, not in a coroutine further down: 200 bytes less for each client that waits.
-                    outcome = yield SLEEP
-                finally:
-                    inbox.receiver = None
-                    table.waits_no_more(self)
-                if type(outcome) is bytes:
-                    self._endpoint.sent_in_a_row = 0
-                    return outcome
-                if outcome is not WOKEN:
-                    outcome.unwrap()
-            self._endpoint.sent_in_a_row = 0
-            return inbox.take()
-        finally:
-            self._receiving = False
 
-    def _is_over(self) -> bool:
-        """Whether there is nothing to wait for, now that the inbox is empty."""
-        if self.ended is None and not self._transactions and self._table.stopping.is_set():
-            self.ended = "stopping"
-        return self._closed or self.ended is not None
-
-    def _raise_over(self) -> NoReturn:
-        self._check_open()
-        raise trio.EndOfChannel
-
-    def _take_over_from(self, predecessor: Client) -> None:
-        """Go on with what a client of the same peer has left behind."""
-        predecessor._inbox.hand_over(self._inbox)
-        self._taken_in_a_row = predecessor._taken_in_a_row
-        self._bucket = predecessor._bucket
-        self.validated = predecessor.validated
-        if self._limited:
-            self._limited = not self.validated
-            # What it has sent on the strength of datagrams that it leaves behind.
-            self._amplified = max(0.0, predecessor._amplified - predecessor._allowed())
-
-    def _allowed(self) -> float:
-        """Bytes that may be sent before the client is validated, for what has been received from it."""
-        assert self._table.limits.amplification is not None
-        return self._table.limits.amplification * self._inbox.bytes_received
-
-    def _reserve(self, size: int) -> bool:
-        if self._amplified + size > self._allowed():
-            self._sends_withheld += 1
-            self.server._sends_withheld += 1
-            return False
-        self._amplified += size
-        return True
-
-    def _give_back(self, size: int) -> None:
-        self._amplified -= size
-
-    def _request_timed_out(self) -> None:
-        self._requests_timed_out += 1
-        self.server._requests_timed_out += 1
-
-    def _end(self, reason: Literal["idle", "evicted"]) -> None:
-        """End the channel of a client whose handler waits, and let it go on."""
-        self.ended = reason
-        self._table.forget(self)
-        self._inbox.wake()
+def seat_of(client: Client) -> Seat:
+    """Return the record behind a client; for the rest of this package."""
+    return client._state

@@ -1,154 +1,255 @@
 """The bounded memory channel of one client: filled by the receive loop, emptied by one handler.
 
-Not ``trio.open_memory_channel``: an inbox is bounded in bytes too, alone and together with all others, chooses what to
-drop, and hands out what waits without running other tasks each time.
+Not ``trio.open_memory_channel``: an inbox is bounded in bytes too, alone and together with all others; it chooses what to
+drop; and it hands out what waits without letting other tasks run each time.
 """
 
 from __future__ import annotations
 
+import types
 from collections import deque
+from collections.abc import Generator
 from typing import Any, cast
 
 import attrs
 import trio
+from trio.lowlevel import Task, current_task, reschedule
 
+from ._channel import OPEN, ChannelState
+from ._endpoints import YIELD_EVERY
+from ._lifecycle import End, Phase
 from ._limits import Limits
-
-
-def _make_sleep() -> object:
-    asleep = trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)  # noqa: ASYNC105
-    try:
-        return asleep.send(None)
-    finally:
-        asleep.close()
-
-
-# What a task yields to Trio's loop to sleep until it is rescheduled or cancelled. It is what wait_task_rescheduled()
-# yields, made once: the coroutines and the outcome that it makes for each wait cost 0.9 µs, of an echo of 6 µs.
-# One will do for all tasks, since being cancelled needs nothing of ours done.
-SLEEP = _make_sleep()
-
-# What comes back: a payload, or this if there is none. When the task is cancelled, an outcome comes back that raises.
-WOKEN: Any = None
+from ._trio import SLEEP, is_cancelled
 
 # In place of a deque, which is 620 bytes, until two datagrams wait at once.
 NOTHING: Any = ()
 
-
-@attrs.define(eq=False)
-class InboxTally:
-    """Running counts over all inboxes of one server."""
-
-    waiting: int = 0
-    waiting_bytes: int = 0
-    delivered: int = 0
-    dropped_inbox_full: int = 0
-    dropped_at_end: int = 0
+# What wakes a sleeping receiver without a payload.
+LOOK_AGAIN: Any = None
 
 
 @attrs.define(eq=False)
-class Inbox:
-    """Payloads in arrival order, and the task that waits for the next one."""
+class Shared:
+    """What all inboxes of one server share: their limits, the server's phase, and running counts."""
 
-    _limits: Limits
-    _totals: InboxTally
-    payloads: deque[bytes] = attrs.field(default=NOTHING, init=False)
-    receiver: trio.lowlevel.Task | None = attrs.field(default=None, init=False)
+    limits: Limits
+    phase: Phase = attrs.field(default=Phase.RUNNING, init=False)
+    waiting: int = attrs.field(default=0, init=False)
+    waiting_bytes: int = attrs.field(default=0, init=False)
     delivered: int = attrs.field(default=0, init=False)
     dropped_inbox_full: int = attrs.field(default=0, init=False)
     dropped_at_end: int = attrs.field(default=0, init=False)
-    # Bytes waiting are the difference of these two: running totals, so that each event costs one addition.
+
+
+@attrs.define(eq=False)
+class Inbox(ChannelState):
+    """Payloads in arrival order, the task that waits for the next one, and since when it has been waiting.
+
+    Attributes:
+      receiver: The task that is in :meth:`receive`. It sleeps there while its ``custom_sleep_data`` is this inbox: Trio
+        clears that when it wakes a task, for whatever reason.
+      transactions: ``with client.transaction()`` blocks that the conversation is in.
+      waiting_since: When the receiver began to wait, on Trio's clock: the beginning of the peer's silence.
+      idle_timeout: Seconds of silence after which the conversation ends.
+      due: When to look whether that time is over; ``None`` before the first wait.
+    """
+
+    shared: Shared
+    idle_timeout: float
+    payloads: deque[bytes] = attrs.field(default=NOTHING, init=False)
+    receiver: Task | None = attrs.field(default=None, init=False)
+    transactions: int = attrs.field(default=0, init=False)
+    waiting_since: float = attrs.field(default=0.0, init=False)
+    due: float | None = attrs.field(default=None, init=False)
     bytes_received: int = attrs.field(default=0, init=False)
-    _bytes_gone: int = attrs.field(default=0, init=False)
+    delivered: int = attrs.field(default=0, init=False)
+    dropped_inbox_full: int = attrs.field(default=0, init=False)
+    dropped_at_end: int = attrs.field(default=0, init=False)
+    _waiting_bytes: int = attrs.field(default=0, init=False)
+    # ``delivered`` when a wait was cut short. While it is the same, the peer has been silent since that wait began.
+    _silent_at: int = attrs.field(default=-1, init=False)
 
     @property
     def received(self) -> int:
         return self.delivered + len(self.payloads) + self.dropped_inbox_full + self.dropped_at_end
-
-    def put(self, payload: bytes) -> None:
-        """Give a datagram that has arrived to the task that waits for it, or keep it, or drop one by policy."""
-        size = len(payload)
-        limits, totals = self._limits, self._totals
-        self.bytes_received += size
-        if (
-            len(self.payloads) >= limits.inbox_datagrams
-            or self.bytes_received - self._bytes_gone > limits.inbox_bytes
-            or totals.waiting_bytes + size > limits.total_bytes
-        ) and not self._make_room(size):
-            self._bytes_gone += size
-            self.dropped_inbox_full += 1
-            totals.dropped_inbox_full += 1
-            self.wake()  # if all inboxes together were full, and this one empty: the client is not silent
-            return
-        receiver = self.receiver
-        if receiver is not None and receiver.custom_sleep_data is self:  # is_awaited; then nothing waits here
-            self._bytes_gone += size
-            self.delivered += 1
-            totals.delivered += 1
-            trio.lowlevel.reschedule(receiver, cast("Any", payload))
-            return
-        if self.payloads is NOTHING:
-            self.payloads = deque()
-        self.payloads.append(payload)
-        totals.waiting += 1
-        totals.waiting_bytes += size
-
-    def take(self) -> bytes:
-        """Return the oldest payload; there must be one."""
-        payload = self.payloads.popleft()
-        size = len(payload)
-        totals = self._totals
-        self._bytes_gone += size
-        totals.waiting_bytes -= size
-        totals.waiting -= 1
-        totals.delivered += 1
-        self.delivered += 1
-        return payload
-
-    def shrink(self) -> None:
-        """Give back the memory of an empty inbox."""
-        if not self.payloads:
-            self.payloads = NOTHING
 
     @property
     def is_awaited(self) -> bool:
         """Whether a task sleeps here, and nothing has happened yet that will wake it."""
         return self.receiver is not None and self.receiver.custom_sleep_data is self
 
+    @property
+    def may_expire(self) -> bool:
+        """Whether silence counts at the moment."""
+        return self.is_awaited
+
+    def put(self, payload: bytes) -> None:
+        """Give a datagram that has arrived to the task that waits for it, or keep it, or drop one by policy."""
+        size = len(payload)
+        shared = self.shared
+        self.bytes_received += size
+        receiver = self.receiver
+        if receiver is not None and receiver.custom_sleep_data is self:  # is_awaited; then nothing waits here
+            self.delivered += 1
+            shared.delivered += 1
+            reschedule(receiver, cast("Any", payload))
+            return
+        limits = shared.limits
+        if (
+            len(self.payloads) >= limits.inbox_datagrams
+            or self._waiting_bytes + size > limits.inbox_bytes
+            or shared.waiting_bytes + size > limits.total_bytes
+        ) and not self._make_room(size):
+            self.dropped_inbox_full += 1
+            shared.dropped_inbox_full += 1
+            return
+        if self.payloads is NOTHING:
+            self.payloads = deque()
+        self.payloads.append(payload)
+        self._waiting_bytes += size
+        shared.waiting += 1
+        shared.waiting_bytes += size
+
+    @types.coroutine  # in which "yield from" is what "await" is in others
+    def receive(self, over: type[Exception]) -> Generator[Any, Any, bytes]:
+        """Wait for the next payload and take it; raise ``over`` where the channel has ended.
+
+        This is the one place where payloads are waited for. It is a generator, and yields to Trio's loop itself, because
+        a task that wakes resumes every coroutine on its stack. A payload that arrives while a task sleeps here is what the
+        task is resumed with: from then on cancellation cannot take it away.
+        """
+        if self.receiver is not None:
+            raise trio.BusyResourceError("another task is already receiving from this client")
+        turn = self.outbox.turn
+        if self.payloads:
+            if turn.taken < YIELD_EVERY:
+                turn.taken += 1
+                if is_cancelled(current_task()):
+                    yield from trio.lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105
+                turn.sent = 0
+                return self.take()
+            self.receiver = current_task()  # so that no other task takes what this one is about to
+            try:
+                turn.taken = 1
+                yield from trio.lowlevel.checkpoint()  # noqa: ASYNC105
+            finally:
+                self.receiver = None
+        while not self.payloads:
+            if self.end is not OPEN or self._is_drained() or self._was_silent_for_too_long():
+                yield from trio.lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105
+                self.check_open()
+                raise over
+            self.receiver = task = current_task()
+            task.custom_sleep_data = self
+            if self.delivered != self._silent_at:
+                self.waiting_since = turn.time or trio.current_time()
+            if self.due is None:
+                self._begin_first_wait()
+            try:
+                outcome = yield SLEEP
+            except BaseException:
+                self._silent_at = self.delivered
+                raise
+            finally:
+                self.receiver = None
+            if type(outcome) is bytes:
+                turn.sent = 0
+                return outcome
+            self._silent_at = self.delivered
+            if outcome is not LOOK_AGAIN:
+                outcome.unwrap()  # raises Cancelled
+        turn.sent = 0
+        return self.take()
+
+    def receive_nowait(self) -> bytes:
+        """Take the next payload, without waiting.
+
+        Raises:
+          trio.WouldBlock: Nothing waits, or another task is about to take it.
+          trio.EndOfChannel, trio.ClosedResourceError: The channel has ended.
+        """
+        if self.receiver is not None and not self.is_awaited:
+            raise trio.WouldBlock
+        if not self.payloads:
+            if self.end is not OPEN or self._is_drained():
+                self.check_open()
+                raise trio.EndOfChannel
+            raise trio.WouldBlock
+        return self.take()
+
+    def take(self) -> bytes:
+        """Return the oldest payload; there must be one."""
+        payload = self.payloads.popleft()
+        size = len(payload)
+        shared = self.shared
+        self._waiting_bytes -= size
+        shared.waiting_bytes -= size
+        shared.waiting -= 1
+        shared.delivered += 1
+        self.delivered += 1
+        return payload
+
+    def take_many(self, most: int) -> list[bytes]:
+        """Return the oldest payloads, at most so many."""
+        many = [self.take() for _ in range(min(most, len(self.payloads)))]
+        self.outbox.turn.taken += len(many)
+        return many
+
     def wake(self) -> None:
         """Let the receiver, if there is one, look again."""
         if self.receiver is not None and self.is_awaited:
-            trio.lowlevel.reschedule(self.receiver, WOKEN)
+            reschedule(self.receiver, LOOK_AGAIN)
 
-    def hand_over(self, successor: Inbox) -> None:
-        """Move what waits here to an empty inbox of the same server, as if it had arrived there."""
-        size = self.bytes_received - self._bytes_gone
-        self.bytes_received -= size
-        successor.bytes_received += size
-        successor.payloads, self.payloads = self.payloads, NOTHING
+    def finish(self, end: End) -> None:
+        super().finish(end)
+        if self.is_closed:
+            self.drop_all()
+        self.wake()
 
     def drop_all(self) -> None:
-        """Drop what waits here: the conversation is over."""
+        """Drop what waits here: nobody will take it."""
         while self.payloads:
             self._remove_oldest()
             self.dropped_at_end += 1
-            self._totals.dropped_at_end += 1
+            self.shared.dropped_at_end += 1
+
+    def shrink(self) -> None:
+        """Give back the memory of an empty inbox."""
+        if not self.payloads:
+            self.payloads = NOTHING
+
+    def _begin_first_wait(self) -> None:
+        """Do what is due once in the life of a conversation, when its handler first waits."""
+
+    def _is_drained(self) -> bool:
+        """Whether the channel ends now, because the server drains and nothing waits here; notes that it does."""
+        if self.shared.phase is not Phase.DRAINING or self.transactions:
+            return False
+        self.finish(End.STOPPING)
+        return True
+
+    def _was_silent_for_too_long(self) -> bool:
+        """Whether the idle timeout is over, for a handler that does not wait for as long in one go; notes that it is."""
+        if self.delivered != self._silent_at or self.outbox.turn.now() < self.waiting_since + self.idle_timeout:
+            return False
+        self.finish(End.IDLE)
+        return True
 
     def _make_room(self, size: int) -> bool:
         """Drop what has waited the longest for one of ``size`` bytes, if that is the policy and is of any use."""
-        limits, totals = self._limits, self._totals
-        elsewhere = totals.waiting_bytes - (self.bytes_received - size - self._bytes_gone)
+        limits, shared = self.shared.limits, self.shared
+        elsewhere = shared.waiting_bytes - self._waiting_bytes
         bytes_allowed = min(limits.inbox_bytes, limits.total_bytes - elsewhere)
         if limits.when_inbox_full == "drop_newest" or size > bytes_allowed:
             return False
-        while len(self.payloads) >= limits.inbox_datagrams or self.bytes_received - self._bytes_gone > bytes_allowed:
+        while len(self.payloads) >= limits.inbox_datagrams or self._waiting_bytes + size > bytes_allowed:
             self._remove_oldest()
             self.dropped_inbox_full += 1
-            totals.dropped_inbox_full += 1
+            shared.dropped_inbox_full += 1
         return True
 
     def _remove_oldest(self) -> None:
         size = len(self.payloads.popleft())
-        self._bytes_gone += size
-        self._totals.waiting -= 1
-        self._totals.waiting_bytes -= size
+        self._waiting_bytes -= size
+        self.shared.waiting -= 1
+        self.shared.waiting_bytes -= size

@@ -1,4 +1,4 @@
-"""Errors in the log, but not without end: of the user's own functions, with traceback, and of sockets."""
+"""What the package writes to the log, and how often at most."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ warn_once = cache(LOGGER.warning)
 # A stranger who finds a payload that makes a handler raise can send a million of them.
 TRACEBACKS_PER_SECOND = 10
 
-# Between two lines about the same errno of the same socket.
+# Between two lines for the same reason, or about the same errno of the same socket.
 SECONDS_OF_SILENCE = 60
 
 
@@ -77,3 +77,16 @@ class FaultLog:
             self._silent_until[code] = now + SECONDS_OF_SILENCE
             name, count = errno.errorcode.get(code, str(code)), self._count.pop(code)
             LOGGER.warning("%s: %s (%d since last logged): %s", repr(socket), name, count, reason)
+
+
+@attrs.define(eq=False)
+class WarningLog:
+    """Writes warnings that strangers can cause: each reason at once, and again at most every minute."""
+
+    _silent_until: dict[str, float] = attrs.field(factory=dict, init=False)
+
+    def warn(self, reason: str, message: str, *args: object) -> None:
+        now = trio.current_time()
+        if now >= self._silent_until.get(reason, now):
+            self._silent_until[reason] = now + SECONDS_OF_SILENCE
+            LOGGER.warning(message, *args)

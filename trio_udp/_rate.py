@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from weakref import WeakValueDictionary
 
 import attrs
@@ -43,7 +42,6 @@ class RateLimiter:
     """
 
     _limit: RateLimit
-    _now: Callable[[], float]
     _young: dict[bytes, Bucket] = attrs.field(factory=dict, init=False)
     _old: dict[bytes, Bucket] = attrs.field(factory=dict, init=False)
     _in_use: WeakValueDictionary[bytes, Bucket] = attrs.field(factory=WeakValueDictionary, init=False)
@@ -70,12 +68,9 @@ class RateLimiter:
             self._young[key] = bucket
         return bucket
 
-    def now(self) -> float:
-        """The time, in units of what one token takes to come back."""
-        return self._now() * self._limit.per_second
-
-    def take(self, bucket: Bucket, now: float) -> bool:
+    def take(self, bucket: Bucket, time: float) -> bool:
         """Take a token from a bucket, if there is one."""
+        now = time * self._limit.per_second  # in units of what one token takes to come back
         full_at = bucket.full_at
         if full_at < now:
             full_at = now

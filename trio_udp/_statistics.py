@@ -1,6 +1,8 @@
-"""Counters: the snapshots that users read, and the mutable tallies that the package writes."""
+"""Counters: the snapshots that users read, and what engines count."""
 
-import errno
+from __future__ import annotations
+
+from collections import Counter
 from collections.abc import Mapping
 
 import attrs
@@ -98,30 +100,32 @@ class ClientStatistics:
 class ServerStatistics:
     """What has happened to every datagram that a server read, and to its clients.
 
-    Nothing disappears: ``received == delivered + waiting + dropped_inbox_full + dropped_at_end + truncated
-    + refused_by_rate + refused_by_accept + refused_full + refused_stopping``, always. ``kernel_dropped`` is not part of
-    it.
+    Nothing disappears: ``received == accounted_for``, always. Statistics of several servers can be added, also with
+    ``sum()``. ``kernel_dropped`` is not part of ``received``.
 
     Attributes:
       received, bytes_received, sent, bytes_sent, truncated, receive_errors, send_errors, errors: As in
-        :class:`EndpointStatistics`, over all endpoints of the server.
+        :class:`EndpointStatistics`, over all endpoints of the server, since it began to serve on them.
       delivered: Datagrams taken by handlers.
       waiting: Datagrams in inboxes now.
       dropped_inbox_full: Datagrams dropped because an inbox, or all inboxes together, were full; also strangers'
         datagrams for which there would have been no room.
-      dropped_at_end: Datagrams still in an inbox when its client was closed or cancelled, or when its handler
-        ended without having taken any.
+      dropped_at_end: Datagrams still in an inbox when its client was closed or cancelled, or when its handler ended
+        without having taken any.
+      refused_source: Datagrams that claim to come from the server itself, from a group or from a broadcast address.
       refused_by_rate: Datagrams turned away by ``Limits.rate_limit``, those of clients included.
       refused_by_accept: Strangers' datagrams that ``accept`` turned away.
-      refused_full: Strangers' datagrams turned away at ``max_clients``.
+      answered_by_accept: Strangers' datagrams that ``accept`` answered with bytes, also where a limit withheld them.
+      refused_full: Strangers' datagrams turned away at ``max_clients`` or ``clients_per_host``.
       refused_stopping: Datagrams that came too late: the server was draining.
-      clients: Handlers alive now.
-      clients_started: Handler calls so far.
+      clients: Handlers alive now, and clients that ``Server.connect`` made.
+      clients_started: Clients so far.
       clients_expired: Clients ended by their idle timeout.
       clients_evicted: Clients ended to make room for a stranger.
       handler_errors: Handlers that raised.
+      handlers_cancelled: Handlers that still ran when ``drain_timeout`` was over.
       requests_timed_out: Requests that :func:`request_handler` gave up on.
-      sends_withheld: Datagrams not sent, for the sake of ``Limits.amplification``.
+      sends_withheld: Datagrams not sent, because of ``Limits.amplification``.
       kernel_dropped: Datagrams that never came to the server: the kernel's receive buffers were full; see
         :class:`EndpointStatistics`.
     """
@@ -135,7 +139,10 @@ class ServerStatistics:
     dropped_inbox_full: int
     dropped_at_end: int
     truncated: int
+    refused_source: int
+    refused_by_rate: int
     refused_by_accept: int
+    answered_by_accept: int
     refused_full: int
     refused_stopping: int
     clients: int
@@ -143,13 +150,33 @@ class ServerStatistics:
     clients_expired: int
     clients_evicted: int
     handler_errors: int
+    handlers_cancelled: int
     requests_timed_out: int
+    sends_withheld: int
     receive_errors: int
     send_errors: int
     errors: Mapping[str, int] = attrs.field(hash=False)
-    kernel_dropped: int = 0
-    refused_by_rate: int = 0
-    sends_withheld: int = 0
+    kernel_dropped: int
+
+    @property
+    def accounted_for(self) -> int:
+        """Where datagrams went, all together: equal to ``received``."""
+        dropped = self.dropped_inbox_full + self.dropped_at_end + self.truncated
+        refused = self.refused_source + self.refused_by_rate + self.refused_by_accept + self.refused_full
+        return self.delivered + self.waiting + dropped + refused + self.refused_stopping + self.answered_by_accept
+
+    def __add__(self, other: object) -> ServerStatistics:
+        if not isinstance(other, ServerStatistics):
+            return NotImplemented
+        sums = {
+            field.name: getattr(self, field.name) + getattr(other, field.name)
+            for field in attrs.fields(ServerStatistics)
+            if field.name != "errors"
+        }
+        return ServerStatistics(errors=Counter(self.errors) + Counter(other.errors), **sums)
+
+    def __radd__(self, other: object) -> ServerStatistics:
+        return self if other == 0 else NotImplemented  # sum() begins with 0
 
 
 @attrs.frozen(kw_only=True)
@@ -162,39 +189,9 @@ class KernelFigures:
 
 
 @attrs.define(eq=False)
-class SendTally:
-    """Running counts of what one conversation has sent."""
-
-    sent: int = 0
-    bytes_sent: int = 0
-    send_errors: int = 0
-    # Built at the first error: most clients never see one, and there may be 100,000 of them.
-    _errors: dict[str, int] | None = None
-
-    @property
-    def errors(self) -> dict[str, int]:
-        return dict(self._errors or {})
-
-    def count_send_error(self, error: OSError) -> None:
-        self.send_errors += 1
-        self._count(error)
-
-    def _count(self, error: OSError) -> None:
-        if self._errors is None:
-            self._errors = {}
-        name = errno.errorcode.get(error.errno or 0, str(error.errno))
-        self._errors[name] = self._errors.get(name, 0) + 1
-
-
-@attrs.define(eq=False)
-class EndpointTally(SendTally):
-    """Running counts of what has passed through one socket; its engine writes them."""
+class ReceiveCounts:
+    """Running counts of what one socket has received; its engine writes them."""
 
     received: int = 0
     bytes_received: int = 0
     truncated: int = 0
-    receive_errors: int = 0
-
-    def count_receive_error(self, error: OSError) -> None:
-        self.receive_errors += 1
-        self._count(error)

@@ -1,23 +1,48 @@
 """Where datagrams come from and go to: the only part of the package that knows sockets.
 
+_endpoint.py    what users see of a bound socket
+_reader.py      the way in: waiting, batches
+_outbox.py      the way out: order, waiting for room, counts
+_turn.py        how much a task may do before other tasks run
+_datagram.py    one datagram, as users see it
+_addressed.py   datagrams that the program itself addresses
 _open.py        from a host and a port to endpoints
-_endpoint.py    a bound socket: waiting, batches, counters
-_engine.py      what an endpoint asks of the code that makes the system calls
+_sources.py     source addresses that are not to be answered
+_buffers.py     receive buffers: asking for them, and the warning where they are small
 _faults.py      what each error of a socket means
-_choice.py      which such code there is for a socket
-_socket.py      what is the same in all of it
-_portable.py    for every platform, a system call for each datagram
-_linux.py       for Linux, one for up to 64
-_address.py     addresses: what they look like, which of them can be sent to, and how much
-_pktinfo.py     the control messages that tell, and set, our own address
+_address.py     addresses: their forms, and what can be sent to them
+engines/        the code that makes the system calls
 """
 
 from ._address import (
     MAX_PAYLOAD_IPV4 as MAX_PAYLOAD_IPV4,
     Address as Address,
+    host_key as host_key,
+    is_answerable as is_answerable,
+    is_limited_broadcast as is_limited_broadcast,
+    is_multicast as is_multicast,
     numeric_address as numeric_address,
     source_prefix as source_prefix,
 )
-from ._endpoint import Endpoint as Endpoint
-from ._engine import BATCH as BATCH, Datagram as Datagram, Route as Route
+from ._addressed import find_way as find_way, send_on as send_on, send_on_nowait as send_on_nowait
+from ._buffers import check_max_datagram_size as check_max_datagram_size, grant_receive_buffer as grant_receive_buffer
+from ._datagram import (
+    Datagram as Datagram,
+    Origin as Origin,
+    make_datagram as make_datagram,
+    route_of as route_of,
+)
+from ._endpoint import Endpoint as Endpoint, make_endpoint as make_endpoint, reader_of as reader_of
 from ._open import open_connected_endpoint as open_connected_endpoint, open_endpoints as open_endpoints
+from ._outbox import Outbox as Outbox, Payload as Payload, Sender as Sender
+from ._reader import Reader as Reader
+from ._sources import Source as Source, Sources as Sources
+from ._turn import YIELD_EVERY as YIELD_EVERY, Turn as Turn
+from .engines import (
+    BATCH as BATCH,
+    Ancillary as Ancillary,
+    Engine as Engine,
+    Outgoing as Outgoing,
+    Received as Received,
+    Route as Route,
+)

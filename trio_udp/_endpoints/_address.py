@@ -1,4 +1,8 @@
-"""Addresses: what they look like, which of them can be sent to, and how much."""
+"""Addresses: parsing, packing, and the kinds that matter to a server. Pure functions that make no system call.
+
+The functions take the address of any datagram socket. That of a Unix-domain socket is not a tuple but a path, an
+abstract name or ``None``. It is of no kind, and only ``numeric_address`` and ``pack_address`` fail on it.
+"""
 
 from __future__ import annotations
 
@@ -15,47 +19,128 @@ Address: TypeAlias = "tuple[str, int] | tuple[str, int, int, int]"
 MAX_PAYLOAD_IPV4 = 65_507
 MAX_PAYLOAD_IPV6 = 65_527
 
+# How an IPv6 socket shows an IPv4 address (RFC 4291 section 2.5.5.2), as text and as the first 12 of 16 bytes.
+MAPPED_TEXT = "::ffff:"
+MAPPED_BYTES = bytes(10) + b"\xff\xff"
+
+
+def is_internet(address: Address) -> bool:
+    """Tell an IPv4 or IPv6 address from that of a Unix-domain socket."""
+    return isinstance(address, tuple)
+
 
 def is_ipv6(address: Address) -> bool:
-    return ":" in address[0]
+    """Tell whether an address belongs to an IPv6 socket; a mapped IPv4 address does."""
+    return isinstance(address, tuple) and ":" in address[0]
 
 
 def is_mapped(address: Address) -> bool:
-    """Whether it is an IPv4 address as an IPv6 socket has it, mapped into IPv6: RFC 4291 section 2.5.5.2."""
-    return address[0].startswith("::ffff:") and "." in address[0]
+    """Tell whether an address is an IPv4 address as an IPv6 socket shows it: ``::ffff:192.0.2.1``."""
+    return isinstance(address, tuple) and address[0].startswith(MAPPED_TEXT) and "." in address[0]
+
+
+def unmapped(address: Address) -> Address:
+    """Turn a mapped IPv4 address into a plain one; leave any other address as it is."""
+    return (address[0][len(MAPPED_TEXT) :], address[1]) if is_mapped(address) else address
+
+
+def mapped(address: Address) -> Address:
+    """Turn an IPv4 address into its mapped form, for an IPv6 socket; leave any other address as it is."""
+    if isinstance(address, tuple) and ":" not in address[0]:
+        return (MAPPED_TEXT + address[0], address[1], 0, 0)
+    return address
 
 
 def family_of(address: Address) -> socket.AddressFamily:
-    return socket.AF_INET6 if is_ipv6(address) else socket.AF_INET
+    """Return the address family of the socket that an address belongs to."""
+    if not isinstance(address, tuple):
+        return socket.AF_UNIX
+    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
 
 
 def max_payload(address: Address) -> int:
-    """Length of the longest payload that one datagram to an address can carry."""
+    """Return the length of the longest payload that one datagram to an address can carry."""
     over_ipv6 = is_ipv6(address) and not is_mapped(address)
     return MAX_PAYLOAD_IPV6 if over_ipv6 else MAX_PAYLOAD_IPV4
 
 
-def source_prefix(address: Address, ipv4_bits: int, ipv6_bits: int) -> bytes:
-    """The first bits of an address, which tell what part of the network it is in."""
+def _raw_host(address: Address) -> bytes:
+    """Return the 4 bytes of an IPv4 host, mapped or not, or the 16 of an IPv6 host; none for a Unix-domain socket."""
     if not isinstance(address, tuple):
-        # Of a Unix-domain socket: a part by itself. Hashed, since it may be long.
-        return hashlib.blake2b(repr(address).encode(), digest_size=16).digest()
-    if is_ipv6(address):
-        raw, bits = socket.inet_pton(socket.AF_INET6, address[0]), ipv6_bits
-        if is_mapped(address):
-            raw, bits = raw[12:], ipv4_bits
-    else:
-        raw, bits = socket.inet_aton(address[0]), ipv4_bits
+        return b""
+    host = address[0]
+    if ":" not in host:
+        return socket.inet_aton(host)
+    raw = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+    return raw[12:] if raw.startswith(MAPPED_BYTES) else raw
+
+
+def is_multicast(address: Address) -> bool:
+    """Tell whether an address is a group: 224.0.0.0/4 (RFC 5771) or ff00::/8 (RFC 4291 section 2.7)."""
+    raw = _raw_host(address)
+    return raw[0] & 0xF0 == 0xE0 if len(raw) == 4 else raw[:1] == b"\xff"
+
+
+def is_unspecified(address: Address) -> bool:
+    """Tell whether an address is 0.0.0.0 or ``::``, which a machine uses before it has an address of its own."""
+    raw = _raw_host(address)
+    return bool(raw) and not any(raw)
+
+
+def is_answerable(address: Address) -> bool:
+    """Tell whether a source can be answered: port 0 cannot be sent to, and the unspecified address means ourselves."""
+    return not isinstance(address, tuple) or (address[1] != 0 and not is_unspecified(address))
+
+
+def is_limited_broadcast(address: Address) -> bool:
+    """Tell whether an address is 255.255.255.255, the broadcast address of every network (RFC 919)."""
+    return _raw_host(address) == b"\xff\xff\xff\xff"
+
+
+def is_link_local(address: Address) -> bool:
+    """Tell whether an address means something on one link only: fe80::/10 or 169.254.0.0/16 (RFC 3927)."""
+    raw = _raw_host(address)
+    return raw[:2] == b"\xa9\xfe" if len(raw) == 4 else raw[:1] == b"\xfe" and raw[1] & 0xC0 == 0x80
+
+
+def source_prefix(address: Address, ipv4_bits: int, ipv6_bits: int) -> bytes:
+    """Return the first bits of an address, which tell which part of the network it is in."""
+    raw = _raw_host(address)
+    if not raw:
+        return _hashed(address)
+    bits = ipv4_bits if len(raw) == 4 else ipv6_bits
     prefix = int.from_bytes(raw, "big") >> (8 * len(raw) - bits)
-    # Not the number itself: which numbers fall together in a dict is known, and strangers choose them.
+    # Bytes, not the number: strangers choose it, and can compute which numbers collide in a dict.
     return prefix.to_bytes(len(raw), "big")
 
 
+def host_key(address: Address) -> bytes:
+    """Return the key under which one host counts: its IPv4 address, mapped or not, or its IPv6 /64.
+
+    A provider gives a customer a whole /64, so the customer can use any address in it. The result is
+    ``source_prefix(address, 32, 64)`` in a form that costs less.
+    """
+    return _raw_host(address)[:8] or _hashed(address)
+
+
+def _hashed(address: object) -> bytes:
+    """Return a key of fixed length for the address of a Unix-domain socket, which counts as a host by itself."""
+    return hashlib.blake2b(repr(address).encode(), digest_size=16).digest()
+
+
+def describe(address: Address) -> str:
+    """Write an address for people to read: ``192.0.2.1 port 53``, ``fe80::1%2 port 53``."""
+    if not isinstance(address, tuple):
+        return str(address)
+    scope = address[3] if len(address) == 4 else 0
+    return f"{address[0]}%{scope} port {address[1]}" if scope else f"{address[0]} port {address[1]}"
+
+
 def numeric_address(address: Address) -> Address:
-    """Check an address that a user wants to send to. To look up a name in it would keep all clients waiting.
+    """Check an address that the user gives, and return it as the kernel would. Never looks up a name: that can block.
 
     Raises:
-      TypeError, ValueError: It is not a numeric host and a port, and for IPv6 perhaps flow information and scope.
+      TypeError, ValueError: It is not a numeric host and a port, with flow information and scope allowed for IPv6.
     """
     try:
         host, port, *rest = address
@@ -64,13 +149,14 @@ def numeric_address(address: Address) -> Address:
     if not isinstance(host, str) or not all(isinstance(number, int) for number in (port, *rest)):
         raise TypeError(f"not an address: {address!r}")
     numbers = (port, *rest)
-    limits = (65_535, 0xFFFFF, 0xFFFFFFFF) if is_ipv6(address) else (65_535,)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    limits = (65_535, 0xFFFFF, 0xFFFFFFFF) if family == socket.AF_INET6 else (65_535,)
     in_range = all(0 <= number <= limit for number, limit in zip(numbers, limits, strict=False))
-    if len(numbers) not in (1, len(limits)) or not in_range or "\0" in host:  # C would take that for the end
+    if len(numbers) not in (1, len(limits)) or not in_range or "\0" in host:  # C takes a zero byte for the end
         raise ValueError(f"not an address: {address!r}")
     try:
-        # It knows scopes by name too, as in "fe80::1%eth0".
-        found = socket.getaddrinfo(host, port, family_of(address), socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
+        # It also knows scopes by name, as in "fe80::1%eth0".
+        found = socket.getaddrinfo(host, port, family, socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
     except (OSError, UnicodeError) as error:
         raise ValueError(f"not an address: {address!r}") from error
     numeric: Any = found[0][4]
@@ -80,22 +166,30 @@ def numeric_address(address: Address) -> Address:
     return (host.partition("%")[0], port, *scope)
 
 
+# The structures that pack_address and unpack_address read and write. Precompiled, since a server unpacks an address for
+# each stranger: 0.41 µs, against 0.48 with the functions of the struct module.
+_FAMILY = struct.Struct("=H")
+_IPV4_REST = struct.Struct("!H4s")
+_IPV6_REST = struct.Struct("!HI16s")
+_IPV6_SCOPE = struct.Struct("=I")
+_IPV4_FAMILY = _FAMILY.pack(socket.AF_INET)
+_IPV6_NUMBER = int(socket.AF_INET6)
+
+
 def pack_address(address: Address, family: int) -> bytes:
-    """Turn an address into a ``struct sockaddr_in`` or ``sockaddr_in6``, padded to 8 bytes, as Linux has it."""
+    """Turn an address into Linux's ``struct sockaddr_in`` or ``sockaddr_in6``, padded to a multiple of 8 bytes."""
     host, port, *scope = address
     raw = socket.inet_pton(family, host)
     if family == socket.AF_INET:
-        return struct.pack("=H", family) + struct.pack("!H4s8x", port, raw)
+        return _FAMILY.pack(family) + _IPV4_REST.pack(port, raw) + bytes(8)
     flow, scope_id = scope or (0, 0)
-    return struct.pack("=H", family) + struct.pack("!HI16s", port, flow, raw) + struct.pack("=I4x", scope_id)
+    return _FAMILY.pack(family) + _IPV6_REST.pack(port, flow, raw) + _IPV6_SCOPE.pack(scope_id) + bytes(4)
 
 
 def unpack_address(raw: bytes) -> Address:
-    """The address that such a structure holds."""
-    (family,) = struct.unpack_from("=H", raw)
-    if family == socket.AF_INET:
-        port, host = struct.unpack_from("!H4s", raw, 2)
-        return socket.inet_ntop(family, host), port
-    port, flow, host = struct.unpack_from("!HI16s", raw, 2)
-    (scope_id,) = struct.unpack_from("=I", raw, 24)
-    return socket.inet_ntop(family, host), port, flow, scope_id
+    """Turn such a structure back into an address; further bytes may follow it."""
+    if raw[:2] == _IPV4_FAMILY:
+        port, host = _IPV4_REST.unpack_from(raw, 2)
+        return socket.inet_ntoa(host), port
+    port, flow, host = _IPV6_REST.unpack_from(raw, 2)
+    return socket.inet_ntop(_IPV6_NUMBER, host), port, flow, _IPV6_SCOPE.unpack_from(raw, 24)[0]

@@ -1,59 +1,45 @@
-"""One end of a simulated network: what a socket would be. See :class:`trio_udp._endpoints._engine.Engine`."""
+"""The engine of an endpoint on a simulated network; see :class:`trio_udp._endpoints.engines._engine.Engine`.
+
+It has no system calls: it moves datagrams between a :class:`SimulatedSocket` and the wire.
+"""
 
 from __future__ import annotations
 
 import errno
 import io
 import os
-from collections import deque
-from typing import TYPE_CHECKING, cast
+from collections.abc import Sequence
+from typing import cast
 
 import attrs
 import trio
 
-from .._endpoints import BATCH, Address, Datagram, Route
-from .._endpoints._address import family_of, max_payload
-from .._endpoints._engine import Outgoing
-from .._statistics import EndpointTally, KernelFigures
-
-if TYPE_CHECKING:
-    from ._network import SimulatedNetwork
-
-# Bytes of kernel memory that a datagram takes besides its payload, and the size of a buffer that nobody has asked to be
-# another, both as on Linux: a socket holds 277 small datagrams.
-OVERHEAD = 768
-DEFAULT_BUFFER = 212_992
-
-
-def on_this_machine(address: Address) -> Address:
-    """The unspecified address means any of this machine's own where one is to be written to, or from: the loopback."""
-    host, *rest = address
-    return cast("Address", ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), *rest))
+from .._endpoints import BATCH, Address, Outgoing, Received, Route
+from .._endpoints._address import family_of, is_limited_broadcast, is_unspecified, max_payload
+from .._statistics import KernelFigures, ReceiveCounts
+from ._addresses import interface_of, reachable, reaches_many
+from ._packets import SimulatedRoute
+from ._sockets import SimulatedSocket, SocketTable
+from ._wire import Wire
 
 
 @attrs.define(eq=False)
 class SimulatedEngine:
-    """Buffers between one address of the network and an endpoint. A route is the peer address and the local one."""
+    """One endpoint's use of a simulated socket. Several engines can use one shared socket."""
 
-    _network: SimulatedNetwork
-    bound_address: Address
-    peer: Address | None = None  # that it is connected to
+    simulated_socket: SimulatedSocket
+    _sockets: SocketTable
+    _wire: Wire
     _max_datagram_size: int = 65_535
-    _receive_buffer: int | None = None
-    _send_buffer: int | None = None
 
     family: int = attrs.field(init=False)
+    bound_address: Address = attrs.field(init=False)
     connected: bool = attrs.field(init=False)
-    tally: EndpointTally = attrs.field(factory=EndpointTally, init=False)
+    counts: ReceiveCounts = attrs.field(factory=ReceiveCounts, init=False)
     closed: bool = attrs.field(default=False, init=False)
-    _arrived: deque[Datagram | OSError] = attrs.field(factory=deque, init=False)  # and not yet read
-    _arrived_bytes: int = attrs.field(default=0, init=False)
-    _dropped: int = attrs.field(default=0, init=False)
-    _refused: bool = attrs.field(default=False, init=False)  # and nobody has been told
-    _unsent: deque[tuple[float, int]] = attrs.field(factory=deque, init=False)  # when it will have left, and its bytes
-    _unsent_bytes: int = attrs.field(default=0, init=False)
-    _line_free_at: float = attrs.field(default=0.0, init=False)
-    _waiting: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, init=False)
+    read_ahead: int = attrs.field(default=0, init=False)  # always
+    _watched_ports: frozenset[int] = attrs.field(default=frozenset(), init=False)
+    _last_figures: KernelFigures | None = attrs.field(default=None, init=False)  # those at the moment of closing
 
     @property
     def socket(self) -> trio.socket.SocketType:
@@ -62,138 +48,159 @@ class SimulatedEngine:
 
     @family.default
     def _(self) -> int:
-        return family_of(self.bound_address)
+        return family_of(self.simulated_socket.bound_address)
+
+    @bound_address.default
+    def _(self) -> Address:
+        return self.simulated_socket.bound_address
 
     @connected.default
     def _(self) -> bool:
-        return self.peer is not None
+        return self.simulated_socket.peer is not None
 
-    # What arrives.
+    # Moving datagrams.
 
-    def put(self, payload: bytes, route: Route) -> bool:
-        """Take in a datagram; False if the receive buffer is full. Like Linux, it may overflow by the last one."""
-        if self._arrived_bytes >= self._receive_buffer_size:
-            self._dropped += 1
-            return False
-        self._arrived.append((payload, route))
-        self._arrived_bytes += OVERHEAD + len(payload)
-        self._waiting.unpark_all()
-        return True
-
-    def put_error(self, error: OSError) -> None:
-        """Let a read fail, after what has arrived before it."""
-        self._arrived.append(error)
-        self._waiting.unpark_all()
-
-    def refuse(self) -> None:
-        """Let the next call fail, be it a read or a send: the peer's port is closed."""
-        self._refused = True
-        self._waiting.unpark_all()
-
-    def receive(self, batch: list[Datagram]) -> bool:
-        self._network._catch_up()
-        self._raise_errors()
-        tally = self.tally
-        while self._arrived and len(batch) < BATCH:
-            arrived = self._arrived.popleft()
+    def receive(self, batch: list[Received]) -> bool:
+        self._wire.catch_up()
+        if (error := self._pending_error()) is not None:
+            self.simulated_socket.refused = False
+            raise error
+        source, counts = self.simulated_socket, self.counts
+        while source.has_arrivals() and len(batch) < BATCH:
+            arrived = source.take()
             if isinstance(arrived, BlockingIOError):
                 return True
             if isinstance(arrived, OSError):
                 raise arrived
-            length = len(arrived[0])
-            self._arrived_bytes -= OVERHEAD + length
-            tally.received += 1
-            if length <= self._max_datagram_size:
-                tally.bytes_received += length
-                batch.append(arrived)
+            payload, route = arrived
+            counts.received += 1
+            if len(payload) <= self._max_datagram_size:
+                counts.bytes_received += len(payload)
+                batch.append((payload, route, ()))
             else:
-                tally.bytes_received += self._max_datagram_size + 1
-                tally.truncated += 1
-        return not self._arrived
+                counts.bytes_received += self._max_datagram_size + 1
+                counts.truncated += 1
+        return not source.has_arrivals()
 
-    def is_readable(self) -> bool:
-        return bool(self._arrived) or self._refused
+    def send(self, outgoing: Sequence[Outgoing]) -> int:
+        now = self._wire.catch_up()
+        for taken, (payload, route, _) in enumerate(outgoing):
+            peer, local, _, _ = cast("SimulatedRoute", route)
+            destination = reachable(peer)
+            try:
+                self._check_can_send(local, destination, now)
+            except OSError:
+                if taken:
+                    return taken
+                self.simulated_socket.refused = False  # raised once, and before any other error
+                raise
+            departure = self.simulated_socket.queue(now, len(payload), self._wire.conditions.bandwidth)
+            self._wire.send(payload, local, destination, now, departure)
+        return len(outgoing)
 
-    async def wait_readable(self) -> None:
-        await trio.lowlevel.checkpoint()
-        while not self.closed and not self.is_readable():
-            await self._waiting.park()
-        self._check_open()
+    def _check_can_send(self, local: Address, destination: Address, now: float) -> None:
+        """Raise the error that a kernel would give instead of sending."""
+        if (error := self._pending_error()) is not None:
+            raise error
+        if not destination[1] or not self.simulated_socket.can_send_from(local):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        if is_limited_broadcast(destination) and not self.simulated_socket.allow_broadcast:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        self._wire.check_path(local, destination)
+        if not self.simulated_socket.has_room(now):
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    def kernel_figures(self) -> KernelFigures:
-        return KernelFigures(
-            dropped=self._dropped,
-            queued=self._arrived_bytes,
-            receive_buffer=self._receive_buffer_size,
-        )
+    def _pending_error(self) -> OSError | None:
+        if self.closed:
+            return OSError(errno.EBADF, os.strerror(errno.EBADF))
+        if self.simulated_socket.refused:
+            return ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+        return None
 
-    # What is sent.
+    # Routes.
 
-    def send(self, outbox: deque[Outgoing]) -> None:
-        now = self._network._catch_up()
-        total = self.tally
-        while outbox:
-            payload, route, tally = outbox[0]
-            source, destination = self.local_address(route), self.peer_address(route)
-            self._raise_errors()
-            self._network._check_route(source, destination)
-            if not self._has_room(now):
-                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-            outbox.popleft()
-            length = len(payload)
-            self._network._send(payload, source, destination, now, self._queue(now, length))
-            for counts in (tally, total):
-                counts.sent += 1
-                counts.bytes_sent += length
+    def route(self, address: Address, local_address: Address | None = None) -> Route:
+        peer = reachable(address)
+        if local_address is None:
+            local = self.simulated_socket.source_for(peer)
+        else:
+            local = self.simulated_socket.at_host(reachable(local_address)[0])
+        return SimulatedRoute(peer, local, local, interface_of(local))
 
-    async def wait_writable(self) -> None:
-        await trio.lowlevel.checkpoint()
-        while not self.closed and not self._has_room(trio.current_time()):
-            with trio.move_on_at(self._unsent[0][0]):
-                await self._waiting.park()
-        self._check_open()
-
-    def _queue(self, now: float, length: int) -> float:
-        """Put a datagram into the send buffer; return when the last of it will have left."""
-        bandwidth = self._network.bandwidth
-        self._line_free_at = max(now, self._line_free_at) + (length / bandwidth if bandwidth else 0)
-        if self._line_free_at > now:
-            self._unsent.append((self._line_free_at, OVERHEAD + length))
-            self._unsent_bytes += OVERHEAD + length
-        return self._line_free_at
-
-    def forget_time(self) -> None:
-        """The times known are those of another clock."""
-        self._unsent.clear()
-        self._unsent_bytes = 0
-        self._line_free_at = 0.0
-
-    def _has_room(self, now: float) -> bool:
-        while self._unsent and self._unsent[0][0] <= now:
-            self._unsent_bytes -= self._unsent.popleft()[1]
-        return self._unsent_bytes < (self._send_buffer or DEFAULT_BUFFER)
-
-    # Addresses.
-
-    def route(self, address: Address) -> Route:
-        return on_this_machine(address), on_this_machine(self.bound_address)
+    def source_for(self, address: Address) -> Address:
+        peer = reachable(address)
+        local = self.simulated_socket.source_for(peer)
+        self._wire.check_path(local, peer)
+        return local
 
     def max_payload(self, route: Route) -> int:
         return max_payload(self.peer_address(route))
 
     def peer_address(self, route: Route) -> Address:
-        return cast("tuple[Address, Address]", route)[0]
+        return cast("SimulatedRoute", route).peer
 
     def local_address(self, route: Route) -> Address:
-        return cast("tuple[Address, Address]", route)[1]
+        return cast("SimulatedRoute", route).local
 
-    # The end.
+    def destination(self, route: Route) -> Address:
+        return cast("SimulatedRoute", route).destination
+
+    def interface(self, route: Route) -> int | None:
+        return cast("SimulatedRoute", route).interface
+
+    # Sources that cannot be trusted.
+
+    def watch_ports(self, ports: frozenset[int]) -> None:
+        self._watched_ports = ports
+
+    def doubtful_source(self, route: Route) -> bool:
+        peer = cast("SimulatedRoute", route).peer
+        return peer[1] in self._watched_ports or reaches_many(peer) or is_unspecified(peer)
+
+    def is_own_host(self, address: Address) -> bool:
+        own = self.simulated_socket
+        here = own.at_host(reachable(address)[0])
+        return here in own.own_addresses or here[0] in own.own_hosts or self._sockets.unicast(here) is own
+
+    def is_broadcast(self, address: Address) -> bool:
+        return is_limited_broadcast(address)
+
+    def allows_broadcast(self) -> bool:
+        return self.simulated_socket.allow_broadcast
+
+    # Waiting, and the end.
+
+    def kernel_figures(self) -> KernelFigures:
+        own = self.simulated_socket
+        return self._last_figures or KernelFigures(
+            dropped=own.dropped, queued=own.arrived_bytes, receive_buffer=own.receive_buffer
+        )
+
+    def is_readable(self) -> bool:
+        return self.simulated_socket.has_arrivals() or self.simulated_socket.refused
+
+    async def wait_readable(self) -> None:
+        await trio.lowlevel.checkpoint()
+        while not self.closed and not self.is_readable():
+            await self.simulated_socket.waiting.park()
+        self._check_open()
+
+    async def wait_writable(self) -> None:
+        await trio.lowlevel.checkpoint()
+        while not self.closed and not self.simulated_socket.has_room(trio.current_time()):
+            with trio.move_on_at(self.simulated_socket.next_departure()):
+                await self.simulated_socket.waiting.park()
+        self._check_open()
 
     def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self._network._remove(self)
-            self._waiting.unpark_all()
+        if self.closed:
+            return
+        self.closed = True
+        self._wire.catch_up_if_any()
+        self._last_figures = self.kernel_figures()
+        if not self.simulated_socket.shared:
+            self._sockets.remove(self.simulated_socket)
+        self.simulated_socket.waiting.unpark_all()
 
     def abandon(self) -> None:
         self.close()
@@ -201,14 +208,3 @@ class SimulatedEngine:
     def _check_open(self) -> None:
         if self.closed:
             raise trio.ClosedResourceError("this endpoint is closed")
-
-    def _raise_errors(self) -> None:
-        if self.closed:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        if self._refused:  # told once, and before anything else
-            self._refused = False
-            raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-
-    @property
-    def _receive_buffer_size(self) -> int:
-        return self._receive_buffer or DEFAULT_BUFFER

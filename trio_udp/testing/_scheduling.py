@@ -1,34 +1,23 @@
-"""Trio's own dice: it runs the tasks of one pass in random order, so that nobody relies on any."""
+"""Trio's random task order: Trio runs the tasks of one pass in random order, so that no program relies on one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-import trio
+from .._trio import seeded_scheduler
 
 
-@contextmanager
-def deterministic_scheduling(seed: int) -> Iterator[None]:
-    """Let a seed decide in which order Trio runs its tasks.
+def deterministic_scheduling(seed: int) -> AbstractContextManager[None]:
+    """Let a seed decide in which order Trio runs its tasks, until the ``with`` block ends.
 
-    ``with deterministic_scheduling(seed): trio.run(...)`` does the same each time, if what runs does: with
-    ``trio.testing.MockClock``, a :class:`SimulatedNetwork` in place of the real one, and no threads. The fixture
+    ``with deterministic_scheduling(seed): trio.run(...)`` does the same each time if the program does: with
+    ``trio.testing.MockClock``, with a :class:`SimulatedNetwork` instead of a real one, and without threads. The fixture
     ``simulated_network`` does this for its test.
     """
     check_seed(seed)
-    # Trio has no public way. Its own plugin for pytest sets the same two, for Hypothesis.
-    scheduler = trio._core._run
-    state, allowed = scheduler._r.getstate(), scheduler._ALLOW_DETERMINISTIC_SCHEDULING
-    scheduler._r.seed(seed)
-    scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        scheduler._r.setstate(state)
-        scheduler._ALLOW_DETERMINISTIC_SCHEDULING = allowed  # type: ignore[misc]
+    return seeded_scheduler(seed)
 
 
 def check_seed(seed: object) -> None:
-    if not isinstance(seed, int):  # None would mean another one each time
+    if not isinstance(seed, int):  # None would mean a different seed each time
         raise TypeError(f"seed must be an int, not {seed!r}")

@@ -1,4 +1,4 @@
-"""What has happened on a network: one value, and one readable line, for each event."""
+"""Recorded events: one value, and one readable line, for everything that happens to a datagram."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import attrs
 
 from .._endpoints import Address
 
-# Bytes of each payload that a line shows.
+# Bytes of the payload that a line shows.
 SHOWN = 16
 
 
 @attrs.frozen
 class DatagramEvent:
-    """Something that happened to a datagram; ``str()`` of it is one line of the timeline.
+    """One thing that happened to a datagram; ``str()`` of it is one line of the timeline.
 
     Attributes:
       time: On Trio's clock, in seconds.
-      number: Which datagram, counted from 1. A duplicate has the number of its original, a refusal that of the datagram
-        that was refused.
-      fate: On leaving: ``"sent"``, ``"held back"`` (so that others overtake it), ``"duplicated"`` (this is the second
-        copy), ``"lost"`` or ``"cut off"`` (by a partition). On arrival: ``"arrived"``, ``"buffer full"``,
-        ``"port closed"`` or ``"cut off"``. The same with ``"refusal "`` before it for what tells a connected sender
-        that the port is closed.
-      source: Where it comes from, or claims to.
-      destination: Where it goes.
-      payload: What it carries; a refusal, what was refused.
+      number: Counts datagrams from 1. A duplicate has the number of its original, and so has each copy of a datagram to
+        a group; a refusal has the number of the refused datagram.
+      fate: On leaving: ``"sent"``, ``"held back"`` (later datagrams may overtake it), ``"duplicated"`` (this is the
+        second copy), ``"lost"``, ``"cut off"`` (by a partition) or ``"no receiver"`` (the group has no members). On
+        arrival: ``"arrived"``, ``"buffer full"``, ``"port closed"``, ``"cut off"`` or ``"no receiver"``. The refusal
+        that tells a connected sender that the port is closed has the same fates after ``"refusal "``.
+      source: The address that it comes from, or claims to come from.
+      destination: The address that it was sent to.
+      payload: Its bytes; for a refusal, those of the refused datagram.
+      receiver: The address of the machine that this copy goes to, if ``destination`` is a group or the broadcast
+        address; else ``None``.
     """
 
     time: float
@@ -33,10 +35,13 @@ class DatagramEvent:
     source: Address
     destination: Address
     payload: bytes
+    receiver: Address | None = None
 
     def __str__(self) -> str:
         start = repr(self.payload[:SHOWN]) + ("..." if len(self.payload) > SHOWN else "")
         path = f"{_text(self.source)} > {_text(self.destination)}"
+        if self.receiver is not None:
+            path += f" at {_text(self.receiver)}"
         return f"{self.time:12.6f}  #{self.number:<4} {self.fate:<15} {path}  {len(self.payload)} bytes {start}"
 
 

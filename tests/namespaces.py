@@ -1,0 +1,95 @@
+"""Network namespaces of Linux, which stand for machines. They need root and ip(8).
+
+A socket belongs to the namespace in which it was opened, so a server in this process can be on any of these machines.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import attrs
+
+CLONE_NEWNET = 0x40000000
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr}")
+    return done.stdout
+
+
+@contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    """Open sockets and files in a namespace until the block ends."""
+    libc = ctypes.CDLL(None, use_errno=True)  # os.setns is there since Python 3.12
+    with open("/proc/thread-self/ns/net") as home, open(f"/run/netns/{namespace}") as there:
+        if libc.setns(there.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
+        try:
+            yield
+        finally:
+            if libc.setns(home.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "cannot leave again")
+
+
+def can_make_namespaces() -> bool:
+    """Whether this process may make them; root in a container often may not."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        return False
+    with suppress(OSError), machines("try"):
+        return True
+    return False
+
+
+@attrs.frozen
+class Machine:
+    """A network namespace."""
+
+    name: str
+
+    def ip(self, command: str) -> str:
+        return run("ip", "-netns", self.name, *command.split())
+
+    def set(self, setting: str, value: int) -> None:
+        with inside(self.name):
+            Path("/proc/sys/net", setting).write_text(str(value))
+
+    def index(self, interface: str) -> int:
+        with inside(self.name):
+            return socket.if_nametoindex(interface)
+
+    def socket(self, host: str, port: int = 0, family: int = socket.AF_INET) -> socket.socket:
+        """Open a socket on this machine; the host may have a scope, as in ``fe80::1%wire``."""
+        with inside(self.name):
+            sock = socket.socket(family, socket.SOCK_DGRAM)
+            sock.setblocking(False)
+            try:
+                sock.bind(socket.getaddrinfo(host, port, family, socket.SOCK_DGRAM)[0][4])
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+
+
+@contextmanager
+def machines(*names: str) -> Iterator[list[Machine]]:
+    """Make machines with nothing but a loopback interface, which is up; they are gone when the block ends."""
+    made: list[Machine] = []
+    try:
+        for name in names:
+            machine = Machine(f"trio-udp-{os.getpid()}-{name}")
+            run("ip", "netns", "add", machine.name)
+            made.append(machine)
+            machine.ip("link set lo up")
+        yield made
+    finally:
+        for machine in made:
+            run("ip", "netns", "delete", machine.name)

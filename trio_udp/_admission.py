@@ -1,0 +1,177 @@
+"""Admission: what becomes of a stranger's datagram. Questions in this order, each with a counter of its own:
+
+============ =============================================================== ==================================
+question     a stranger that fails it                                        counted as
+============ =============================================================== ==================================
+source       claims to be ourselves, a group or a broadcast address          ``refused_source``
+rate         its part of the network has sent too much                       ``refused_by_rate``
+``accept``   the user's function returned false, or raised                   ``refused_by_accept``
+``accept``   the user's function returned bytes, which are sent back         ``answered_by_accept``
+phase        the server drains                                               ``refused_stopping``
+memory       its datagram would not fit into an inbox                        ``dropped_inbox_full``
+host         its host has as many clients as it may have                     ``refused_full``
+room         the table of clients is full                                    ``refused_full``
+============ =============================================================== ==================================
+
+A datagram of a known client is asked for its rate only. Nothing is kept of one that is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import attrs
+
+from ._client import Client
+from ._construction import create
+from ._endpoints import Ancillary, Datagram, Route, Source, Sources, host_key, make_datagram, route_of
+from ._handlers import Accept
+from ._lifecycle import End, Phase
+from ._log import ErrorLog, WarningLog
+from ._rate import RateLimiter
+from ._seats import Place, Seat, Seats
+
+# What a reply of accept() may have at most, in times the bytes of the datagram: RFC 9000 section 8.1.
+MOST_AMPLIFICATION = 3
+
+
+@attrs.define(eq=False)
+class Admission:
+    """Decides about strangers for one server, and counts those it turns away."""
+
+    seats: Seats
+    sources: Sources
+    limiter: RateLimiter | None
+    accept: Accept | None
+    idle_timeout: float
+    errors: ErrorLog
+    warnings: WarningLog
+    start_handler: Callable[[Client], None]
+    refused_source: int = attrs.field(default=0, init=False)
+    refused_by_rate: int = attrs.field(default=0, init=False)
+    refused_by_accept: int = attrs.field(default=0, init=False)
+    answered_by_accept: int = attrs.field(default=0, init=False)
+    refused_full: int = attrs.field(default=0, init=False)
+    refused_stopping: int = attrs.field(default=0, init=False)
+
+    def ask(self, place: Place, payload: bytes, route: Route, ancillary: Ancillary) -> Seat | None:
+        """Make a stranger a client, answer it, or count why not."""
+        source = self._source(place, route)
+        if source is Source.REFUSED:
+            self.refused_source += 1
+            return None
+        bucket = None
+        if self.limiter is not None:
+            bucket = self.limiter.bucket_of(place.outbox.engine.peer_address(route))
+            if not self.limiter.take(bucket, place.outbox.turn.now()):
+                self.refused_by_rate += 1
+                return None
+        if self.accept is not None and not self._is_accepted(
+            self.accept, place, make_datagram(payload, route, ancillary, place), source
+        ):
+            return None
+        if self.seats.phase is Phase.DRAINING:  # asked after accept, which may have something to say even then
+            self.refused_stopping += 1
+            return None
+        if not self.seats.has_room_for(payload):
+            self.seats.dropped_inbox_full += 1
+            return None
+        if self.seats.limits.clients_per_host is not None and not self.seats.has_room_on_host(
+            host_key(place.outbox.engine.peer_address(route))
+        ):
+            self.refused_full += 1
+            return None
+        if not self.seats.make_room():
+            self.refused_full += 1
+            self.warnings.warn("full", "the table of clients is full (max_clients=%d)", self.seats.limits.max_clients)
+            return None
+        seat, client = self.new_client(place, route)
+        if source is Source.UNANSWERABLE:
+            seat.answerable = False
+            seat.limited = True
+        if self.limiter is not None and bucket is not None:
+            seat.bucket = self.limiter.keep(bucket)
+        self.seats.add(seat, client)
+        try:
+            self.start_handler(client)
+        except BaseException:  # the caller's nursery is over
+            self.refused_stopping += 1
+            seat.finish(End.LOST)
+            self.seats.remove(seat)
+            raise
+        return seat
+
+    def new_client(self, place: Place, route: Route, *, has_handler: bool = True) -> tuple[Seat, Client]:
+        """Make the record of a client, and what users see of it. The caller adds it to the seats."""
+        seat = Seat(
+            outbox=place.outbox,
+            route=route,
+            shared=self.seats,
+            idle_timeout=self.idle_timeout,
+            place=place,
+            has_handler=has_handler,
+        )
+        seat.limited = self.seats.limits.amplification is not None
+        return seat, create(Client, seat)
+
+    def ask_datagram(self, place: Place, route: Route) -> Source | None:
+        """Ask about a datagram for a ``datagram_handler``: its source and its rate. ``None`` if it is turned away."""
+        source = self._source(place, route)
+        if source is Source.REFUSED:
+            self.refused_source += 1
+            return None
+        if self.limiter is not None:
+            bucket = self.limiter.bucket_of(place.outbox.engine.peer_address(route))
+            if not self.limiter.take(bucket, place.outbox.turn.now()):
+                self.refused_by_rate += 1
+                return None
+        return source
+
+    def _source(self, place: Place, route: Route) -> Source:
+        engine, time = place.outbox.engine, place.outbox.turn.time
+        if place.sources_looked_at != time:  # the first of this batch
+            place.sources_looked_at = time
+            place.asks_about_all = self.sources.refresh(engine, time)
+        if place.asks_about_all or engine.doubtful_source(route):
+            return self.sources.verdict(engine, route)
+        return Source.FINE
+
+    def _is_accepted(self, accept: Accept, place: Place, datagram: Datagram, source: Source) -> bool:
+        route = route_of(datagram)
+        place.in_accept = True
+        try:
+            answer: object = accept(datagram)
+            if inspect.iscoroutine(answer):
+                answer.close()  # or Python warns that nothing awaited it
+            if answer is not True and answer is not False and not isinstance(answer, bytes):
+                raise TypeError(f"accept must return True, False or bytes, not {answer!r}")
+            reply = place.outbox.copy(answer, route) if isinstance(answer, bytes) else None
+        except Exception as error:
+            self.errors.write(error, "accept failed on a datagram from %s", datagram.peer_address)
+            answer, reply = False, None
+        except BaseException:  # such as KeyboardInterrupt: the server ends
+            self.refused_stopping += 1
+            raise
+        finally:
+            place.in_accept = False
+        if reply is not None:
+            self.answered_by_accept += 1
+            self._send_back(place, datagram, route, reply, source)
+        elif answer is True:
+            return True
+        elif self.seats.phase is Phase.DRAINING:
+            self.refused_stopping += 1
+        else:
+            self.refused_by_accept += 1
+        return False
+
+    def _send_back(self, place: Place, datagram: Datagram, route: Route, reply: bytes, source: Source) -> None:
+        """Send what accept answered, unless a limit or a full send buffer withholds it."""
+        limit = self.seats.limits.amplification
+        if source is Source.UNANSWERABLE:
+            place.outbox.count_unanswerable(place.outbox.own)
+        elif len(reply) > (MOST_AMPLIFICATION if limit is None else limit) * len(datagram.payload):
+            place.withheld += 1
+        else:
+            place.outbox.send_or_drop([(reply, route, place.outbox.own)])

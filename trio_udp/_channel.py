@@ -1,0 +1,228 @@
+"""The sending half of a conversation, which ``Client`` and ``Connection`` share: one record, and the face users see."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+
+import attrs
+import trio
+from trio.lowlevel import current_task
+
+from ._construction import NoPublicConstructor
+from ._endpoints import BATCH, MAX_PAYLOAD_IPV4, YIELD_EVERY, Address, Outbox, Outgoing, Payload, Route, Sender
+from ._lifecycle import End
+from ._trio import is_cancelled
+
+# Looked up for every datagram: a global is found sooner than a member of an enum.
+OPEN = End.OPEN
+
+
+@attrs.define(eq=False)
+class ChannelState(Sender):
+    """What both ends of a conversation know of it.
+
+    Attributes:
+      route: Peer address and local address, as the engine has them.
+      end: Why it is over, or ``OPEN``.
+      limited: Sending asks :meth:`reserve` first.
+    """
+
+    outbox: Outbox
+    route: Route
+    end: End = attrs.field(default=OPEN, init=False)
+    limited: bool = attrs.field(default=False, init=False)
+    # Cancelled to tell senders that wait for room in the send buffer that the conversation is over.
+    _blocked_sends: set[trio.CancelScope] | None = attrs.field(default=None, init=False)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether sending and receiving raise ``trio.ClosedResourceError``."""
+        return self.end is End.CLOSED or self.end is End.LOST
+
+    def finish(self, end: End) -> None:
+        """End the conversation."""
+        self.end = end
+        if self.is_closed:
+            for scope in self._blocked_sends or ():
+                scope.cancel()
+
+    def check_open(self) -> None:
+        if self.is_closed:
+            error = trio.ClosedResourceError("this conversation is over")
+            error.raised_by = self  # type: ignore[attr-defined]  # for was_raised_by()
+            raise error
+
+    def reserve(self, size: int) -> bool:
+        """Whether so many bytes may be sent now. They count as sent then, unless they are given back."""
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Take back bytes that were reserved and have not been sent."""
+
+    def push(self, outgoing: list[Outgoing]) -> int:
+        """Send datagrams as many as there is room for; return how many."""
+        return self.outbox.send(outgoing)
+
+    async def push_when_there_is_room(self, outgoing: Outgoing) -> None:
+        if self._blocked_sends is None:
+            self._blocked_sends = set()
+        with trio.CancelScope() as scope:
+            self._blocked_sends.add(scope)
+            try:
+                return await self._wait_for_room(outgoing)
+            finally:
+                self._blocked_sends.discard(scope)
+        self.check_open()
+
+    async def _wait_for_room(self, outgoing: Outgoing) -> None:
+        await self.outbox.wait_for_room(outgoing)
+
+
+def was_raised_by(error: trio.ClosedResourceError, state: ChannelState) -> bool:
+    """Whether an error says that this very conversation is over, and not something else that a handler uses."""
+    return getattr(error, "raised_by", None) is state
+
+
+class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
+    """The base of :class:`Client` and :class:`Connection`: everything but receiving."""
+
+    __slots__ = ("__weakref__", "_state")
+
+    _state: ChannelState
+
+    def __init__(self, state: ChannelState) -> None:
+        self._state = state
+
+    def __repr__(self) -> str:
+        closed = " closed" if self._state.is_closed else ""
+        return f"<trio_udp.{type(self).__name__} {self.local_address} with {self.peer_address}{closed}>"
+
+    @property
+    def peer_address(self) -> Address:
+        """The other end's address, as the ``socket`` module gives it."""
+        return self._state.outbox.engine.peer_address(self._state.route)
+
+    @property
+    def local_address(self) -> Address:
+        """Our own address in this conversation, which our datagrams leave from."""
+        return self._state.outbox.engine.local_address(self._state.route)
+
+    async def send(self, value: Payload) -> None:
+        """Send one datagram to the peer, after those sent before it.
+
+        Waits while the kernel's send buffer is full, first come first served. A client's network errors (unreachable,
+        refused, filtered) are counted in :meth:`statistics` and not raised: UDP promises no delivery, and one client's
+        trouble is not its handler's mistake. A connection has only one peer: there they are raised.
+
+        Args:
+          value: The payload: any bytes-like object, copied now. ``b""`` is a datagram like any other. (The name is that
+            of ``trio.abc.SendChannel``.)
+
+        Raises:
+          OSError: ``EMSGSIZE``: longer than a UDP datagram can be (65,507 bytes over IPv4, 65,527 over IPv6). On a
+            connection also the kernel's own: no route, no permission. ``ConnectionRefusedError`` says that an earlier
+            datagram was refused; then this one has not been sent, and the connection stays usable.
+          TypeError: Not a bytes-like object.
+          trio.ClosedResourceError: After :meth:`close`, or when the endpoint or the client's server or handler is gone.
+
+        Cancellation:
+          Always noticed, and then the datagram is not sent. This is not a full checkpoint each time: other tasks run at
+          least once in 64 sends that no ``receive`` came between, and whenever the send buffer is full.
+        """
+        state = self._state
+        outbox = state.outbox
+        if type(value) is bytes and len(value) <= MAX_PAYLOAD_IPV4:
+            payload = value  # nearly always: spare the call
+        else:
+            payload = outbox.copy(value, state.route)
+        if is_cancelled(current_task()):
+            await trio.lowlevel.checkpoint_if_cancelled()
+        if state.end is not OPEN:
+            state.check_open()
+        if not state.limited or state.reserve(len(payload)):
+            outgoing = (payload, state.route, state)
+            if outbox.held and len(outbox.queue) < BATCH - 1:
+                outbox.queue.append(outgoing)  # as push() would, nearly always: spare the call
+            else:
+                try:
+                    if not state.push([outgoing]):
+                        await state.push_when_there_is_room(outgoing)
+                except BaseException:
+                    state.give_back(len(payload))
+                    raise
+        # A datagram that is withheld counts too: a handler that never waits must not keep others from running.
+        turn = outbox.turn
+        turn.sent += 1
+        if turn.sent >= YIELD_EVERY:
+            # Only now, and not to be cancelled: what is called first is sent first, and what was sent has not failed.
+            turn.sent = 0
+            await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def send_nowait(self, payload: Payload) -> None:
+        """Like :meth:`send`, without waiting.
+
+        Raises:
+          trio.WouldBlock: The send buffer is full, or others are waiting for it; nothing was sent.
+        """
+        state = self._state
+        state.check_open()
+        copy = state.outbox.copy(payload, state.route)
+        if state.limited and not state.reserve(len(copy)):
+            return
+        try:
+            if not state.push([(copy, state.route, state)]):
+                raise trio.WouldBlock
+        except BaseException:
+            state.give_back(len(copy))
+            raise
+
+    async def send_many(self, payloads: Iterable[Payload]) -> None:
+        """Send many datagrams, in order.
+
+        Cheaper than sending them one by one, most of all if they have one size. Everything is checked and copied before
+        the first is sent: if :meth:`send` would raise ``TypeError`` or ``EMSGSIZE`` for one, none is sent. Waiting, other
+        errors, cancellation and the turns of other tasks are as for ``send``, though cancellation is noticed once in 64
+        datagrams, and those before it have been sent. What another task sends meanwhile may come in between.
+        """
+        state, outbox = self._state, self._state.outbox
+        turn, route = outbox.turn, state.route
+        copies = [
+            # The same condition as in send(), for the same reason.
+            payload if type(payload) is bytes and len(payload) <= MAX_PAYLOAD_IPV4 else outbox.copy(payload, route)
+            for payload in payloads
+        ]
+        if state.limited:
+            turn.sent += len(copies)
+            copies = [payload for payload in copies if state.reserve(len(payload))]
+            turn.sent -= len(copies)  # they are counted when they are sent
+        outgoing: list[Outgoing] = [(payload, route, state) for payload in copies]
+        position = 0
+        try:
+            while True:
+                await trio.lowlevel.checkpoint_if_cancelled()
+                state.check_open()
+                some = outgoing[position : position + max(0, YIELD_EVERY - turn.sent)]
+                sent = state.push(some) if some else 0
+                position += sent
+                turn.sent += sent
+                if sent < len(some):
+                    await state.push_when_there_is_room(some[sent])
+                    position += 1
+                    turn.sent += 1
+                if turn.sent >= YIELD_EVERY:
+                    turn.sent = 0
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+                if position == len(outgoing):
+                    return
+        finally:
+            state.give_back(sum(map(len, copies[position:])))
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the conversation. Idempotent."""
+
+    async def aclose(self) -> None:
+        """Like :meth:`close`, and a checkpoint."""
+        self.close()
+        await trio.lowlevel.checkpoint()

@@ -1,0 +1,182 @@
+"""The other end: a conversation with one server, over a connected socket."""
+
+from __future__ import annotations
+
+import socket as stdlib_socket
+from collections.abc import Callable
+from typing import final
+
+import attrs
+import trio
+
+from ._channel import ChannelState, DatagramChannel
+from ._construction import create
+from ._endpoints import Address, Endpoint, Outgoing, Reader, open_connected_endpoint, reader_of
+from ._lifecycle import End
+from ._statistics import ConnectionStatistics
+
+# The most that receive_many() returns at once; a batch is never more.
+MANY = 64
+
+
+async def connect(
+    host: str | bytes,
+    port: int,
+    flowinfo: int = 0,
+    scope_id: int = 0,
+    *,
+    local_address: Address | None = None,
+    receive_buffer: int | None = None,
+    configure: Callable[[stdlib_socket.socket], object] | None = None,
+) -> Connection:
+    """Open a connection to a UDP server. Nothing is sent; the server's first answer shows that it exists.
+
+    Args:
+      host: Name or address; of several addresses the first that the machine has a route to.
+      port: UDP port.
+      flowinfo, scope_id: As in an IPv6 socket address, so that ``connect(*client.peer_address)`` works.
+      local_address: Numeric host and port to send from; the kernel's choice by default.
+      receive_buffer: Bytes of kernel memory to ask for, for datagrams not yet read (``SO_RCVBUF``); 4 MiB by default. See
+        :func:`open_endpoints`.
+      configure: Called with the ``socket.socket`` before it is bound and connected, to set any socket option.
+
+    Raises:
+      OSError: The kernel's own: the name is unknown, there is no route, or ``local_address`` is not ours.
+      TypeError, ValueError: An argument makes no sense.
+    """
+    return make_connection(
+        await open_connected_endpoint(
+            host,
+            port,
+            local_address,
+            flowinfo=flowinfo,
+            scope_id=scope_id,
+            receive_buffer=receive_buffer,
+            configure=configure,
+        )
+    )
+
+
+@attrs.define(eq=False)
+class ConnectionState(ChannelState):
+    """What a connection knows. Its sends are the program's own doing, so their errors are raised."""
+
+    reader: Reader
+    delivered: int = attrs.field(default=0, init=False)
+    dropped_at_end: int = attrs.field(default=0, init=False)
+
+    def push(self, outgoing: list[Outgoing]) -> int:
+        self.reader.raise_refusal()
+        return self.outbox.send_or_raise(outgoing)
+
+    async def _wait_for_room(self, outgoing: Outgoing) -> None:
+        await self.outbox.wait_for_room(outgoing, raising=True)
+
+
+@final
+class Connection(DatagramChannel):
+    """A conversation with one server, over a connected socket: only datagrams from that server are received.
+
+    ``receive`` and ``send`` always notice cancellation, but they are not full checkpoints: they let other tasks run at
+    least once in 64 datagrams, not each time.
+
+    Made by :func:`connect` or :meth:`from_socket`. ``async with`` closes it. One task at a time may receive; any number
+    may send.
+    """
+
+    __slots__ = ("_endpoint",)
+
+    _state: ConnectionState
+
+    def __init__(self, state: ConnectionState, endpoint: Endpoint) -> None:
+        super().__init__(state)
+        self._endpoint = endpoint
+
+    @classmethod
+    def from_socket(cls, sock: stdlib_socket.socket | trio.socket.SocketType) -> Connection:
+        """Make a connection of a connected datagram socket that someone else opened. The connection owns it from now on.
+
+        Raises:
+          TypeError, ValueError: It is not a connected datagram socket.
+        """
+        peer = _peer_of(sock)
+        endpoint = Endpoint.from_socket(sock)
+        return make_connection(endpoint, peer)
+
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        """The connected socket, for options and inspection."""
+        return self._endpoint.socket
+
+    def statistics(self) -> ConnectionStatistics:
+        """Counts since the connection was opened; also available once it is closed."""
+        state = self._state
+        return ConnectionStatistics(
+            **attrs.asdict(self._endpoint.statistics()),
+            delivered=state.delivered,
+            waiting=state.reader.waiting,
+            dropped_at_end=state.dropped_at_end,
+        )
+
+    async def receive(self) -> bytes:
+        """Wait for the server's next datagram and return its payload; ``b""`` is a datagram like any other.
+
+        Raises:
+          ConnectionRefusedError: Nobody listens at the server's port, says an ICMP answer to something sent earlier.
+            Raised once for it, here or by a send; the connection stays usable.
+          trio.ClosedResourceError: After :meth:`close`.
+          trio.BusyResourceError: Another task is receiving.
+
+        Cancellation:
+          Always noticed, and never loses a datagram. Other tasks run at least once in a batch of 64 datagrams.
+        """
+        payload, _, _ = await self._state.reader.next()
+        self._state.delivered += 1
+        return payload
+
+    def receive_nowait(self) -> bytes:
+        """Like :meth:`receive`, without waiting.
+
+        Raises:
+          trio.WouldBlock: Nothing has arrived, or another task is about to receive it.
+        """
+        self._state.check_open()
+        payload, _, _ = self._state.reader.next_nowait()
+        self._state.delivered += 1
+        return payload
+
+    async def receive_many(self) -> list[bytes]:
+        """Wait for a datagram, and return the payloads of all that wait by then: at least one, at most 64, in order.
+
+        The twin of :meth:`send_many`. Errors and cancellation are as for :meth:`receive`.
+        """
+        many = [await self.receive()]
+        many += [payload for payload, _, _ in self._state.reader.many_nowait(MANY - 1)]
+        self._state.delivered += len(many) - 1
+        return many
+
+    def close(self) -> None:
+        """Close the socket; what has not been received is dropped and counted. Idempotent."""
+        state = self._state
+        if not state.is_closed:
+            state.finish(End.CLOSED)
+            state.dropped_at_end += state.reader.discard()
+            self._endpoint.close()
+
+
+def make_connection(endpoint: Endpoint, peer_address: Address | None = None) -> Connection:
+    """Make a connection of an endpoint whose socket is connected, by default to what the socket says."""
+    reader = reader_of(endpoint)
+    reader.tells_refusals = True
+    peer = peer_address if peer_address is not None else endpoint.socket.getpeername()
+    return create(Connection, ConnectionState(reader.outbox, reader.engine.route(peer), reader), endpoint)
+
+
+def _peer_of(sock: stdlib_socket.socket | trio.socket.SocketType) -> Address:
+    if not hasattr(sock, "getpeername"):
+        raise TypeError(f"expected a socket, not {sock!r}")
+    try:
+        peer: Address = sock.getpeername()
+    except OSError:
+        raise ValueError(f"not a connected socket: {sock!r}") from None
+    return peer

@@ -1,0 +1,103 @@
+"""Datagrams that the program itself addresses: ``Server.send_to`` and ``Endpoint.send_to``.
+
+Their errors are the program's own doing, so the kernel's answer is raised. Errors of replies are only counted.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import trio
+
+from ._address import Address, family_of, is_mapped, mapped, numeric_address, unmapped
+from ._outbox import Outbox, Payload
+from .engines import Engine, Outgoing, Route
+
+Way: TypeAlias = tuple[Outbox, Route]
+
+
+def find_way(outboxes: Sequence[Outbox], address: Address, local_address: Address | None) -> Way:
+    """Choose the socket to send from, and the route.
+
+    An IPv4 address goes out of an IPv4 socket, also where it is written as mapped into IPv6; or of an IPv6 socket that
+    carries both. Where several sockets fit, ``local_address`` decides, then the order.
+
+    Raises:
+      TypeError, ValueError: Not numeric addresses, or no socket fits.
+    """
+    address = _plain(address)
+    local = None if local_address is None else _plain(local_address)
+    fitting = []
+    for outbox in outboxes:
+        target = _as_seen_by(outbox.engine, address)
+        if target is not None and (local is None or _can_send_from(outbox.engine, local)):
+            fitting.append((outbox, target))
+    if not fitting:
+        origin = "" if local is None else f" from {local_address!r}"
+        raise ValueError(f"no endpoint here can send to {address!r}{origin}")
+    fitting = [(outbox, target) for outbox, target in fitting if not outbox.engine.closed] or fitting
+    if local is None:
+        outbox, target = fitting[0]
+        return outbox, outbox.engine.route(target)
+    outbox, target = next((way for way in fitting if _would_send_from(*way, local)), fitting[0])
+    source = _as_seen_by(outbox.engine, (local[0], outbox.engine.bound_address[1], *local[2:]))
+    return outbox, outbox.engine.route(target, source)
+
+
+async def send_on(way: Way, payload: Payload) -> None:
+    """Send one datagram; see :meth:`Endpoint.send_to`."""
+    outbox, route = way
+    outgoing = _outgoing(way, payload)
+    await trio.lowlevel.checkpoint()
+    if not outbox.send_or_raise([outgoing]):
+        await outbox.wait_for_room(outgoing, raising=True)
+
+
+def send_on_nowait(way: Way, payload: Payload) -> None:
+    outbox, _ = way
+    if not outbox.send_or_raise([_outgoing(way, payload)]):
+        raise trio.WouldBlock
+
+
+def _outgoing(way: Way, payload: Payload) -> Outgoing:
+    outbox, route = way
+    return outbox.copy(payload, route), route, outbox.own
+
+
+def _plain(address: Address) -> Address:
+    address = numeric_address(address)
+    return unmapped(address) if is_mapped(address) else address
+
+
+def _as_seen_by(engine: Engine, address: Address) -> Address | None:
+    """Return an address in the form that a socket takes; ``None`` if it takes it in none."""
+    if engine.connected or not isinstance(engine.bound_address, tuple):
+        return None
+    if family_of(address) == engine.family:
+        return address
+    return mapped(address) if engine.family == socket.AF_INET6 and _is_dual_stack(engine) else None
+
+
+def _is_dual_stack(engine: Engine) -> bool:
+    try:
+        return engine.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 0
+    except OSError:  # closed, or a simulated network, which has no such thing
+        return False
+
+
+def _can_send_from(engine: Engine, local: Address) -> bool:
+    """Whether a socket is bound to an address, or to all of its family. Port 0 stands for the socket's own."""
+    seen = _as_seen_by(engine, local)
+    if seen is None or local[1] not in (0, engine.bound_address[1]):
+        return False
+    return engine.bound_address[0] in (seen[0], "0.0.0.0", "::")
+
+
+def _would_send_from(outbox: Outbox, target: Address, local: Address) -> bool:
+    """Whether the kernel would send from an address anyway: so of two sockets bound to interfaces the right one is found."""
+    try:
+        return _plain(outbox.engine.source_for(target))[0] == local[0]
+    except OSError:
+        return False

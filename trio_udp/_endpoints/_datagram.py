@@ -1,0 +1,176 @@
+"""One datagram that has arrived, as users see it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, final
+
+import attrs
+import trio
+
+from .._construction import NoPublicConstructor
+from ._address import Address, is_answerable
+from ._outbox import Outbox, Payload
+from ._turn import YIELD_EVERY
+from .engines import Ancillary, Received, Route
+
+if TYPE_CHECKING:
+    import trio_udp
+
+
+@attrs.define(eq=False)
+class Origin:
+    """Where datagrams come from: one endpoint, and the server on it if there is one.
+
+    Attributes:
+      amplification: How many times a datagram's bytes its replies may have; ``None`` for any number.
+      withheld: Replies that were not sent because of it.
+      in_accept: ``accept`` is looking at a datagram.
+    """
+
+    endpoint: trio_udp.Endpoint
+    outbox: Outbox
+    server: trio_udp.Server | None = None
+    amplification: float | None = None
+    withheld: int = attrs.field(default=0, init=False)
+    in_accept: bool = attrs.field(default=False, init=False)
+
+
+@final
+class Datagram(metaclass=NoPublicConstructor):
+    """One datagram that has arrived: its payload, where it came from and where it was sent to, and a way to reply.
+
+    Given to ``accept``, to a :func:`datagram_handler` and by :meth:`Endpoint.receive`. It may be kept, and answered for as
+    long as its endpoint is open. Addresses are decoded when they are asked for.
+
+    Attributes:
+      payload: The bytes; ``b""`` is a datagram like any other.
+      ancillary: Control messages ``(level, type, data)`` that the socket was configured to receive, such as time stamps;
+        see ``configure`` of :func:`open_endpoints`. Nearly always empty.
+    """
+
+    __slots__ = ("__weakref__", "_origin", "_replied", "_route", "ancillary", "payload")
+
+    payload: bytes
+    ancillary: Ancillary
+
+    def __init__(self, payload: bytes, route: Route, ancillary: Ancillary, origin: Origin) -> None:
+        self.payload = payload
+        self.ancillary = ancillary
+        self._route = route
+        self._origin = origin
+        self._replied = 0  # bytes
+
+    def __repr__(self) -> str:
+        return f"<trio_udp.Datagram of {len(self.payload)} bytes from {self.peer_address} to {self.destination}>"
+
+    @property
+    def peer_address(self) -> Address:
+        """The address it came from, as the ``socket`` module gives it."""
+        return self._origin.outbox.engine.peer_address(self._route)
+
+    @property
+    def local_address(self) -> Address:
+        """Our own address that a reply leaves from."""
+        return self._origin.outbox.engine.local_address(self._route)
+
+    @property
+    def destination(self) -> Address:
+        """The address it was sent to: our own, a group or a broadcast address."""
+        return self._origin.outbox.engine.destination(self._route)
+
+    @property
+    def interface(self) -> int | None:
+        """Index of the interface it arrived on, if its destination is link-local, a group or a broadcast address.
+
+        Otherwise ``None``: a unicast destination alone says where a reply leaves from.
+        """
+        return self._origin.outbox.engine.interface(self._route)
+
+    @property
+    def endpoint(self) -> trio_udp.Endpoint:
+        """The :class:`Endpoint` that received it."""
+        return self._origin.endpoint
+
+    @property
+    def server(self) -> trio_udp.Server | None:
+        """The :class:`Server` that received it; ``None`` if no server runs on the endpoint."""
+        return self._origin.server
+
+    async def reply(self, payload: Payload) -> None:
+        """Send one datagram to where this one came from, from where it was sent to.
+
+        Waits while the send buffer is full, first come first served. The network's answers (unreachable, refused) are
+        counted in the endpoint's statistics and not raised. All replies together may have at most
+        ``Limits.amplification`` times the bytes of this datagram, if that is set; a reply beyond it is not sent and
+        counted as ``sends_withheld``. A datagram whose source is port 0 or the unspecified address cannot be answered:
+        the reply is counted as a send error.
+
+        Raises:
+          OSError: ``EMSGSIZE``: longer than a UDP datagram can be.
+          TypeError: Not a bytes-like object.
+          trio.ClosedResourceError: The endpoint is closed.
+
+        Cancellation:
+          Always noticed, and then nothing is sent. Other tasks run at least once in 64 replies.
+        """
+        copy = self._origin.outbox.copy(payload, self._route)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        outbox = self._origin.outbox
+        outbox.check_open()
+        if self._may_send(copy):
+            outgoing = (copy, self._route, outbox.own)
+            try:
+                if not outbox.send([outgoing]):
+                    await outbox.wait_for_room(outgoing)
+            except BaseException:
+                self._replied -= len(copy)
+                raise
+        outbox.turn.sent += 1
+        if outbox.turn.sent >= YIELD_EVERY:
+            outbox.turn.sent = 0
+            await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def reply_nowait(self, payload: Payload) -> None:
+        """Like :meth:`reply`, without waiting.
+
+        Raises:
+          trio.WouldBlock: The send buffer is full, or others are waiting for it; nothing was sent.
+          RuntimeError: Called by ``accept``: return the bytes instead.
+        """
+        if self._origin.in_accept:
+            raise RuntimeError("accept must return its reply as bytes, not send it")
+        outbox = self._origin.outbox
+        copy = outbox.copy(payload, self._route)
+        outbox.check_open()
+        if self._may_send(copy) and not outbox.send([(copy, self._route, outbox.own)]):
+            self._replied -= len(copy)
+            raise trio.WouldBlock
+
+    def _may_send(self, reply: bytes) -> bool:
+        origin = self._origin
+        if not is_answerable(self.peer_address):
+            origin.outbox.count_unanswerable(origin.outbox.own)
+            return False
+        limit = origin.amplification
+        if limit is not None and self._replied + len(reply) > limit * len(self.payload):
+            origin.withheld += 1
+            return False
+        self._replied += len(reply)
+        return True
+
+
+def new_datagram(received: Received, origin: Origin) -> Datagram:
+    """Return what was read as users see it."""
+    payload, route, ancillary = received
+    datagram: Datagram = make_datagram(payload, route, ancillary, origin)
+    return datagram
+
+
+def route_of(datagram: Datagram) -> Route:
+    """Return the route behind a datagram; for the rest of this package."""
+    return datagram._route
+
+
+# Without a call of ours in between: one is made for every datagram of a stateless server.
+make_datagram: Any = partial(type.__call__, Datagram)

@@ -1,0 +1,310 @@
+"""The way out of one socket: a queue, the line of those who wait for room, and the counts of what was sent."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, TypeAlias
+
+import attrs
+import trio
+
+from .._log import FaultLog
+from ._address import MAX_PAYLOAD_IPV4
+from ._faults import Fault, fault_of, reason_for
+from ._turn import Turn
+from .engines import BATCH, Engine, Outgoing, Route
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    Payload: TypeAlias = Buffer
+else:
+    Payload = bytes | bytearray | memoryview  # for readers of annotations; any bytes-like object is accepted
+
+INTERNET = (socket.AF_INET, socket.AF_INET6)
+
+# Seconds to wait when the socket polls as writable and sending still fails with EAGAIN. This happens on Unix-domain
+# sockets: there the peer's buffer is full, which polling does not show.
+FULL_THOUGH_WRITABLE = 0.01
+
+
+@attrs.define(eq=False)
+class Sender:
+    """Running counts of what was sent for one client, one connection, or the program itself."""
+
+    sent: int = attrs.field(default=0, init=False)
+    bytes_sent: int = attrs.field(default=0, init=False)
+    send_errors: int = attrs.field(default=0, init=False)
+    # By errno name. Built at the first error: most clients never see one, and there may be 100,000 of them.
+    _errors: dict[str, int] | None = attrs.field(default=None, init=False)
+
+    @property
+    def errors(self) -> dict[str, int]:
+        return dict(self._errors or {})
+
+    def count_send_error(self, error: OSError) -> None:
+        self.send_errors += 1
+        self._count(error)
+
+    def _count(self, error: OSError) -> None:
+        if self._errors is None:
+            self._errors = {}
+        name = errno.errorcode.get(error.errno or 0, str(error.errno))
+        self._errors[name] = self._errors.get(name, 0) + 1
+
+
+@attrs.define(eq=False)
+class SocketCounts(Sender):
+    """Running counts of what one socket has sent, and of its errors in both directions."""
+
+    receive_errors: int = attrs.field(default=0, init=False)
+
+    def count_receive_error(self, error: OSError) -> None:
+        self.receive_errors += 1
+        self._count(error)
+
+
+@attrs.define(eq=False)
+class Outbox:
+    """Sends datagrams in the order of the calls.
+
+    While the outbox is *held*, replies collect in its queue and leave together, in as few system calls as the engine
+    can. The receive loop holds it from handing out a batch until it comes back for the next.
+
+    Attributes:
+      own: Counts what no client and no connection has sent: ``send_to``, and replies to single datagrams.
+    """
+
+    engine: Engine
+    log: FaultLog
+    turn: Turn = attrs.field(factory=Turn, init=False)
+    counts: SocketCounts = attrs.field(factory=SocketCounts, init=False)
+    own: Sender = attrs.field(factory=Sender, init=False)
+    queue: list[Outgoing] = attrs.field(factory=list, init=False)
+    held: bool = attrs.field(default=False, init=False)
+
+    # Trio lets one task at a time wait for a socket to become writable. The holder of this lock may; others queue here.
+    _line: trio.StrictFIFOLock = attrs.field(factory=trio.StrictFIFOLock, init=False)
+    _stuck: trio.Event = attrs.field(factory=trio.Event, init=False)  # the queue met a full send buffer
+
+    def copy(self, payload: Payload, route: Route) -> bytes:
+        """Return a payload as bytes of our own, if one datagram on a route can carry it.
+
+        Raises:
+          OSError: ``EMSGSIZE``: it is too long.
+          TypeError: It is not bytes-like.
+        """
+        if type(payload) is not bytes:
+            # Through memoryview, because bytes(5) and bytes([1, 2]) work too, and mean something else.
+            payload = bytes(memoryview(payload))
+        # Every route carries as much as IPv4 does. Asking for the limit of this one costs more than everything else.
+        if len(payload) > MAX_PAYLOAD_IPV4 and len(payload) > self.engine.max_payload(route):
+            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+        return payload
+
+    def hold(self) -> None:
+        """Collect replies until :meth:`release`. Worth it for more than one; a single reply is better off at once."""
+        self.held = not self._line.locked()
+
+    def release(self) -> None:
+        """Send what was collected, and from now on at once."""
+        self.held = False
+        self.send_collected()
+
+    def send_collected(self) -> None:
+        """Send what is in the queue; what finds no room leaves as soon as there is some."""
+        if self.queue:
+            self.flush()
+            if self.queue:
+                self._stuck.set()
+
+    def send(self, outgoing: list[Outgoing]) -> int:
+        """Send datagrams after those sent before, as many as there is room for; return how many.
+
+        Errors are counted for each datagram's sender.
+
+        Raises:
+          trio.ClosedResourceError: The endpoint is closed.
+        """
+        if self.held and len(self.queue) + len(outgoing) < BATCH:
+            self.queue += outgoing
+            return len(outgoing)
+        if self._line.locked() and not self.held:
+            return 0
+        return self._send_now(outgoing)
+
+    def send_or_drop(self, outgoing: list[Outgoing]) -> None:
+        """Send replies to single datagrams; those that find no room are dropped and counted under ``EAGAIN``."""
+        if self.engine.closed:
+            return
+        for dropped in outgoing[self.send(outgoing) :]:
+            self._count_send_error(dropped, OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
+
+    def send_or_raise(self, outgoing: list[Outgoing]) -> int:
+        """Send datagrams that the program itself addresses: like :meth:`send`, but the kernel's error is raised.
+
+        An error is tried once more. One that goes away was the answer to an earlier datagram and is only counted, except
+        a refusal on a connected socket, which is raised at once. The datagrams before the failed one have been sent.
+        """
+        if self._line.locked() and not self.held:
+            return 0
+        return self._send_now_or_raise(outgoing)
+
+    async def wait_for_room(self, outgoing: Outgoing, *, raising: bool = False) -> None:
+        """Send a datagram for which there was no room: wait for it, first come first served.
+
+        Cancelling it means that the datagram is not sent.
+
+        Args:
+          raising: Raise the kernel's error, as :meth:`send_or_raise` does.
+        """
+        send = self._send_now_or_raise if raising else self._send_now
+        async with self._line:
+            while True:
+                await self.engine.wait_writable()
+                if send([outgoing]):
+                    return
+                await trio.sleep(FULL_THOUGH_WRITABLE)
+
+    async def empty(self) -> None:
+        """Wait until the queue is empty, or the endpoint closed."""
+        self.held = False  # or replies would get into the queue ahead of those who stand in line
+        with suppress(trio.ClosedResourceError):
+            async with self._line:
+                while self.queue:
+                    await self.engine.wait_writable()
+                    self.flush()
+                    if self.queue:
+                        await trio.sleep(FULL_THOUGH_WRITABLE)
+
+    async def empty_when_stuck(self) -> None:
+        """Send collected replies that met a full send buffer as soon as it has room; runs until the endpoint closes."""
+        while not self.engine.closed:
+            await self._stuck.wait()
+            await self.empty()
+            self._stuck = trio.Event()
+
+    def flush(self) -> None:
+        """Send what is in the queue, as far as the kernel takes it now."""
+        queue = self.queue
+        tried_again: Outgoing | None = None
+        while queue:
+            try:
+                count = self.engine.send(queue)
+            except OSError as error:
+                fault = fault_of(error)
+                if fault is Fault.CLOSED:
+                    self.abandon(error)
+                if fault in (Fault.CLOSED, Fault.WAIT):
+                    self.held = False  # so that the next sender is told at once
+                    return
+                if fault is Fault.ANSWER and queue[0] is not tried_again and self.engine.family in INTERNET:
+                    # The answer to an earlier datagram; this one has not been tried yet. See udp(7).
+                    tried_again = queue[0]
+                    self._count_receive_error(error)
+                else:
+                    self._count_send_error(queue.pop(0), error)
+            except (TypeError, ValueError, OverflowError) as error:
+                # Not an address that can be sent to, such as that of a Unix-domain socket which has none.
+                self._count_send_error(queue.pop(0), OSError(errno.EDESTADDRREQ, str(error)))
+            else:
+                self._count_sent(queue if count == len(queue) else queue[:count])
+                del queue[:count]
+
+    def count_unanswerable(self, sender: Sender) -> None:
+        """Count a reply to a source that cannot be answered; see ``is_answerable``."""
+        error = OSError(errno.EDESTADDRREQ, "the source of the datagram cannot be answered")
+        sender.count_send_error(error)
+        self.counts.count_send_error(error)
+
+    def close(self) -> None:
+        """Send what the kernel takes now, and count the rest as lost for want of room."""
+        self.release()
+        for outgoing in self.queue:
+            self._count_send_error(outgoing, OSError(errno.EAGAIN, "closed before the send buffer had room"))
+        self.queue.clear()
+
+    def check_open(self) -> None:
+        if self.engine.closed:
+            raise trio.ClosedResourceError("this endpoint is closed")
+
+    def abandon(self, error: OSError) -> None:
+        """End, because the file descriptor is gone. Log it if something else than the endpoint has closed it."""
+        if not self.engine.closed:
+            self.log.count(error)
+            self.log.write(self.engine.bound_address, error, reason_for(error))
+        self.engine.abandon()
+
+    def _send_now(self, outgoing: list[Outgoing]) -> int:
+        queue = self.queue
+        queue += outgoing
+        self.flush()
+        if not queue:
+            return len(outgoing)
+        # First in, first out: what is left is the last of ours, and before that perhaps something older.
+        left = min(len(queue), len(outgoing))
+        del queue[-left:]
+        if queue:
+            self._stuck.set()
+        self.check_open()
+        return len(outgoing) - left
+
+    def _send_now_or_raise(self, outgoing: list[Outgoing]) -> int:
+        self.send_collected()
+        self.check_open()
+        if self.queue:
+            return 0
+        taken = 0
+        first_error: OSError | None = None  # of the datagram that is tried again
+        while taken < len(outgoing):
+            try:
+                count = self.engine.send(outgoing[taken:])
+            except OSError as error:
+                fault = fault_of(error)
+                if fault is Fault.CLOSED:
+                    self.abandon(error)
+                    self.check_open()
+                if fault is Fault.WAIT:
+                    if first_error is not None:
+                        self._count_receive_error(first_error)
+                    return taken
+                if self.engine.connected and isinstance(error, ConnectionRefusedError):
+                    self._count_receive_error(error)
+                    raise
+                if first_error is not None:
+                    self._count_send_error(outgoing[taken], error)
+                    raise
+                first_error = error
+                continue
+            if first_error is not None:
+                self._count_receive_error(first_error)
+                first_error = None
+            self._count_sent(outgoing[taken : taken + count])
+            taken += count
+        return taken
+
+    def _count_sent(self, sent: Sequence[Outgoing]) -> None:
+        total = 0
+        for payload, _, sender in sent:
+            size = len(payload)
+            sender.sent += 1
+            sender.bytes_sent += size
+            total += size
+        self.counts.sent += len(sent)
+        self.counts.bytes_sent += total
+
+    def _count_send_error(self, outgoing: Outgoing, error: OSError) -> None:
+        _, _, sender = outgoing
+        sender.count_send_error(error)
+        self.counts.count_send_error(error)
+        self.log.count(error)
+        if fault_of(error) is Fault.MACHINE:
+            self.log.write(self.engine.bound_address, error, reason_for(error))
+
+    def _count_receive_error(self, error: OSError) -> None:
+        self.counts.count_receive_error(error)
+        self.log.count(error)

@@ -1,0 +1,146 @@
+"""What an endpoint asks of the code that makes the system calls.
+
+An engine moves datagrams between one socket and Python, a batch at a time. ``receive`` and ``send`` are plain calls that
+never block; the endpoint decides when to wait, with ``wait_readable`` and ``wait_writable``. An engine keeps no queue of
+what it sends and no counters of it, so one engine can wrap another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import trio
+
+from ..._limits import BATCH as BATCH
+from ..._statistics import KernelFigures, ReceiveCounts
+from .._address import Address
+
+Route: TypeAlias = Hashable
+"""Who a datagram came from and where it was sent to, in the form that is cheapest for the engine.
+
+Equal routes are the same client. For a unicast destination a route names the peer address and our own address. For a
+group, a broadcast or a link-local destination it also names the destination and the interface. Only engines look inside.
+"""
+
+Ancillary: TypeAlias = "tuple[tuple[int, int, bytes], ...]"
+"""Control messages (level, type, data) other than those that the engine asks for itself; nearly always empty."""
+
+Received: TypeAlias = tuple[bytes, Route, Ancillary]
+
+# A payload, its route, and who is told what became of it: see Sender in _outbox.py. Engines ignore the third.
+Outgoing: TypeAlias = tuple[bytes, Route, Any]
+
+
+class Engine(Protocol):
+    """One socket, and everything that an :class:`Endpoint` does with it.
+
+    Attributes:
+      family: Its address family.
+      bound_address: The address it is bound to.
+      connected: It has one peer, and is told when that peer refuses a datagram.
+      counts: What has been received, kept by ``receive``.
+    """
+
+    family: int
+    bound_address: Address
+    connected: bool
+    counts: ReceiveCounts
+
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        """For the user; everything else goes through the engine."""
+
+    # Moving datagrams.
+
+    def receive(self, batch: list[Received]) -> bool:
+        """Append what has arrived to ``batch``, which is empty; at most ``BATCH`` datagrams. True if the kernel has no more.
+
+        Raises:
+          OSError: Reading failed; ``batch`` holds what had arrived before.
+        """
+
+    @property
+    def read_ahead(self) -> int:
+        """Datagrams that were read from the kernel and not yet returned, because a batch was full."""
+
+    def send(self, outgoing: Sequence[Outgoing]) -> int:
+        """Send datagrams in order, as many as one call allows; return how many the kernel took, at least one.
+
+        Raises:
+          BlockingIOError: The send buffer is full; none was sent.
+          OSError: The first could not be sent; none was sent.
+        """
+
+    # Routes.
+
+    def route(self, address: Address, local_address: Address | None = None) -> Route:
+        """The route to an address that has not necessarily written to us.
+
+        Args:
+          address: Numeric, of the socket's family.
+          local_address: Our own address to send from; by default the kernel's choice. With ``source_for(address)`` the
+            result equals the route of what the peer sends back.
+        """
+
+    def source_for(self, address: Address) -> Address:
+        """Our own address that the kernel would send from to ``address``. ``OSError`` if there is no route."""
+
+    def max_payload(self, route: Route) -> int:
+        """Length of the longest payload that one datagram can carry on a route."""
+
+    def peer_address(self, route: Route) -> Address:
+        """The address at the other end of a route."""
+
+    def local_address(self, route: Route) -> Address:
+        """Our own address at this end of a route, where replies leave from."""
+
+    def destination(self, route: Route) -> Address:
+        """The address that the datagram was sent to: our own, a group or a broadcast address."""
+
+    def interface(self, route: Route) -> int | None:
+        """Index of the interface it arrived on, where the destination is link-local, a group or a broadcast address."""
+
+    # Sources that cannot be trusted; see _sources.py.
+
+    def watch_ports(self, ports: frozenset[int]) -> None:
+        """Set the source ports for which ``doubtful_source`` is true."""
+
+    def doubtful_source(self, route: Route) -> bool:
+        """Whether a source needs a closer look. Cheap, and sometimes true for an innocent one.
+
+        Always true for a watched port, and for a group, broadcast (255.255.255.255) or unspecified address.
+        """
+
+    def is_own_host(self, address: Address) -> bool:
+        """Whether an address, whatever its port, is one of this machine's. Costs a system call."""
+
+    def is_broadcast(self, address: Address) -> bool:
+        """Whether an address is a broadcast address of one of this machine's networks. Costs a system call."""
+
+    def allows_broadcast(self) -> bool:
+        """Whether SO_BROADCAST is set."""
+
+    # Waiting, and the end.
+
+    def kernel_figures(self) -> KernelFigures:
+        """What the kernel says about the socket; also available once it is closed."""
+
+    def is_readable(self) -> bool:
+        """Whether ``wait_readable`` would return at once."""
+
+    async def wait_readable(self) -> None:
+        """Sleep until ``receive`` is worth a try; ``trio.ClosedResourceError`` once the socket is closed."""
+
+    async def wait_writable(self) -> None:
+        """Sleep until ``send`` is worth a try; ``trio.ClosedResourceError`` once the socket is closed."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether the socket is closed, by the endpoint or otherwise."""
+
+    def close(self) -> None:
+        """Close the socket and wake the tasks that wait for it."""
+
+    def abandon(self) -> None:
+        """Forget the file descriptor, which is not ours any more, and wake the tasks that wait for it."""

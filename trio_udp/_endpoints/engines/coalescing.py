@@ -1,0 +1,51 @@
+"""UDP_GRO: switched on for a socket by its first engine, and off again by its last.
+
+With it the kernel delivers coalesced datagrams in one buffer, and a control message tells the size of each. It decides
+about coalescing when a datagram arrives, and about the control message when it is read (Linux 6.18). So whoever reads a
+socket after the option was switched off gets, of what was queued before, several datagrams as one.
+
+That is why an engine leaves the option on while another engine of this process has the same socket, or a forked process
+may have. Somebody who holds the socket without an engine gets single datagrams again once the last engine is closed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import Counter
+from contextlib import suppress
+
+from .pktinfo import UDP_GRO
+
+SO_COOKIE = 57  # from asm-generic/socket.h: a number for each socket, however many file descriptors it has
+
+# By cookie: the open engines of each socket for which one of them has switched it on. Cleared before a fork, so that
+# neither process switches it off again.
+_engines: Counter[int] = Counter()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_engines.clear)
+
+
+def switch_on(sock: socket.socket) -> int | None:
+    """Switch it on; return what ``switch_off`` needs, None if nothing is to be undone."""
+    try:
+        found = sock.getsockopt(socket.IPPROTO_UDP, UDP_GRO)
+        cookie = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), "big")
+        if found and cookie not in _engines:
+            return None  # it was on before us
+        sock.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
+    except OSError:  # before Linux 5.0
+        return None
+    _engines[cookie] += 1
+    return cookie
+
+
+def switch_off(sock: socket.socket, cookie: int) -> None:
+    """Undo ``switch_on``, unless another engine still needs it."""
+    if cookie not in _engines:
+        return
+    _engines[cookie] -= 1
+    if not _engines[cookie]:
+        del _engines[cookie]
+        with suppress(OSError):  # closed already
+            sock.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 0)

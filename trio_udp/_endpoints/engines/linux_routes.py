@@ -1,0 +1,113 @@
+"""Routes of the engine for Linux: bytes that the kernel wrote, and that it takes back with a reply as they are.
+
+A route is a socket address. Where the kernel tells destinations it has an end: one control message with our own
+address. A group has room beside that. Over IPv4 it is in ``ipi_addr``, which the kernel ignores on sending. Over IPv6
+its number is in the padding between the address and the control message, and :class:`Ends` knows the group of each
+number.
+"""
+
+from __future__ import annotations
+
+import socket
+from functools import lru_cache
+
+import attrs
+
+from ._engine import Ancillary
+from .pktinfo import IP_PKTINFO, IPV6_PKTINFO, ReplyControl, pack_control, understand, unpack_control
+
+# Control messages to remember the meaning of. A machine has few addresses, and reading the same bytes anew each time
+# would be a tenth of an echo. But a server may answer for a whole IPv6 prefix, and strangers could write to each
+# address in it.
+MAX_ENDS = 1_000
+
+# Groups over IPv6 that one socket can tell apart. Only groups that a program of this machine has joined arrive. Of any
+# further ones the interface is known, but not the address.
+MAX_GROUPS = 1_000
+
+
+@attrs.frozen(eq=False)
+class Layout:
+    """Where the parts of a socket's routes stand.
+
+    Attributes:
+      family: Of the address.
+      name_size: Bytes of the address.
+      control_offset: Where control messages stand, after the address and its padding.
+      default_control: The control message that leaves our own address to the kernel; empty for routes without an end.
+    """
+
+    family: int
+    name_size: int
+    control_offset: int
+    default_control: bytes = b""
+
+    @property
+    def route_size(self) -> int:
+        return self.control_offset + len(self.default_control)
+
+    @property
+    def end_offset(self) -> int:
+        """Where the end of a route begins: the padding before the control message is part of it."""
+        return self.name_size if self.default_control else self.control_offset
+
+
+CONNECTED = Layout(socket.AF_UNSPEC, 0, 0)
+IPV4 = Layout(socket.AF_INET, 16, 16)
+IPV6 = Layout(socket.AF_INET6, 28, 32)
+IPV4_WILDCARD = Layout(socket.AF_INET, 16, 16, pack_control(socket.IPPROTO_IP, IP_PKTINFO or 0, bytes(12)))
+IPV6_WILDCARD = Layout(socket.AF_INET6, 28, 32, pack_control(socket.IPPROTO_IPV6, IPV6_PKTINFO or 0, bytes(20)))
+
+
+class Ends(dict[bytes, bytes]):
+    """The ends of one socket's routes, by the control messages that datagrams arrive with.
+
+    Looking one up makes it. That is for messages with no other control message than usual; :meth:`understand` is for
+    all.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._groups = [b""]  # by number; 0 is none
+        self.understand = lru_cache(MAX_ENDS)(self._understand)
+
+    def __missing__(self, control: bytes) -> bytes:
+        if len(self) >= MAX_ENDS:
+            self.clear()
+        self[control], _, _ = self._understand(control)
+        return self[control]
+
+    def _understand(self, control: bytes) -> tuple[bytes, int, Ancillary]:
+        """The end of a route, the size of segments or 0, and other control messages."""
+        reply, group, segment_size, ancillary = understand(unpack_control(control))
+        return self.pack(reply, group), segment_size, ancillary
+
+    def pack(self, reply: ReplyControl, group: bytes = b"") -> bytes:
+        """Make the end of a route; see :class:`Arrival`."""
+        default = self._layout.default_control
+        if not default:
+            return b""
+        control = pack_control(*reply[0]) if reply else default
+        if len(control) != len(default):  # of another family: all records of an array have one size
+            control, group = default, b""
+        if self._layout.family == socket.AF_INET:
+            return control[:-8] + group.ljust(4, b"\0") + control[-4:]
+        return self._number_of(group).to_bytes(4, "big") + control
+
+    def _number_of(self, group: bytes) -> int:
+        if group not in self._groups:
+            if len(self._groups) > MAX_GROUPS:
+                return 0
+            self._groups.append(group)
+        return self._groups.index(group)
+
+    def take_apart(self, route: bytes) -> tuple[ReplyControl, bytes]:
+        """Turn the end of a route back into what it was made of."""
+        layout = self._layout
+        if not layout.default_control:
+            return (), b""
+        ((level, kind, data),) = unpack_control(route[layout.control_offset :])
+        if layout.family == socket.AF_INET:
+            return ((level, kind, data[:8] + bytes(4)),), data[8:].strip(b"\0") and data[8:]
+        number = int.from_bytes(route[layout.name_size : layout.control_offset], "big")
+        return ((level, kind, data),), self._groups[number]

@@ -1,0 +1,252 @@
+"""The engine for every platform: one system call for each datagram.
+
+Each kind of socket has its own cheapest calls. They are chosen once, when the engine is made. So options that make the
+kernel send control messages along (time stamps and the like) must be set before, in ``configure`` of
+:func:`open_endpoints`; setting them later has no effect where ``recvfrom`` is used.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import trio
+
+from .._address import Address
+from ._engine import BATCH, Outgoing, Received, Route
+from ._socket import SocketEngine, is_connected, tells_destination
+from .pktinfo import CONTROL_SIZE, UDP_GRO, UDP_SEGMENT, Arrival, ControlMessage, ReplyControl, understand
+
+# Control messages to remember the meaning of. A server may answer for a whole IPv6 prefix, and strangers could write to
+# each address in it.
+MAX_ARRIVALS = 1_000
+
+# Windows says with this error that a datagram was longer than the buffer. The datagram is gone then.
+WSAEMSGSIZE = 10040
+
+# Options that bring ancillary data, by level. The numbers are from Linux headers: asm-generic/socket.h, linux/in.h,
+# linux/in6.h; the socket module of other platforms has few of them.
+LINUX_OPTIONS = {
+    # SO_PASSCRED, SO_TIMESTAMP, SO_PASSSEC, SO_TIMESTAMPNS, SO_TIMESTAMPING, SO_RXQ_OVFL, SO_WIFI_STATUS; the three
+    # kinds of time stamps again, for times after 2038; SO_RCVMARK, SO_PASSPIDFD, SO_RCVPRIORITY
+    socket.SOL_SOCKET: (16, 29, 34, 35, 37, 40, 41, 63, 64, 65, 75, 76, 82),
+    # IP_RECVOPTS, IP_RETOPTS, IP_RECVTTL, IP_RECVTOS, IP_PASSSEC, IP_RECVORIGDSTADDR, IP_CHECKSUM, IP_RECVFRAGSIZE
+    socket.IPPROTO_IP: (6, 7, 12, 13, 18, 20, 23, 25),
+    # IPV6_2292HOPOPTS, _2292DSTOPTS, _2292RTHDR, _2292HOPLIMIT, _FLOWINFO, _RECVHOPLIMIT, _RECVHOPOPTS, _RECVRTHDR,
+    # _RECVDSTOPTS, _RECVPATHMTU, _RECVTCLASS, _RECVORIGDSTADDR, _RECVFRAGSIZE
+    getattr(socket, "IPPROTO_IPV6", 41): (3, 4, 5, 8, 11, 51, 53, 56, 58, 60, 66, 74, 77),
+}
+OTHER_OPTIONS = {
+    socket.SOL_SOCKET: ("SO_TIMESTAMP", "SO_TIMESTAMP_MONOTONIC", "LOCAL_CREDS"),
+    socket.IPPROTO_IP: ("IP_RECVTTL", "IP_RECVTOS", "IP_RECVOPTS"),
+    getattr(socket, "IPPROTO_IPV6", 41): ("IPV6_RECVHOPLIMIT", "IPV6_RECVTCLASS"),
+}
+
+
+def brings_ancillary(sock: socket.socket) -> bool:
+    """Whether a socket has been told to send control messages along with datagrams."""
+    options: list[tuple[int, int]] = []
+    if sys.platform == "linux":
+        options += [(level, option) for level, numbers in LINUX_OPTIONS.items() for option in numbers]
+    else:
+        for level, names in OTHER_OPTIONS.items():
+            options += [(level, getattr(socket, name)) for name in names if hasattr(socket, name)]
+    return any(_is_set(sock, level, option) for level, option in options)
+
+
+def _is_set(sock: socket.socket, level: int, option: int) -> bool:
+    try:
+        return bool(sock.getsockopt(level, option))
+    except OSError:  # not of this family, or not in this kernel
+        return False
+
+
+def portable_engine(sock: trio.socket.SocketType, max_datagram_size: int, *, shared: bool = False) -> PortableEngine:
+    """Choose how to read and write a bound datagram socket."""
+    if is_connected(sock):
+        return ConnectedEngine(sock, max_datagram_size, shared=shared)
+    if tells_destination(sock):
+        return WildcardEngine(sock, max_datagram_size, shared=shared)
+    return PortableEngine(sock, max_datagram_size, shared=shared)
+
+
+class PortableEngine(SocketEngine):
+    """A socket bound to one address. A route is the peer address.
+
+    (The address tuple of IPv6 includes flow information, which could differ within one conversation; but the kernel
+    reports 0 unless asked.)
+    """
+
+    def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int, *, shared: bool = False) -> None:
+        super().__init__(sock, max_datagram_size)
+        coalesces = False
+        if sys.platform == "linux" and self._is_inet:
+            if not shared:
+                self._can_set(UDP_SEGMENT, 0)  # the previous owner may have set it
+            # Another holder may switch it on later. What is in the queue already stays coalesced if it is switched off:
+            # see coalescing.py. So it is left as it is, and understood.
+            coalesces = shared or bool(self._get(UDP_GRO))
+        # One byte more than allowed: a datagram that fills it was too long. MSG_TRUNC says so too but needs recvmsg.
+        self._buffer_size = 65_535 if coalesces else max_datagram_size + 1
+        self._ports: frozenset[int] = frozenset()
+        # Reading the control messages anew each time would be a tenth of an echo. Most machines have few addresses.
+        self._arrivals: dict[Any, Arrival] = {}
+        self._send_one: Callable[[bytes, Any], object] = self._socket.sendto
+        self._receive_one: Callable[[], Received] = self._receive_plain
+        if coalesces or self._tells_destination or brings_ancillary(self._socket):
+            self._receive_one = self._receive_with_control
+
+    def receive(self, batch: list[Received]) -> bool:
+        receive_one, longest, counts = self._receive_one, self._longest, self.counts
+        size = 0
+        try:
+            for _ in range(BATCH):
+                datagram = receive_one()
+                length = len(datagram[0])
+                size += length
+                if length <= longest:
+                    batch.append(datagram)
+                else:
+                    counts.truncated += 1
+                    counts.received += 1
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno != WSAEMSGSIZE:
+                raise
+            counts.truncated += 1
+            counts.received += 1
+        finally:
+            counts.received += len(batch)
+            counts.bytes_received += size
+        return False
+
+    def _receive_plain(self) -> Received:
+        payload, address = self._socket.recvfrom(self._buffer_size)
+        return payload, address, ()
+
+    def _receive_with_control(self) -> Received:
+        if self._ahead and not self.closed:
+            return self._ahead.pop(0)
+        payload, control, _, address = self._socket.recvmsg(self._buffer_size, CONTROL_SIZE)
+        arrival = self._understand(control)
+        route = self._route_of(address, arrival)
+        if not arrival.segment_size:
+            return payload, route, arrival.ancillary
+        self._put_ahead(payload, route, arrival.segment_size, arrival.ancillary)
+        return self._ahead.pop(0)
+
+    def _understand(self, control: list[ControlMessage]) -> Arrival:
+        key = control[0] if len(control) == 1 else tuple(control)
+        arrival = self._arrivals.get(key)
+        if arrival is None:
+            arrival = understand(control if self._is_inet else close_passed_files(control))
+            if not arrival.ancillary:  # which is another each time
+                if len(self._arrivals) >= MAX_ARRIVALS:
+                    self._arrivals.clear()
+                self._arrivals[key] = arrival
+        return arrival
+
+    def _route_of(self, address: Address, arrival: Arrival) -> Route:
+        return address
+
+    def send(self, outgoing: Sequence[Outgoing]) -> int:
+        send_one, taken = self._send_one, 0
+        try:
+            for payload, route, _ in outgoing:
+                send_one(payload, route)
+                taken += 1
+        except Exception:  # also of an address that is none, as that of a Unix-domain socket which was never bound
+            if not taken:
+                raise
+        return taken
+
+    def route(self, address: Address, local_address: Address | None = None) -> Route:
+        self._control_from(address, local_address)
+        return address
+
+    def peer_address(self, route: Route) -> Address:
+        return cast("Address", route)
+
+    def _end_of(self, route: Route) -> tuple[ReplyControl, bytes]:
+        return (), b""
+
+    def watch_ports(self, ports: frozenset[int]) -> None:
+        self._ports = ports
+
+    def doubtful_source(self, route: Route) -> bool:
+        return self._is_doubtful(self.peer_address(route), self._ports)
+
+
+class WildcardEngine(PortableEngine):
+    """A socket that datagrams to several addresses arrive at.
+
+    A route is the peer address, the control messages for a reply, and the raw group that the datagram was sent to.
+    """
+
+    _tells_destination = True
+
+    def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int, *, shared: bool = False) -> None:
+        super().__init__(sock, max_datagram_size, shared=shared)
+        self._send_one = self._send_with_control
+
+    def _route_of(self, address: Address, arrival: Arrival) -> Route:
+        return address, arrival.reply, arrival.group
+
+    def _send_with_control(self, payload: bytes, route: tuple[Address, ReplyControl, bytes]) -> None:
+        address, reply, _ = route
+        self._socket.sendmsg((payload,), reply, 0, address)
+
+    def route(self, address: Address, local_address: Address | None = None) -> Route:
+        return address, self._control_from(address, local_address), b""
+
+    def peer_address(self, route: Route) -> Address:
+        return cast("tuple[Address, ReplyControl, bytes]", route)[0]
+
+    def _end_of(self, route: Route) -> tuple[ReplyControl, bytes]:
+        _, reply, group = cast("tuple[Address, ReplyControl, bytes]", route)
+        return reply, group
+
+
+class ConnectedEngine(PortableEngine):
+    """A socket connected to one peer: there is only one route, None."""
+
+    def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int, *, shared: bool = False) -> None:
+        super().__init__(sock, max_datagram_size, shared=shared)
+        self._peer_address: Address = sock.getpeername()
+
+    def _receive_plain(self) -> Received:
+        return self._socket.recv(self._buffer_size), None, ()
+
+    def _route_of(self, address: Address, arrival: Arrival) -> Route:
+        return None
+
+    def send(self, outgoing: Sequence[Outgoing]) -> int:
+        # One datagram for each call. The kernel reports the refusal of an earlier datagram once, and an error after the
+        # first datagram could not be told.
+        self._socket.send(outgoing[0][0])
+        return 1
+
+    def route(self, address: Address, local_address: Address | None = None) -> Route:
+        self._control_from(address, local_address)
+        return None
+
+    def peer_address(self, route: Route) -> Address:
+        return self._peer_address
+
+
+def close_passed_files(control: list[ControlMessage]) -> list[ControlMessage]:
+    """Close the files that came along over a Unix-domain socket: strangers could use up our file descriptors."""
+    kept = []
+    for level, kind, data in control:
+        if (level, kind) == (socket.SOL_SOCKET, getattr(socket, "SCM_RIGHTS", None)):
+            descriptors = array("i", data[: len(data) - len(data) % array("i").itemsize])
+            for descriptor in descriptors:
+                os.close(descriptor)
+        else:
+            kept.append((level, kind, data))
+    return kept

@@ -1,0 +1,122 @@
+"""Questions that the kernel answers to a socket of their own, which is closed again.
+
+A probe belongs to the network namespace of the thread that asks. For a socket inherited from another namespace the
+answers are those of this one.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+import sys
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from .._address import Address
+from .pktinfo import MAPPED, is_group, is_unspecified
+
+SO_BINDTODEVICE = 25  # from asm-generic/socket.h; the socket module has it only on some platforms
+
+# From linux/sockios.h: all IPv4 addresses with the names of their interfaces, and the index of such a name.
+SIOCGIFCONF, SIOCGIFINDEX = 0x8912, 0x8933
+IFREQ_SIZE = 16 + struct.calcsize("@2LH6B")  # struct ifreq: a name, and a union whose largest member is struct ifmap
+
+# Addresses that no machine has: reserved (RFC 1112 section 4), and for discarding (RFC 6666).
+NOBODYS = {socket.AF_INET: "240.0.0.1", socket.AF_INET6: "100::1"}
+
+
+@contextmanager
+def probe(family: int) -> Iterator[socket.socket]:
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        if family == socket.AF_INET6:
+            with suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # for mapped addresses
+        yield sock
+
+
+def raw_host(family: int, host: str) -> bytes:
+    return socket.inet_pton(family, host.partition("%")[0])
+
+
+def is_own_host(family: int, address: Address) -> bool:
+    """Whether a host is one of this machine's: only to those, and to groups, can a socket be bound."""
+    host, _, *scope = address
+    raw = raw_host(family, host)
+    if is_unspecified(raw) or is_group(raw):
+        return False
+    if not _can_bind(family, (host, 0, *scope)):
+        return False
+    if not _can_bind(family, (NOBODYS[socket.AddressFamily(family)], 0)):
+        return True
+    # On load balancers the setting ip_nonlocal_bind lets everything be bound, and that tells nothing. To a local address
+    # the kernel sends from the same address; this misses only the secondary addresses of an interface.
+    with suppress(OSError):
+        return source(None, family, address)[0] == host
+    return False
+
+
+def _can_bind(family: int, address: object) -> bool:
+    try:
+        with probe(family) as sock:
+            sock.bind(address)  # type: ignore[arg-type]
+    except OSError:
+        return False
+    return True
+
+
+def is_broadcast(family: int, address: Address) -> bool:
+    """Whether an IPv4 host is a broadcast address: connecting to one takes SO_BROADCAST."""
+    if len(raw := raw_host(family, address[0])) == 16 and raw[:12] != MAPPED:
+        return False
+    try:
+        with probe(family) as sock:
+            try:
+                sock.connect(_with_port(address))
+                return False
+            except OSError as error:
+                if error.errno != errno.EACCES:
+                    return False
+            # A route of type "prohibit" gives the same error, with the option too.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            sock.connect(_with_port(address))
+    except OSError:
+        return False
+    return True
+
+
+def source(like: socket.socket | None, family: int, address: Address) -> Address:
+    """The address that the kernel sends from to ``address``, for a socket bound to the same interface as ``like``."""
+    with probe(family) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        if like is not None and sys.platform == "linux":
+            device = like.getsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, 16)
+            if device.strip(b"\0"):
+                sock.setsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, device)
+        sock.connect(_with_port(address))
+        own: Address = sock.getsockname()
+        return own
+
+
+def _with_port(address: Address) -> Address:
+    host, port, *scope = address
+    return (host, port or 1, *scope)  # type: ignore[return-value]  # some systems do not connect to port 0
+
+
+def interface_of(sock: socket.socket, own: bytes) -> int:
+    """Index of the interface that has an IPv4 address, or 0; Linux only."""
+    if sys.platform != "linux":
+        return 0
+    import fcntl
+
+    found = array("B", bytes(IFREQ_SIZE * 1_024))
+    asked = struct.pack("@iP", len(found), found.buffer_info()[0])
+    (size,) = struct.unpack_from("@i", fcntl.ioctl(sock, SIOCGIFCONF, asked))
+    for start in range(0, size, IFREQ_SIZE):
+        entry = found[start : start + IFREQ_SIZE].tobytes()
+        if entry[20:24] == own:  # after the name, and the family and port of a sockaddr_in
+            name = entry[:16].partition(b"\0")[0].partition(b":")[0]  # eth0:1 is an alias of eth0
+            answer = fcntl.ioctl(sock, SIOCGIFINDEX, name.ljust(IFREQ_SIZE, b"\0"))
+            return int.from_bytes(answer[16:20], sys.byteorder)
+    return 0

@@ -1,0 +1,173 @@
+"""The user's functions: their types, the checks on them, how a handler is called, and what its errors come to."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Awaitable, Callable
+from types import CoroutineType
+from typing import TYPE_CHECKING, TypeAlias, final
+
+import attrs
+import trio
+
+from ._channel import was_raised_by
+from ._client import Client, seat_of
+from ._endpoints import Datagram
+from ._lifecycle import End
+from ._seats import Seat
+
+if TYPE_CHECKING:
+    from ._endpoints import Payload
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup, ExceptionGroup
+
+Handler: TypeAlias = "Callable[[Client], Awaitable[object]] | DatagramHandler"
+"""What a server runs for each client: an async function of a client, or a :func:`datagram_handler`."""
+
+Accept: TypeAlias = Callable[[Datagram], "bool | bytes"]
+"""What a server asks about every stranger; see :func:`serve`."""
+
+OnError: TypeAlias = "Callable[[Client | Datagram, Exception], None]"
+"""What a server calls with an error of a handler, and with the client or the datagram that it was handling."""
+
+LOOKS_LIKE = "a handler is an async function with one argument: async def handler(client)"
+
+
+@final
+@attrs.frozen(eq=False, repr=False)
+class DatagramHandler:
+    """A handler of single datagrams, as :func:`datagram_handler` makes it. Calling it calls the function."""
+
+    function: Callable[[Datagram], Payload | None]
+
+    def __call__(self, datagram: Datagram) -> Payload | None:
+        return self.function(datagram)
+
+    def __repr__(self) -> str:
+        return f"<trio_udp.datagram_handler {getattr(self.function, '__qualname__', self.function)}>"
+
+
+def datagram_handler(function: Callable[[Datagram], Payload | None]) -> DatagramHandler:
+    """Make a handler of a plain function that answers one datagram at a time: ``@datagram_handler``.
+
+    For what a single datagram can answer (DNS, NTP, STUN) and for collectors (syslog, StatsD, NetFlow)::
+
+        @trio_udp.datagram_handler
+        def time(datagram):
+            return b"%d" % trio.current_time()
+
+    The server calls it for every datagram, **in arrival order over all senders**, and sends what it returns (``b""`` is an
+    empty reply, ``None`` is none) to where the datagram came from, from where it was sent to, together with the other
+    replies of the batch. There are no clients, tasks or inboxes. The function runs in the receive loop, so it should be
+    quick: nothing is received meanwhile. ``Limits.rate_limit`` applies, and ``Limits.amplification`` to each reply alone.
+    The limits on clients and inboxes do not, nor does ``idle_timeout``.
+
+    Errors:
+      What the function raises goes to ``on_error(datagram, exception)``, and the next datagram follows. A reply that finds
+      the send buffer full is dropped and counted under ``EAGAIN``.
+    """
+    if not callable(function) or is_async(function):
+        raise TypeError(f"a datagram_handler is a plain function with one argument, def f(datagram), not {function!r}")
+    return DatagramHandler(function)
+
+
+class NotAwaitable(TypeError):
+    """The handler is a plain function, and what it returned cannot be awaited: the program's mistake."""
+
+
+async def run_handler(
+    handler: Callable[[Client], Awaitable[object]], client: Client, crash: Callable[[Exception], None]
+) -> None:
+    """Call a handler for a client, and again while it leaves datagrams behind; then let go of the client.
+
+    A call that took no datagram is the last: the handler would be called for ever.
+    """
+    seat = seat_of(client)
+    try:
+        while True:
+            taken_before = seat.delivered
+            try:
+                awaitable = handler(client)
+                if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
+                    raise NotAwaitable(f"handler {handler!r} returned {awaitable!r}, not an awaitable: {LOOKS_LIKE}")
+                await awaitable
+            except NotAwaitable as error:
+                return crash(error)
+            except Exception as error:
+                handler_failed(client, error)
+            except BaseExceptionGroup as group:
+                # From a nursery of the handler's. If some of its tasks were cancelled and others failed, errors are
+                # errors all the same; if one of them is to end the program, let all of it be seen.
+                errors, others = group.split(Exception)
+                if errors is None or others is None or others.split(trio.Cancelled)[1] is not None:
+                    raise
+                handler_failed(client, errors)
+                raise others from None
+            if not seat.payloads or seat.delivered == taken_before:
+                return
+    finally:
+        seat.finish(seat.end if seat.is_closed else End.CLOSED)
+        seat.shared.remove(seat)
+
+
+def handler_failed(client: Client, error: Exception) -> None:
+    """Count an error of a client's handler and tell ``on_error``, unless it only says that the conversation is over."""
+    seat = seat_of(client)
+    if not is_normal_end(error, seat):
+        seat.shared.handler_errors += 1
+        seat.shared.on_error(client, error)
+
+
+def is_normal_end(error: Exception, seat: Seat) -> bool:
+    """Whether an exception only says that the conversation is over, perhaps from inside a nursery of the handler's."""
+    if isinstance(error, ExceptionGroup):
+        return all(is_normal_end(inner, seat) for inner in error.exceptions)
+    if isinstance(error, trio.ClosedResourceError):
+        return seat.end is End.LOST or was_raised_by(error, seat)
+    return isinstance(error, trio.EndOfChannel)
+
+
+def check_handler(handler: object) -> None:
+    """Raise ``TypeError`` for what cannot be a handler, rather than fail at the first datagram."""
+    if isinstance(handler, DatagramHandler):
+        return
+    if inspect.isclass(handler):
+        raise TypeError(f"handler is a class, {handler!r}: {LOOKS_LIKE}; pass a bound method of an instance")
+    if not callable(handler):
+        raise TypeError(f"handler cannot be called, {handler!r}: {LOOKS_LIKE}")
+    called = _unwrapped(handler)
+    if inspect.isasyncgenfunction(called):
+        raise TypeError(f"handler is an async generator function, {handler!r}: {LOOKS_LIKE}, without yield")
+    if inspect.isgeneratorfunction(called):
+        raise TypeError(f"handler is a generator function, {handler!r}: {LOOKS_LIKE}, without yield")
+    if not accepts_one_argument(handler):
+        raise TypeError(f"handler cannot be called with one argument, {handler!r}: {LOOKS_LIKE}")
+
+
+def is_async(function: object) -> bool:
+    called = _unwrapped(function)
+    return inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called)
+
+
+def accepts_one_argument(function: Callable[..., object]) -> bool:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some that are written in C do not tell
+        return True
+    try:
+        signature.bind(None)
+    except TypeError:
+        return False
+    return True
+
+
+def _unwrapped(function: object) -> object:
+    """Return what is called in the end: through ``partial``, and for an object with ``__call__`` that method."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not (inspect.isfunction(function) or inspect.ismethod(function) or inspect.isbuiltin(function)):
+        return getattr(type(function), "__call__", function)  # noqa: B004  # not whether, but which
+    return function

@@ -1,0 +1,39 @@
+"""The two life cycles of this package: of a conversation, and of a server."""
+
+from enum import Enum, auto
+
+
+class End(Enum):
+    """Why a conversation is over, or that it is not.
+
+    ======== ================================== ================== =============================
+    state    comes from                         ``receive`` raises ``send``
+    ======== ================================== ================== =============================
+    OPEN     the beginning                      nothing            works
+    IDLE     OPEN, silent for ``idle_timeout``  EndOfChannel       works until the handler ends
+    EVICTED  OPEN, its place was needed         EndOfChannel       works until the handler ends
+    STOPPING OPEN, drained and inbox empty      EndOfChannel       works until the handler ends
+    CLOSED   any, by ``close`` or handler's end ClosedResourceError raises ClosedResourceError
+    LOST     any, endpoint or server is gone    ClosedResourceError raises ClosedResourceError
+    ======== ================================== ================== =============================
+    """
+
+    OPEN = auto()
+    IDLE = auto()
+    EVICTED = auto()
+    STOPPING = auto()
+    CLOSED = auto()
+    LOST = auto()
+
+
+class Phase(Enum):
+    """Where a server is. It only ever moves down this list.
+
+    ``CATCHING_UP`` begins with ``Server.stop()``: the loops read what the machine had received by then, and strangers
+    still become clients. ``DRAINING`` begins when all of them have caught up: strangers are refused, and channels end.
+    """
+
+    RUNNING = auto()
+    CATCHING_UP = auto()
+    DRAINING = auto()
+    ENDED = auto()

@@ -1,0 +1,301 @@
+"""Who is known: one record for the life of each client, the bound on their number, and eviction."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from operator import length_hint
+from typing import Any
+
+import attrs
+import trio
+
+from ._endpoints import BATCH, Origin, Reader, Received, Route, host_key
+from ._idle import IdleExpiry
+from ._inbox import Inbox, Shared
+from ._lifecycle import End, Phase
+from ._limits import Limits
+from ._rate import NO_BUCKET, Bucket
+
+# Looks at clients to find one to evict. A flood of strangers must not make each of them expensive.
+MOST_LOOKS = 64
+
+
+@attrs.define(eq=False)
+class Place(Origin):
+    """One endpoint of a server, and the clients on it.
+
+    Attributes:
+      known: The client that a route leads to. One that has ended is not known any more, even while its handler still
+        runs: its address is free for a new client.
+      until_stop: Cancelled when the server stops, to wake the receive loop.
+      rest: What of the current batch was not handed out yet.
+      sources_looked_at: The batch for which admission last looked whether it ``asks_about_all`` sources.
+      received_before: Datagrams and bytes that were received, and datagrams truncated, before the server took over.
+    """
+
+    reader: Reader = attrs.field(kw_only=True)
+    known: dict[Route, Seat] = attrs.field(factory=dict, init=False)
+    until_stop: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
+    rest: Iterator[Received] = attrs.field(factory=lambda: iter(()), init=False)
+    sources_looked_at: float = attrs.field(default=-1.0, init=False)
+    asks_about_all: bool = attrs.field(default=False, init=False)
+    received_before: tuple[int, int, int] = attrs.field(init=False)
+
+    @received_before.default
+    def _(self) -> tuple[int, int, int]:
+        return self.reader.taken_so_far()
+
+
+    @property
+    def has_nothing_to_read(self) -> bool:
+        """Whether all that has arrived was handed out."""
+        in_hand = length_hint(self.rest) or self.in_accept or self.reader.engine.read_ahead
+        return not in_hand and (self.reader.shared or not self.reader.engine.is_readable())
+
+
+@attrs.define(eq=False)
+class Seat(Inbox):
+    """Everything that a server knows of one client, from admission to the end of its handler.
+
+    Attributes:
+      place: The endpoint that the client is on.
+      has_handler: A handler runs; otherwise ``Server.connect`` made the client, and its owner closes it.
+      answerable: Its source address is one that can be sent to.
+      validated: Its handler has called ``Client.validate``.
+      requests: Requests that a ``request_handler`` with ``concurrency`` is at work on.
+      bucket: Of its part of the network, or once validated of its host.
+    """
+
+    shared: Seats
+    place: Place
+    has_handler: bool = True
+    answerable: bool = attrs.field(default=True, init=False)
+    validated: bool = attrs.field(default=False, init=False)
+    requests: int = attrs.field(default=0, init=False)
+    bucket: Bucket = attrs.field(default=NO_BUCKET, init=False)
+    requests_timed_out: int = attrs.field(default=0, init=False)
+    sends_withheld: int = attrs.field(default=0, init=False)
+    _amplified: float = attrs.field(default=0.0, init=False)  # bytes sent before it was validated
+    _host: bytes | None = attrs.field(default=None, init=False)  # where clients are counted by host
+    # ``waiting_since`` when the seat was last put at the end of the queue for eviction.
+    queued_since: float = attrs.field(default=-1.0, init=False)
+
+    @property
+    def may_expire(self) -> bool:
+        return self.is_awaited and not self.requests
+
+    @property
+    def may_be_evicted(self) -> bool:
+        """Whether the handler waits and nothing would be lost."""
+        return self.is_awaited and not (self.validated or self.transactions or self.requests)
+
+    def finish(self, end: End) -> None:
+        """End the conversation: the next datagram from this address is a stranger's."""
+        if self.end is End.OPEN:
+            self.shared.count_end(end)
+        self.shared.forget(self)
+        super().finish(end)
+        if self.is_closed and not self.has_handler:
+            self.shared.remove(self)
+
+    def enter_transaction(self) -> None:
+        self.transactions += 1
+        self.shared.in_transaction.add(self)
+        if self.shared.phase is Phase.DRAINING and self.end is End.OPEN and not self.place.reader.shared:
+            self.place.known.setdefault(self.route, self)
+
+    def leave_transaction(self) -> None:
+        self.transactions -= 1
+        if not self.transactions:
+            self.shared.in_transaction.discard(self)
+            if self.shared.phase is Phase.DRAINING:
+                self.shared.forget(self)
+                self.wake()  # to find its channel ended
+
+    def set_idle_timeout(self, seconds: float) -> None:
+        self.idle_timeout = seconds
+        self.shared.idle.timeout_changed(self, self.outbox.turn.now())
+
+    def validate(self) -> None:
+        self.validated = True
+        self.limited = not self.answerable
+
+    def reserve(self, size: int) -> bool:
+        if not self.answerable:
+            self.outbox.count_unanswerable(self)
+            return False
+        amplification = self.shared.limits.amplification
+        if amplification is not None and self._amplified + size > amplification * self.bytes_received:
+            self.sends_withheld += 1
+            self.shared.sends_withheld += 1
+            return False
+        self._amplified += size
+        return True
+
+    def give_back(self, size: int) -> None:
+        self._amplified -= size
+
+    def count_timed_out_request(self) -> None:
+        self.requests_timed_out += 1
+        self.shared.requests_timed_out += 1
+
+    def count_for_host(self) -> None:
+        """Count this client for its host from now on."""
+        self._host = host_key(self.outbox.engine.peer_address(self.route))
+        self.shared.of_host[self._host] = self.shared.of_host.get(self._host, 0) + 1
+
+    def leave_host(self) -> None:
+        if self._host is not None:
+            left = self.shared.of_host[self._host] = self.shared.of_host[self._host] - 1
+            if not left:
+                del self.shared.of_host[self._host]
+
+    def _begin_first_wait(self) -> None:
+        self.shrink()
+        self.shared.idle.watch(self, self.waiting_since)
+
+    def _is_drained(self) -> bool:
+        if self.place.reader.shared and self.shared.phase is Phase.DRAINING:
+            self.finish(End.STOPPING)  # not read any more, so waiting in a transaction would be in vain
+            return True
+        return super()._is_drained()
+
+    def _was_silent_for_too_long(self) -> bool:
+        return not self.requests and super()._was_silent_for_too_long()
+
+
+@attrs.define(eq=False)
+class Seats(Shared):
+    """Every client of one server.
+
+    Attributes:
+      running: Those whose handlers run, with the ``Client`` that users see of each; and those that ``Server.connect``
+        made and nobody has closed.
+      all_gone: Set once the server drains and no client is left.
+      of_host: Clients of each host, where ``Limits.clients_per_host`` asks for that.
+    """
+
+    on_error: Callable[[Any, Exception], None]
+    makes_room: bool  # under "refuse" too: the handler keeps nothing between two requests
+    idle: IdleExpiry = attrs.field(factory=IdleExpiry, init=False)
+    running: dict[Seat, Any] = attrs.field(factory=dict, init=False)
+    of_host: dict[bytes, int] = attrs.field(factory=dict, init=False)
+    in_transaction: set[Seat] = attrs.field(factory=set, init=False)
+    all_gone: trio.Event = attrs.field(factory=trio.Event, init=False)
+    started: int = attrs.field(default=0, init=False)
+    expired: int = attrs.field(default=0, init=False)
+    evicted: int = attrs.field(default=0, init=False)
+    handler_errors: int = attrs.field(default=0, init=False)
+    requests_timed_out: int = attrs.field(default=0, init=False)
+    sends_withheld: int = attrs.field(default=0, init=False)
+    # Who may be evicted, first the one to look at first; kept only where clients are evicted at all.
+    _queue: OrderedDict[Seat, None] = attrs.field(factory=OrderedDict, init=False)
+    _evicts: bool = attrs.field(init=False)
+
+    @_evicts.default
+    def _(self) -> bool:
+        return self.makes_room or self.limits.when_full == "evict_idle"
+
+    @property
+    def overfull(self) -> bool:
+        """Whether evicted handlers are still there."""
+        return len(self.running) > self.limits.max_clients
+
+    def has_room_for(self, payload: bytes) -> bool:
+        """Whether a stranger's first datagram would fit into its inbox: no client is begun for nothing."""
+        size = len(payload)
+        return size <= self.limits.inbox_bytes and self.waiting_bytes + size <= self.limits.total_bytes
+
+    def has_room_on_host(self, key: bytes) -> bool:
+        """Whether one more client of a host may begin."""
+        most = self.limits.clients_per_host
+        return most is None or self.of_host.get(key, 0) < most
+
+    def make_room(self) -> bool:
+        """Whether one more client may begin; evicts another one for it where that is the policy."""
+        if len(self.running) < self.limits.max_clients:
+            return True
+        if not self._evicts or len(self.running) >= self.limits.max_clients + BATCH:
+            return False
+        seat = self._longest_waiting()
+        if seat is None:
+            return False
+        seat.finish(End.EVICTED)
+        return True
+
+    def add(self, seat: Seat, client: object) -> None:
+        """Take in a client that has been admitted."""
+        self.running[seat] = client
+        self.started += 1
+        if self.phase is Phase.RUNNING or self.phase is Phase.CATCHING_UP:
+            seat.place.known[seat.route] = seat
+        if self._evicts:
+            self._queue[seat] = None
+        if self.limits.clients_per_host is not None and seat.has_handler:
+            seat.count_for_host()
+
+    def forget(self, seat: Seat) -> None:
+        """Let the next datagram from a client's address be a stranger's."""
+        known = seat.place.known
+        if known.get(seat.route) is seat:  # not a later client of the same address
+            del known[seat.route]
+        self.idle.forget(seat)
+        self._queue.pop(seat, None)
+
+    def remove(self, seat: Seat) -> None:
+        """Let go of a client whose handler has ended: nothing can be done with it any more."""
+        if self.running.pop(seat, None) is not None:
+            seat.leave_host()
+            if not self.running and self.phase is Phase.DRAINING:
+                self.all_gone.set()
+
+    def count_end(self, end: End) -> None:
+        if end is End.IDLE:
+            self.expired += 1
+        elif end is End.EVICTED:
+            self.evicted += 1
+
+    def begin_drain(self, places: list[Place]) -> None:
+        """Know nobody any more, except in a transaction; from now on channels end once their inbox is empty."""
+        self.phase = Phase.DRAINING
+        for place in places:
+            # What arrives from now on is a stranger's, and so refused: the receive loop needs no case for it.
+            place.known = {}
+        for seat in self.in_transaction:
+            if seat.end is End.OPEN and not seat.place.reader.shared:
+                seat.place.known[seat.route] = seat
+        if not self.running:
+            self.all_gone.set()
+
+    async def wake_all(self) -> None:
+        """Wake the handlers that wait, a batch at a time, to find their channels ended."""
+        for number, seat in enumerate(list(self.running), start=1):
+            if not seat.transactions or seat.place.reader.shared:
+                seat.wake()
+            if number % BATCH == 0:
+                await trio.lowlevel.checkpoint()
+
+    def lose(self, place: Place | None = None) -> None:
+        """Close the clients of an endpoint that is closed, or all clients."""
+        for seat in list(self.running):
+            if place is None or seat.place is place:
+                seat.finish(End.LOST)
+
+    def _longest_waiting(self) -> Seat | None:
+        """Find a client to evict: about the one that has been waiting the longest.
+
+        Nothing is done for the queue at each wait. So a seat at its head may have waited anew since it was put there: then
+        it goes to the end. One that has not is the oldest; if there is none, the oldest of those looked at will do.
+        """
+        oldest: Seat | None = None
+        for _ in range(min(MOST_LOOKS, len(self._queue))):
+            seat = next(iter(self._queue))
+            if seat.may_be_evicted:
+                if seat.queued_since == seat.waiting_since:
+                    return seat if oldest is None or seat.waiting_since <= oldest.waiting_since else oldest
+                seat.queued_since = seat.waiting_since
+                if oldest is None or seat.waiting_since < oldest.waiting_since:
+                    oldest = seat
+            self._queue.move_to_end(seat)
+        return oldest

@@ -1,0 +1,444 @@
+"""A running server: its parts, its phases, and what users can do with it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from operator import length_hint
+from typing import NoReturn, final
+
+import attrs
+import trio
+
+from ._admission import Admission
+from ._client import Client, seat_of
+from ._construction import NoPublicConstructor
+from ._endpoints import (
+    BATCH,
+    Address,
+    Datagram,
+    Endpoint,
+    Outbox,
+    Outgoing,
+    Payload,
+    Turn,
+    find_way,
+    is_limited_broadcast,
+    is_multicast,
+    reader_of,
+    send_on,
+    send_on_nowait,
+)
+from ._lifecycle import End, Phase
+from ._log import LOGGER, ErrorLog
+from ._seats import Place, Seats
+from ._statistics import ServerStatistics
+
+
+@attrs.define(eq=False)
+class ServerState:
+    """The parts of a server, and the one place that moves it from phase to phase.
+
+    Attributes:
+      places: Its endpoints, those that were closed under it included.
+      nursery: Where its own tasks run.
+      own_handlers: Handlers run in that nursery too, not in one of the caller's.
+      receive_loop: Runs for each endpoint.
+      stop_requested: Set by ``stop``.
+      draining: Set once all receive loops have caught up.
+      failure: A mistake of the program's that ends the server.
+    """
+
+    seats: Seats
+    admission: Admission
+    errors: ErrorLog
+    nursery: trio.Nursery
+    own_handlers: bool
+    receive_loop: Callable[[ServerState, Place], Awaitable[None]]
+    turn: Turn = attrs.field(factory=Turn, init=False)
+    places: list[Place] = attrs.field(factory=list, init=False)
+    stop_requested: trio.Event = attrs.field(factory=trio.Event, init=False)
+    draining: trio.Event = attrs.field(factory=trio.Event, init=False)
+    failure: Exception | None = attrs.field(default=None, init=False)
+    handlers_cancelled: int = attrs.field(default=0, init=False)
+    _behind: set[Place] = attrs.field(factory=set, init=False)  # their loops have not caught up yet
+
+    def add_place(self, server: Server, endpoint: Endpoint) -> None:
+        """Serve on an endpoint that :meth:`Reader.take_over` has reserved."""
+        reader = reader_of(endpoint)
+        reader.outbox.turn = self.turn
+        limits = self.seats.limits
+        place = Place(endpoint, reader.outbox, server, limits.amplification, reader=reader)
+        self.places.append(place)
+        self._behind.add(place)
+        self.admission.sources.add(reader.engine)
+        self.nursery.start_soon(reader.outbox.empty_when_stuck)
+        self.nursery.start_soon(self.receive_loop, self, place)
+        LOGGER.info("serving on %s", endpoint.local_address)
+
+    def stop(self) -> None:
+        if self.seats.phase is not Phase.RUNNING:
+            return
+        self.seats.phase = Phase.CATCHING_UP
+        LOGGER.info("stopping: %d clients", len(self.seats.running))
+        for place in self.places:
+            place.reader.finished = place.reader.shared
+            place.until_stop.cancel()
+        self.stop_requested.set()
+        for place in self.places:
+            if place.has_nothing_to_read:  # nearly always: then nobody has to wait for its loop
+                self._behind.discard(place)
+        self._drain_if_caught_up()
+
+    def caught_up(self, place: Place) -> None:
+        """A receive loop has read what had arrived when the stop began, or its endpoint is closed."""
+        self._behind.discard(place)
+        self._drain_if_caught_up()
+
+    def _drain_if_caught_up(self) -> None:
+        if self.seats.phase is Phase.CATCHING_UP and not self._behind:
+            self.seats.begin_drain(self.places)
+            self.draining.set()
+
+    async def drain(self, timeout: float) -> None:
+        """Once the server drains, end every channel, and wait for the handlers for so many seconds at most."""
+        await self.draining.wait()
+        with trio.move_on_after(timeout):
+            await self.seats.wake_all()
+            await self.seats.all_gone.wait()
+            for place in self.places:
+                await place.outbox.empty()
+        for place in self.places:
+            self._read_once_more(place)
+        if self.own_handlers:
+            self.handlers_cancelled = sum(seat.has_handler for seat in self.seats.running)
+        refused = self.admission.refused_stopping
+        LOGGER.info("stopped: %d datagrams refused, %d handlers cancelled", refused, self.handlers_cancelled)
+
+    def lose(self, place: Place) -> None:
+        """An endpoint was closed under the running server."""
+        self.seats.lose(place)
+        self.caught_up(place)
+        if self.has_lost_its_endpoints:
+            self.nursery.cancel_scope.cancel()
+
+    def end(self) -> None:
+        """Close every client: using one after the server has ended raises ``trio.ClosedResourceError``."""
+        if self.seats.phase is Phase.RUNNING:
+            self.stop_requested.set()  # for those who wait for it
+        self.seats.phase = Phase.ENDED
+        self.seats.lose()
+        self.errors.write_suppressed()
+
+    def crash(self, error: Exception) -> None:
+        """End the server with an error of the program's."""
+        self.failure = error
+        self.nursery.cancel_scope.cancel()
+
+    @property
+    def has_lost_its_endpoints(self) -> bool:
+        """Whether there is nothing left to serve on, though nobody has stopped the server."""
+        return not self.stop_requested.is_set() and all(place.endpoint.closed for place in self.places)
+
+    async def stop_at_signals(
+        self,
+        signals: Collection[signal.Signals],
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        with trio.open_signal_receiver(*signals) as arriving:
+            task_status.started()
+            await anext(arriving)
+            self.stop()
+            await anext(arriving)
+            self.nursery.cancel_scope.cancel()
+
+    def _read_once_more(self, place: Place) -> None:
+        """Count what has arrived since the loop last read: true up to the moment in which the socket is closed."""
+        if place.reader.shared or place.reader.engine.closed:
+            return
+        left = most_queued(place)
+        while left > 0:
+            batch: list[object] = []
+            before = place.reader.engine.counts.received
+            more = place.reader.read(batch)  # type: ignore[arg-type]
+            self.admission.refused_stopping += len(batch)
+            left -= BATCH
+            if not more or place.reader.engine.counts.received == before:
+                return
+
+
+def most_queued(place: Place) -> int:
+    """The most datagrams that the kernel can hold for an endpoint at the moment.
+
+    On Linux what is allocated for them is known (``SO_MEMINFO``), and a datagram takes at least 512 bytes of it; elsewhere
+    take the whole buffer.
+    """
+    figures = place.reader.engine.kernel_figures()
+    return (figures.queued or figures.receive_buffer) // 512 + 1
+
+
+@final
+class Server(metaclass=NoPublicConstructor):
+    """A running server, as ``await nursery.start(serve, ...)`` and ``Client.server`` give it."""
+
+    __slots__ = ("__weakref__", "_state")
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    def __repr__(self) -> str:
+        addresses = ", ".join(str(endpoint.local_address) for endpoint in self.endpoints)
+        return f"<trio_udp.Server on {addresses} with {len(self.clients)} clients>"
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """The endpoints it serves on; ``server.endpoints[0].local_address`` tells the port."""
+        return tuple(place.endpoint for place in self._state.places)
+
+    @property
+    def clients(self) -> Collection[Client]:
+        """A live, read-only collection of the clients whose handlers run, and of those that :meth:`connect` made.
+
+        Iterating goes over those of the moment.
+        """
+        return ClientsView(self._state.seats)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the server stops, or has ended."""
+        return self._state.seats.phase is not Phase.RUNNING
+
+    async def wait_stopping(self) -> None:
+        """Wait until the server stops: by :meth:`stop`, by a signal, or because it ends."""
+        await self._state.stop_requested.wait()
+
+    def stop(self) -> None:
+        """Stop gracefully: handle what has arrived, end every conversation, then return from ``serve``.
+
+        Callable from anywhere inside Trio, handlers included; returns at once. Idempotent. Three things follow:
+
+        1. The server catches up. What had reached the machine by now is read, and strangers in it still become clients.
+        2. It drains. What waits in an inbox is handled, then the channel ends. Datagrams that still arrive count as
+           ``refused_stopping``, except those of clients inside :meth:`Client.transaction`. Handlers have
+           ``drain_timeout`` seconds in all; those left then are cancelled.
+        3. It reads each socket once more, to count what has arrived, and closes it.
+
+        On an endpoint that is ``shared`` nothing is read from now on, not even for transactions: what arrives waits in the
+        kernel for the next reader of the socket.
+        """
+        self._state.stop()
+
+    async def send_to(self, payload: Payload, address: Address, *, local_address: Address | None = None) -> None:
+        """Send one datagram to any address, whether it has ever written to us or not. It makes nobody a client.
+
+        Waits while the send buffer is full, first come first served.
+
+        Args:
+          payload: Any bytes-like object, copied now.
+          address: Numeric host and port, as a socket gives them. IPv4 addresses may be written as mapped into IPv6.
+          local_address: One of our own addresses to send from; it chooses the endpoint too. By default the first endpoint
+            of the address's family sends it, from the address of the kernel's choice.
+
+        Raises:
+          OSError: The kernel's own about this datagram, since it is the program's own doing: no route, a broadcast that
+            the socket does not allow (``SO_BROADCAST``), port 0, ``local_address`` is not ours, too long.
+          TypeError, ValueError: It is not a numeric address, or no endpoint can send to it from ``local_address``.
+          trio.ClosedResourceError: The server has ended.
+
+        Cancellation:
+          A checkpoint; when it raises ``Cancelled``, the datagram was not sent.
+        """
+        await send_on(find_way(self._outboxes(), address, local_address), payload)
+
+    def send_to_nowait(self, payload: Payload, address: Address, *, local_address: Address | None = None) -> None:
+        """Like :meth:`send_to`, without waiting.
+
+        Raises:
+          trio.WouldBlock: The send buffer is full, or others are waiting for it; nothing was sent.
+        """
+        send_on_nowait(find_way(self._outboxes(), address, local_address), payload)
+
+    async def send_to_all(self, payload: Payload, clients: Iterable[Client] | None = None) -> None:
+        """Send one payload to many clients, in as few system calls as possible.
+
+        Does not wait for room: where the send buffer is full, the datagram is lost for that client and counted among its
+        ``send_errors`` (``EAGAIN``). Clients that have ended, for whatever reason, are skipped. ``Limits.amplification``
+        holds for each client.
+
+        Args:
+          payload: Any bytes-like object, copied now.
+          clients: Of this server; by default all.
+
+        Raises:
+          ValueError: A client belongs to another server; nothing was sent.
+          OSError: ``EMSGSIZE``: longer than a UDP datagram can be; nothing was sent.
+          TypeError: Not a bytes-like object.
+
+        Cancellation:
+          A checkpoint before anything is sent. Other tasks run at least once in 64 datagrams; when one of these pauses is
+          cancelled, the clients before it have been sent the datagram.
+        """
+        seats = self._state.seats
+        chosen = list(seats.running) if clients is None else [seat_of(client) for client in clients]
+        if any(seat.shared is not seats for seat in chosen):
+            raise ValueError("send_to_all was given a client of another server")
+        copies = {seat.outbox: seat.outbox.copy(payload, seat.route) for seat in {s.outbox: s for s in chosen}.values()}
+        await trio.lowlevel.checkpoint()
+        for start in range(0, len(chosen), BATCH):
+            if start:
+                await trio.lowlevel.checkpoint()
+            by_outbox: dict[Outbox, list[Outgoing]] = {}
+            for seat in chosen[start : start + BATCH]:
+                copy = copies[seat.outbox]
+                if seat.end is End.OPEN and (not seat.limited or seat.reserve(len(copy))):
+                    by_outbox.setdefault(seat.outbox, []).append((copy, seat.route, seat))
+            for outbox, outgoing in by_outbox.items():
+                outbox.send_or_drop(outgoing)
+
+    def connect(self, address: Address, *, local_address: Address | None = None) -> Client:
+        """Begin a conversation from our side, over the server's own socket.
+
+        No handler runs: the caller owns the client, receives from it and closes it. To run one, use
+        ``nursery.start_soon(handler, server.connect(address))``. The client counts in :attr:`clients` and ``max_clients``,
+        not in ``clients_per_host``, and as validated. A drain waits for its owner for ``drain_timeout``, then closes it.
+
+        Args:
+          address: Numeric host and port.
+          local_address: One of our own addresses; by default the one that the kernel would send from now. It stays the
+            same for the whole conversation.
+
+        Raises:
+          ValueError: A group, a broadcast address, port 0, or our own address; or no endpoint can send to it.
+          OSError: There is no route to it.
+          trio.BusyResourceError: That address is a client already.
+          trio.WouldBlock: The table of clients is full, and nobody in it may be evicted.
+          trio.ClosedResourceError: The server is stopping or has ended.
+        """
+        state = self._state
+        if state.seats.phase is not Phase.RUNNING:
+            raise trio.ClosedResourceError("this server is stopping, or has ended")
+        outbox, route = find_way(self._outboxes(), address, local_address)
+        engine = outbox.engine
+        target = engine.peer_address(route)
+        if not target[1]:
+            raise ValueError(f"nobody can have port 0: {address!r}")
+        if is_multicast(target) or is_limited_broadcast(target) or engine.is_broadcast(target):
+            raise ValueError(f"a group or broadcast address is no single peer: {address!r}")
+        if local_address is None:
+            route = engine.route(target, engine.source_for(target))
+        place = next(place for place in state.places if place.outbox is outbox)
+        ports = {place.reader.engine.bound_address[1] for place in state.places}
+        if target[1] in ports and engine.is_own_host(target):
+            raise ValueError(f"this server has that address itself: {address!r}")
+        if route in place.known:
+            raise trio.BusyResourceError(f"{address!r} is a client already")
+        if not state.seats.make_room():
+            raise trio.WouldBlock
+        seat, client = state.admission.new_client(place, route, has_handler=False)
+        seat.validate()
+        if state.admission.limiter is not None:
+            seat.bucket = state.admission.limiter.bucket_of_host(target)
+        state.seats.add(seat, client)
+        return client
+
+    def add_endpoint(self, endpoint: Endpoint) -> None:
+        """Serve on one more endpoint, which the server owns from now on.
+
+        Raises:
+          ValueError: The server serves on it already.
+          trio.BusyResourceError: Another server runs on it, or a task is receiving from it.
+          trio.ClosedResourceError: The server is stopping or has ended, or the endpoint is closed.
+        """
+        if not isinstance(endpoint, Endpoint):
+            raise TypeError(f"expected an Endpoint, not {endpoint!r}")
+        state = self._state
+        if state.seats.phase is not Phase.RUNNING:
+            raise trio.ClosedResourceError("this server is stopping, or has ended")
+        if endpoint in self.endpoints:
+            raise ValueError("an endpoint cannot be served on twice")
+        if endpoint.closed:
+            raise trio.ClosedResourceError("this endpoint is closed")
+        reader_of(endpoint).take_over()
+        state.add_place(self, endpoint)
+
+    def statistics(self) -> ServerStatistics:
+        """What has happened so far to every datagram; also available once the server has ended."""
+        state, seats, admission = self._state, self._state.seats, self._state.admission
+        sockets = [place.endpoint.statistics() for place in state.places]
+        errors: dict[str, int] = {}
+        for of_socket in sockets:
+            for name, count in of_socket.errors.items():
+                errors[name] = errors.get(name, 0) + count
+        before = [place.received_before for place in state.places]
+        return ServerStatistics(
+            received=sum(s.received for s in sockets) - sum(b[0] for b in before) - sum(map(_in_hand, state.places)),
+            bytes_received=sum(s.bytes_received for s in sockets) - sum(b[1] for b in before),
+            sent=sum(s.sent for s in sockets),
+            bytes_sent=sum(s.bytes_sent for s in sockets),
+            delivered=seats.delivered,
+            waiting=seats.waiting,
+            dropped_inbox_full=seats.dropped_inbox_full,
+            dropped_at_end=seats.dropped_at_end,
+            truncated=sum(s.truncated for s in sockets) - sum(b[2] for b in before),
+            refused_source=admission.refused_source,
+            refused_by_rate=admission.refused_by_rate,
+            refused_by_accept=admission.refused_by_accept,
+            answered_by_accept=admission.answered_by_accept,
+            refused_full=admission.refused_full,
+            refused_stopping=admission.refused_stopping,
+            clients=len(seats.running),
+            clients_started=seats.started,
+            clients_expired=seats.expired,
+            clients_evicted=seats.evicted,
+            handler_errors=seats.handler_errors,
+            handlers_cancelled=state.handlers_cancelled,
+            requests_timed_out=seats.requests_timed_out,
+            sends_withheld=seats.sends_withheld + sum(place.withheld for place in state.places),
+            receive_errors=sum(s.receive_errors for s in sockets),
+            send_errors=sum(s.send_errors for s in sockets),
+            errors=errors,
+            kernel_dropped=sum(s.kernel_dropped for s in sockets),
+        )
+
+    def _outboxes(self) -> list[Outbox]:
+        return [place.outbox for place in self._state.places]
+
+
+def _in_hand(place: Place) -> int:
+    """Datagrams of the current batch that are in no counter yet; not 0 only while ``accept`` or a handler looks."""
+    return length_hint(place.rest) + place.in_accept
+
+
+class ClientsView(Collection[Client]):
+    """A live, read-only look at the clients of a server. Iterating it goes over those there at the start."""
+
+    def __init__(self, seats: Seats) -> None:
+        self._seats = seats
+
+    def __len__(self) -> int:
+        return len(self._seats.running)
+
+    def __contains__(self, client: object) -> bool:
+        return isinstance(client, Client) and self._seats.running.get(seat_of(client)) is client
+
+    def __iter__(self) -> Iterator[Client]:
+        return iter(list(self._seats.running.values()))
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} clients>"
+
+
+def log_error(source: Client | Datagram, error: Exception) -> None:
+    """Log an exception that left a handler, with its traceback, to the logger ``trio_udp``.
+
+    The default ``on_error`` of a server. Writes at most 10 tracebacks a second, and then how many were suppressed.
+    """
+    server = source.server
+    assert server is not None
+    what = "client" if isinstance(source, Client) else "a datagram from"
+    server._state.errors.write(error, "Handler of %s %s failed", what, source.peer_address)
+
+
+def raise_error(source: Client | Datagram, error: Exception) -> NoReturn:
+    """Let an error of a handler crash the server, as ``trio.serve_tcp`` would: an ``on_error`` for tests."""
+    raise error
