@@ -1,4 +1,4 @@
-"""Strangers who send too much, or make us send too much to somebody else: rate limits and the amplification limit."""
+"""Limits for strangers who send too much, or make us send too much to a victim: rates and amplification."""
 
 from __future__ import annotations
 
@@ -16,19 +16,14 @@ from trio.testing import MockClock
 
 import trio_udp
 import trio_udp.testing
-from trio_udp import Client, Limits, RateLimit
+from trio_udp import Client, Datagram, Limits, RateLimit
 from trio_udp._endpoints import source_prefix
 from trio_udp._rate import RateLimiter
 
-from .conftest import ALICE, SERVER, StartInMemory, check_adds_up, in_memory, narrow
+from .conftest import ALICE, SERVER, StartInMemory, check_adds_up, echo, in_memory, narrow
 
 NEIGHBOUR = ("192.0.2.250", 7)  # of ALICE: the same /24
 ELSEWHERE = ("192.0.3.1", 7)
-
-
-async def echo(client: Client) -> None:
-    async for payload in client:
-        await client.send(payload)
 
 
 def limits(per_second: float, burst: int, **options: Any) -> Limits:
@@ -41,7 +36,7 @@ def limits(per_second: float, burst: int, **options: Any) -> Limits:
 async def test_a_source_may_send_a_burst_and_then_so_many_a_second(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """What is more is refused before it reaches a client, and counted; silence fills the bucket again."""
+    """Datagrams beyond the rate limit are refused before they reach a client; silence fills the bucket again."""
     run = await start_in_memory(echo, limits=limits(2, 5))
     answered = []
     for seconds in (0, 0.5, 1, 10, 0):
@@ -68,7 +63,7 @@ async def test_neighbours_share_a_bucket(start_in_memory: StartInMemory, autojum
 
 
 async def test_a_validated_client_counts_by_itself(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """Neighbours, and whoever forges their addresses, cannot use up its share; that is as large as any other."""
+    """Neighbours, and those who forge their addresses, cannot use up a validated client's share of the rate limit."""
 
     async def handler(client: Client) -> None:
         async for payload in client:
@@ -93,10 +88,10 @@ async def test_a_validated_client_counts_by_itself(start_in_memory: StartInMemor
     check_adds_up(run.server)
 
 
-async def test_what_is_validated_stays_so_when_a_conversation_is_handed_over(
+async def test_a_client_stays_validated_when_its_handler_is_called_again(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """A client that takes over what another has left is validated too, and they have one bucket, not one each."""
+    """The next call of the handler finds the client validated, and one bucket serves all of its calls."""
     seen = []
 
     async def handler(client: Client) -> None:
@@ -122,11 +117,11 @@ async def test_what_is_validated_stays_so_when_a_conversation_is_handed_over(
 async def test_accept_is_not_asked_about_what_is_too_much(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """The rate limit comes first: a flood costs as little as possible."""
+    """A stranger's datagram beyond the rate limit is refused before accept is asked, so that a flood costs little."""
     asked = []
 
-    def accept(payload: bytes, address: object) -> bool:
-        asked.append(payload)
+    def accept(datagram: Datagram) -> bool:
+        asked.append(datagram.payload)
         return False
 
     run = await start_in_memory(echo, limits=limits(1, 3), accept=accept)
@@ -150,14 +145,14 @@ async def test_accept_is_not_asked_about_what_is_too_much(
 )
 def test_prefixes(one: str, other: str, same: bool) -> None:
     """By default a /24 of IPv4, mapped into IPv6 or not, and a /56 of IPv6 are one source."""
-    limiter = RateLimiter(RateLimit(1), lambda: 0.0)
+    limiter = RateLimiter(RateLimit(1))
     assert (limiter.bucket_of((one, 1)) is limiter.bucket_of((other, 2))) == same
 
 
 @example(ipaddress.ip_address("0.0.0.0"), ipaddress.ip_address("::ffff:0.0.0.0"), 1, 1)
 @given(st.ip_addresses(), st.ip_addresses(), st.integers(1, 32), st.integers(1, 128))
 def test_prefixes_are_the_first_bits(one: Any, other: Any, ipv4_bits: int, ipv6_bits: int) -> None:
-    """Whatever their number; and an address of IPv4 is never in one network with one of IPv6."""
+    """Addresses share a prefix of any length just if their first bits are equal; IPv4 and IPv6 never share one."""
     # As a socket gives them; Python's own text of mapped addresses differs from version to version.
     texts = [socket.inet_ntop({4: socket.AF_INET, 6: socket.AF_INET6}[it.version], it.packed) for it in (one, other)]
     prefixes = [source_prefix((text, 1), ipv4_bits, ipv6_bits) for text in texts]
@@ -168,17 +163,15 @@ def test_prefixes_are_the_first_bits(one: Any, other: Any, ipv4_bits: int, ipv6_
 
 
 def test_a_million_sources_do_not_make_the_table_grow() -> None:
-    """They make it forget those that have been quiet; one that is busy all the while stays limited."""
-    limit = RateLimit(10, 5, buckets=1_000)
-    time = 0.0
-    limiter = RateLimiter(limit, lambda: time)
+    """Many sources make the table forget those that have been quiet; one that is always busy stays limited."""
+    limiter = RateLimiter(RateLimit(10, 5, buckets=1_000))
     admitted = 0
     for number in range(1_000_000):
         time = number / 100_000
         address = (f"{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}.1", 1)
-        limiter.take(limiter.bucket_of(address), limiter.now())
+        limiter.take(limiter.bucket_of(address), time)
         if number % 100 == 0:
-            admitted += limiter.take(limiter.bucket_of(("255.255.255.1", 1)), limiter.now())
+            admitted += limiter.take(limiter.bucket_of(("255.255.255.1", 1)), time)
         if number % 1_000 == 0:
             assert len(limiter._young) + len(limiter._old) <= 1_000
     assert 10 * 10 <= admitted <= 10 * 10 + 5
@@ -191,13 +184,13 @@ STARTS = st.floats(0, 2**31)  # of Trio's clock, which may count from anywhere
 
 @given(RATES, BURSTS, STARTS, st.lists(st.floats(0, 10), max_size=200))
 def test_no_source_gets_more_than_its_rate(rate: float, burst: int, start: float, waits: list[float]) -> None:
-    """Over any stretch of time it is at most the burst and what the rate allows in that time."""
+    """In any stretch of time a source gets at most its burst and as many more as its rate allows in that time."""
     now = start
-    limiter = RateLimiter(RateLimit(rate, burst), lambda: now)
+    limiter = RateLimiter(RateLimit(rate, burst))
     taken = []
     for wait in waits:  # as multiples of the time that one datagram takes at that rate
         now += wait / rate
-        if limiter.take(limiter.bucket_of(ALICE), limiter.now()):
+        if limiter.take(limiter.bucket_of(ALICE), now):
             taken.append(now)
     for first, last in itertools.combinations(range(len(taken)), 2):
         assert last - first + 1 <= burst + (taken[last] - taken[first]) * rate + 0.01
@@ -205,18 +198,18 @@ def test_no_source_gets_more_than_its_rate(rate: float, burst: int, start: float
 
 @given(RATES, BURSTS, STARTS, st.lists(st.floats(1, 10), max_size=50))
 def test_who_keeps_to_the_rate_is_never_refused(rate: float, burst: int, start: float, waits: list[float]) -> None:
-    """Neither in the burst at the beginning, nor later."""
+    """A source that sends a burst and then keeps to its rate is never refused."""
     now = start
-    limiter = RateLimiter(RateLimit(rate, burst), lambda: now)
+    limiter = RateLimiter(RateLimit(rate, burst))
     for wait in [*[0.0] * burst, *waits]:
         now += wait * 1.001 / rate
-        assert limiter.take(limiter.bucket_of(ALICE), limiter.now())
+        assert limiter.take(limiter.bucket_of(ALICE), now)
 
 
 async def test_validating_again_and_again_gives_no_more(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """Conversations that follow on one another, from whatever ports, have one bucket for their host."""
+    """Validated conversations that follow on one another, from any ports of a host, share one bucket."""
 
     async def handler(client: Client) -> None:
         await client.receive()
@@ -240,7 +233,7 @@ async def test_validating_again_and_again_gives_no_more(
 async def test_a_busy_network_has_one_bucket_however_many_come_after(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """The table forgets sources, but not the bucket of one that has clients."""
+    """The table of buckets forgets sources, but not the bucket of a network that has clients."""
     run = await start_in_memory(echo, limits=limits(10, 10, buckets=100), idle_timeout=1_000)
     for second in range(60):
         if second % 10 == 0:
@@ -259,7 +252,7 @@ async def test_a_busy_network_has_one_bucket_however_many_come_after(
 
 
 async def test_no_more_is_sent_to_a_stranger_than_a_multiple_of_what_came(start_in_memory: StartInMemory) -> None:
-    """Until the client is validated. What would be more is not sent, is counted, and is no error for the handler."""
+    """Sends beyond ``amplification`` are withheld and counted until the client is validated, and raise nothing."""
 
     async def handler(client: Client) -> None:
         async for payload in client:
@@ -284,7 +277,7 @@ async def test_no_more_is_sent_to_a_stranger_than_a_multiple_of_what_came(start_
 
 @pytest.mark.parametrize("many", [1, 10])
 async def test_what_is_withheld_lets_others_run(start_in_memory: StartInMemory, many: int) -> None:
-    """A handler that sends without end, and may not, does not keep the program from running."""
+    """A handler whose sends are all withheld lets other tasks run as often as one that sends."""
 
     async def handler(client: Client) -> None:
         await client.receive()
@@ -306,7 +299,7 @@ async def test_what_is_withheld_lets_others_run(start_in_memory: StartInMemory, 
 async def test_what_has_left_counts_though_send_many_is_cancelled(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """Of a send_many that is cancelled half-way, the first half counts towards the limit."""
+    """When send_many is cancelled halfway, the datagrams that have left count towards the amplification limit."""
 
     async def handler(client: Client) -> None:
         await client.receive()
@@ -321,7 +314,7 @@ async def test_what_has_left_counts_though_send_many_is_cancelled(
 
 
 async def test_every_way_to_send_is_limited(start_in_memory: StartInMemory) -> None:
-    """send_nowait and send_many too."""
+    """The amplification limit holds for send, send_nowait and send_many alike."""
 
     async def handler(client: Client) -> None:
         await client.receive()
@@ -338,7 +331,7 @@ async def test_every_way_to_send_is_limited(start_in_memory: StartInMemory) -> N
 
 
 async def test_what_could_not_be_sent_does_not_count(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """Where the send buffer is full, or a send is cancelled, the bytes may be sent later."""
+    """Bytes that met a full send buffer, or whose send was cancelled, do not count towards the amplification limit."""
     blocked = []
 
     async def handler(client: Client) -> None:
@@ -359,8 +352,8 @@ async def test_what_could_not_be_sent_does_not_count(start_in_memory: StartInMem
     assert [len(payload) for payload in run.sent_to(ALICE)] == [10] * 6
 
 
-async def test_a_conversation_handed_over_is_not_paid_for_twice(start_in_memory: StartInMemory) -> None:
-    """What a handler has sent on the strength of datagrams that it leaves behind counts for its successor."""
+async def test_calling_a_handler_again_gives_no_more_to_send(start_in_memory: StartInMemory) -> None:
+    """The amplification limit holds for all calls of a client's handler together."""
 
     async def handler(client: Client) -> None:
         await client.receive()
@@ -371,13 +364,13 @@ async def test_a_conversation_handed_over_is_not_paid_for_twice(start_in_memory:
     for _ in range(6):
         run.put(bytes(10))
     await run.settle()
-    assert run.server.statistics().clients_started == 6
+    assert run.server.statistics().clients_started == 1
     assert len(run.sent_to(ALICE)) == 12
 
 
 @given(st.lists(st.tuples(st.integers(0, 300), st.lists(st.integers(0, 500), max_size=4)), max_size=20), st.data())
 def test_the_multiple_is_never_exceeded(turns: list[tuple[int, list[int]]], data: st.DataObject) -> None:
-    """Whatever is received and sent, in whatever order, by however many handlers."""
+    """At no time has the server sent a stranger more than ``amplification`` times the bytes it got, in any order."""
     amplification = data.draw(st.sampled_from([0.5, 1, 3]))
     replies = iter([sizes for _, sizes in turns])
     keep = iter(data.draw(st.lists(st.booleans(), min_size=20, max_size=20)))
@@ -413,7 +406,7 @@ def test_the_multiple_is_never_exceeded(turns: list[tuple[int, list[int]]], data
 
 
 async def test_without_limits_nothing_is_withheld(start_in_memory: StartInMemory) -> None:
-    """Both are off by default; validate() then only sets a flag."""
+    """Rate and amplification limits are off by default; validate() then only sets a flag."""
 
     async def handler(client: Client) -> None:
         await client.receive()
@@ -448,7 +441,7 @@ async def test_without_limits_nothing_is_withheld(start_in_memory: StartInMemory
     ],
 )
 def test_rate_limits_that_make_no_sense(options: dict[str, Any], error: type[Exception]) -> None:
-    """Are an error where they are made, which names the value."""
+    """A RateLimit that makes no sense raises when it is made, naming the value."""
     name = next(iter(options))
     with pytest.raises(error, match=name):
         RateLimit(**{"per_second": 1, **options})
@@ -459,16 +452,17 @@ def test_rate_limits_that_make_no_sense(options: dict[str, Any], error: type[Exc
     [({"rate_limit": 5}, TypeError), ({"amplification": 0}, ValueError), ({"amplification": "3"}, TypeError)],
 )
 def test_limits_that_make_no_sense(options: dict[str, Any], error: type[Exception]) -> None:
-    """Likewise."""
+    """A wrong rate_limit or amplification raises when the Limits are made, naming the value."""
     with pytest.raises(error, match=next(iter(options))):
         Limits(**options)
 
 
 def test_worst_case_memory() -> None:
-    """Limits can say how much memory strangers can take up at most."""
+    """Limits can say how much memory strangers can take up at most: evicted handlers, buckets and requests included."""
     small = Limits(max_clients=100, inbox_datagrams=10, total_bytes=1_000_000)
-    assert small.worst_case_memory() == 100 * (5_500 + 10 * 64) + 1_000_000
-    assert (
-        attrs.evolve(small, rate_limit=RateLimit(1, buckets=50)).worst_case_memory() - small.worst_case_memory()
-        == 50 * 250
-    )
+    clients = 100 + 64
+    assert small.worst_case_memory() == clients * (5_500 + 10 * 64) + 1_000_000
+    with_buckets = attrs.evolve(small, rate_limit=RateLimit(1, buckets=50))
+    assert with_buckets.worst_case_memory() - small.worst_case_memory() == 50 * 250
+    assert small.worst_case_memory(concurrency=1) == small.worst_case_memory()
+    assert small.worst_case_memory(concurrency=8) - small.worst_case_memory() == clients * 8 * 3_500

@@ -13,7 +13,7 @@ import trio.testing
 import trio_udp
 from trio_udp import Connection, connect
 
-from .conftest import Bystander
+from .conftest import Bystander, echo
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -36,10 +36,6 @@ async def connection(far_end: socket.socket) -> AsyncIterator[Connection]:
 async def test_a_conversation_with_a_server(nursery: trio.Nursery) -> None:
     """A connection speaks the same words as a client."""
 
-    async def echo(client: trio_udp.Client) -> None:
-        async for payload in client:
-            await client.send(payload)
-
     async def serve(task_status: trio.TaskStatus[trio_udp.Server]) -> None:
         await trio_udp.serve(echo, 0, task_status=task_status)
 
@@ -57,7 +53,7 @@ async def test_a_conversation_with_a_server(nursery: trio.Nursery) -> None:
 
 
 async def test_statistics_add_up(connection: Connection, far_end: socket.socket) -> None:
-    """What has been read ahead and not been asked for shows as waiting, and at the end as dropped."""
+    """Datagrams that were read ahead and nobody has asked for show as waiting, and at the end as dropped."""
     for i in range(5):
         far_end.sendto(b"%d" % i, connection.local_address)
     await connection.send(b"xyz")
@@ -72,6 +68,7 @@ async def test_statistics_add_up(connection: Connection, far_end: socket.socket)
         send_errors=0,
         errors={},
         receive_buffer=connection.statistics().receive_buffer,
+        receive_buffer_requested=4_194_304,
         delivered=2,
         waiting=3,
         dropped_at_end=0,
@@ -103,17 +100,57 @@ async def test_async_iteration(connection: Connection, far_end: socket.socket) -
     assert seen == [b"%d" % i for i in range(200)]
 
 
-async def test_a_refusal_comes_before_what_came_after_it(connection: Connection, far_end: socket.socket) -> None:
-    """A refusal that a send has met is raised by the next receive, though the server is there by now and answers."""
+def refuse_next(connection: Connection, far_end: socket.socket) -> socket.socket:
+    """Let the connection's next send be refused, and bind the peer's port again; return the new peer."""
     address = far_end.getsockname()
     far_end.close()
-    await connection.send(b"refused")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again, trio.fail_after(5):
-        again.bind(address)
+    connection.send_nowait(b"refused")
+    again = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    again.settimeout(5)
+    again.bind(address)
+    return again
+
+
+async def test_a_refusal_is_raised_by_the_next_send(connection: Connection, far_end: socket.socket) -> None:
+    """A send that meets an earlier datagram's refusal raises it and sends nothing; then the connection works."""
+    with refuse_next(connection, far_end) as again, trio.fail_after(5):
+        with pytest.raises(ConnectionRefusedError):
+            await connection.send(b"not sent")
+        again.sendto(b"answer", connection.local_address)
+        assert await connection.receive() == b"answer"  # the refusal is raised once
         await connection.send(b"wanted")
+        assert again.recv(100) == b"wanted"
+    statistics = connection.statistics()
+    assert (statistics.sent, statistics.send_errors, statistics.receive_errors) == (2, 0, 1)
+    assert statistics.errors == {"ECONNREFUSED": 1}
+
+
+async def test_a_refusal_is_raised_by_send_nowait(connection: Connection, far_end: socket.socket) -> None:
+    """A send_nowait that meets an earlier datagram's refusal raises it and sends nothing."""
+    with refuse_next(connection, far_end) as again:
+        with pytest.raises(ConnectionRefusedError):
+            connection.send_nowait(b"not sent")
+        await connection.send(b"wanted")
+        assert again.recv(100) == b"wanted"
+    assert connection.statistics().sent == 2
+
+
+async def test_a_refusal_is_raised_by_send_many(connection: Connection, far_end: socket.socket) -> None:
+    """A send_many that meets an earlier datagram's refusal raises it and sends none of its datagrams."""
+    with refuse_next(connection, far_end) as again:
+        with pytest.raises(ConnectionRefusedError):
+            await connection.send_many([b"not sent"] * 3)
+        await connection.send(b"wanted")
+        assert again.recv(100) == b"wanted"
+    assert connection.statistics().sent == 2
+
+
+async def test_a_refusal_comes_before_what_came_after_it(connection: Connection, far_end: socket.socket) -> None:
+    """receive raises a refusal first, though the server is there by now and has sent something."""
+    with refuse_next(connection, far_end) as again, trio.fail_after(5):
+        again.sendto(b"answer", connection.local_address)
         with pytest.raises(ConnectionRefusedError):
             await connection.receive()
-        again.sendto(b"answer", connection.local_address)
         assert await connection.receive() == b"answer"
 
 
@@ -127,7 +164,7 @@ async def test_refusals_one_after_the_other(connection: Connection, far_end: soc
 
 
 def test_short_deadlines_do_not_starve(far_end: socket.socket) -> None:
-    """However short the time that is allowed, if it is tried again, receive takes what has arrived."""
+    """A task that retries receive with a deadline that always passes meanwhile still gets all that has arrived."""
     clock = trio.testing.MockClock()
     seen: list[bytes] = []
 
@@ -150,30 +187,27 @@ def test_short_deadlines_do_not_starve(far_end: socket.socket) -> None:
     assert seen == [b"%d" % i for i in range(200)]
 
 
-async def test_a_refusal_met_by_a_send_wakes_the_receiver(connection: Connection, far_end: socket.socket) -> None:
-    """A task that has been waiting since before is told of a refusal that the kernel has told to a send."""
-    address = far_end.getsockname()
-    far_end.close()
-    told: list[str] = []
+async def test_a_refusal_met_by_a_send_wakes_nobody_else(connection: Connection, far_end: socket.socket) -> None:
+    """A refusal that a send has raised is not raised again by a receive that waits: that returns the next datagram."""
+    received: list[bytes] = []
 
     async def receive() -> None:
-        with trio.fail_after(5), pytest.raises(ConnectionRefusedError):
-            await connection.receive()
-        told.append("refused")
+        with trio.fail_after(5):
+            received.append(await connection.receive())
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(receive)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        await trio.testing.wait_all_tasks_blocked()
+        with refuse_next(connection, far_end) as again:
+            with pytest.raises(ConnectionRefusedError):
+                connection.send_nowait(b"not sent")
+            again.sendto(b"answer", connection.local_address)
             await trio.testing.wait_all_tasks_blocked()
-            await connection.send(b"refused")
-            again.bind(address)
-            await connection.send(b"wanted")
-        assert told == ["refused"]
-        assert again.recv(100) == b"wanted"
+    assert received == [b"answer"]
 
 
 async def test_a_refusal_reaches_a_receive_that_waits(connection: Connection, far_end: socket.socket) -> None:
-    """A task that is already waiting is told, whichever call the kernel gave the news to."""
+    """A task that waits in receive raises a refusal that no send has met."""
     far_end.close()
 
     async def expect_refusal() -> None:
@@ -184,7 +218,37 @@ async def test_a_refusal_reaches_a_receive_that_waits(connection: Connection, fa
         nursery.start_soon(expect_refusal)
         await trio.testing.wait_all_tasks_blocked()
         await connection.send(b"1")
-        await connection.send(b"2")
+    assert connection.statistics().errors == {"ECONNREFUSED": 1}
+
+
+async def test_receive_many(connection: Connection, far_end: socket.socket) -> None:
+    """receive_many returns all that has arrived, in order, at least one datagram and at most 64."""
+    wanted = [b"%d" % i for i in range(100)]
+    for payload in wanted:
+        far_end.sendto(payload, connection.local_address)
+    seen = [await connection.receive_many() for _ in range(2)]
+    assert [len(many) for many in seen] == [64, 36]
+    assert [payload for many in seen for payload in many] == wanted
+    assert connection.statistics().delivered == 100
+
+
+async def test_an_error_of_the_kernels_is_raised(
+    connection: Connection, far_end: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error that is this datagram's, and no earlier one's, is raised by send and counted once."""
+    connection.socket.shutdown(socket.SHUT_WR)
+    with pytest.raises(BrokenPipeError):
+        await connection.send(b"x")
+    with pytest.raises(BrokenPipeError):
+        connection.send_nowait(b"x")
+    with pytest.raises(BrokenPipeError):
+        await connection.send_many([b"x", b"y"])
+    far_end.sendto(b"still here", connection.local_address)
+    assert await connection.receive() == b"still here"
+    statistics = connection.statistics()
+    assert (statistics.sent, statistics.send_errors, statistics.receive_errors) == (0, 3, 0)
+    assert statistics.errors == {"EPIPE": 3}
+    assert "EPIPE" in caplog.text
 
 
 async def test_local_address(far_end: socket.socket) -> None:

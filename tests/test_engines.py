@@ -1,6 +1,6 @@
-"""What holds for every engine: the same tests run in memory and over loopback, so that neither can drift.
+"""Behaviour of every engine: the same tests run in memory and over loopback, so that neither can drift.
 
-Everything here is said in terms of endpoints, servers and connections. Times are real ones, and short.
+The tests know only endpoints, servers and connections. They use the real clock, and wait for short times only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trio_udp import Client, Connection, Endpoint, Server, serve_endpoints
 from trio_udp._endpoints import Address
 from trio_udp.testing import SimulatedNetwork
 
-from .conftest import check_adds_up
+from .conftest import check_adds_up, echo
 
 HOST = "127.0.0.1"
 
@@ -43,11 +43,11 @@ async def open_endpoint(port: int = 0, host: str = HOST, **options: Any) -> Endp
 
 
 async def open_narrow() -> tuple[Connection, Connection]:
-    near, far = map(Endpoint.from_socket, socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
-    return Connection(near, near.route((HOST, 1))), Connection(far, far.route((HOST, 1)))
+    near, far = map(Connection.from_socket, socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
+    return near, far
 
 
-def in_memory() -> World:
+def simulated_world() -> World:
     network = SimulatedNetwork()
 
     async def open_endpoint(port: int = 0, host: str = HOST, **options: Any) -> Endpoint:
@@ -56,9 +56,10 @@ def in_memory() -> World:
     async def open_narrow() -> tuple[Connection, Connection]:
         network = SimulatedNetwork(bandwidth=8_000)
         near, far = (HOST, 1), (HOST, 2)
-        ends = await network.connect(*far, local_address=near), await network.connect(*near, local_address=far)
-        network._engines[far]._receive_buffer = 2**30  # or a process that is stalled for a moment would lose datagrams
-        return ends
+        # Room for all of them, or a process that is stalled for a moment would lose datagrams.
+        return await network.connect(*far, local_address=near), await network.connect(
+            *near, local_address=far, receive_buffer=2**30
+        )
 
     return World(open_endpoint, network.connect, open_narrow)
 
@@ -66,17 +67,12 @@ def in_memory() -> World:
 @pytest.fixture(params=["simulated", "portable", "linux"])
 def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> World:
     if request.param == "simulated":
-        return in_memory()
+        return simulated_world()
     if request.param == "linux" and sys.platform != "linux":
         pytest.skip("not Linux")
     monkeypatch.setenv("TRIO_UDP_ENGINE", request.param)
     # UDP has no back-pressure on one machine; Unix-domain datagrams have, and only the portable engine.
     return World(open_endpoint, trio_udp.connect, open_narrow if request.param == "portable" else None)
-
-
-async def echo(client: Client) -> None:
-    async for payload in client:
-        await client.send(payload)
 
 
 StartServer = Callable[..., Awaitable[Server]]
@@ -130,7 +126,7 @@ async def settle() -> None:
 
 
 async def test_payloads_come_back_whole(connection: Connection) -> None:
-    """Whatever its length, also none and the longest that UDP can carry."""
+    """A payload of any length comes back whole, an empty one and the longest that UDP can carry included."""
     for payload in (b"hello", b"", bytes(range(256)) * 200, bytes(65_507)):
         await connection.send(payload)
         assert await take(connection, 1) == [payload]
@@ -138,7 +134,7 @@ async def test_payloads_come_back_whole(connection: Connection) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 async def test_both_families(world: World, start: StartServer, host: str) -> None:
-    """Addresses are those that a socket of the family would give."""
+    """Over IPv4 and IPv6, addresses are those that a socket of the family would give."""
     server = await start(host=host)
     own = address_of(server)
     async with await world.connect(*own[:2]) as connection:
@@ -150,7 +146,7 @@ async def test_both_families(world: World, start: StartServer, host: str) -> Non
 
 
 async def test_a_burst_keeps_its_order(connection: Connection) -> None:
-    """More than a batch, sent at once, is received and answered in order."""
+    """A burst of more datagrams than a batch is received and answered in order."""
     wanted = [b"%d" % i for i in range(200)]
     await connection.send_many(wanted)
     assert await take(connection, 200) == wanted
@@ -172,7 +168,7 @@ async def test_many_clients_at_once(world: World, start: StartServer) -> None:
 
 
 async def test_what_is_too_long_is_the_senders_mistake(connection: Connection) -> None:
-    """65,508 bytes raise EMSGSIZE, and the connection goes on."""
+    """Sending 65,508 bytes raises EMSGSIZE, and the connection goes on."""
     with pytest.raises(OSError, match="too long") as info:
         await connection.send(bytes(65_508))
     assert info.value.errno == errno.EMSGSIZE
@@ -181,7 +177,7 @@ async def test_what_is_too_long_is_the_senders_mistake(connection: Connection) -
 
 
 async def test_truncated_datagrams_are_counted_and_dropped(world: World, start: StartServer) -> None:
-    """One as long as max_datagram_size is delivered, a longer one is not, and does not start a client."""
+    """A datagram as long as max_datagram_size is delivered; a longer one is not, and does not start a client."""
     server = await start(max_datagram_size=100)
     async with await world.connect(*address_of(server)) as connection:
         await connection.send_many([bytes(101), bytes(5_000)])
@@ -195,7 +191,7 @@ async def test_truncated_datagrams_are_counted_and_dropped(world: World, start: 
 
 
 async def test_only_the_peer_is_heard(world: World, start: StartServer, connection: Connection) -> None:
-    """What others send to a connection's address does not arrive."""
+    """A datagram that a stranger sends to a connection's address does not arrive."""
     stranger = await start()
     await stranger.send_to(b"forged", connection.local_address)
     await connection.send(b"genuine")
@@ -219,9 +215,11 @@ async def test_send_to_reaches_who_has_never_written(start: StartServer) -> None
 
 
 async def test_nobody_can_write_to_port_zero(world: World, start: StartServer) -> None:
-    """Sending there is counted as EINVAL and harms nothing; connecting there is a mistake."""
+    """Sending to port 0 raises the kernel's EINVAL, is counted once and harms nothing; connecting is a ValueError."""
     server = await start()
-    await server.send_to(b"x", (HOST, 0))
+    with pytest.raises(OSError, match="Invalid") as info:
+        await server.send_to(b"x", (HOST, 0))
+    assert info.value.errno == errno.EINVAL
     assert server.statistics().errors == {"EINVAL": 1}
     assert (server.statistics().sent, server.statistics().send_errors) == (0, 1)
     with pytest.raises(ValueError, match="port"):
@@ -252,7 +250,7 @@ async def test_answers_leave_from_the_address_written_to(world: World, start: St
 
 
 async def test_what_came_before_the_server_is_served(world: World, nursery: trio.Nursery) -> None:
-    """Datagrams wait in the endpoint until somebody serves on it."""
+    """Datagrams wait in an endpoint until a server runs on it."""
     endpoint = await world.endpoint()
     async with await world.connect(*endpoint.local_address) as connection:
         await connection.send_many([b"1", b"2"])
@@ -265,7 +263,7 @@ TELLS_NOT = () if sys.platform == "linux" else (0,)
 
 
 async def test_a_full_receive_buffer(world: World, nursery: trio.Nursery) -> None:
-    """What finds no room is lost; what is there already is not, and stays in order."""
+    """Datagrams that find no room are lost and counted; those already there are not, and stay in order."""
     endpoint = await world.endpoint(receive_buffer=10_000)
     seen: list[bytes] = []
 
@@ -291,7 +289,7 @@ async def test_a_full_receive_buffer(world: World, nursery: trio.Nursery) -> Non
 
 
 async def test_a_full_send_buffer(world: World) -> None:
-    """send_nowait raises, send waits, and everything arrives once and in order."""
+    """With a full send buffer send_nowait raises and send waits; everything arrives once and in order."""
     if world.narrow is None:
         pytest.skip("no UDP socket of one machine is ever full; see test_linux_engine.py")
     near, far = await world.narrow()
@@ -314,7 +312,7 @@ async def test_a_full_send_buffer(world: World) -> None:
 
 
 async def test_a_refusal_is_raised_once(world: World, refused: Connection, nursery: trio.Nursery) -> None:
-    """receive says once that nobody listens; when somebody does, the same connection reaches them."""
+    """receive raises a refusal once; when a server listens there, the same connection reaches it."""
     await refused.send(b"anybody?")
     await expect_refusal(refused)
     with pytest.raises(trio.WouldBlock):
@@ -326,19 +324,21 @@ async def test_a_refusal_is_raised_once(world: World, refused: Connection, nurse
     assert refused.statistics().errors == {"ECONNREFUSED": 1}
 
 
-async def test_a_refusal_costs_no_datagram(world: World, refused: Connection, nursery: trio.Nursery) -> None:
-    """A refusal may show when the next datagram is sent; that one is sent all the same."""
+async def test_a_refusal_is_raised_by_the_next_send(world: World, refused: Connection, nursery: trio.Nursery) -> None:
+    """A send that meets an earlier datagram's refusal raises it and is not sent; the next one is."""
     await refused.send(b"refused")
     endpoint = await world.endpoint(refused.peer_address[1])
     await nursery.start(partial(serve_endpoints, echo, [endpoint]))
+    with pytest.raises(ConnectionRefusedError):
+        await refused.send(b"not sent")
     await refused.send(b"wanted")
-    await expect_refusal(refused)
     assert await take(refused, 1) == [b"wanted"]
     assert (refused.statistics().sent, refused.statistics().send_errors) == (2, 0)
+    assert refused.statistics().errors == {"ECONNREFUSED": 1}
 
 
 async def test_a_refusal_wakes_the_receiver(refused: Connection) -> None:
-    """A task that has been waiting all the time is told of each refusal."""
+    """A receive that already waits raises each refusal."""
     for _ in range(10):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(expect_refusal, refused)
@@ -375,7 +375,7 @@ async def test_addresses_in_use(world: World, start: StartServer) -> None:
 
 
 async def test_closing_an_endpoint_under_a_waiting_server(world: World, nursery: trio.Nursery) -> None:
-    """The server ends with ClosedResourceError; its handlers find their client closed."""
+    """A server whose endpoint is closed ends with ClosedResourceError; its handlers find their client closed."""
     endpoint = await world.endpoint()
     ends = []
 
@@ -404,7 +404,7 @@ async def test_closing_an_endpoint_under_a_waiting_server(world: World, nursery:
 
 
 async def test_closing_with_datagrams_waiting(world: World) -> None:
-    """A server whose endpoint is closed in the middle of what has arrived ends, and does not spin."""
+    """A server whose endpoint is closed while datagrams wait in it ends, and does not spin."""
     endpoint = await world.endpoint()
 
     async def handler(client: Client) -> None:
@@ -419,7 +419,7 @@ async def test_closing_with_datagrams_waiting(world: World) -> None:
 
 
 async def test_closing_a_connection_under_a_waiting_receiver(connection: Connection) -> None:
-    """It gets ClosedResourceError, as does everybody afterwards."""
+    """A receive that waits gets ClosedResourceError when the connection is closed, as does every later call."""
     ends = []
 
     async def receive() -> None:
@@ -443,7 +443,7 @@ async def test_closing_a_connection_under_a_waiting_receiver(connection: Connect
 
 
 async def test_cancelling_receive_loses_nothing(connection: Connection) -> None:
-    """What has arrived is there for the next receive."""
+    """A datagram that has arrived when receive is cancelled is there for the next receive."""
     await connection.send(b"x")
     await settle()
     with trio.CancelScope() as scope:
@@ -454,7 +454,7 @@ async def test_cancelling_receive_loses_nothing(connection: Connection) -> None:
 
 
 async def test_two_tasks_cannot_receive_at_once(connection: Connection) -> None:
-    """The second one gets BusyResourceError, and the first its datagram."""
+    """The second of two tasks that receive from a connection gets BusyResourceError, and the first its datagram."""
     seen = []
 
     async def receive() -> None:

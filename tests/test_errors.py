@@ -1,4 +1,4 @@
-"""What strangers and users can do wrong: handlers and accept that raise, errors of the network, wrong arguments."""
+"""Mistakes of strangers and users: handlers and accept that raise, errors of the network, wrong arguments."""
 
 from __future__ import annotations
 
@@ -14,17 +14,12 @@ import trio
 from trio.testing import MockClock
 
 import trio_udp
-from trio_udp import Client, Limits, serve_endpoints
+from trio_udp import Client, Datagram, Limits, serve_endpoints
 
-from .conftest import ALICE, BOB, SERVER, StartInMemory, check_adds_up, in_memory
+from .conftest import ALICE, BOB, SERVER, StartInMemory, check_adds_up, echo, in_memory
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
-
-
-async def echo(client: Client) -> None:
-    async for payload in client:
-        await client.send(payload)
 
 
 async def divide(client: Client) -> None:
@@ -98,7 +93,7 @@ async def test_on_error_replaces_the_log(start_in_memory: StartInMemory, caplog:
 async def test_log_error_can_be_called_from_on_error(
     start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One's own on_error may do something and then log as usual."""
+    """An on_error of the user's may do something and then log as usual, with log_error."""
     seen = []
 
     def on_error(client: Client, error: Exception) -> None:
@@ -113,29 +108,42 @@ async def test_log_error_can_be_called_from_on_error(
 
 
 async def test_on_error_may_crash_the_server() -> None:
-    """What on_error raises ends the server, in an exception group as from any nursery; everything is closed."""
+    """An exception that on_error raises, as raise_error does, ends the server in a group, as from any nursery."""
     run = in_memory()
-
-    def on_error(client: Client, error: Exception) -> None:
-        raise error
-
     run.put(b"0")
     run.put(b"6", BOB)
     with pytest.RaisesGroup(ZeroDivisionError):
-        await serve_endpoints(divide, [run.endpoint], on_error=on_error)
+        await serve_endpoints(divide, [run.endpoint], on_error=trio_udp.raise_error)
     assert run.endpoint.closed
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
 async def test_what_is_not_an_exception_always_propagates(error: type[BaseException]) -> None:
-    """SystemExit and KeyboardInterrupt in a handler end the server."""
+    """SystemExit and KeyboardInterrupt in a handler end the server and leave serve bare, not in a group."""
     run = in_memory()
 
     async def handler(client: Client) -> None:
-        raise error
+        raise error("the end")
 
     run.put(b"x")
-    with pytest.RaisesGroup(error):
+    with pytest.raises(error, match="the end") as info:
+        await serve_endpoints(handler, [run.endpoint])
+    assert info.value.__cause__ is None
+    assert run.endpoint.closed
+
+
+async def test_other_base_exceptions_propagate_in_a_group() -> None:
+    """A BaseException that does not end the program ends the server, in an exception group as from any nursery."""
+
+    class Unusual(BaseException):
+        pass
+
+    async def handler(client: Client) -> None:
+        raise Unusual
+
+    run = in_memory()
+    run.put(b"x")
+    with pytest.RaisesGroup(Unusual):
         await serve_endpoints(handler, [run.endpoint])
     assert run.endpoint.closed
 
@@ -153,27 +161,53 @@ async def test_exception_groups_are_errors_unless_all_are_ends(start_in_memory: 
     assert [type(error) for error in errors] == [ExceptionGroup]
 
 
-async def test_using_a_closed_client_is_an_error(start_in_memory: StartInMemory) -> None:
-    """A handler that closes its client and then receives has made a mistake, and is told."""
+async def test_using_a_closed_client_is_a_normal_end(start_in_memory: StartInMemory) -> None:
+    """A ClosedResourceError of this client's own, alone or from a nursery, is no error when it leaves the handler."""
+    errors: list[Exception] = []
+
+    async def receive(client: Client) -> None:
+        client.close()
+        await client.receive()
+
+    async def send_in_a_nursery(client: Client) -> None:
+        async with trio.open_nursery() as nursery:
+            client.close()
+            nursery.start_soon(client.send, b"x")
+            client.send_nowait(b"x")
+
+    for handler in (receive, send_in_a_nursery):
+        run = await start_in_memory(handler, on_error=lambda client, error: errors.append(error))
+        run.put(b"x")
+        await run.settle()
+        assert errors == []
+        assert (run.server.statistics().clients, run.server.statistics().handler_errors) == (0, 0)
+        check_adds_up(run.server)
+
+
+async def test_a_closed_resource_of_the_handlers_own_is_an_error(start_in_memory: StartInMemory) -> None:
+    """A ClosedResourceError from something else that the handler uses goes to on_error, though its client is closed."""
     errors: list[Exception] = []
 
     async def handler(client: Client) -> None:
         client.close()
-        await client.receive()
+        sender, _ = trio.open_memory_channel[int](0)
+        sender.close()
+        await sender.send(1)
 
     run = await start_in_memory(handler, on_error=lambda client, error: errors.append(error))
     run.put(b"x")
     await run.settle()
     assert [type(error) for error in errors] == [trio.ClosedResourceError]
+    assert run.server.statistics().handler_errors == 1
 
 
 async def test_accept_turns_strangers_away(start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture) -> None:
-    """accept sees a stranger's datagram before anything is kept; false or an exception refuses it."""
+    """accept sees a stranger's datagram before anything is kept; False or an exception refuses it."""
     asked = []
 
-    def accept(payload: bytes, address: object) -> bool:
-        asked.append((payload, address))
-        return payload[0] == ord("+")
+    def accept(datagram: Datagram) -> bool:
+        asked.append((datagram.payload, datagram.peer_address))
+        return datagram.payload[0] == ord("+")
 
     run = await start_in_memory(echo, accept=accept, limits=Limits(max_clients=1))
     for payload in (b"no", b"", b"+yes", b"no more questions"):
@@ -186,8 +220,25 @@ async def test_accept_turns_strangers_away(start_in_memory: StartInMemory, caplo
     statistics = run.server.statistics()
     assert (statistics.refused_by_accept, statistics.refused_full, statistics.clients_started) == (3, 1, 1)
     assert [record.getMessage() for record in caplog.records] == [
-        "accept failed on a datagram from ('192.0.2.1', 1000)"
+        "accept failed on a datagram from ('192.0.2.1', 1000)",
+        "the table of clients is full (max_clients=1)",
     ]
+    check_adds_up(run.server)
+
+
+@pytest.mark.parametrize("answer", [1, 0, None, "text", bytearray(b"x"), []])
+async def test_accept_must_return_a_bool_or_bytes(
+    start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture, answer: object
+) -> None:
+    """Another answer of accept, however true, is the program's mistake: the datagram is refused and that is logged."""
+    accept: Any = lambda datagram: answer  # noqa: E731
+    run = await start_in_memory(echo, accept=accept)
+    run.put(b"x")
+    await run.settle()
+    assert run.sent == []
+    assert (run.server.statistics().refused_by_accept, run.server.statistics().clients_started) == (1, 0)
+    assert "accept failed on a datagram from ('192.0.2.1', 1000)" in caplog.text
+    assert "accept must return True, False or bytes" in caplog.text
     check_adds_up(run.server)
 
 
@@ -209,7 +260,7 @@ async def test_receive_errors_are_counted_and_survived(start_in_memory: StartInM
 
 
 async def test_an_error_that_lasts_is_no_busy_loop(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """When reading fails again and again, the server looks only now and then, and recovers."""
+    """When reading fails again and again, the server tries it only now and then, and recovers."""
     run = await start_in_memory(echo)
     for _ in range(100):
         run.network.fail_next_receive(SERVER, errno.EIO)
@@ -222,7 +273,7 @@ async def test_an_error_that_lasts_is_no_busy_loop(start_in_memory: StartInMemor
 
 
 async def test_send_errors_are_counted_for_the_client_they_concern(start_in_memory: StartInMemory) -> None:
-    """What cannot be sent to one client is counted there; the rest of the batch is sent."""
+    """A reply that cannot be sent is counted at its client; the rest of the batch is sent."""
     kept: dict[object, Client] = {}
 
     async def handler(client: Client) -> None:
@@ -244,8 +295,15 @@ async def test_send_errors_are_counted_for_the_client_they_concern(start_in_memo
     assert kept[BOB].statistics().sent == 2
 
 
-async def _async_accept(payload: bytes, address: object) -> bool:
+async def _async_accept(datagram: Datagram) -> bool:
     return True
+
+
+async def _async_accept_with_prefix(prefix: bytes, datagram: Datagram) -> bool:
+    return datagram.payload.startswith(prefix)
+
+
+async def _no_argument() -> None: ...
 
 
 class _AsyncCallable:
@@ -262,6 +320,8 @@ async def _generator(client: Client) -> Any:
     [
         (TypeError, {"handler": None}),
         (TypeError, {"handler": _generator}),
+        (TypeError, {"handler": _AsyncCallable}),
+        (TypeError, {"handler": _no_argument}),
         (TypeError, {"endpoints": 5}),
         (TypeError, {"endpoints": ["not an endpoint"]}),
         (ValueError, {"endpoints": []}),
@@ -269,7 +329,9 @@ async def _generator(client: Client) -> Any:
         (TypeError, {"accept": True}),
         (TypeError, {"accept": _async_accept}),
         (TypeError, {"accept": _AsyncCallable()}),
-        (TypeError, {"accept": partial(_async_accept, b"")}),
+        (TypeError, {"accept": partial(_async_accept_with_prefix, b"")}),
+        (TypeError, {"accept": lambda payload, address: True}),
+        (ValueError, {"handler": trio_udp.datagram_handler(lambda datagram: None), "accept": lambda datagram: True}),
         (TypeError, {"on_error": None}),
         (TypeError, {"on_error": _async_accept}),
         (TypeError, {"on_error": _AsyncCallable()}),
@@ -281,7 +343,7 @@ async def _generator(client: Client) -> Any:
     ],
 )
 async def test_wrong_arguments_raise_at_once(error: type[Exception], arguments: dict[str, Any]) -> None:
-    """A mistake of the caller's raises at the call and closes the endpoints."""
+    """A wrong argument of serve_endpoints raises at the call and closes the endpoints."""
     run = in_memory()
     keywords = {"handler": echo, "endpoints": [run.endpoint], **arguments}
     with pytest.raises(error):
@@ -289,15 +351,36 @@ async def test_wrong_arguments_raise_at_once(error: type[Exception], arguments: 
     assert run.endpoint.closed or "endpoints" in arguments
 
 
-async def test_endpoints_are_checked_and_closed_together() -> None:
-    """One wrong endpoint, or the same one twice, raises at the call, and all of them are closed."""
-    for wrong, error in (("not an endpoint", TypeError), (None, ValueError)):
-        first, last = in_memory().endpoint, in_memory().endpoint
-        endpoints: Any = [first, first if wrong is None else wrong, last]
-        with pytest.raises(error):
-            await serve_endpoints(echo, endpoints)
-        assert first.closed
-        assert last.closed
+async def test_the_same_endpoint_twice_closes_all() -> None:
+    """An endpoint that is given twice raises at the call, and all endpoints are closed: the server owned them."""
+    first, last = in_memory().endpoint, in_memory().endpoint
+    with pytest.raises(ValueError, match="twice"):
+        await serve_endpoints(echo, [first, first, last])
+    assert first.closed
+    assert last.closed
+
+
+async def test_nothing_is_taken_over_unless_all_are_endpoints() -> None:
+    """A list with something else than endpoints in it raises before any is taken over: they stay open and usable."""
+    first, last = in_memory(), in_memory()
+    endpoints: Any = [first.endpoint, "not an endpoint", last.endpoint]
+    with pytest.raises(TypeError, match="not an endpoint"):
+        await serve_endpoints(echo, endpoints)
+    for run in (first, last):
+        run.put(b"x")
+        assert run.endpoint.receive_nowait().payload == b"x"
+
+
+async def test_an_endpoint_that_is_received_from_stays_open(nursery: trio.Nursery) -> None:
+    """serve_endpoints raises BusyResourceError where something else receives; that endpoint alone stays open."""
+    free, busy = in_memory(), in_memory()
+    nursery.start_soon(busy.endpoint.receive)
+    await busy.settle()
+    with pytest.raises(trio.BusyResourceError):
+        await serve_endpoints(echo, [free.endpoint, busy.endpoint])
+    assert free.endpoint.closed
+    assert not busy.endpoint.closed
+    busy.put(b"x")  # for the task that receives
 
 
 @pytest.mark.parametrize(
@@ -319,15 +402,22 @@ def test_wrong_limits_raise_at_once(error: type[Exception], name: str, value: An
         Limits(**{name: value})
 
 
-async def test_a_handler_that_is_not_async_is_told(
-    start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A plain function as handler shows in the log as a TypeError."""
-    run = await start_in_memory(lambda client: None)
+async def test_a_handler_that_returns_no_awaitable_ends_the_server() -> None:
+    """A plain function as handler that returns no awaitable ends the server with a TypeError, not in a group."""
+    run = in_memory()
+    handler: Any = lambda client: None  # noqa: E731
+    run.put(b"x")
+    with pytest.raises(TypeError, match="returned None, not an awaitable: a handler is an async function"):
+        await serve_endpoints(handler, [run.endpoint])
+    assert run.endpoint.closed
+
+
+async def test_a_plain_function_that_returns_an_awaitable_is_a_handler(start_in_memory: StartInMemory) -> None:
+    """``lambda client: handler(client, ...)`` will do as a handler."""
+    run = await start_in_memory(lambda client: echo(client))
     run.put(b"x")
     await run.settle()
-    assert caplog.records[0].exc_info
-    assert caplog.records[0].exc_info[0] is TypeError
+    assert run.sent_to(ALICE) == [b"x"]
 
 
 def test_serve_takes_what_its_parts_take() -> None:
@@ -354,7 +444,7 @@ async def test_logging_is_the_standard_library(
 
 
 async def test_a_closed_handler_nursery_is_the_callers_mistake() -> None:
-    """When the caller's handler_nursery is over, the server ends with the error that says so."""
+    """With a handler_nursery that is closed already, the server ends with Trio's error."""
     run = in_memory()
     async with trio.open_nursery() as handler_nursery:
         pass
@@ -382,10 +472,10 @@ async def test_a_cancelled_handler_nursery_leaves_the_server_alone() -> None:
 
 
 async def test_what_is_in_hand_when_the_server_crashes_is_counted() -> None:
-    """If accept raises what is no Exception, or the nursery for handlers is over, the counters still add up."""
+    """If accept raises a KeyboardInterrupt, or the nursery for handlers is over, the counters still add up."""
 
-    def accept(payload: bytes, address: object) -> bool:
-        if payload == b"crash":
+    def accept(datagram: Datagram) -> bool:
+        if datagram.payload == b"crash":
             raise KeyboardInterrupt
         return True
 
@@ -409,29 +499,28 @@ async def test_what_is_in_hand_when_the_server_crashes_is_counted() -> None:
 async def test_an_accept_that_turns_out_to_be_async_accepts_nobody(
     start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A coroutine is true, but not an answer."""
-    accept: Any = lambda payload, address: _async_accept(payload, address)  # noqa: E731
+    """A plain function as accept that returns a coroutine accepts nobody; that is logged."""
+    accept: Any = lambda datagram: _async_accept(datagram)  # noqa: E731
     run = await start_in_memory(echo, accept=accept)
     run.put(b"x")
     await run.settle()
     assert run.server.statistics().refused_by_accept == 1
-    assert "accept must be a plain function" in caplog.text
+    assert "accept must return True, False or bytes, not <coroutine object" in caplog.text
 
 
 async def test_the_counters_add_up_inside_accept(start_in_memory: StartInMemory) -> None:
-    """Even while a batch is being handed out, nothing is counted before it is known what becomes of it."""
-    servers: list[trio_udp.Server] = []
+    """In the middle of a batch, no datagram is counted as received before its fate is known."""
     checked = []
 
-    def accept(payload: bytes, address: object) -> bool:
-        check_adds_up(servers[0])
-        checked.append(payload)
-        return payload != b"no"
+    def accept(datagram: Datagram) -> bool:
+        assert datagram.server is not None
+        check_adds_up(datagram.server)
+        checked.append(datagram.payload)
+        return datagram.payload != b"no"
 
     run = await start_in_memory(echo, accept=accept)
-    servers.append(run.server)
     for i in range(10):
-        run.put(b"no" if i % 3 else b"yes", ("192.0.2.8", i))
+        run.put(b"no" if i % 3 else b"yes", ("192.0.2.8", i + 1))
     await run.settle()
     assert len(checked) == 10
     assert run.server.statistics().refused_by_accept == 6
@@ -441,7 +530,7 @@ async def test_the_counters_add_up_inside_accept(start_in_memory: StartInMemory)
 async def test_strangers_cannot_make_the_server_pause(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """Datagrams that poll as readable and then are not there, for their checksum is wrong, cost no time."""
+    """Datagrams that poll as readable and then are not there, because their checksum is wrong, cost no time."""
     run = await start_in_memory(echo)
     for _ in range(100):
         run.network.fail_next_receive(SERVER, errno.EAGAIN)
@@ -452,12 +541,9 @@ async def test_strangers_cannot_make_the_server_pause(
     assert trio.current_time() == 0
 
 
-async def test_what_is_to_end_the_program_is_seen_with_what_came_beside_it() -> None:
-    """A group from a handler's nursery with a KeyboardInterrupt in it propagates whole."""
+async def test_errors_beside_the_one_that_ends_the_program_are_its_cause() -> None:
+    """A KeyboardInterrupt leaves serve bare though another task of the handler failed too; that error is its cause."""
     run = in_memory()
-
-    def on_error(client: Client, error: Exception) -> None:
-        raise error
 
     async def fail(error: BaseException) -> None:
         raise error
@@ -468,5 +554,9 @@ async def test_what_is_to_end_the_program_is_seen_with_what_came_beside_it() -> 
             nursery.start_soon(fail, ValueError("beside it"))
 
     run.put(b"x")
-    with pytest.RaisesGroup(KeyboardInterrupt, ValueError, flatten_subgroups=True):
-        await serve_endpoints(handler, [run.endpoint], on_error=on_error)
+    with pytest.raises(KeyboardInterrupt) as info:
+        await serve_endpoints(handler, [run.endpoint], on_error=trio_udp.raise_error)
+    cause = info.value.__cause__
+    assert isinstance(cause, BaseException)
+    assert pytest.RaisesGroup(ValueError, flatten_subgroups=True).matches(cause)
+    assert run.endpoint.closed

@@ -24,11 +24,12 @@ from trio.testing import MockClock
 from trio_udp import Client, Endpoint, Server, serve_endpoints
 from trio_udp._endpoints import Address
 from trio_udp._endpoints._address import unpack_address
-from trio_udp._endpoints._endpoint import FRUITLESS_READS, FULL_THOUGH_WRITABLE, MANY_ANSWERS, PAUSE
 from trio_udp._endpoints._faults import TABLE, Fault, fault_of, reason_for
+from trio_udp._endpoints._outbox import FULL_THOUGH_WRITABLE
+from trio_udp._endpoints._reader import FRUITLESS_READS, MANY_ANSWERS, PAUSE
 from trio_udp._log import SECONDS_OF_SILENCE, FaultLog
 
-from .conftest import ALICE, BOB, SERVER, check_adds_up, in_memory
+from .conftest import ALICE, BOB, SERVER, Bystander, check_adds_up, in_memory
 
 # The table
 
@@ -58,13 +59,13 @@ NOT_OURS = {"EADDRINUSE", "EALREADY", "ENOPKG", "ESOCKTNOSUPPORT", "ELOOP", "ENA
 
 @pytest.mark.parametrize("manual", MANUALS)
 def test_the_table_is_complete(manual: str) -> None:
-    """Whatever the manuals say that receiving and sending can give is in it."""
+    """Every error that the manuals say receiving and sending can give is in the table of faults."""
     known = {name for reasons in TABLE.values() for name in reasons}
     assert set(MANUALS[manual].split()) - NOT_OURS <= known
 
 
 def test_the_table_is_unambiguous() -> None:
-    """It has no errno twice, not even under another name, and a sentence for each."""
+    """The table of faults has no errno twice, not even under another name, and a sentence for each."""
     rows = [(name, fault, reason) for fault, reasons in TABLE.items() for name, reason in reasons.items()]
     assert len({name for name, _, _ in rows}) == len(rows)
     for name, fault, reason in rows:
@@ -77,6 +78,7 @@ def test_the_table_is_unambiguous() -> None:
 
 
 def test_what_is_not_in_the_table_is_the_machines() -> None:
+    """An errno that the table of faults lacks is treated as a fault of the machine."""
     assert fault_of(OSError(99_999, "")) is Fault.MACHINE
     assert fault_of(OSError()) is Fault.MACHINE
     assert reason_for(OSError(99_999, "")) == "Not an error that a datagram socket is known to give."
@@ -85,8 +87,8 @@ def test_what_is_not_in_the_table_is_the_machines() -> None:
 # Each of them, injected
 
 
-class World:
-    """A server of which the system calls fail as a test likes, and two clients."""
+class FaultyEndpoint:
+    """An endpoint whose system calls fail as a test likes, and two peers that write to it."""
 
     alice: Address
     bob: Address
@@ -97,7 +99,7 @@ class World:
         raise NotImplementedError
 
     def arrived(self, address: Address) -> list[bytes]:
-        """What a client has received since it was last asked."""
+        """Return the payloads that a client has received since the last call."""
         raise NotImplementedError
 
     def fail_reading(self, code: int, times: int) -> None:
@@ -112,13 +114,13 @@ class World:
         return False
 
     def close_what_was_given_up(self) -> None:
-        """Close the file descriptor that the endpoint takes for somebody else's now."""
+        """Close the file descriptor that the endpoint has given up."""
 
     def close(self) -> None:
         pass
 
 
-class SimulatedWorld(World):
+class FaultySimulation(FaultyEndpoint):
     alice, bob = ALICE, BOB
 
     def __init__(self) -> None:
@@ -145,7 +147,7 @@ class SimulatedWorld(World):
             self._partition.heal()
 
 
-class RealWorld(World):
+class FaultySocket(FaultyEndpoint):
     """Sockets on loopback. The calls that would read and write the server's fail before they reach the kernel."""
 
     def __init__(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,10 +223,11 @@ class RealWorld(World):
         monkeypatch.setattr(socket.socket, call, faulty)
 
     def _patch_linux_engine(self, monkeypatch: pytest.MonkeyPatch, *, one_by_one: bool) -> None:
-        from trio_udp._endpoints import _linux
+        from trio_udp._endpoints.engines import linux
+        from trio_udp._endpoints.engines.linux_structures import MsgHdr
 
         def patch(call: str, error: Callable[..., int], most_messages: int | None = None) -> None:
-            real = getattr(_linux, call)
+            real = getattr(linux, call)
 
             def faulty(fileno: int, pointer: Any, count: int, *rest: Any) -> int:
                 code = error(pointer, count, *rest)
@@ -233,12 +236,12 @@ class RealWorld(World):
                     return -1
                 return int(real(fileno, pointer, min(count, most_messages or count), *rest))
 
-            monkeypatch.setattr(_linux, call, faulty)
+            monkeypatch.setattr(linux, call, faulty)
 
         def first_receiver(pointer: Any, count: int, *_: Any) -> int:
             if not count:
                 return 0
-            header = ctypes.cast(pointer, ctypes.POINTER(_linux.MsgHdr)).contents
+            header = ctypes.cast(pointer, ctypes.POINTER(MsgHdr)).contents
             return self._sending_error(unpack_address(ctypes.string_at(header.name, header.name_length)))
 
         if one_by_one:
@@ -250,16 +253,16 @@ class RealWorld(World):
             patch("_sendto", lambda payload, size, flags, address, _: self._sending_error(unpack_address(address)))
 
 
-WORLDS = ["simulated", "portable", "portable wildcard", "linux", "linux wildcard", "linux one by one"]
+KINDS = ["simulated", "portable", "portable wildcard", "linux", "linux wildcard", "linux one by one"]
 
 
-@pytest.fixture(params=WORLDS)
-def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+@pytest.fixture(params=KINDS)
+def faulty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyEndpoint]:
     if request.param.startswith("linux") and sys.platform != "linux":
         pytest.skip("needs Linux")
-    world = SimulatedWorld() if request.param == "simulated" else RealWorld(request.param, monkeypatch)
-    yield world
-    world.close()
+    faulty = FaultySimulation() if request.param == "simulated" else FaultySocket(request.param, monkeypatch)
+    yield faulty
+    faulty.close()
 
 
 @attrs.define
@@ -267,25 +270,30 @@ class Running:
     server: Server
     alice: Client
     bob: Client
+    x_taken: trio.Event  # b"x" has arrived
 
 
 @pytest.fixture
-async def running(world: World, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> Running:
+async def running(faulty: FaultyEndpoint, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> Running:
     """An echo server that both clients have written to already."""
     clients = {}
 
-    async def echo(client: Client) -> None:
+    x_taken = trio.Event()
+
+    async def handler(client: Client) -> None:
         clients[client.peer_address] = client
         async for payload in client:
             await client.send(payload)
+            if payload == b"x":
+                x_taken.set()
 
-    server = await nursery.start(partial(serve_endpoints, echo, [world.endpoint]))
-    for address in (world.alice, world.bob):
-        world.put(b"hello", address)
+    server = await nursery.start(partial(serve_endpoints, handler, [faulty.endpoint]))
+    for address in (faulty.alice, faulty.bob):
+        faulty.put(b"hello", address)
         await settle()
-        assert world.arrived(address) == [b"hello"]
+        assert faulty.arrived(address) == [b"hello"]
     caplog.clear()  # of what the engine has to do without
-    return Running(server, clients[world.alice], clients[world.bob])
+    return Running(server, clients[faulty.alice], clients[faulty.bob], x_taken)
 
 
 async def settle() -> None:
@@ -293,7 +301,7 @@ async def settle() -> None:
 
 
 def errnos(*faults: Fault) -> pytest.MarkDecorator:
-    """The errnos that are such, as far as this platform has them, and one that nobody knows."""
+    """Parametrize a test with the errnos of these faults that this platform has, and with an unknown one."""
     codes = {name: getattr(errno, name) for fault in faults for name in TABLE[fault] if hasattr(errno, name)}
     if Fault.MACHINE in faults:
         codes["99999"] = 99_999
@@ -304,19 +312,20 @@ def name_of(code: int) -> str:
     return errno.errorcode.get(code, str(code))
 
 
-def line(world: World, code: int, count: int) -> str:
-    return f"{world.endpoint!r}: {name_of(code)} ({count} since last logged): {reason_for(OSError(code, ''))}"
+def line(faulty: FaultyEndpoint, code: int, count: int) -> str:
+    reason = reason_for(OSError(code, ""))
+    return f"{faulty.endpoint.local_address!r}: {name_of(code)} ({count} since last logged): {reason}"
 
 
 @errnos(Fault.PEER, Fault.MACHINE)
 async def test_reading_that_goes_on_failing(
-    world: World, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
+    faulty: FaultyEndpoint, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
-    """It is tried a few times, and then only now and then; counted, logged once a minute, and over when it is over."""
-    if world.takes_for_missing(code):
+    """Reading that keeps failing is retried a few times, then once in PAUSE; it is logged once a minute."""
+    if faulty.takes_for_missing(code):
         pytest.skip("means that there is no recvmmsg, and then it is as one by one")
-    world.fail_reading(code, 30)
-    world.put(b"x", world.alice)
+    faulty.fail_reading(code, 30)
+    faulty.put(b"x", faulty.alice)
     for _ in range(1_000):  # as another task that never waits
         await trio.lowlevel.checkpoint()
     expected = FRUITLESS_READS + 1
@@ -326,16 +335,16 @@ async def test_reading_that_goes_on_failing(
         await settle()
         expected += 1
         assert running.server.statistics().receive_errors == expected
-    # What may be a peer's is logged when it lasts.
+    # A fault that may be a peer's is logged when it persists.
     before = 1 if fault_of(OSError(code, "")) is Fault.MACHINE else FRUITLESS_READS + 1
     after = expected - before - 2
-    assert caplog.messages == [line(world, code, before), line(world, code, after)]
+    assert caplog.messages == [line(faulty, code, before), line(faulty, code, after)]
 
-    world.fail_reading(0, 0)
+    faulty.fail_reading(0, 0)
     for _ in range(30):  # the rest of those in memory cannot be taken back
         mock_clock.jump(PAUSE)
         await settle()
-        if payloads := world.arrived(world.alice):
+        if payloads := faulty.arrived(faulty.alice):
             break
     assert payloads == [b"x"]
     statistics = running.server.statistics()
@@ -346,17 +355,19 @@ async def test_reading_that_goes_on_failing(
 
 @errnos(Fault.ANSWER)
 async def test_answers_of_the_network(
-    world: World, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
+    faulty: FaultyEndpoint, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
-    """However many a stranger brings about, reading goes on at once, others have their turns, and the log is silent."""
-    world.fail_reading(code, 1_000)
-    world.put(b"x", world.alice)
-    for turns in range(10_000):  # noqa: B007
-        if payloads := world.arrived(world.alice):
-            break
-        await trio.lowlevel.checkpoint()
-    assert turns >= 1_000
-    assert payloads == [b"x"]
+    """A thousand answers of the network in a row do not pause reading, keep other tasks waiting or fill the log."""
+    faulty.fail_reading(code, 1_000)
+    faulty.put(b"x", faulty.alice)
+    bystander = Bystander()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bystander.run)
+        await running.x_taken.wait()
+        nursery.cancel_scope.cancel()
+    await settle()
+    assert bystander.turns >= 1_000
+    assert faulty.arrived(faulty.alice) == [b"x"]
     assert trio.current_time() == 0
     statistics = running.server.statistics()
     assert statistics.errors == {name_of(code): 1_000}
@@ -366,11 +377,11 @@ async def test_answers_of_the_network(
 
 @errnos(Fault.ANSWER)
 async def test_answers_without_end(
-    world: World, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
+    faulty: FaultyEndpoint, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
-    """What nothing else comes between is no answer any more, but a fault that lasts."""
-    world.fail_reading(code, 5_000)
-    world.put(b"x", world.alice)
+    """More than MANY_ANSWERS answers of the network with nothing in between count as a fault that persists."""
+    faulty.fail_reading(code, 5_000)
+    faulty.put(b"x", faulty.alice)
     for _ in range(5_000):
         await trio.lowlevel.checkpoint()
     tried = MANY_ANSWERS + FRUITLESS_READS
@@ -378,51 +389,51 @@ async def test_answers_without_end(
     mock_clock.jump(PAUSE)
     await settle()
     assert running.server.statistics().receive_errors == tried + 1
-    assert caplog.messages == [line(world, code, tried)]
+    assert caplog.messages == [line(faulty, code, tried)]
 
 
 @errnos(Fault.WAIT)
 async def test_nothing_to_read_after_all(
-    world: World, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
+    faulty: FaultyEndpoint, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
     """A socket that polls as readable and has nothing is no busy loop, and no error."""
-    world.fail_reading(code, FRUITLESS_READS + 2)
-    world.put(b"x", world.alice)
+    faulty.fail_reading(code, FRUITLESS_READS + 2)
+    faulty.put(b"x", faulty.alice)
     for _ in range(1_000):
         await trio.lowlevel.checkpoint()
-    assert world.arrived(world.alice) == []
+    assert faulty.arrived(faulty.alice) == []
     for _ in range(2):
         mock_clock.jump(PAUSE)
         await settle()
-    assert world.arrived(world.alice) == [b"x"]
+    assert faulty.arrived(faulty.alice) == [b"x"]
     assert running.server.statistics().errors == {}
     assert caplog.messages == []
 
 
 @errnos(Fault.PEER, Fault.MACHINE, Fault.ANSWER)
 async def test_sending_that_fails(
-    world: World, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
+    faulty: FaultyEndpoint, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
-    """It is counted for the client it concerns; others are answered; and what strangers can cause is not logged."""
+    """An error on sending is counted for its client; others are answered; what strangers can cause is not logged."""
     alice, bob, fault = running.alice, running.bob, fault_of(OSError(code, ""))
     for payload in (b"1", b"2", b"3"):  # a batch, so the replies leave together
-        world.put(payload, world.alice)
-        world.put(payload, world.bob)
-    world.fail_sending_to_alice(code)
+        faulty.put(payload, faulty.alice)
+        faulty.put(payload, faulty.bob)
+    faulty.fail_sending_to_alice(code)
     await settle()
     await alice.send_many([b"x"] * 997)
-    assert world.arrived(world.bob) == [b"1", b"2", b"3"]
+    assert faulty.arrived(faulty.bob) == [b"1", b"2", b"3"]
     assert (alice.statistics().errors, alice.statistics().send_errors) == ({name_of(code): 1_000}, 1_000)
-    assert caplog.messages == ([line(world, code, 1)] if fault is Fault.MACHINE else [])
+    assert caplog.messages == ([line(faulty, code, 1)] if fault is Fault.MACHINE else [])
     mock_clock.jump(SECONDS_OF_SILENCE)
     await alice.send(b"x")
-    assert caplog.messages[1:] == ([line(world, code, 1_000)] if fault is Fault.MACHINE else [])
+    assert caplog.messages[1:] == ([line(faulty, code, 1_000)] if fault is Fault.MACHINE else [])
 
-    world.fail_sending_to_alice(0)
+    faulty.fail_sending_to_alice(0)
     await alice.send(b"again")
     await settle()
-    assert world.arrived(world.alice) == [b"again"]
-    # What may be the answer to an earlier datagram is counted as such, and then the call repeated.
+    assert faulty.arrived(faulty.alice) == [b"again"]
+    # An error that may be the answer to an earlier datagram is counted as such, and then the call is repeated.
     answers = 1_001 if fault is Fault.ANSWER else 0
     statistics = running.server.statistics()
     assert statistics.errors == {name_of(code): 1_001 + answers}
@@ -433,31 +444,31 @@ async def test_sending_that_fails(
 
 @errnos(Fault.WAIT)
 async def test_sending_that_has_to_wait(
-    world: World, running: Running, mock_clock: MockClock, nursery: trio.Nursery, code: int
+    faulty: FaultyEndpoint, running: Running, mock_clock: MockClock, nursery: trio.Nursery, code: int
 ) -> None:
     """A full send buffer is no error; once there is room everything leaves, in order."""
-    world.fail_sending_to_alice(code)
+    faulty.fail_sending_to_alice(code)
     nursery.start_soon(running.alice.send, b"1")
     await settle()
     nursery.start_soon(running.bob.send, b"2")
     await settle()
-    assert world.arrived(world.bob) == []
-    world.fail_sending_to_alice(0)
+    assert faulty.arrived(faulty.bob) == []
+    faulty.fail_sending_to_alice(0)
     for _ in range(2):
         mock_clock.jump(FULL_THOUGH_WRITABLE)
         await settle()
-    assert (world.arrived(world.alice), world.arrived(world.bob)) == ([b"1"], [b"2"])
+    assert (faulty.arrived(faulty.alice), faulty.arrived(faulty.bob)) == ([b"1"], [b"2"])
     assert running.server.statistics().errors == {}
 
 
 @errnos(Fault.CLOSED)
 @pytest.mark.parametrize("way", ["reading", "sending"])
 async def test_a_file_descriptor_that_is_gone(
-    world: World, caplog: pytest.LogCaptureFixture, code: int, way: str
+    faulty: FaultyEndpoint, caplog: pytest.LogCaptureFixture, code: int, way: str
 ) -> None:
-    """The server ends with ClosedResourceError, and says why, whichever way it finds out and whoever waits."""
+    """A server whose file descriptor is gone ends with ClosedResourceError and logs why, reading or sending."""
     outcome = []
-    expected = line(world, code, 1)
+    expected = line(faulty, code, 1)
 
     async def handler(client: Client) -> None:
         await client.receive()
@@ -467,38 +478,38 @@ async def test_a_file_descriptor_that_is_gone(
 
     async def run() -> None:
         with pytest.raises(trio.ClosedResourceError):
-            await serve_endpoints(handler, [world.endpoint])
+            await serve_endpoints(handler, [faulty.endpoint])
         outcome.append("ended")
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run)
         await settle()
         if way == "reading":
-            world.fail_reading(code, 1)
-        world.put(b"x", world.alice)
+            faulty.fail_reading(code, 1)
+        faulty.put(b"x", faulty.alice)
         if way == "sending":
-            world.fail_sending_to_alice(code)
+            faulty.fail_sending_to_alice(code)
         await settle()
         nursery.cancel_scope.cancel()
     assert outcome == (["ended"] if way == "reading" else ["told", "ended"])
     assert caplog.messages[-1] == expected
-    assert world.endpoint.closed
-    world.close_what_was_given_up()
+    assert faulty.endpoint.closed
+    faulty.close_what_was_given_up()
 
 
-@pytest.mark.parametrize("world", WORLDS[1:], indirect=True)
-async def test_a_file_descriptor_that_is_no_socket_any_more(world: RealWorld) -> None:
-    """To wait for it is no different from using it."""
+@pytest.mark.parametrize("faulty", KINDS[1:], indirect=True)
+async def test_a_file_descriptor_that_is_no_socket_any_more(faulty: FaultySocket) -> None:
+    """Waiting for a file descriptor that is another kind of file by now raises ClosedResourceError."""
     with open(os.devnull) as other:  # noqa: ASYNC230
-        os.dup2(other.fileno(), world.fileno)
+        os.dup2(other.fileno(), faulty.fileno)
     with pytest.raises(trio.ClosedResourceError):
-        await world.endpoint.receive_batch()
-    assert world.endpoint.closed
-    world.close_what_was_given_up()
+        await faulty.endpoint.receive()
+    assert faulty.endpoint.closed
+    faulty.close_what_was_given_up()
 
 
 async def test_a_unix_domain_peer_that_is_gone(nursery: trio.Nursery, tmp_path: Path) -> None:
-    """There a refusal is no answer to something earlier: it is counted once, for the datagram that is refused."""
+    """On a Unix-domain socket a refusal is this datagram's own: it is counted once, for its client."""
     clients = []
 
     async def handler(client: Client) -> None:
@@ -520,7 +531,7 @@ async def test_a_unix_domain_peer_that_is_gone(nursery: trio.Nursery, tmp_path: 
 
 
 def test_outside_of_trio_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """There is no clock then; and an endpoint may be closed there."""
+    """An error outside of Trio, where an endpoint may be closed and there is no clock, is not logged."""
     error = OSError(errno.ENOMEM, "")
     log = FaultLog()
     log.count(error)

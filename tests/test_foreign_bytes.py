@@ -1,7 +1,7 @@
-"""Whatever reads bytes that others have written, given all kinds of bytes: what makes no sense is no error.
+"""All code that reads bytes which others have written, given all kinds of bytes: none of them is an error.
 
-The kernel writes control messages and raw addresses, users write addresses to send to. That what makes sense is
-understood is also in test_pktinfo.py, example by example.
+The kernel writes control messages and raw addresses, users write addresses to send to. Control messages are also in
+test_pktinfo.py, example by example.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ import trio
 from hypothesis import example, given, strategies as st
 
 from trio_udp._endpoints._address import family_of, numeric_address, pack_address, unpack_address
-from trio_udp._endpoints._pktinfo import (
+from trio_udp._endpoints.engines.pktinfo import (
     IP_PKTINFO,
     IPV6_PKTINFO,
-    local_host,
+    UDP_GRO,
+    own_end,
     pack_control,
-    reply_control,
+    understand,
     unpack_control,
 )
-from trio_udp._endpoints._portable import WildcardEngine
-from trio_udp._endpoints._socket import UDP_GRO
+from trio_udp._endpoints.engines.portable import WildcardEngine
 
 if sys.platform != "linux":
     pytest.skip("needs Linux", allow_module_level=True)
 
-from trio_udp._endpoints._linux import IPV4_WILDCARD, IPV6_WILDCARD, Layout, LinuxEngine
+from trio_udp._endpoints.engines.linux import LinuxEngine
+from trio_udp._endpoints.engines.linux_routes import IPV4_WILDCARD, IPV6_WILDCARD, Ends, Layout
 
 Message: TypeAlias = "tuple[int, int, bytes]"
 
@@ -76,13 +77,13 @@ def raw(messages: list[Message]) -> bytes:
 
 @given(st.lists(other | in_pktinfo))
 def test_control_messages_are_taken_apart_as_they_were_made(messages: list[Message]) -> None:
-    """Whatever their number and lengths."""
+    """Control messages of any number and lengths are unpacked as they were packed."""
     assert list(unpack_control(raw(messages))) == messages
 
 
 @given(other | in_pktinfo, st.binary(max_size=200) | st.lists(anything).map(raw), st.integers(0, 40))
 def test_control_bytes_that_make_no_sense(whole: Message, control: bytes, cut_off: int) -> None:
-    """Give what is whole, and no error."""
+    """Of control bytes that make no sense, the messages that are whole are found, and nothing raises."""
     control = control[: max(0, len(control) - cut_off)]
     first, *others = unpack_control(pack_control(*whole) + control)
     assert first == whole
@@ -92,27 +93,31 @@ def test_control_bytes_that_make_no_sense(whole: Message, control: bytes, cut_of
 @given(st.lists(anything))
 @example([(*IP_INFO, b"")])
 def test_only_a_whole_address_is_one(messages: list[Message]) -> None:
-    """A message that is too short or too long is no answer to the question where a reply is to leave from."""
-    reply = reply_control(messages)
-    assert reply_control(reply) == reply  # what goes back to the kernel is what came from it, or nothing
-    assert [(level, kind, len(data)) for level, kind, data in reply] in ([], [(*IP_INFO, 12)], [(*IPV6_INFO, 20)])
-    local_host(reply)
+    """A structure that is too short or too long says nothing about where a reply is to leave from."""
+    arrival = understand(messages)
+    kinds = [(level, kind, len(data)) for level, kind, data in arrival.reply]
+    assert kinds in ([], [(*IP_INFO, 12)], [(*IPV6_INFO, 20)])
+    own, interface = own_end(arrival.reply)
+    assert len(own) in (0, 4, 16)
+    assert interface >= 0
+    assert len(arrival.group) in (0, 4, 16)
 
 
 @given(st.lists(other), in_pktinfo | in6_pktinfo)
-def test_other_control_messages_are_passed_over(others: list[Message], message: Message) -> None:
-    """Whatever else the kernel tells, the local address is found if it is there, and nothing is if it is not."""
-    assert reply_control(others) == ()
-    assert local_host(()) is None
-    assert reply_control([*others, message]) == reply_control([message])
+def test_other_control_messages_are_passed_on(others: list[Message], message: Message) -> None:
+    """Other control messages are passed on as ancillary, and our own address is found if it is among them."""
+    assert understand(others) == ((), b"", 0, tuple(others))
+    assert own_end(()) == (b"", 0)
+    assert understand([*others, message]) == understand([message])._replace(ancillary=tuple(others))
 
 
 @given(st.sampled_from([(IPV4_WILDCARD, IPV6_INFO), (IPV6_WILDCARD, IP_INFO)]), st.lists(anything))
 def test_the_end_of_a_route_has_one_size(of_family: tuple[Layout, Any], messages: list[Message]) -> None:
     """The engine for Linux joins routes to an array of C structures: none may be longer or shorter."""
     layout, other_family = of_family
-    end, segment_size = layout.understand(message for message in messages if message[:2] != other_family)
-    assert len(end) == len(layout.default_end)
+    control = raw([message for message in messages if message[:2] != other_family])
+    end, segment_size, _ = Ends(layout).understand(control)
+    assert layout.end_offset + len(end) == layout.route_size
     assert segment_size >= 0
 
 
@@ -135,17 +140,21 @@ def engines(request: pytest.FixtureRequest) -> Iterator[tuple[LinuxEngine, Wildc
 
 @given(data=st.data())
 def test_both_engines_understand_the_same(engines: tuple[LinuxEngine, WildcardEngine], data: st.DataObject) -> None:
-    """Of the same control messages they make routes with the same two addresses."""
+    """Of the same control messages both engines make routes with the same addresses and the same interface."""
     linux, portable = engines
     address, info = (
         (b"\xc0\0\x02\1", in_pktinfo) if linux.family == socket.AF_INET else (bytes(15) + b"\1", in6_pktinfo)
     )
     peer = unpack_address(pack_address((socket.inet_ntop(linux.family, address), 7), linux.family))
     messages = data.draw(st.lists(other | gro | info))
-    route = pack_address(peer, linux.family) + linux._layout.understand(unpack_control(raw(messages)))[0]
-    other_route = (peer, reply_control(messages))
-    assert linux.local_address(route) == portable.local_address(other_route)
-    assert linux.peer_address(route) == portable.peer_address(other_route) == peer
+    end, segment_size, ancillary = linux._ends.understand(raw(messages))
+    route = pack_address(peer, linux.family)[: linux._layout.end_offset] + end
+    arrival = portable._understand(messages)
+    other_route = portable._route_of(peer, arrival)
+    assert (segment_size, ancillary) == (arrival.segment_size, arrival.ancillary)
+    for of in ("peer_address", "local_address", "destination", "interface"):
+        assert getattr(linux, of)(route) == getattr(portable, of)(other_route)
+    assert linux.peer_address(route) == peer
 
 
 # Addresses
@@ -164,7 +173,7 @@ def test_raw_addresses(host: Any, port: int, scope: int, flow: int) -> None:
 
 @given(st.sampled_from([(socket.AF_INET, 14, 8), (socket.AF_INET6, 26, 0)]), st.data())
 def test_structures_of_any_content(family: tuple[int, int, int], data: st.DataObject) -> None:
-    """Every structure of a family is an address, and comes back as it was but for the padding."""
+    """Every structure of a family is an address, and comes back as it was, except its padding."""
     number, size, padding = family
     content = data.draw(st.binary(min_size=size, max_size=size))
     address = unpack_address(struct.pack("=H", number) + content)
@@ -179,7 +188,7 @@ numbers = st.integers() | st.integers(0, 65_535)
 
 @given(st.tuples(hosts, numbers) | st.tuples(hosts, numbers, numbers, numbers) | st.lists(hosts | numbers).map(tuple))
 def test_addresses_of_users(address: Any) -> None:
-    """Either a TypeError or ValueError, or an address that is numeric, and that the kernel can be given."""
+    """An address from a user raises TypeError or ValueError, or becomes a numeric one that the kernel can be given."""
     with suppress(TypeError, ValueError):
         numeric = numeric_address(address)
         assert numeric_address(numeric) == numeric

@@ -1,4 +1,4 @@
-"""What only the engine for Linux does: joining and dividing datagrams, and doing without what is not there."""
+"""The engine for Linux: coalesced and segmented datagrams, doing without system calls, the kernel's counters."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ import trio.testing
 
 import trio_udp
 from trio_udp import Client, Endpoint, Server, connect, serve
-from trio_udp._endpoints._portable import PortableEngine
-from trio_udp._endpoints._socket import UDP_GRO, UDP_SEGMENT
+from trio_udp._endpoints import reader_of
+from trio_udp._endpoints.engines.pktinfo import UDP_GRO, UDP_SEGMENT
+from trio_udp._endpoints.engines.portable import PortableEngine
 from trio_udp._log import warn_once
 
-from .conftest import check_adds_up
+from .conftest import check_adds_up, echo
 
 if sys.platform != "linux":
     pytest.skip("needs Linux", allow_module_level=True)
 
-from trio_udp._endpoints import _linux
-from trio_udp._endpoints._linux import LinuxEngine
+from trio_udp._endpoints.engines import linux
+from trio_udp._endpoints.engines.linux import LinuxEngine
+from trio_udp._endpoints.engines.linux_structures import IOVec, MMsgHdr, MsgHdr
 
 SO_NO_CHECK = 11  # from asm-generic/socket.h: send without checksums, which cannot be merged
 
@@ -39,9 +41,24 @@ Start = Callable[..., Awaitable[Server]]
 DEFAULTS = {"host": "127.0.0.1", "receive_buffer": 200_000}
 
 
-async def echo(client: Client) -> None:
-    async for payload in client:
-        await client.send(payload)
+class Collector:
+    """A handler that keeps what its clients take."""
+
+    def __init__(self) -> None:
+        self.taken: list[bytes] = []
+        self._more = trio.Event()
+
+    async def __call__(self, client: Client) -> None:
+        async for payload in client:
+            self.taken.append(payload)
+            self._more.set()
+
+    async def until(self, datagrams: int) -> None:
+        """Wait until so many have been taken."""
+        with trio.fail_after(10):
+            while len(self.taken) < datagrams:
+                await self._more.wait()
+                self._more = trio.Event()
 
 
 @pytest.fixture
@@ -60,7 +77,7 @@ def warn_anew() -> None:
 
 @pytest.fixture
 def peer() -> Iterator[socket.socket]:
-    """A socket that sends what it is given in one message, and takes joined datagrams as they come."""
+    """A socket that can send many datagrams as one message, and be sent coalesced ones."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1_000_000)
@@ -68,20 +85,13 @@ def peer() -> Iterator[socket.socket]:
         yield sock
 
 
-def send_joined(sock: socket.socket, payloads: bytes, size: int, server: Server) -> None:
+def send_coalesced(sock: socket.socket, payloads: bytes, size: int, server: Server) -> None:
     control = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", size))]
     sock.sendmsg([payloads], control, 0, server.endpoints[0].local_address)
 
 
 async def receive(sock: socket.socket) -> bytes:
     return await trio.to_thread.run_sync(sock.recv, 65_536)
-
-
-async def received_by(server: Server, datagrams: int) -> None:
-    """Wait until the server has read, and its handlers have taken, so many."""
-    with trio.fail_after(10):
-        while server.statistics().received < datagrams or server.statistics().waiting:  # noqa: ASYNC110
-            await trio.sleep(0.001)
 
 
 # Choosing it
@@ -103,16 +113,16 @@ def open_socket(family: int) -> socket.socket:
     ],
 )
 async def test_it_is_chosen(monkeypatch: pytest.MonkeyPatch, asked_for: str, family: int, chosen: type) -> None:
-    """UDP sockets have this engine unless the environment asks for the other; Unix-domain sockets have the other."""
+    """UDP sockets have the Linux engine unless TRIO_UDP_ENGINE says otherwise; others have the portable one."""
     monkeypatch.setenv("TRIO_UDP_ENGINE", asked_for)
     endpoint = Endpoint.from_socket(open_socket(family))
-    assert isinstance(endpoint._engine, chosen)
+    assert isinstance(reader_of(endpoint).engine, chosen)
     endpoint.close()
 
 
 @pytest.mark.parametrize(("asked_for", "family"), [("fast", socket.AF_INET), ("linux", socket.AF_UNIX)])
 async def test_it_cannot_be_chosen(monkeypatch: pytest.MonkeyPatch, asked_for: str, family: int) -> None:
-    """An engine that does not exist, or not for this socket, is an error: nothing else is taken instead."""
+    """A TRIO_UDP_ENGINE that does not exist, or not for this socket, raises ValueError."""
     monkeypatch.setenv("TRIO_UDP_ENGINE", asked_for)
     with open_socket(family) as sock, pytest.raises(ValueError, match=f"TRIO_UDP_ENGINE.*{asked_for}"):
         Endpoint.from_socket(sock)
@@ -120,7 +130,7 @@ async def test_it_cannot_be_chosen(monkeypatch: pytest.MonkeyPatch, asked_for: s
 
 def test_structures_are_the_kernels() -> None:
     """struct mmsghdr and iovec have the kernel's layout for 64-bit machines, the same on x86-64 and arm64."""
-    offsets = {name: getattr(_linux.MsgHdr, name).offset for name, _ in _linux.MsgHdr._fields_}
+    offsets = {name: getattr(MsgHdr, name).offset for name, _ in MsgHdr._fields_}
     assert offsets == {
         "name": 0,
         "name_length": 8,
@@ -130,15 +140,15 @@ def test_structures_are_the_kernels() -> None:
         "control_length": 40,
         "flags": 48,
     }
-    assert _linux.MMsgHdr.length.offset == 56
-    assert (ctypes.sizeof(_linux.MMsgHdr), ctypes.sizeof(_linux.IOVec)) == (64, 16)
+    assert MMsgHdr.length.offset == 56
+    assert (ctypes.sizeof(MMsgHdr), ctypes.sizeof(IOVec)) == (64, 16)
 
 
-# Joining and dividing
+# Coalesced and segmented datagrams
 
 
 async def test_replies_of_one_size_leave_as_one(start: Start, peer: socket.socket) -> None:
-    """What a handler answers in one go arrives joined at a peer that understands that, the last datagram shorter."""
+    """Replies sent in one go arrive coalesced at a peer that asks for that, the last of a message perhaps shorter."""
 
     async def handler(client: Client) -> None:
         async for _ in client:
@@ -154,77 +164,70 @@ async def test_replies_of_one_size_leave_as_one(start: Start, peer: socket.socke
 
 
 async def test_each_client_is_told_what_it_sent_itself(start: Start, peer: socket.socket) -> None:
-    """Replies of a client and of its successor, which has the same peer, may leave as one; each counts its own."""
+    """A client and its successor, which has the same peer, each count their own replies."""
     clients = []
 
     async def handler(client: Client) -> None:
         clients.append(client)
         await client.send(await client.receive())
+        client.close()
 
     server = await start(handler)
-    send_joined(peer, b"abcde", 1, server)
-    assert [await receive(peer) for _ in range(5)] == [b"a", b"b", b"c", b"d", b"e"]
-    assert [client.statistics().sent for client in clients] == [1] * 5
-    assert server.statistics().sent == 5
+    for payload in (b"a", b"b", b"c"):
+        peer.sendto(payload, server.endpoints[0].local_address)
+        assert await receive(peer) == payload
+    assert [client.statistics().sent for client in clients] == [1] * 3
+    assert server.statistics().sent == 3
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", None])
 @pytest.mark.parametrize("size", [1, 7, 100, 1400])
-async def test_joined_datagrams_are_divided(start: Start, peer: socket.socket, host: str | None, size: int) -> None:
-    """A handler sees the single datagrams, in order, however they have come and whatever came between."""
-    seen = []
-
-    async def handler(client: Client) -> None:
-        async for payload in client:
-            seen.append(payload)  # noqa: PERF401
-
+async def test_coalesced_datagrams_are_divided(start: Start, peer: socket.socket, host: str | None, size: int) -> None:
+    """A handler sees single datagrams, in order, whether they arrived coalesced or not."""
+    handler = Collector()
     server = await start(handler, host=host)
     address = ("127.0.0.1", server.endpoints[0].local_address[1])
     whole = bytes(range(256)) * 256
-    joined = whole[: 30 * size + (size + 1) // 2]
+    coalesced = whole[: 30 * size + (size + 1) // 2]
     for _ in range(3):
         control = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", size))]
-        peer.sendmsg([joined], control, 0, address)
+        peer.sendmsg([coalesced], control, 0, address)
         peer.sendto(b"between", address)
         peer.sendto(b"", address)
-    parts = [joined[start : start + size] for start in range(0, len(joined), size)]
-    await received_by(server, 3 * (len(parts) + 2))
-    assert seen == 3 * [*parts, b"between", b""]
+    parts = [coalesced[start : start + size] for start in range(0, len(coalesced), size)]
+    await handler.until(3 * (len(parts) + 2))
+    assert handler.taken == 3 * [*parts, b"between", b""]
     assert server.statistics().clients_started == 1
     check_adds_up(server)
 
 
 async def test_what_is_more_than_a_batch_waits_its_turn(start: Start, peer: socket.socket) -> None:
-    """Joined datagrams count one by one for fairness: a default inbox takes any number of them without loss."""
-    seen = []
-
-    async def handler(client: Client) -> None:
-        async for payload in client:
-            seen.append(payload)  # noqa: PERF401
-
+    """Coalesced datagrams count one by one for fairness: a default inbox takes any number of them without loss."""
+    handler = Collector()
     server = await start(handler)
     batches = [[b"%d %d" % (message, i % 10) for i in range(60)] for message in range(40)]
     for batch in batches:
-        send_joined(peer, b"".join(batch), len(batch[0]), server)
-    await received_by(server, 2400)
-    assert seen == [payload for batch in batches for payload in batch]
+        send_coalesced(peer, b"".join(batch), len(batch[0]), server)
+    await handler.until(2400)
+    assert handler.taken == [payload for batch in batches for payload in batch]
     assert server.statistics().dropped_inbox_full == 0
 
 
 async def test_datagrams_that_are_too_long_are_truncated_one_by_one(start: Start, peer: socket.socket) -> None:
-    """max_datagram_size is about datagrams, not about what they were joined to."""
-    server = await start(max_datagram_size=10)
-    send_joined(peer, bytes(100), 10, server)
-    send_joined(peer, bytes(25), 12, server)
+    """max_datagram_size holds for each datagram of a coalesced message."""
+    handler = Collector()
+    server = await start(handler, max_datagram_size=10)
+    send_coalesced(peer, bytes(100), 10, server)
+    send_coalesced(peer, bytes(25), 12, server)
     peer.sendto(bytes(10), server.endpoints[0].local_address)
-    await received_by(server, 14)
+    await handler.until(12)
     s = server.statistics()
     assert (s.truncated, s.delivered) == (2, 12)
     check_adds_up(server)
 
 
-async def test_joined_datagrams_of_a_connection(peer: socket.socket) -> None:
-    """The other end divides them too, and reads ahead no more than one batch."""
+async def test_coalesced_datagrams_of_a_connection(peer: socket.socket) -> None:
+    """A connection divides coalesced datagrams too, and reads ahead no more than one batch."""
     async with await connect(*peer.getsockname()) as connection:
         control = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", 4))]
         for _ in range(5):
@@ -236,7 +239,7 @@ async def test_joined_datagrams_of_a_connection(peer: socket.socket) -> None:
 
 
 async def test_closing_ends_what_is_ahead(start: Start, peer: socket.socket) -> None:
-    """Once an endpoint is closed nobody new is served on it, whatever had been read together with the last batch."""
+    """Once an endpoint is closed no stranger is served on it, though its datagrams were read with the last batch."""
     started = []
 
     async def handler(client: Client) -> None:
@@ -249,14 +252,14 @@ async def test_closing_ends_what_is_ahead(start: Start, peer: socket.socket) -> 
             server = await nursery.start(partial(serve, handler, 0, host="127.0.0.1"))
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
                 for sock in (*[peer] * 5, other):
-                    send_joined(sock, bytes(1_000), 16, server)
+                    send_coalesced(sock, bytes(1_000), 16, server)
                 await trio.sleep_forever()
     assert len(started) == 1
     check_adds_up(server)
 
 
 async def test_a_socket_that_others_have_too_is_left_as_it_was(start: Start) -> None:
-    """Whoever else holds the socket, and may not understand joined datagrams, gets none once the endpoint is closed."""
+    """Others who hold the socket, and may not understand coalesced datagrams, get none once the endpoint is closed."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         endpoint = Endpoint.from_socket(sock.dup())
@@ -273,7 +276,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 async def test_where_merging_does_not_work(start: Start, peer: socket.socket, caplog: pytest.LogCaptureFixture) -> None:
-    """If the kernel cannot divide what it is given, datagrams leave singly, none lost; that is logged once."""
+    """Where the kernel cannot segment a message, datagrams leave singly, none lost; that is logged once."""
 
     async def handler(client: Client) -> None:
         async for _ in client:
@@ -309,13 +312,13 @@ async def test_segments_too_long_for_the_way_leave_singly(
 def merged(args: tuple[Any, ...]) -> bool:
     """Whether the first message of a call to sendmmsg is merged from several datagrams."""
     _, pointer, *_ = args
-    header = ctypes.cast(pointer, ctypes.POINTER(_linux.MsgHdr)).contents
+    header = ctypes.cast(pointer, ctypes.POINTER(MsgHdr)).contents
     return bool(header.control_length)
 
 
 def fail_when(monkeypatch: pytest.MonkeyPatch, call: str, error: Callable[[tuple[Any, ...]], int]) -> list[int]:
-    """Let a system call fail as a kernel, or a filter before it, would; return how many messages each try was for."""
-    real = getattr(_linux, call)
+    """Let a system call fail as a kernel, or a filter before it, would; return the number of messages of each try."""
+    real = getattr(linux, call)
     tries = []
 
     def faulty(*args: Any) -> int:
@@ -326,7 +329,7 @@ def fail_when(monkeypatch: pytest.MonkeyPatch, call: str, error: Callable[[tuple
         result: int = real(*args)
         return result
 
-    monkeypatch.setattr(_linux, call, faulty)
+    monkeypatch.setattr(linux, call, faulty)
     return tries
 
 
@@ -334,8 +337,8 @@ def fail_when(monkeypatch: pytest.MonkeyPatch, call: str, error: Callable[[tuple
 async def test_a_full_send_buffer(
     start: Start, peer: socket.socket, monkeypatch: pytest.MonkeyPatch, host: str | None
 ) -> None:
-    """Of a batch the kernel takes what there is room for; the rest leaves later, once and in order."""
-    real, calls = _linux._sendmmsg, 0
+    """Datagrams of a batch that find no room in the send buffer leave later, once and in order."""
+    real, calls = linux._sendmmsg, 0
 
     def narrow(fileno: int, messages: Any, count: int, flags: int) -> int:
         """Take three messages, then none, by turns."""
@@ -346,7 +349,7 @@ async def test_a_full_send_buffer(
         ctypes.set_errno(errno.EAGAIN)
         return -1
 
-    monkeypatch.setattr(_linux, "_sendmmsg", narrow)
+    monkeypatch.setattr(linux, "_sendmmsg", narrow)
 
     async def handler(client: Client) -> None:
         async for _ in client:
@@ -375,7 +378,7 @@ async def test_where_a_system_call_is_missing(
     code: int,
     call: str,
 ) -> None:
-    """From the beginning or from a moment on: everything still works, one by one, and that is logged once."""
+    """Without recvmmsg or sendmmsg, from the start or later, all still works one by one; that is logged once."""
     denied = 0
     fail_when(monkeypatch, call, lambda _: denied)
 
@@ -408,14 +411,18 @@ async def test_a_refusing_filter_is_not_a_missing_call(
     tries = fail_when(monkeypatch, "_sendmmsg", lambda args: errno.EPERM if refuses and args[2] else 0)
     fail_when(monkeypatch, "_sendto", lambda _: errno.EPERM if refuses else 0)
 
+    first_refused = trio.Event()
+
     async def handler(client: Client) -> None:
         async for payload in client:
             await client.send_many([payload, payload + b"longer"])
             refuses.clear()
+            first_refused.set()
 
     server = await start(handler)
     peer.sendto(b"1", server.endpoints[0].local_address)
-    await received_by(server, 1)
+    with trio.fail_after(5):
+        await first_refused.wait()
     peer.sendto(b"2", server.endpoints[0].local_address)
     assert [await receive(peer) for _ in range(2)] == [b"2", b"2longer"]
     assert server.statistics().errors == {"EPERM": 2}
@@ -433,16 +440,17 @@ async def test_what_the_kernel_has_dropped_is_told(peer: socket.socket) -> None:
     for _ in range(100):
         peer.sendto(bytes(100), endpoint.local_address)
     before = endpoint.statistics()
-    received = 0
     with trio.fail_after(5):
-        while received + before.kernel_dropped < 100:
-            received += len(await endpoint.receive_batch())
+        for _ in range(100 - before.kernel_dropped):
+            await endpoint.receive()
+    with pytest.raises(trio.WouldBlock):
+        endpoint.receive_nowait()
     endpoint.close()
     after = endpoint.statistics()
     assert 0 < before.kernel_dropped < 100
     assert (before.receive_buffer, before.receive_buffer_requested) == (10_000, 10_000)
     assert before.kernel_queued > after.kernel_queued == 0
-    assert (after.received, after.kernel_dropped) == (received, 100 - received)
+    assert (after.received, after.kernel_dropped) == (100 - before.kernel_dropped, before.kernel_dropped)
 
 
 async def test_a_small_receive_buffer_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,15 +6,11 @@ namespace in which it was opened, so the servers here run in this process like a
 
 from __future__ import annotations
 
-import ctypes
-import os
 import shutil
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -25,15 +21,15 @@ import trio
 from trio_udp import Client, Connection, Endpoint, Server, serve_endpoints
 from trio_udp._endpoints import Address
 
-from .conftest import check_adds_up
+from .conftest import check_adds_up, echo
+from .namespaces import Machine, can_make_namespaces, inside, machines, run
 
 if sys.platform != "linux":
     pytest.skip("needs Linux", allow_module_level=True)
-if os.geteuid() != 0:
-    pytest.skip("needs root, for network namespaces", allow_module_level=True)
-for tool in ("ip", "nft"):
-    if shutil.which(tool) is None:
-        pytest.skip(f"needs {tool}", allow_module_level=True)
+if shutil.which("nft") is None:
+    pytest.skip("needs nft", allow_module_level=True)
+if not can_make_namespaces():
+    pytest.skip("needs root and network namespaces", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -48,38 +44,13 @@ FAR = "198.51.100.13"
 IP_MTU_DISCOVER, IP_PMTUDISC_DO = 10, 2
 IP_RECVERR = 11
 
-CLONE_NEWNET = 0x40000000
-_libc = ctypes.CDLL(None, use_errno=True)  # os.setns is there since Python 3.12
-
-
-def run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    if done.returncode:
-        raise OSError(f"{' '.join(command)}: {done.stderr}")
-    return done.stdout
-
-
-@contextmanager
-def inside(namespace: str) -> Iterator[None]:
-    """What is opened meanwhile is opened there."""
-    with open("/proc/thread-self/ns/net") as home, open(f"/run/netns/{namespace}") as there:
-        if _libc.setns(there.fileno(), CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
-        try:
-            yield
-        finally:
-            if _libc.setns(home.fileno(), CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), "cannot leave again")
+# From linux/rtnetlink.h: be told of changes of interfaces.
+RTMGRP_LINK = 1
 
 
 @attrs.frozen
-class Machine:
-    """A network namespace."""
-
-    name: str
-
-    def ip(self, command: str) -> str:
-        return run("ip", "-netns", self.name, *command.split())
+class FilteringMachine(Machine):
+    """A machine with a packet filter."""
 
     def filter(self, hook: str, rule: str) -> None:
         """Add a rule of nftables for all packets that come in, or go out."""
@@ -91,36 +62,26 @@ class Machine:
         with inside(self.name):
             run("nft", "flush", "ruleset")
 
-    def set(self, setting: str, value: int) -> None:
-        with inside(self.name):
-            Path("/proc/sys/net", setting).write_text(str(value))
-
     def count(self, counter: str) -> int:
-        """What the kernel has counted, by the names of /proc/net/snmp: ``Icmp InDestUnreachs``."""
+        """Read a counter of the kernel's, by the names of /proc/net/snmp: ``Ip FragOKs``."""
         protocol, name = counter.split()
         with inside(self.name):
             lines = Path("/proc/thread-self/net/snmp").read_text().splitlines()
         names, values = (line.split() for line in lines if line.startswith(f"{protocol}:"))
         return int(values[names.index(name)])
 
-    def socket(self, host: str, port: int = 0, family: int = socket.AF_INET) -> socket.socket:
-        with inside(self.name):
-            sock = socket.socket(family, socket.SOCK_DGRAM)
-            sock.setblocking(False)
-            try:
-                sock.bind((host, port))
-            except BaseException:
-                sock.close()
-                raise
-            return sock
-
 
 @attrs.frozen
 class Network:
-    """Two machines, each with an interface called ``wire``."""
+    """Two machines, each with an interface called ``wire``.
 
-    ours: Machine
-    theirs: Machine
+    Attributes:
+      icmp: A raw socket on the server's machine, which gets a copy of each ICMP message that arrives there.
+    """
+
+    ours: FilteringMachine
+    theirs: FilteringMachine
+    icmp: socket.socket
     _sockets: list[socket.socket] = attrs.field(factory=list)
 
     def client(self, host: str, server: str = OURS) -> Peer:
@@ -129,8 +90,32 @@ class Network:
         self._sockets.append(sock)
         return Peer(sock, (server, PORT))
 
+    def close(self) -> None:
+        for sock in self._sockets:
+            sock.close()
+
     async def until_up(self) -> None:
-        await until(lambda: all("state UP" in machine.ip("link show wire") for machine in (self.ours, self.theirs)))
+        """Wait until both ends of the wire are up."""
+        for machine in (self.ours, self.theirs):
+            with inside(machine.name):
+                changes = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+            with changes, trio.fail_after(5):
+                changes.bind((0, RTMGRP_LINK))
+                while "state UP" not in machine.ip("link show wire"):
+                    await trio.lowlevel.wait_readable(changes)
+                    changes.recv(65_535)
+
+    async def until_icmp(self) -> None:
+        """Wait until an ICMP message has arrived at the server's machine."""
+        with trio.fail_after(5):
+            await trio.lowlevel.wait_readable(self.icmp)
+        self.icmp.recv(65_535)
+
+    def until_icmp_now(self) -> None:
+        """Wait for an ICMP message as until_icmp does, while no other task may run."""
+        self.icmp.settimeout(5)
+        self.icmp.recv(65_535)
+        self.icmp.setblocking(False)
 
 
 @attrs.frozen
@@ -158,14 +143,13 @@ class Peer:
 
 @pytest.fixture
 async def network() -> AsyncIterator[Network]:
-    ours, theirs = (Machine(f"trio-udp-{os.getpid()}-{whose}") for whose in ("ours", "theirs"))
-    network = Network(ours, theirs)
-    try:
-        for machine in (ours, theirs):
-            try:
-                run("ip", "netns", "add", machine.name)
-            except OSError as error:  # root in a container may not be allowed to
-                pytest.skip(str(error))
+    with machines("ours", "theirs") as made, ExitStack() as closing:
+        ours, theirs = (FilteringMachine(machine.name) for machine in made)
+        with inside(ours.name):
+            icmp = closing.enter_context(socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP))
+        icmp.setblocking(False)
+        network = Network(ours, theirs, icmp)
+        closing.callback(network.close)
         run(*f"ip link add wire netns {ours.name} type veth peer name wire netns {theirs.name}".split())
         # Let the server's machine take datagrams from where it has no route to.
         for setting in ("all", "wire"):
@@ -176,16 +160,9 @@ async def network() -> AsyncIterator[Network]:
             for host in hosts:
                 rest = "/64 nodad" if ":" in host else "/24"
                 machine.ip(f"address add {host}{rest} dev wire")
-            machine.ip("link set lo up")
             machine.ip("link set wire up")
         await network.until_up()
         yield network
-    finally:
-        for sock in network._sockets:
-            sock.close()
-        for machine in (ours, theirs):
-            with suppress(OSError):  # never made
-                run("ip", "netns", "delete", machine.name)
 
 
 Start = Callable[..., Awaitable[Server]]
@@ -195,32 +172,12 @@ Start = Callable[..., Awaitable[Server]]
 def start(network: Network, nursery: trio.Nursery) -> Start:
     """Start a server on the server's machine."""
 
-    async def echo(client: Client) -> None:
-        async for payload in client:
-            await client.send(payload)
-
     async def start(handler: Callable[[Client], Awaitable[object]] = echo, host: str = OURS) -> Server:
         sock = network.ours.socket(host, PORT, socket.AF_INET6 if ":" in host else socket.AF_INET)
         server: Server = await nursery.start(partial(serve_endpoints, handler, [Endpoint.from_socket(sock)]))
         return server
 
     return start
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait for what the kernel does by itself."""
-    with trio.fail_after(5):
-        while not condition():  # noqa: ASYNC110
-            await trio.sleep(0.001)
-
-
-def until_now(condition: Callable[[], object]) -> None:
-    """The same, while no other task may run."""
-    for _ in range(5_000):
-        if condition():
-            return
-        time.sleep(0.001)
-    raise TimeoutError
 
 
 def client_at(server: Server, host: str) -> Client:
@@ -243,7 +200,7 @@ def check_client(client: Client, *, sent: int, errors: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("host", [OURS, "0.0.0.0"])
 async def test_a_packet_filter(network: Network, start: Start, host: str) -> None:
-    """What it does not let out to one client is that client's; others are answered, and so is this one afterwards."""
+    """Replies that a packet filter drops are counted at their client; others are answered, and later this one too."""
     server = await start(host=host)
     alice, bob = network.client(ALICE), network.client(BOB)
     network.ours.filter("output", f"ip daddr {ALICE} drop")
@@ -269,7 +226,7 @@ async def test_a_packet_filter(network: Network, start: Start, host: str) -> Non
     ],
 )
 async def test_no_way_back(network: Network, start: Start, host: str, route: str, error: str) -> None:
-    """A client, or whoever forges its address, that cannot be answered harms nobody else."""
+    """A client that cannot be answered, real or forged, harms nobody else."""
     server = await start(host=host)
     if route != "none":
         network.ours.ip(f"route add {route} {FAR}")
@@ -285,7 +242,7 @@ async def test_no_way_back(network: Network, start: Start, host: str, route: str
 
 
 async def test_a_datagram_too_long_for_the_link(network: Network, start: Start) -> None:
-    """If it must not be cut into fragments it is not sent; the shorter ones before and after it are."""
+    """A datagram too long for the link is not sent where fragments are forbidden; shorter ones beside it are."""
 
     async def handler(client: Client) -> None:
         async for _ in client:
@@ -302,7 +259,7 @@ async def test_a_datagram_too_long_for_the_link(network: Network, start: Start) 
 
 
 async def test_replies_of_one_size_over_a_small_link(network: Network, start: Start) -> None:
-    """However the engine would have sent them otherwise, they arrive, in fragments, and others are answered as ever."""
+    """Replies that the engine would segment arrive in fragments over a small link, and others are answered as ever."""
     replies = [b"%04d" % i * 250 for i in range(20)]
 
     async def handler(client: Client) -> None:
@@ -322,16 +279,16 @@ async def test_replies_of_one_size_over_a_small_link(network: Network, start: St
 
 @pytest.mark.parametrize("host", [OURS, "0.0.0.0"])
 async def test_a_source_port_of_zero(network: Network, start: Start, host: str) -> None:
-    """Nobody can answer that: it is counted, for that client alone."""
+    """A datagram from port 0 is delivered; its answer is not sent, but counted, for that client alone."""
     server = await start(host=host)
     alice, bob = network.client(ALICE), network.client(BOB)
     network.theirs.filter("output", f"ip saddr {ALICE} udp sport set 0")
     for _ in range(3):
         alice.send(b"1", b"2")
         assert await bob.ask(b"1", b"2") == [b"1", b"2"]
-    check(server, received=12, sent=6, errors={"EINVAL": 6})
+    check(server, received=12, sent=6, errors={"EDESTADDRREQ": 6})
     assert client_at(server, ALICE).peer_address == (ALICE, 0)
-    check_client(client_at(server, ALICE), sent=0, errors={"EINVAL": 6})
+    check_client(client_at(server, ALICE), sent=0, errors={"EDESTADDRREQ": 6})
     check_client(client_at(server, BOB), sent=6, errors={})
 
 
@@ -340,13 +297,13 @@ ICMP = ["port-unreachable", "host-unreachable", "net-unreachable", "admin-prohib
 
 @pytest.mark.parametrize("answer", ICMP)
 async def test_icmp_at_a_server(network: Network, start: Start, answer: str) -> None:
-    """A socket with many peers is not told: nothing is counted, and everybody else is answered."""
+    """A server is not told of ICMP errors: nothing is counted, and all other clients are answered."""
     server = await start()
     alice, bob = network.client(ALICE), network.client(BOB)
     network.theirs.filter("input", f"ip daddr {ALICE} udp sport {PORT} reject with icmp type {answer}")
-    for count in range(1, 4):
+    for _ in range(3):
         alice.send(b"x")
-        await until(lambda: network.ours.count("Icmp InDestUnreachs") == count)  # noqa: B023
+        await network.until_icmp()
         assert await bob.ask(b"1", b"2") == [b"1", b"2"]
     check(server, received=9, sent=9, errors={})
 
@@ -358,9 +315,9 @@ async def test_icmp_at_a_server_that_asks_for_it(network: Network, start: Start)
     alice, bob = network.client(ALICE), network.client(BOB)
     assert await alice.ask(b"x") + await bob.ask(b"x") == [b"x"] * 2
     network.theirs.filter("input", f"ip daddr {ALICE} udp sport {PORT} reject with icmp type port-unreachable")
-    for count in range(1, 6):
+    for _ in range(5):
         client_at(server, ALICE).send_nowait(b"y")
-        until_now(lambda: network.ours.count("Icmp InDestUnreachs") == count)  # noqa: B023
+        network.until_icmp_now()
         client_at(server, BOB).send_nowait(b"z")
         assert await bob.receive() == b"z"
     s = server.statistics()
@@ -369,32 +326,30 @@ async def test_icmp_at_a_server_that_asks_for_it(network: Network, start: Start)
 
 
 async def test_clients_that_are_gone(network: Network, start: Start) -> None:
-    """The answer to a reply to a port that is closed by now disturbs nobody."""
+    """ICMP errors about replies to ports that are closed by now disturb nobody."""
     server = await start()
     bob = network.client(BOB)
-    for count in range(1, 6):
+    for _ in range(5):
         gone = network.client(ALICE)
         gone.send(b"x")
         gone.socket.close()
         assert await bob.ask(b"y") == [b"y"]
-        await until(lambda: network.ours.count("Icmp InDestUnreachs") == count)  # noqa: B023
+        await network.until_icmp()
     assert await bob.ask(b"z") == [b"z"]
     check(server, received=11, sent=11, errors={})
 
 
 @pytest.mark.parametrize("answer", ["port-unreachable", "host-unreachable", "admin-prohibited"])
 async def test_icmp_at_a_connection(network: Network, answer: str) -> None:
-    """A refusal is raised once; what else is certain is counted; what may pass is not even told."""
+    """A connection raises a refusal once; it counts errors that are certain, and is not told of those that may pass."""
     theirs = network.theirs.socket(BOB, PORT)
     network._sockets.append(theirs)
     network.theirs.filter("input", f"udp dport {PORT} reject with icmp type {answer}")
     sock = network.ours.socket(OURS)
     sock.connect((BOB, PORT))
-    endpoint = Endpoint.from_socket(sock)
-    endpoint.tells_refusals = True  # as connect() does
-    async with Connection(endpoint, endpoint.route((BOB, PORT))) as connection:
+    async with Connection.from_socket(sock) as connection:
         await connection.send(b"x")
-        await until(lambda: network.ours.count("Icmp InDestUnreachs") == 1)
+        await network.until_icmp()
         if answer == "port-unreachable":
             with pytest.raises(ConnectionRefusedError):
                 connection.receive_nowait()
@@ -414,9 +369,44 @@ async def test_icmp_at_a_connection(network: Network, answer: str) -> None:
             assert await connection.receive() == b"z"
 
 
+async def test_a_packet_filter_at_a_connection(network: Network) -> None:
+    """A connection raises the kernel's error about this datagram, each time; once the filter is gone it sends again."""
+    theirs = network.theirs.socket(BOB, PORT)
+    network._sockets.append(theirs)
+    sock = network.ours.socket(OURS)
+    sock.connect((BOB, PORT))
+    network.ours.filter("output", f"ip daddr {BOB} drop")
+    async with Connection.from_socket(sock) as connection:
+        for _ in range(2):
+            with pytest.raises(PermissionError):
+                await connection.send(b"x")
+        with pytest.raises(PermissionError):
+            await connection.send_many([b"x", b"y"])
+        s = connection.statistics()
+        assert (s.sent, s.send_errors, s.receive_errors, s.errors) == (0, 3, 0, {"EPERM": 3})
+        network.ours.open_filters()
+        await connection.send(b"y")
+        with trio.fail_after(5):
+            await trio.lowlevel.wait_readable(theirs)
+        assert theirs.recv(100) == b"y"
+
+
+async def test_send_to_raises_the_kernels_error(network: Network, start: Start) -> None:
+    """Server.send_to raises what the kernel says about its datagram, and clients are answered as ever."""
+    server = await start()
+    bob = network.client(BOB)
+    with pytest.raises(OSError, match="unreachable"):
+        await server.send_to(b"x", (FAR, PORT))
+    network.ours.filter("output", f"ip daddr {ALICE} drop")
+    with pytest.raises(PermissionError):
+        server.send_to_nowait(b"x", (ALICE, PORT))
+    assert await bob.ask(b"1") == [b"1"]
+    check(server, received=1, sent=1, errors={"ENETUNREACH": 1, "EPERM": 1})
+
+
 @pytest.mark.parametrize("host", [OURS, "0.0.0.0"])
 async def test_an_interface_that_goes_down_and_up(network: Network, start: Start, host: str) -> None:
-    """What cannot be sent meanwhile is counted; then the same clients are answered again."""
+    """Datagrams that cannot be sent while the interface is down are counted; then the same clients are answered."""
     server = await start(host=host)
     bob = network.client(BOB)
     assert await bob.ask(b"1") == [b"1"]
@@ -440,7 +430,7 @@ async def test_an_interface_that_goes_down_and_up(network: Network, start: Start
 async def test_a_local_address_that_is_removed(
     network: Network, start: Start, everywhere: str, host: str, removed: str, peer: str, error: str
 ) -> None:
-    """Only who has written to that address cannot be answered, until it is there again."""
+    """Only clients that wrote to a removed address cannot be answered, until it is there again."""
     server = await start(host=everywhere)
     lost, kept = network.client(peer, removed), network.client(peer, host)
     assert await lost.ask(b"1") + await kept.ask(b"1") == [b"1"] * 2

@@ -1,4 +1,4 @@
-"""The control messages that tell which of our addresses a datagram was sent to."""
+"""The control messages that tell where a datagram was sent to, and which of our addresses its answer leaves from."""
 
 from __future__ import annotations
 
@@ -8,33 +8,40 @@ from typing import Any
 
 import pytest
 
-from trio_udp._endpoints import _pktinfo
-from trio_udp._endpoints._pktinfo import local_host, reply_control
+from trio_udp._endpoints.engines import pktinfo
+from trio_udp._endpoints.engines.pktinfo import Arrival, own_end, understand
 
-IP_PKTINFO = _pktinfo.IP_PKTINFO
-IPV6_PKTINFO = _pktinfo.IPV6_PKTINFO
+IP_PKTINFO = pktinfo.IP_PKTINFO
+IPV6_PKTINFO = pktinfo.IPV6_PKTINFO
 
 pytestmark = pytest.mark.skipif(IP_PKTINFO is None or IPV6_PKTINFO is None, reason="platform has no IP_PKTINFO")
 
 
+def raw(host: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+
+
 def in_pktinfo(interface: int, local: str, destination: str) -> Any:
-    data = struct.pack("=I4s4s", interface, socket.inet_aton(local), socket.inet_aton(destination))
-    return (socket.IPPROTO_IP, IP_PKTINFO, data)
+    return (socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=I4s4s", interface, raw(local), raw(destination)))
 
 
 def in6_pktinfo(address: str, interface: int) -> Any:
-    return (
-        socket.IPPROTO_IPV6,
-        IPV6_PKTINFO,
-        socket.inet_pton(socket.AF_INET6, address) + struct.pack("=I", interface),
-    )
+    return (socket.IPPROTO_IPV6, IPV6_PKTINFO, raw(address) + struct.pack("=I", interface))
 
 
 def test_ipv4_replies_leave_from_our_address_by_any_interface() -> None:
-    """The local address is kept, also for a broadcast; the interface is left to routing."""
-    reply = reply_control([in_pktinfo(3, "192.0.2.5", "192.0.2.255")])
-    assert reply == (in_pktinfo(0, "192.0.2.5", "0.0.0.0"),)
-    assert local_host(reply) == ("192.0.2.5", 0)
+    """A reply to a datagram that was sent to our own address leaves from there; routing finds the interface."""
+    arrival = understand([in_pktinfo(3, "192.0.2.5", "192.0.2.5")])
+    assert arrival == Arrival((in_pktinfo(0, "192.0.2.5", "0.0.0.0"),), b"", 0, ())
+    assert own_end(arrival.reply) == (raw("192.0.2.5"), 0)
+
+
+@pytest.mark.parametrize("group", ["192.0.2.255", "255.255.255.255", "239.1.2.3"])
+def test_ipv4_replies_to_a_group_leave_on_its_interface(group: str) -> None:
+    """A datagram to a broadcast address or a group is answered from our own address, on the interface it came from."""
+    arrival = understand([in_pktinfo(3, "192.0.2.5", group)])
+    assert arrival == Arrival((in_pktinfo(3, "192.0.2.5", "0.0.0.0"),), raw(group), 0, ())
+    assert own_end(arrival.reply) == (raw("192.0.2.5"), 3)
 
 
 @pytest.mark.parametrize(
@@ -42,18 +49,36 @@ def test_ipv4_replies_leave_from_our_address_by_any_interface() -> None:
 )
 def test_ipv6_replies_name_the_interface_only_where_it_is_needed(address: str, interface: int, scope: int) -> None:
     """A link-local address means nothing without its interface; any other does without."""
-    reply = reply_control([in6_pktinfo(address, interface)])
-    assert reply == (in6_pktinfo(address, scope),)
-    assert local_host(reply) == (address, scope)
+    arrival = understand([in6_pktinfo(address, interface)])
+    assert arrival == Arrival((in6_pktinfo(address, scope),), b"", 0, ())
+    assert own_end(arrival.reply) == (raw(address), scope)
 
 
 def test_multicast_is_no_address_to_send_from() -> None:
-    """The reply to a datagram that was sent to a multicast group leaves from where the kernel chooses."""
-    assert reply_control([in6_pktinfo("ff02::1", 3)]) == ()
+    """The reply to a datagram to an IPv6 group leaves on its interface, from an address that the kernel chooses."""
+    arrival = understand([in6_pktinfo("ff02::1", 3)])
+    assert arrival == Arrival((in6_pktinfo("::", 3),), raw("ff02::1"), 0, ())
+    assert own_end(arrival.reply) == (b"", 3)
 
 
-def test_replies_to_ipv4_multicast_leave_it_to_the_kernel() -> None:
-    """Also on an IPv6 socket, where the kernel accepts no local address of IPv6 for an IPv4 peer."""
-    reply = reply_control([in6_pktinfo("::ffff:224.0.0.1", 2)])
-    assert reply == (in6_pktinfo("::ffff:0.0.0.0", 0),)
-    assert local_host(reply) is None
+def test_ipv4_groups_on_a_socket_for_both_families() -> None:
+    """Only the structure of IPv4 tells our own address there; the reply has it in the one of IPv6, mapped."""
+    messages = [in6_pktinfo("::ffff:224.0.0.1", 2), in_pktinfo(2, "192.0.2.5", "224.0.0.1")]
+    for control in (messages, messages[::-1]):
+        arrival = understand(control)
+        assert arrival == Arrival((in6_pktinfo("::ffff:192.0.2.5", 2),), raw("::ffff:224.0.0.1"), 0, ())
+        assert own_end(arrival.reply) == (raw("::ffff:192.0.2.5"), 2)
+
+
+def test_replies_to_ipv4_groups_whose_network_is_unknown() -> None:
+    """Without the structure of IPv4 an IPv6 socket leaves the address to the kernel: mapped, or it refuses to send."""
+    arrival = understand([in6_pktinfo("::ffff:224.0.0.1", 2)])
+    assert arrival == Arrival((in6_pktinfo("::ffff:0.0.0.0", 2),), raw("::ffff:224.0.0.1"), 0, ())
+    assert own_end(arrival.reply) == (b"", 2)
+
+
+def test_other_control_messages_are_ancillary() -> None:
+    """The segment size of a coalesced message is understood; what else the socket was told to bring is passed on."""
+    time_stamp = (socket.SOL_SOCKET, 35, bytes(16))
+    gro = (socket.IPPROTO_UDP, pktinfo.UDP_GRO, struct.pack("=i", 1_200))
+    assert understand([time_stamp, gro]) == ((), b"", 1_200, (time_stamp,))

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import pickle
 import re
 import typing
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import attrs
+import pytest
 
 import trio_udp
+
+# What users write down in annotations. These are no objects of their own at run time.
+ALIASES = {"Accept", "Address", "Handler", "OnError", "Payload"}
+CLASSES_AND_FUNCTIONS = sorted(set(trio_udp.__all__) - ALIASES)
 
 
 def test_all_is_what_there_is() -> None:
@@ -29,14 +37,14 @@ def test_a_type_checker_sees_the_same_names() -> None:
 
 def test_names_live_in_the_package() -> None:
     """Tracebacks, documentation and pickles name the public place, not the module inside."""
-    assert {getattr(trio_udp, name).__module__ for name in trio_udp.__all__} == {"trio_udp"}
+    assert {getattr(trio_udp, name).__module__ for name in CLASSES_AND_FUNCTIONS} == {"trio_udp"}
     limits = trio_udp.Limits(max_clients=5)
     assert pickle.loads(pickle.dumps(limits)) == limits
 
 
 def test_everything_public_is_documented() -> None:
     """Every public function, class, method and property has a docstring."""
-    for name in trio_udp.__all__:
+    for name in CLASSES_AND_FUNCTIONS:
         thing = getattr(trio_udp, name)
         assert inspect.getdoc(thing), name
         if inspect.isclass(thing):
@@ -45,14 +53,50 @@ def test_everything_public_is_documented() -> None:
                     assert inspect.getdoc(member), f"{name}.{attribute}"
 
 
+def test_every_alias_is_documented() -> None:
+    """A public type alias is followed by a docstring, as documentation tools expect it."""
+    documented = set()
+    for path in Path(trio_udp.__file__).parent.rglob("*.py"):
+        for block in ast.walk(ast.parse(path.read_text())):
+            body = getattr(block, "body", None)
+            statements = [*body, *getattr(block, "orelse", [])] if isinstance(body, list) else []
+            for statement, following in pairwise(statements):
+                if (
+                    isinstance(statement, ast.AnnAssign)
+                    and isinstance(statement.target, ast.Name)
+                    and isinstance(following, ast.Expr)
+                    and isinstance(following.value, ast.Constant)
+                    and isinstance(following.value.value, str)
+                ):
+                    documented.add(statement.target.id)
+    assert ALIASES <= documented
+
+
 def test_statistics_are_values() -> None:
-    """Two snapshots can be compared, and be members of a set."""
+    """Two snapshots of statistics can be compared, and be members of a set."""
     numbers = {"received": 1, "bytes_received": 1, "truncated": 0, "sent": 0, "bytes_sent": 0}
     errors = {"receive_errors": 0, "send_errors": 1, "errors": {"EPERM": 1}}
     kernel = {"kernel_dropped": 0, "kernel_queued": 0, "receive_buffer": 0, "receive_buffer_requested": 0}
     one, other = (trio_udp.EndpointStatistics(**numbers, **errors, **kernel) for _ in range(2))  # type: ignore[arg-type]
     assert one == other
     assert len({one, other}) == 1
+
+
+def test_statistics_of_servers_can_be_added() -> None:
+    """The sum of two servers' statistics has the sums of all counters, errors by name included; sum() works too."""
+    names = [field.name for field in attrs.fields(trio_udp.ServerStatistics) if field.name != "errors"]
+    numbers: Any = dict(zip(names, range(1, 100), strict=False))
+    one = trio_udp.ServerStatistics(errors={"EPERM": 1}, **numbers)
+    other = attrs.evolve(one, received=50, errors={"EPERM": 2, "EINVAL": 1})
+    both = one + other
+    assert both == sum([one, other])
+    assert {name: getattr(both, name) for name in names} == {
+        name: getattr(one, name) + getattr(other, name) for name in names
+    }
+    assert both.errors == {"EPERM": 3, "EINVAL": 1}
+    assert both.accounted_for == one.accounted_for + other.accounted_for
+    with pytest.raises(TypeError):
+        one + 1
 
 
 def test_values_can_be_introspected() -> None:

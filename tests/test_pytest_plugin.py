@@ -1,4 +1,4 @@
-"""The fixtures, as somebody else's tests use them; where they fail a test, in a pytest of its own."""
+"""The fixtures, as the tests of a user's project use them; where they fail a test, in a pytest of its own."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ async def test_a_server_and_a_connection_to_it(udp_server: StartServer) -> None:
     assert await connection.receive() == b"HELLO"
 
 
-async def test_options_and_weather(
+async def test_options_and_network_conditions(
     udp_server: StartServer, simulated_network: SimulatedNetwork, autojump_clock: MockClock
 ) -> None:
-    """Keywords are those of serve_endpoints; the network is the same; a server may be had twice."""
+    """udp_server takes the keywords of serve_endpoints, is on simulated_network, and can be called more than once."""
     ends = []
 
     async def handler(client: Client) -> None:
@@ -50,7 +50,7 @@ async def test_another_client(udp_server: StartServer, simulated_network: Simula
         assert await second.receive() == b"ME TOO"
 
 
-TESTS_OF_SOMEBODY = """
+TESTS_OF_A_USER = """
 import pytest, trio, trio_udp
 
 async def shout(client):
@@ -102,7 +102,7 @@ def test_what_fails_and_how(pytester: pytest.Pytester, monkeypatch: pytest.Monke
     """The plugin is there once the package is; a failing test shows the seed and the last events."""
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     pytester.makeini("[pytest]\ntrio_mode = true\nfilterwarnings = error\n")
-    pytester.makepyfile(TESTS_OF_SOMEBODY)
+    pytester.makepyfile(TESTS_OF_A_USER)
     result = pytester.runpytest_subprocess("--network-seed=7", "--tb=short", timeout=60)
     result.assert_outcomes(passed=3, failed=3)
     shown = result.stdout.str()
@@ -115,7 +115,7 @@ def test_what_fails_and_how(pytester: pytest.Pytester, monkeypatch: pytest.Monke
 
 
 def test_without_pytest_trio(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is asked of who does not use it."""
+    """Without pytest-trio the plugin loads, and simulated_network works."""
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     pytester.makepyfile("def test_it(simulated_network): pass\ndef test_nothing(): pass")
     result = pytester.runpytest_subprocess("-p", "no:trio", "-p", "no:pytest_trio", timeout=60)

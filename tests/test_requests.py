@@ -15,7 +15,7 @@ from .conftest import ALICE, BOB, StartInMemory, check_adds_up
 
 
 async def test_what_the_function_returns_is_the_reply(start_in_memory: StartInMemory) -> None:
-    """Bytes are sent, also empty ones; None is no reply."""
+    """Bytes that the function of a request_handler returns are the reply, empty ones included; None is no reply."""
 
     @trio_udp.request_handler
     async def reply(payload: bytes, client: Client) -> bytes | None:
@@ -30,7 +30,7 @@ async def test_what_the_function_returns_is_the_reply(start_in_memory: StartInMe
 
 
 async def test_requests_that_time_out_are_counted(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A request that takes too long is cancelled and not answered; the next one is, and no other client waits."""
+    """A request that exceeds its timeout is cancelled, counted and not answered; those behind it are answered."""
 
     @trio_udp.request_handler(timeout=2)
     async def reply(payload: bytes, client: Client) -> bytes:
@@ -52,7 +52,7 @@ async def test_requests_that_time_out_are_counted(start_in_memory: StartInMemory
 
 
 async def test_an_error_costs_one_request(start_in_memory: StartInMemory) -> None:
-    """A request whose function raises is the server's on_error's; those behind it are answered."""
+    """An error in a request goes to the server's on_error; the requests behind it are answered."""
     errors: list[str] = []
 
     @trio_udp.request_handler
@@ -68,7 +68,7 @@ async def test_an_error_costs_one_request(start_in_memory: StartInMemory) -> Non
 
 
 def test_the_handler_looks_like_the_function() -> None:
-    """Name and documentation are the function's; the arguments are a handler's."""
+    """A request_handler has the name and docstring of its function, and the arguments of a handler."""
 
     @trio_udp.request_handler
     async def reply(payload: bytes, client: Client) -> None:
@@ -80,12 +80,12 @@ def test_the_handler_looks_like_the_function() -> None:
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan")])
 def test_a_timeout_must_be_positive(timeout: float) -> None:
-    """Zero, negative and undefined timeouts are refused."""
+    """Zero, negative and undefined timeouts of a request_handler raise ValueError."""
     with pytest.raises(ValueError, match="timeout"):
         trio_udp.request_handler(timeout=timeout)
 
 
 def test_it_takes_a_function() -> None:
-    """A timeout given by position is the mistake that it looks like."""
+    """request_handler(2), a timeout given by position, raises TypeError."""
     with pytest.raises(TypeError, match="2"):
         trio_udp.request_handler(2)  # type: ignore[call-overload]

@@ -13,18 +13,13 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from trio_udp import Client, Server, serve_endpoints
+from trio_udp import Client, Datagram, Server, serve_endpoints
 from trio_udp.testing import SimulatedNetwork
 
-from .conftest import ALICE, BOB, CAROL, SERVER, StartInMemory, check_adds_up, in_memory, narrow
+from .conftest import ALICE, BOB, CAROL, SERVER, StartInMemory, check_adds_up, echo, in_memory, narrow
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
-
-
-async def echo(client: Client) -> None:
-    async for payload in client:
-        await client.send(payload)
 
 
 async def test_stop_handles_what_has_arrived(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
@@ -75,7 +70,7 @@ async def test_serve_returns_as_soon_as_the_last_handler_has(autojump_clock: Moc
 async def test_what_is_left_after_drain_timeout_is_cancelled(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """Handlers that do not finish in time are cancelled; what waits for them is counted as dropped."""
+    """Handlers that do not finish in time are cancelled and counted; what waits for them is counted as dropped."""
     cancelled = []
 
     async def handler(client: Client) -> None:
@@ -94,8 +89,28 @@ async def test_what_is_left_after_drain_timeout_is_cancelled(
     await trio.sleep(10)
     assert cancelled == [7.0]
     assert run.sent_to(ALICE) == [b"last word"]
-    assert run.server.statistics().dropped_at_end == 1
+    assert (run.server.statistics().dropped_at_end, run.server.statistics().handlers_cancelled) == (1, 1)
     check_adds_up(run.server)
+
+
+async def test_a_handler_can_learn_of_the_stop(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+    """server.stopping and wait_stopping tell a handler in a transaction that the server drains."""
+    log: list[tuple[bool, float]] = []
+
+    async def handler(client: Client) -> None:
+        with client.transaction():
+            log.append((client.server.stopping, trio.current_time()))
+            await client.server.wait_stopping()
+            log.append((client.server.stopping, trio.current_time()))
+
+    run = await start_in_memory(handler)
+    run.put(b"x")
+    await trio.sleep(2)
+    run.server.stop()
+    await run.settle()
+    assert log == [(False, 0.0), (True, 2.0)]
+    assert run.endpoint.closed
+    assert run.server.stopping
 
 
 async def test_stop_without_clients_ends_at_once(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
@@ -110,7 +125,7 @@ async def test_stop_without_clients_ends_at_once(start_in_memory: StartInMemory,
 async def test_a_transaction_goes_on_during_the_drain(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """Datagrams of a client in a transaction arrive until the transaction is over, and then count as late."""
+    """During a drain, datagrams of a client in a transaction arrive until that is over, and then are refused."""
     seen: list[object] = []
 
     async def handler(client: Client) -> None:
@@ -143,7 +158,7 @@ async def test_a_transaction_goes_on_during_the_drain(
 async def test_a_transaction_can_begin_during_the_drain(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """A handler that is still emptying its inbox may enter a transaction; it is then known again."""
+    """A handler that enters a transaction during a drain receives datagrams again."""
     seen = []
 
     async def handler(client: Client) -> None:
@@ -184,7 +199,7 @@ async def test_a_transaction_ends_with_drain_timeout(start_in_memory: StartInMem
 async def test_leaving_a_transaction_ends_another_tasks_wait(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """A task that waits in receive during a drain is told when another task leaves the transaction."""
+    """A receive that waits in a transaction during a drain ends when another task leaves the transaction."""
     ends = []
 
     async def receive(client: Client) -> None:
@@ -210,7 +225,7 @@ async def test_leaving_a_transaction_ends_another_tasks_wait(
 async def test_what_an_ended_handler_leaves_is_handled_in_the_drain(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """A handler that takes one datagram per call is called for all that had arrived before stop()."""
+    """During a drain a handler that takes one datagram per call is called again for all that had arrived."""
     seen = []
 
     async def handler(client: Client) -> None:
@@ -231,21 +246,23 @@ async def test_what_an_ended_handler_leaves_is_handled_in_the_drain(
 async def test_stop_from_accept(
     start_in_memory: StartInMemory, autojump_clock: MockClock, drain_timeout: float
 ) -> None:
-    """stop() may be called in the middle of a batch: those who were known before are handled, the rest is refused."""
-    servers: list[Server] = []
+    """stop() may be called in the middle of a batch: all that had arrived by then is handled, strangers included."""
 
-    def accept(payload: bytes, address: object) -> bool:
-        if payload == b"stop":
-            servers[0].stop()
+    def accept(datagram: Datagram) -> bool:
+        if datagram.payload == b"stop":
+            assert datagram.server is not None
+            datagram.server.stop()
         return True
 
     run = await start_in_memory(echo, accept=accept, drain_timeout=drain_timeout)
-    servers.append(run.server)
     for payload, address in ((b"1", ALICE), (b"stop", BOB), (b"2", ALICE), (b"x", CAROL)):
         run.put(payload, address)
     await trio.sleep(1)
     assert run.endpoint.closed
-    assert run.server.statistics().refused_stopping == 3
+    statistics = run.server.statistics()
+    assert (statistics.received, statistics.clients_started, statistics.refused_stopping) == (4, 3, 0)
+    if drain_timeout:
+        assert sorted(run.sent) == [(ALICE, b"1"), (ALICE, b"2"), (BOB, b"stop"), (CAROL, b"x")]
     check_adds_up(run.server)
 
 
@@ -292,7 +309,7 @@ async def test_closing_the_only_endpoint_ends_the_server(autojump_clock: MockClo
 
 
 async def test_closing_one_of_two_endpoints_ends_its_clients(autojump_clock: MockClock) -> None:
-    """ClientTable of a closed endpoint get ClosedResourceError, which is no error of theirs; the others go on."""
+    """The clients of a closed endpoint end, which is no error of their handlers; those of the other go on."""
     network = SimulatedNetwork()
     first, second = network.endpoint(*SERVER), network.endpoint("192.0.2.54", 53)
     async with trio.open_nursery() as nursery:
@@ -360,7 +377,7 @@ async def test_handlers_in_a_nursery_of_the_callers(autojump_clock: MockClock) -
 
 
 async def test_drain_with_handlers_in_a_nursery_of_the_callers(autojump_clock: MockClock) -> None:
-    """The drain waits for such handlers too, but does not cancel them when the time is over."""
+    """A drain waits for handlers in handler_nursery too, but does not cancel them after drain_timeout."""
     run = in_memory()
     log = []
 
@@ -379,10 +396,11 @@ async def test_drain_with_handlers_in_a_nursery_of_the_callers(autojump_clock: M
             server.stop()
         log.append(("server", trio.current_time()))
     assert log == [("server", 5.0), ("handler", 20.0)]
+    assert server.statistics().handlers_cancelled == 0
 
 
 async def test_signals_stop_the_server(autojump_clock: MockClock) -> None:
-    """The first of stop_signals drains the server."""
+    """The first signal of stop_signals drains the server."""
     run = in_memory()
     ends = []
 
@@ -397,7 +415,7 @@ async def test_signals_stop_the_server(autojump_clock: MockClock) -> None:
 
 
 async def test_the_second_signal_stops_at_once(autojump_clock: MockClock) -> None:
-    """The second of stop_signals cancels what still runs; serve returns normally all the same."""
+    """The second signal of stop_signals cancels handlers that still run; serve returns normally all the same."""
     run = in_memory()
 
     async def handler(client: Client) -> None:
@@ -416,7 +434,7 @@ async def test_the_second_signal_stops_at_once(autojump_clock: MockClock) -> Non
 async def test_a_handler_with_a_nursery_is_cut_off(
     start_in_memory: StartInMemory, autojump_clock: MockClock, drain_timeout: float
 ) -> None:
-    """Whatever tasks a handler has, and whatever they raise while they are cancelled, serve returns normally."""
+    """serve returns normally though a handler's tasks are cut off, and though some raise while they are cancelled."""
     errors: list[str] = []
 
     async def read(client: Client) -> None:
@@ -436,8 +454,8 @@ async def test_a_handler_with_a_nursery_is_cut_off(
             if client.peer_address == BOB:
                 nursery.start_soon(fail_late)
 
-    def on_error(client: Client, error: Exception) -> None:
-        errors.extend(f"{client.peer_address[0]}: {inner}" for inner in leaves(error))
+    def on_error(source: Client | Datagram, error: Exception) -> None:
+        errors.extend(f"{source.peer_address[0]}: {inner}" for inner in leaves(error))
 
     for _ in range(20):
         errors.clear()
@@ -456,14 +474,14 @@ async def test_a_handler_with_a_nursery_is_cut_off(
 
 
 def leaves(error: BaseException) -> list[BaseException]:
-    """The exceptions in a group, but for those that say no more than that a channel has ended."""
+    """Return the exceptions in a group, except those that only say that a channel has ended."""
     if isinstance(error, BaseExceptionGroup):
         return [leaf for inner in error.exceptions for leaf in leaves(inner)]
     return [] if isinstance(error, trio.EndOfChannel) else [error]
 
 
 async def test_last_words_wait_for_room(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """When all handlers are done, replies that still wait for room in the send buffer leave before serve returns."""
+    """Replies that still wait for room in the send buffer when all handlers are done leave before serve returns."""
 
     async def handler(client: Client) -> None:
         async for payload in client:

@@ -23,14 +23,15 @@ from collections.abc import Callable
 
 import attrs
 
-from ._client import Client
-from ._construction import create
+from ._client import Client, make_client
 from ._endpoints import Ancillary, Datagram, Route, Source, Sources, host_key, make_datagram, route_of
 from ._handlers import Accept
-from ._lifecycle import End, Phase
+from ._lifecycle import DRAINING, LOST
 from ._log import ErrorLog, WarningLog
-from ._rate import RateLimiter
 from ._seats import Place, Seat, Seats
+
+# As globals; see the end of _lifecycle.py.
+FINE, REFUSED, UNANSWERABLE = Source
 
 # What a reply of accept() may have at most, in times the bytes of the datagram: RFC 9000 section 8.1.
 MOST_AMPLIFICATION = 3
@@ -42,7 +43,6 @@ class Admission:
 
     seats: Seats
     sources: Sources
-    limiter: RateLimiter | None
     accept: Accept | None
     idle_timeout: float
     errors: ErrorLog
@@ -58,20 +58,20 @@ class Admission:
     def ask(self, place: Place, payload: bytes, route: Route, ancillary: Ancillary) -> Seat | None:
         """Make a stranger a client, answer it, or count why not."""
         source = self._source(place, route)
-        if source is Source.REFUSED:
+        if source is REFUSED:
             self.refused_source += 1
             return None
         bucket = None
-        if self.limiter is not None:
-            bucket = self.limiter.bucket_of(place.outbox.engine.peer_address(route))
-            if not self.limiter.take(bucket, place.outbox.turn.now()):
+        if self.seats.limiter is not None:
+            bucket = self.seats.limiter.bucket_of(place.outbox.engine.peer_address(route))
+            if not self.seats.limiter.take(bucket, place.outbox.turn.now()):
                 self.refused_by_rate += 1
                 return None
         if self.accept is not None and not self._is_accepted(
             self.accept, place, make_datagram(payload, route, ancillary, place), source
         ):
             return None
-        if self.seats.phase is Phase.DRAINING:  # asked after accept, which may have something to say even then
+        if self.seats.phase is DRAINING:  # asked after accept, which may have something to say even then
             self.refused_stopping += 1
             return None
         if not self.seats.has_room_for(payload):
@@ -87,43 +87,36 @@ class Admission:
             self.warnings.warn("full", "the table of clients is full (max_clients=%d)", self.seats.limits.max_clients)
             return None
         seat, client = self.new_client(place, route)
-        if source is Source.UNANSWERABLE:
+        if source is UNANSWERABLE:
             seat.answerable = False
             seat.limited = True
-        if self.limiter is not None and bucket is not None:
-            seat.bucket = self.limiter.keep(bucket)
+        if self.seats.limiter is not None and bucket is not None:
+            seat.bucket = self.seats.limiter.keep(bucket)
         self.seats.add(seat, client)
         try:
             self.start_handler(client)
         except BaseException:  # the caller's nursery is over
             self.refused_stopping += 1
-            seat.finish(End.LOST)
+            seat.finish(LOST)
             self.seats.remove(seat)
             raise
         return seat
 
     def new_client(self, place: Place, route: Route, *, has_handler: bool = True) -> tuple[Seat, Client]:
         """Make the record of a client, and what users see of it. The caller adds it to the seats."""
-        seat = Seat(
-            outbox=place.outbox,
-            route=route,
-            shared=self.seats,
-            idle_timeout=self.idle_timeout,
-            place=place,
-            has_handler=has_handler,
-        )
-        seat.limited = self.seats.limits.amplification is not None
-        return seat, create(Client, seat)
+        seat = Seat(place.outbox, route, self.idle_timeout, self.seats, place, has_handler)
+        seat.limited = place.amplification is not None
+        return seat, make_client(seat)
 
     def ask_datagram(self, place: Place, route: Route) -> Source | None:
         """Ask about a datagram for a ``datagram_handler``: its source and its rate. ``None`` if it is turned away."""
         source = self._source(place, route)
-        if source is Source.REFUSED:
+        if source is REFUSED:
             self.refused_source += 1
             return None
-        if self.limiter is not None:
-            bucket = self.limiter.bucket_of(place.outbox.engine.peer_address(route))
-            if not self.limiter.take(bucket, place.outbox.turn.now()):
+        if self.seats.limiter is not None:
+            bucket = self.seats.limiter.bucket_of(place.outbox.engine.peer_address(route))
+            if not self.seats.limiter.take(bucket, place.outbox.turn.now()):
                 self.refused_by_rate += 1
                 return None
         return source
@@ -135,7 +128,7 @@ class Admission:
             place.asks_about_all = self.sources.refresh(engine, time)
         if place.asks_about_all or engine.doubtful_source(route):
             return self.sources.verdict(engine, route)
-        return Source.FINE
+        return FINE
 
     def _is_accepted(self, accept: Accept, place: Place, datagram: Datagram, source: Source) -> bool:
         route = route_of(datagram)
@@ -160,7 +153,7 @@ class Admission:
             self._send_back(place, datagram, route, reply, source)
         elif answer is True:
             return True
-        elif self.seats.phase is Phase.DRAINING:
+        elif self.seats.phase is DRAINING:
             self.refused_stopping += 1
         else:
             self.refused_by_accept += 1
@@ -169,7 +162,7 @@ class Admission:
     def _send_back(self, place: Place, datagram: Datagram, route: Route, reply: bytes, source: Source) -> None:
         """Send what accept answered, unless a limit or a full send buffer withholds it."""
         limit = self.seats.limits.amplification
-        if source is Source.UNANSWERABLE:
+        if source is UNANSWERABLE:
             place.outbox.count_unanswerable(place.outbox.own)
         elif len(reply) > (MOST_AMPLIFICATION if limit is None else limit) * len(datagram.payload):
             place.withheld += 1

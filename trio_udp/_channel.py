@@ -7,15 +7,14 @@ from collections.abc import Iterable
 
 import attrs
 import trio
-from trio.lowlevel import current_task
 
 from ._construction import NoPublicConstructor
 from ._endpoints import BATCH, MAX_PAYLOAD_IPV4, YIELD_EVERY, Address, Outbox, Outgoing, Payload, Route, Sender
-from ._lifecycle import End
+from ._lifecycle import CLOSED, LOST, OPEN, End
 from ._trio import is_cancelled
 
-# Looked up for every datagram: a global is found sooner than a member of an enum.
-OPEN = End.OPEN
+# Replies that a held outbox collects: one less than a batch, so that what comes next sends them all.
+ROOM = BATCH - 1
 
 
 @attrs.define(eq=False)
@@ -38,13 +37,13 @@ class ChannelState(Sender):
     @property
     def is_closed(self) -> bool:
         """Whether sending and receiving raise ``trio.ClosedResourceError``."""
-        return self.end is End.CLOSED or self.end is End.LOST
+        return self.end is CLOSED or self.end is LOST
 
     def finish(self, end: End) -> None:
         """End the conversation."""
         self.end = end
-        if self.is_closed:
-            for scope in self._blocked_sends or ():
+        if self._blocked_sends and self.is_closed:
+            for scope in self._blocked_sends:
                 scope.cancel()
 
     def check_open(self) -> None:
@@ -136,13 +135,13 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
             payload = value  # nearly always: spare the call
         else:
             payload = outbox.copy(value, state.route)
-        if is_cancelled(current_task()):
+        if is_cancelled():
             await trio.lowlevel.checkpoint_if_cancelled()
         if state.end is not OPEN:
             state.check_open()
         if not state.limited or state.reserve(len(payload)):
             outgoing = (payload, state.route, state)
-            if outbox.held and len(outbox.queue) < BATCH - 1:
+            if outbox.held and len(outbox.queue) < ROOM:
                 outbox.queue.append(outgoing)  # as push() would, nearly always: spare the call
             else:
                 try:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import trio
 
 from ._channel import DatagramChannel
 from ._endpoints import Address, Endpoint
-from ._lifecycle import End
+from ._lifecycle import CLOSED, EVICTED, IDLE, STOPPING, End
 from ._limits import check_seconds
 from ._seats import Seat
 from ._statistics import ClientStatistics
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 MANY = 64
 
 REASONS: dict[End, Literal["idle", "evicted", "stopping"]] = {
-    End.IDLE: "idle",
-    End.EVICTED: "evicted",
-    End.STOPPING: "stopping",
+    IDLE: "idle",
+    EVICTED: "evicted",
+    STOPPING: "stopping",
 }
 
 
@@ -130,11 +131,14 @@ class Client(DatagramChannel):
           Always noticed, and never loses a datagram. Not a full checkpoint each time: other tasks run at least once in 64
           datagrams taken.
         """
-        return await self._state.receive(trio.EndOfChannel)
+        return await self._state.__anext__(trio.EndOfChannel)
 
-    # Not a coroutine around the generator: what a task resumes when it wakes costs time for every datagram.
+    # The inbox itself is iterated over: a call in between would cost time for every datagram.
+    def __aiter__(self) -> Any:
+        return self._state
+
     def __anext__(self) -> Any:
-        return self._state.receive(StopAsyncIteration)
+        return self._state.__anext__()
 
     def receive_nowait(self) -> bytes:
         """Like :meth:`receive`, without waiting.
@@ -149,7 +153,7 @@ class Client(DatagramChannel):
 
         The twin of :meth:`send_many`. Errors and cancellation are as for :meth:`receive`.
         """
-        first = await self._state.receive(trio.EndOfChannel)
+        first = await self._state.__anext__(trio.EndOfChannel)
         return [first, *self._state.take_many(MANY - 1)]
 
     def close(self) -> None:
@@ -159,7 +163,7 @@ class Client(DatagramChannel):
         conversation at once, even while this handler still tidies up.
         """
         if not self._state.is_closed:
-            self._state.finish(End.CLOSED)
+            self._state.finish(CLOSED)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -184,6 +188,10 @@ class Client(DatagramChannel):
         forge their addresses, cannot use up its share.
         """
         self._state.validate()
+
+
+# Without a call of ours in between: one is made for every stranger.
+make_client: Callable[[Seat], Client] = partial(type.__call__, Client)
 
 
 def seat_of(client: Client) -> Seat:

@@ -12,7 +12,7 @@ import trio
 from ._channel import ChannelState, DatagramChannel
 from ._construction import create
 from ._endpoints import Address, Endpoint, Outgoing, Reader, open_connected_endpoint, reader_of
-from ._lifecycle import End
+from ._lifecycle import CLOSED
 from ._statistics import ConnectionStatistics
 
 # The most that receive_many() returns at once; a batch is never more.
@@ -159,7 +159,7 @@ class Connection(DatagramChannel):
         """Close the socket; what has not been received is dropped and counted. Idempotent."""
         state = self._state
         if not state.is_closed:
-            state.finish(End.CLOSED)
+            state.finish(CLOSED)
             state.dropped_at_end += state.reader.discard()
             self._endpoint.close()
 

@@ -15,7 +15,7 @@ import trio
 from ._channel import was_raised_by
 from ._client import Client, seat_of
 from ._endpoints import Datagram
-from ._lifecycle import End
+from ._lifecycle import CLOSED, LOST
 from ._seats import Seat
 
 if TYPE_CHECKING:
@@ -30,8 +30,11 @@ Handler: TypeAlias = "Callable[[Client], Awaitable[object]] | DatagramHandler"
 Accept: TypeAlias = Callable[[Datagram], "bool | bytes"]
 """What a server asks about every stranger; see :func:`serve`."""
 
-OnError: TypeAlias = "Callable[[Client | Datagram, Exception], None]"
-"""What a server calls with an error of a handler, and with the client or the datagram that it was handling."""
+OnError: TypeAlias = (
+    "Callable[[Client, Exception], object] | Callable[[Datagram, Exception], object]"
+    " | Callable[[Client | Datagram, Exception], object]"
+)
+"""What a server calls with the client (for a ``datagram_handler`` the datagram) and an error of its handler."""
 
 LOOKS_LIKE = "a handler is an async function with one argument: async def handler(client)"
 
@@ -109,7 +112,8 @@ async def run_handler(
             if not seat.payloads or seat.delivered == taken_before:
                 return
     finally:
-        seat.finish(seat.end if seat.is_closed else End.CLOSED)
+        if not seat.is_closed:
+            seat.finish(CLOSED)
         seat.shared.remove(seat)
 
 
@@ -126,7 +130,7 @@ def is_normal_end(error: Exception, seat: Seat) -> bool:
     if isinstance(error, ExceptionGroup):
         return all(is_normal_end(inner, seat) for inner in error.exceptions)
     if isinstance(error, trio.ClosedResourceError):
-        return seat.end is End.LOST or was_raised_by(error, seat)
+        return seat.end is LOST or was_raised_by(error, seat)
     return isinstance(error, trio.EndOfChannel)
 
 

@@ -15,10 +15,12 @@ import trio
 
 from ._endpoints import BATCH
 from ._inbox import Inbox
-from ._lifecycle import End
+from ._lifecycle import IDLE
 
 # The part of an idle timeout that moments are rounded up to. It is also how late a timeout can be.
 COARSENESS = 1 / 8
+
+NOBODY: set[Inbox] = set()
 
 
 @attrs.define(eq=False)
@@ -48,7 +50,11 @@ class IdleExpiry:
     def forget(self, inbox: Inbox) -> None:
         """Let go of an inbox."""
         if inbox.due is not None:
-            self._inboxes.get(inbox.due, set()).discard(inbox)
+            inboxes = self._inboxes.get(inbox.due)  # none where it is due at no time
+            if inboxes is not None:
+                inboxes.discard(inbox)
+                if not inboxes:
+                    self._drop_tick(inbox.due)
             inbox.due = None
 
     def timeout_changed(self, inbox: Inbox, now: float) -> None:
@@ -63,12 +69,12 @@ class IdleExpiry:
             now = trio.current_time()
             looked_at = 0
             while self._ticks and self._ticks[0] <= now and looked_at < BATCH:
-                inboxes = self._inboxes[self._ticks[0]]
+                inboxes = self._inboxes.get(self._ticks[0], NOBODY)
                 while inboxes and looked_at < BATCH:
                     self._look_at(inboxes.pop(), now)
                     looked_at += 1
                 if not inboxes:
-                    del self._inboxes[heapq.heappop(self._ticks)]
+                    self._inboxes.pop(heapq.heappop(self._ticks), None)
             if looked_at == BATCH:  # more may be due: let others run first
                 await trio.lowlevel.checkpoint()
                 continue
@@ -76,12 +82,19 @@ class IdleExpiry:
             with trio.CancelScope(deadline=self._ticks[0] if self._ticks else math.inf) as self._alarm:
                 await trio.sleep_forever()
 
+    def _drop_tick(self, when: float) -> None:
+        del self._inboxes[when]
+        # The heap lets go of a tick when its time has come. Handlers may set many timeouts that are far away.
+        if len(self._ticks) > 2 * len(self._inboxes) + BATCH:
+            self._ticks = list(self._inboxes)
+            heapq.heapify(self._ticks)
+
     def _look_at(self, inbox: Inbox, now: float) -> None:
         if not inbox.may_expire:
             self.watch(inbox, now)  # at work; silence begins with the next wait, which cannot have begun before now
         elif inbox.waiting_since + inbox.idle_timeout <= now:
             inbox.due = None
-            inbox.finish(End.IDLE)
+            inbox.finish(IDLE)
         else:
             inbox.shrink()  # here because it is seldom: about once in an idle timeout
             self.watch(inbox, inbox.waiting_since)

@@ -15,9 +15,9 @@ import attrs
 import trio
 from trio.lowlevel import Task, current_task, reschedule
 
-from ._channel import OPEN, ChannelState
+from ._channel import ChannelState
 from ._endpoints import YIELD_EVERY
-from ._lifecycle import End, Phase
+from ._lifecycle import DRAINING, IDLE, OPEN, RUNNING, STOPPING, End, Phase
 from ._limits import Limits
 from ._trio import SLEEP, is_cancelled
 
@@ -33,12 +33,22 @@ class Shared:
     """What all inboxes of one server share: their limits, the server's phase, and running counts."""
 
     limits: Limits
-    phase: Phase = attrs.field(default=Phase.RUNNING, init=False)
-    waiting: int = attrs.field(default=0, init=False)
+    phase: Phase = attrs.field(default=RUNNING, init=False)
     waiting_bytes: int = attrs.field(default=0, init=False)
-    delivered: int = attrs.field(default=0, init=False)
+    handed_over: int = attrs.field(default=0, init=False)  # to a task that was waiting
+    kept: int = attrs.field(default=0, init=False)
+    taken: int = attrs.field(default=0, init=False)  # of those that were kept
+    removed: int = attrs.field(default=0, init=False)  # of those that were kept
     dropped_inbox_full: int = attrs.field(default=0, init=False)
     dropped_at_end: int = attrs.field(default=0, init=False)
+
+    @property
+    def delivered(self) -> int:
+        return self.handed_over + self.taken
+
+    @property
+    def waiting(self) -> int:
+        return self.kept - self.taken - self.removed
 
 
 @attrs.define(eq=False)
@@ -83,6 +93,9 @@ class Inbox(ChannelState):
         """Whether silence counts at the moment."""
         return self.is_awaited
 
+    def __aiter__(self) -> Inbox:
+        return self
+
     def put(self, payload: bytes) -> None:
         """Give a datagram that has arrived to the task that waits for it, or keep it, or drop one by policy."""
         size = len(payload)
@@ -91,7 +104,7 @@ class Inbox(ChannelState):
         receiver = self.receiver
         if receiver is not None and receiver.custom_sleep_data is self:  # is_awaited; then nothing waits here
             self.delivered += 1
-            shared.delivered += 1
+            shared.handed_over += 1
             reschedule(receiver, cast("Any", payload))
             return
         limits = shared.limits
@@ -107,25 +120,25 @@ class Inbox(ChannelState):
             self.payloads = deque()
         self.payloads.append(payload)
         self._waiting_bytes += size
-        shared.waiting += 1
+        shared.kept += 1
         shared.waiting_bytes += size
 
     @types.coroutine  # in which "yield from" is what "await" is in others
-    def receive(self, over: type[Exception]) -> Generator[Any, Any, bytes]:
+    def __anext__(self, over: type[Exception] = StopAsyncIteration) -> Generator[Any, Any, bytes]:
         """Wait for the next payload and take it; raise ``over`` where the channel has ended.
 
-        This is the one place where payloads are waited for. It is a generator, and yields to Trio's loop itself, because
-        a task that wakes resumes every coroutine on its stack. A payload that arrives while a task sleeps here is what the
-        task is resumed with: from then on cancellation cannot take it away.
+        This is the one place where payloads are waited for; ``async for`` comes here directly. It is a generator, and
+        yields to Trio's loop itself, because a task that wakes resumes every coroutine on its stack. A payload that
+        arrives while a task sleeps here is what the task is resumed with: from then on cancellation cannot take it away.
         """
         if self.receiver is not None:
             raise trio.BusyResourceError("another task is already receiving from this client")
         turn = self.outbox.turn
         if self.payloads:
             if turn.taken < YIELD_EVERY:
-                turn.taken += 1
-                if is_cancelled(current_task()):
+                if is_cancelled():
                     yield from trio.lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105
+                turn.taken += 1
                 turn.sent = 0
                 return self.take()
             self.receiver = current_task()  # so that no other task takes what this one is about to
@@ -134,22 +147,23 @@ class Inbox(ChannelState):
                 yield from trio.lowlevel.checkpoint()  # noqa: ASYNC105
             finally:
                 self.receiver = None
+        shared = self.shared
         while not self.payloads:
-            if self.end is not OPEN or self._is_drained() or self._was_silent_for_too_long():
-                yield from trio.lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105
-                self.check_open()
-                raise over
-            self.receiver = task = current_task()
-            task.custom_sleep_data = self
-            if self.delivered != self._silent_at:
+            if self.end is not OPEN or shared.phase is DRAINING or self.delivered == self._silent_at:
+                if self._is_over(turn.now()):
+                    yield from trio.lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105
+                    self.check_open()
+                    raise over
+                if self.delivered != self._silent_at:
+                    self.waiting_since = turn.now()
+            else:
                 self.waiting_since = turn.time or trio.current_time()
             if self.due is None:
                 self._begin_first_wait()
+            self.receiver = task = current_task()
+            task.custom_sleep_data = self
             try:
                 outcome = yield SLEEP
-            except BaseException:
-                self._silent_at = self.delivered
-                raise
             finally:
                 self.receiver = None
             if type(outcome) is bytes:
@@ -171,7 +185,7 @@ class Inbox(ChannelState):
         if self.receiver is not None and not self.is_awaited:
             raise trio.WouldBlock
         if not self.payloads:
-            if self.end is not OPEN or self._is_drained():
+            if self._is_over(self.outbox.turn.now()):
                 self.check_open()
                 raise trio.EndOfChannel
             raise trio.WouldBlock
@@ -184,8 +198,7 @@ class Inbox(ChannelState):
         shared = self.shared
         self._waiting_bytes -= size
         shared.waiting_bytes -= size
-        shared.waiting -= 1
-        shared.delivered += 1
+        shared.taken += 1
         self.delivered += 1
         return payload
 
@@ -201,10 +214,11 @@ class Inbox(ChannelState):
             reschedule(self.receiver, LOOK_AGAIN)
 
     def finish(self, end: End) -> None:
-        super().finish(end)
-        if self.is_closed:
+        ChannelState.finish(self, end)
+        if self.payloads and self.is_closed:
             self.drop_all()
-        self.wake()
+        if self.receiver is not None:
+            self.wake()
 
     def drop_all(self) -> None:
         """Drop what waits here: nobody will take it."""
@@ -221,19 +235,14 @@ class Inbox(ChannelState):
     def _begin_first_wait(self) -> None:
         """Do what is due once in the life of a conversation, when its handler first waits."""
 
-    def _is_drained(self) -> bool:
-        """Whether the channel ends now, because the server drains and nothing waits here; notes that it does."""
-        if self.shared.phase is not Phase.DRAINING or self.transactions:
-            return False
-        self.finish(End.STOPPING)
-        return True
-
-    def _was_silent_for_too_long(self) -> bool:
-        """Whether the idle timeout is over, for a handler that does not wait for as long in one go; notes that it is."""
-        if self.delivered != self._silent_at or self.outbox.turn.now() < self.waiting_since + self.idle_timeout:
-            return False
-        self.finish(End.IDLE)
-        return True
+    def _is_over(self, now: float) -> bool:
+        """Whether the channel has ended, or ends now that nothing waits here; in the latter case notes why."""
+        if self.end is OPEN:
+            if self.shared.phase is DRAINING and not self.transactions:
+                self.finish(STOPPING)
+            elif self.delivered == self._silent_at and now >= self.waiting_since + self.idle_timeout:
+                self.finish(IDLE)  # a handler that never waits for as long in one go
+        return self.end is not OPEN
 
     def _make_room(self, size: int) -> bool:
         """Drop what has waited the longest for one of ``size`` bytes, if that is the policy and is of any use."""
@@ -251,5 +260,5 @@ class Inbox(ChannelState):
     def _remove_oldest(self) -> None:
         size = len(self.payloads.popleft())
         self._waiting_bytes -= size
-        self.shared.waiting -= 1
+        self.shared.removed += 1
         self.shared.waiting_bytes -= size

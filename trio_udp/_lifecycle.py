@@ -37,3 +37,8 @@ class Phase(Enum):
     CATCHING_UP = auto()
     DRAINING = auto()
     ENDED = auto()
+
+
+# The members once more, as globals: before Python 3.12 it takes 50 ns to look one up in its class.
+OPEN, IDLE, EVICTED, STOPPING, CLOSED, LOST = End
+RUNNING, CATCHING_UP, DRAINING, ENDED = Phase

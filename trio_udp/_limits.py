@@ -1,7 +1,5 @@
 """What a server may hold at once, and for how long: plain values, checked when they are made."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal
@@ -25,7 +23,7 @@ MOST = 1e12  # of anything
 REQUEST = 3_500
 
 
-def _positive_int(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+def _positive_int(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{attribute.name} must be an int, not {value!r}")
     if not 1 <= value <= MOST:
@@ -42,23 +40,23 @@ def check_seconds(name: str, seconds: object, *, zero: bool = False) -> float:
     raise ValueError(f"{name} must be {'at least' if zero else 'greater than'} 0, not {seconds!r}")
 
 
-def _positive_number(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+def _positive_number(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{attribute.name} must be a number, not {value!r}")
     if not 0 < value <= MOST:
         raise ValueError(f"{attribute.name} must be greater than 0, and at most {MOST:g}, not {value!r}")
 
 
-def _one_of(*choices: str) -> Callable[[object, attrs.Attribute[str], str], None]:
-    def check(_: object, attribute: attrs.Attribute[str], value: str) -> None:
+def _one_of(*choices: str) -> "Callable[[object, attrs.Attribute[str], str], None]":
+    def check(_: object, attribute: "attrs.Attribute[str]", value: str) -> None:
         if value not in choices:
             raise ValueError(f"{attribute.name} must be {' or '.join(map(repr, choices))}, not {value!r}")
 
     return check
 
 
-def _prefix(most: int) -> Callable[[object, attrs.Attribute[int], int], None]:
-    def check(_: object, attribute: attrs.Attribute[int], value: int) -> None:
+def _prefix(most: int) -> "Callable[[object, attrs.Attribute[int], int], None]":
+    def check(_: object, attribute: "attrs.Attribute[int]", value: int) -> None:
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{attribute.name} must be an int, not {value!r}")
         if not 1 <= value <= most:
@@ -67,12 +65,12 @@ def _prefix(most: int) -> Callable[[object, attrs.Attribute[int], int], None]:
     return check
 
 
-def _rate_limit(_: object, attribute: attrs.Attribute[RateLimit], value: object) -> None:
+def _rate_limit(_: object, attribute: "attrs.Attribute[RateLimit]", value: object) -> None:
     if not isinstance(value, RateLimit):
         raise TypeError(f"{attribute.name} must be a RateLimit or None, not {value!r}")
 
 
-def _buckets(instance: object, attribute: attrs.Attribute[int], value: int) -> None:
+def _buckets(instance: object, attribute: "attrs.Attribute[int]", value: int) -> None:
     _positive_int(instance, attribute, value)
     if value < 2:
         raise ValueError(f"{attribute.name} must be at least 2, not {value!r}")
@@ -141,9 +139,7 @@ class Limits:
     when_inbox_full: Literal["drop_newest", "drop_oldest"] = attrs.field(
         default="drop_newest", validator=_one_of("drop_newest", "drop_oldest")
     )
-    rate_limit: RateLimit | None = attrs.field(
-        default=None, validator=attrs.validators.optional(_rate_limit)
-    )
+    rate_limit: RateLimit | None = attrs.field(default=None, validator=attrs.validators.optional(_rate_limit))
     amplification: float | None = attrs.field(default=None, validator=attrs.validators.optional(_positive_number))
 
     def worst_case_memory(self, *, concurrency: int = 1) -> int:

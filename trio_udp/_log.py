@@ -67,7 +67,7 @@ class FaultLog:
     def count(self, error: OSError) -> None:
         self._count[error.errno or 0] += 1
 
-    def write(self, socket: object, error: OSError, reason: str) -> None:
+    def write(self, socket: str, error: OSError, reason: str) -> None:
         code = error.errno or 0
         try:
             now = trio.current_time()
@@ -76,7 +76,7 @@ class FaultLog:
         if now >= self._silent_until.get(code, now):
             self._silent_until[code] = now + SECONDS_OF_SILENCE
             name, count = errno.errorcode.get(code, str(code)), self._count.pop(code)
-            LOGGER.warning("%s: %s (%d since last logged): %s", repr(socket), name, count, reason)
+            LOGGER.warning("%s: %s (%d since last logged): %s", socket, name, count, reason)
 
 
 @attrs.define(eq=False)

@@ -21,7 +21,9 @@ KEEPS_NOTHING = "_trio_udp_keeps_nothing"
 
 
 @overload
-def request_handler(*, timeout: float | None = None, concurrency: int = 1) -> Callable[[RequestFunction], ClientHandler]: ...
+def request_handler(
+    *, timeout: float | None = None, concurrency: int = 1
+) -> Callable[[RequestFunction], ClientHandler]: ...
 @overload
 def request_handler(
     function: RequestFunction, /, *, timeout: float | None = None, concurrency: int = 1

@@ -24,7 +24,16 @@ from ._admission import Admission
 from ._client import Client
 from ._construction import create
 from ._endpoints import Endpoint, Outgoing, Received, Source, Sources, make_datagram, open_endpoints, reader_of
-from ._handlers import Accept, DatagramHandler, Handler, OnError, accepts_one_argument, check_handler, is_async, run_handler
+from ._handlers import (
+    Accept,
+    DatagramHandler,
+    Handler,
+    OnError,
+    accepts_one_argument,
+    check_handler,
+    is_async,
+    run_handler,
+)
 from ._limits import Limits, check_seconds
 from ._log import ErrorLog, WarningLog
 from ._rate import RateLimiter
@@ -71,7 +80,7 @@ async def receive_loop(hand_out: Callable[[Place, list[Received]], None], server
 
 def to_clients(admission: Admission, place: Place, batch: list[Received]) -> None:
     """Put each datagram of a batch into the inbox of its client, if it has one or admission makes one."""
-    known, limiter, turn = place.known, admission.limiter, place.outbox.turn
+    known, limiter, turn = place.known, admission.seats.limiter, place.outbox.turn
     turn.begin_batch()
     if len(batch) > 1:
         place.outbox.hold()
@@ -90,7 +99,7 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
         seat.put(payload)
 
 
-def to_function(handler: DatagramHandler, on_error: OnError, admission: Admission, place: Place, batch: list[Received]) -> None:
+def to_function(handler: DatagramHandler, admission: Admission, place: Place, batch: list[Received]) -> None:
     """Call a ``datagram_handler`` for each datagram of a batch, in order, and send the replies together."""
     function, seats, outbox = handler.function, admission.seats, place.outbox
     outbox.turn.begin_batch()
@@ -100,7 +109,7 @@ def to_function(handler: DatagramHandler, on_error: OnError, admission: Admissio
         source = admission.ask_datagram(place, route)
         if source is None:
             continue
-        seats.delivered += 1
+        seats.handed_over += 1
         datagram = make_datagram(payload, route, ancillary, place)
         try:
             reply = function(datagram)
@@ -110,7 +119,7 @@ def to_function(handler: DatagramHandler, on_error: OnError, admission: Admissio
                 reply = outbox.copy(reply, route)
         except Exception as error:
             seats.handler_errors += 1
-            on_error(datagram, error)
+            seats.on_error(datagram, error)
             continue
         if place.amplification is not None and len(reply) > place.amplification * len(payload):
             place.withheld += 1
@@ -309,15 +318,15 @@ def _assemble(
     """Put the parts of a server together."""
     errors = ErrorLog(trio.lowlevel.current_clock().current_time)
     limiter = RateLimiter(limits.rate_limit) if limits.rate_limit else None
-    seats = Seats(limits, on_error, makes_room(handler))
+    seats = Seats(limits, limiter, on_error, makes_room(handler))
 
     def start_handler(client: Client) -> None:
         assert not isinstance(handler, DatagramHandler)
         (handler_nursery or nursery).start_soon(run_handler, handler, client, state.crash, name=TASK_NAME)
 
-    admission = Admission(seats, Sources(), limiter, accept, idle_timeout, errors, WarningLog(), start_handler)
+    admission = Admission(seats, Sources(), accept, idle_timeout, errors, WarningLog(), start_handler)
     if isinstance(handler, DatagramHandler):
-        hand_out = partial(to_function, handler, on_error, admission)
+        hand_out = partial(to_function, handler, admission)
     else:
         hand_out = partial(to_clients, admission)
     state = ServerState(seats, admission, errors, nursery, handler_nursery is None, partial(receive_loop, hand_out))

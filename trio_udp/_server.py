@@ -29,7 +29,7 @@ from ._endpoints import (
     send_on,
     send_on_nowait,
 )
-from ._lifecycle import End, Phase
+from ._lifecycle import CATCHING_UP, ENDED, OPEN, RUNNING
 from ._log import LOGGER, ErrorLog
 from ._seats import Place, Seats
 from ._statistics import ServerStatistics
@@ -77,10 +77,10 @@ class ServerState:
         LOGGER.info("serving on %s", endpoint.local_address)
 
     def stop(self) -> None:
-        if self.seats.phase is not Phase.RUNNING:
+        if self.seats.phase is not RUNNING:
             return
-        self.seats.phase = Phase.CATCHING_UP
-        LOGGER.info("stopping: %d clients", len(self.seats.running))
+        self.seats.phase = CATCHING_UP
+        LOGGER.info("stopping: %d clients to drain", len(self.seats.running))
         for place in self.places:
             place.reader.finished = place.reader.shared
             place.until_stop.cancel()
@@ -96,7 +96,7 @@ class ServerState:
         self._drain_if_caught_up()
 
     def _drain_if_caught_up(self) -> None:
-        if self.seats.phase is Phase.CATCHING_UP and not self._behind:
+        if self.seats.phase is CATCHING_UP and not self._behind:
             self.seats.begin_drain(self.places)
             self.draining.set()
 
@@ -113,7 +113,12 @@ class ServerState:
         if self.own_handlers:
             self.handlers_cancelled = sum(seat.has_handler for seat in self.seats.running)
         refused = self.admission.refused_stopping
-        LOGGER.info("stopped: %d datagrams refused, %d handlers cancelled", refused, self.handlers_cancelled)
+        LOGGER.info(
+            "stopped: %d clients served, %d datagrams refused while stopping, %d handlers cancelled",
+            self.seats.started,
+            refused,
+            self.handlers_cancelled,
+        )
 
     def lose(self, place: Place) -> None:
         """An endpoint was closed under the running server."""
@@ -124,9 +129,9 @@ class ServerState:
 
     def end(self) -> None:
         """Close every client: using one after the server has ended raises ``trio.ClosedResourceError``."""
-        if self.seats.phase is Phase.RUNNING:
+        if self.seats.phase is RUNNING:
             self.stop_requested.set()  # for those who wait for it
-        self.seats.phase = Phase.ENDED
+        self.seats.phase = ENDED
         self.seats.lose()
         self.errors.write_suppressed()
 
@@ -206,7 +211,7 @@ class Server(metaclass=NoPublicConstructor):
     @property
     def stopping(self) -> bool:
         """Whether the server stops, or has ended."""
-        return self._state.seats.phase is not Phase.RUNNING
+        return self._state.seats.phase is not RUNNING
 
     async def wait_stopping(self) -> None:
         """Wait until the server stops: by :meth:`stop`, by a signal, or because it ends."""
@@ -290,7 +295,7 @@ class Server(metaclass=NoPublicConstructor):
             by_outbox: dict[Outbox, list[Outgoing]] = {}
             for seat in chosen[start : start + BATCH]:
                 copy = copies[seat.outbox]
-                if seat.end is End.OPEN and (not seat.limited or seat.reserve(len(copy))):
+                if seat.end is OPEN and (not seat.limited or seat.reserve(len(copy))):
                     by_outbox.setdefault(seat.outbox, []).append((copy, seat.route, seat))
             for outbox, outgoing in by_outbox.items():
                 outbox.send_or_drop(outgoing)
@@ -315,7 +320,7 @@ class Server(metaclass=NoPublicConstructor):
           trio.ClosedResourceError: The server is stopping or has ended.
         """
         state = self._state
-        if state.seats.phase is not Phase.RUNNING:
+        if state.seats.phase is not RUNNING:
             raise trio.ClosedResourceError("this server is stopping, or has ended")
         outbox, route = find_way(self._outboxes(), address, local_address)
         engine = outbox.engine
@@ -336,8 +341,6 @@ class Server(metaclass=NoPublicConstructor):
             raise trio.WouldBlock
         seat, client = state.admission.new_client(place, route, has_handler=False)
         seat.validate()
-        if state.admission.limiter is not None:
-            seat.bucket = state.admission.limiter.bucket_of_host(target)
         state.seats.add(seat, client)
         return client
 
@@ -352,7 +355,7 @@ class Server(metaclass=NoPublicConstructor):
         if not isinstance(endpoint, Endpoint):
             raise TypeError(f"expected an Endpoint, not {endpoint!r}")
         state = self._state
-        if state.seats.phase is not Phase.RUNNING:
+        if state.seats.phase is not RUNNING:
             raise trio.ClosedResourceError("this server is stopping, or has ended")
         if endpoint in self.endpoints:
             raise ValueError("an endpoint cannot be served on twice")

@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Any
 
 import trio
+from trio._core._run import GLOBAL_RUN_CONTEXT
 
 
 def _make_sleep() -> object:
@@ -36,11 +37,15 @@ Two more properties of Trio come with it. Yielding it from a generator gives bac
 still the object that it set has not been woken yet.
 """
 
-is_cancelled = attrgetter("_cancel_status.effectively_cancelled")
-"""Whether a task would raise ``Cancelled`` at its next checkpoint.
 
-``trio.lowlevel.checkpoint_if_cancelled`` looks at the same, but as a coroutine: 0.13 µs, twice in an echo.
-"""
+def is_cancelled() -> bool:
+    """Whether the running task would raise ``Cancelled`` at its next checkpoint.
+
+    ``trio.lowlevel.checkpoint_if_cancelled`` looks at the same, but as a coroutine: 0.13 µs, twice in an echo.
+    """
+    cancelled: bool = GLOBAL_RUN_CONTEXT.task._cancel_status.effectively_cancelled
+    return cancelled
+
 
 _stdlib_socket = attrgetter("_sock")
 

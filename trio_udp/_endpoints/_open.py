@@ -55,7 +55,7 @@ async def open_endpoints(
     max_datagram_size: int = 65_535,
     receive_buffer: int | None = None,
     send_buffer: int | None = None,
-    configure: Configure | None = None,
+    configure: Callable[[socket.socket], object] | None = None,
 ) -> list[Endpoint]:
     """Bind UDP sockets to ``port``, one for each local address that ``host`` stands for.
 
@@ -124,7 +124,7 @@ async def open_connected_endpoint(
     flowinfo: int = 0,
     scope_id: int = 0,
     receive_buffer: int | None = None,
-    configure: Configure | None = None,
+    configure: Callable[[socket.socket], object] | None = None,
 ) -> Endpoint:
     """Open a socket that is connected to one peer; see :func:`connect`.
 

@@ -13,7 +13,7 @@ import attrs
 import trio
 
 from .._log import FaultLog
-from ._address import MAX_PAYLOAD_IPV4
+from ._address import MAX_PAYLOAD_IPV4, describe
 from ._faults import Fault, fault_of, reason_for
 from ._turn import Turn
 from .engines import BATCH, Engine, Outgoing, Route
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     Payload: TypeAlias = Buffer
 else:
-    Payload = bytes | bytearray | memoryview  # for readers of annotations; any bytes-like object is accepted
+    Payload = bytes | bytearray | memoryview  # for readers of annotations
+"""What can be sent: any bytes-like object."""
 
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 
@@ -236,7 +237,7 @@ class Outbox:
         """End, because the file descriptor is gone. Log it if something else than the endpoint has closed it."""
         if not self.engine.closed:
             self.log.count(error)
-            self.log.write(self.engine.bound_address, error, reason_for(error))
+            self.log.write(describe(self.engine.bound_address), error, reason_for(error))
         self.engine.abandon()
 
     def _send_now(self, outgoing: list[Outgoing]) -> int:
@@ -303,7 +304,7 @@ class Outbox:
         self.counts.count_send_error(error)
         self.log.count(error)
         if fault_of(error) is Fault.MACHINE:
-            self.log.write(self.engine.bound_address, error, reason_for(error))
+            self.log.write(describe(self.engine.bound_address), error, reason_for(error))
 
     def _count_receive_error(self, error: OSError) -> None:
         self.counts.count_receive_error(error)

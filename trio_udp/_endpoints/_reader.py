@@ -11,6 +11,7 @@ from collections import deque
 import attrs
 import trio
 
+from ._address import describe
 from ._faults import Fault, fault_of, reason_for
 from ._outbox import Outbox
 from .engines import BATCH, Engine, Received
@@ -47,9 +48,9 @@ class BackOff:
         self._fruitless_reads = 0
         return True
 
-    @property
-    def persists(self) -> bool:
-        return self._fruitless_reads > FRUITLESS_READS
+    def persists(self, reads: int = 0) -> bool:
+        """Whether there have been too many, counting so many more that are not noted yet."""
+        return self._fruitless_reads + reads > FRUITLESS_READS
 
 
 @attrs.define(eq=False)
@@ -122,7 +123,7 @@ class Reader:
                 outbox.held = False
                 return batch
             self._back_off.read_nothing()
-            if self._back_off.persists and (self._may_have_more or engine.is_readable()):
+            if self._back_off.persists() and (self._may_have_more or engine.is_readable()):
                 outbox.release()
                 await trio.sleep(PAUSE)
             passes = max(passes, self._may_have_more)
@@ -215,7 +216,7 @@ class Reader:
                     # Not to be cancelled: what was read is received, even if the caller has just given up.
                     await trio.lowlevel.cancel_shielded_checkpoint()
                     return
-                if self._back_off.persists and self.engine.is_readable():
+                if self._back_off.persists() and self.engine.is_readable():
                     await trio.sleep(PAUSE)
                 await self.engine.wait_readable()
                 self._read_ahead_nowait()
@@ -245,7 +246,7 @@ class Reader:
         outbox.log.count(error)
         fault = fault_of(error)
         is_passing_answer = fault is Fault.ANSWER and self._back_off.read_answer()
-        if not is_passing_answer and (fault is Fault.MACHINE or self._back_off.persists):
-            outbox.log.write(self.engine.bound_address, error, reason_for(error))
+        if not is_passing_answer and (fault is Fault.MACHINE or self._back_off.persists(1)):
+            outbox.log.write(describe(self.engine.bound_address), error, reason_for(error))
         if self.tells_refusals and isinstance(error, ConnectionRefusedError):
             self._refusal = error

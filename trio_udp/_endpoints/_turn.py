@@ -28,7 +28,8 @@ class Turn:
 
     def begin_batch(self) -> None:
         """Renew the turn: a batch has arrived, and other tasks have run since the one before."""
-        self.taken = self.sent = 0
+        self.taken = 1  # what is handed to a waiting task straight away is not counted there
+        self.sent = 0
         self.time = trio.current_time()
 
     def now(self) -> float:

@@ -50,7 +50,7 @@ def is_own_host(family: int, address: Address) -> bool:
         return False
     if not _can_bind(family, (NOBODYS[socket.AddressFamily(family)], 0)):
         return True
-    # On load balancers the setting ip_nonlocal_bind lets everything be bound, and that tells nothing. To a local address
+    # On load balancers the setting ip_nonlocal_bind lets anything be bound, which tells nothing. To a local address
     # the kernel sends from the same address; this misses only the secondary addresses of an interface.
     with suppress(OSError):
         return source(None, family, address)[0] == host
