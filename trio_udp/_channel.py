@@ -180,9 +180,9 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         """Send many datagrams, in order.
 
         Cheaper than sending them one by one, most of all if they have one size. Everything is checked and copied before
-        the first is sent: if :meth:`send` would raise ``TypeError`` or ``EMSGSIZE`` for one, none is sent. Waiting, other
-        errors, cancellation and the turns of other tasks are as for ``send``, though cancellation is noticed once in 64
-        datagrams, and those before it have been sent. What another task sends meanwhile may come in between.
+        the first is sent: if :meth:`send` would raise ``TypeError`` or ``EMSGSIZE`` for one, none is sent. Waiting,
+        other errors, cancellation and the turns of other tasks are as for ``send``, though cancellation is noticed once
+        in 64 datagrams, and those before it have been sent. What another task sends meanwhile may come in between.
         """
         state, outbox = self._state, self._state.outbox
         turn, route = outbox.turn, state.route

@@ -36,9 +36,9 @@ class Client(DatagramChannel):
     ``receive`` and ``send`` always notice cancellation, but they are not full checkpoints: they let other tasks run at
     least once in 64 datagrams, not each time.
 
-    A client is one pair of peer address and local address on one endpoint; writing to a group or a broadcast address makes
-    a client of its own. It begins with a stranger's first datagram and ends when its handler returns; the next datagram
-    from that address then begins another. (:meth:`Server.connect` makes one that the caller owns and closes.)
+    A client is one pair of peer address and local address on one endpoint; writing to a group or a broadcast address
+    makes a client of its own. It begins with a stranger's first datagram and ends when its handler returns; the next
+    datagram from that address then begins another. (:meth:`Server.connect` makes one that the caller owns and closes.)
     """
 
     __slots__ = ()
@@ -89,9 +89,9 @@ class Client(DatagramChannel):
         """Seconds of silence after which this client ends, while its handler waits; ``math.inf`` for never.
 
         Settable; the server's ``idle_timeout`` at first. Silence begins when the handler first waits in :meth:`receive`
-        after the last datagram it took. A wait that is cancelled and begun again does not begin it anew, so a handler that
-        polls and pings notices a dead peer. A handler at work is never interrupted by it. It is noticed at most a quarter
-        of the timeout late.
+        after the last datagram it took. A wait that is cancelled and begun again does not begin it anew, so a handler
+        that polls and pings notices a dead peer. A handler at work is never interrupted by it. It is noticed at most a
+        quarter of the timeout late.
         """
         return self._state.idle_timeout
 
@@ -128,8 +128,8 @@ class Client(DatagramChannel):
           trio.BusyResourceError: Another task is receiving from this client.
 
         Cancellation:
-          Always noticed, and never loses a datagram. Not a full checkpoint each time: other tasks run at least once in 64
-          datagrams taken.
+          Always noticed, and never loses a datagram. Not a full checkpoint each time: other tasks run at least once in
+          64 datagrams taken.
         """
         return await self._state.__anext__(trio.EndOfChannel)
 
@@ -159,8 +159,8 @@ class Client(DatagramChannel):
     def close(self) -> None:
         """End this conversation; what waits in the inbox is dropped and counted. Idempotent.
 
-        A :meth:`receive` that already has its datagram still returns it. The next datagram from this address begins a new
-        conversation at once, even while this handler still tidies up.
+        A :meth:`receive` that already has its datagram still returns it. The next datagram from this address begins a
+        new conversation at once, even while this handler still tidies up.
         """
         if not self._state.is_closed:
             self._state.finish(CLOSED)
@@ -170,8 +170,8 @@ class Client(DatagramChannel):
         """Protect this conversation from eviction and drain until the block ends.
 
         Inside ``with client.transaction():`` datagrams go on arriving while the server drains (for ``drain_timeout`` at
-        most; not on a shared endpoint, which is not read any more), and the client is not evicted to make room. The idle
-        timeout still applies. May be nested. To learn of the stop inside it, see :attr:`Server.stopping` and
+        most; not on a shared endpoint, which is not read any more), and the client is not evicted to make room. The
+        idle timeout still applies. May be nested. To learn of the stop inside it, see :attr:`Server.stopping` and
         :meth:`Server.wait_stopping`.
         """
         self._state.enter_transaction()
@@ -184,8 +184,8 @@ class Client(DatagramChannel):
         """Mark the peer's address as verified, for example after it echoed a token.
 
         From then on the client is not evicted, ``Limits.amplification`` does not apply to it, and ``Limits.rate_limit``
-        counts its host by itself (an address of IPv4, a /64 of IPv6): strangers in its part of the network, and those who
-        forge their addresses, cannot use up its share.
+        counts its host by itself (an address of IPv4, a /64 of IPv6): strangers in its part of the network, and those
+        who forge their addresses, cannot use up its share.
         """
         self._state.validate()
 

@@ -36,8 +36,8 @@ async def connect(
       port: UDP port.
       flowinfo, scope_id: As in an IPv6 socket address, so that ``connect(*client.peer_address)`` works.
       local_address: Numeric host and port to send from; the kernel's choice by default.
-      receive_buffer: Bytes of kernel memory to ask for, for datagrams not yet read (``SO_RCVBUF``); 4 MiB by default. See
-        :func:`open_endpoints`.
+      receive_buffer: Bytes of kernel memory to ask for, for datagrams not yet read (``SO_RCVBUF``); 4 MiB by default.
+        See :func:`open_endpoints`.
       configure: Called with the ``socket.socket`` before it is bound and connected, to set any socket option.
 
     Raises:
@@ -94,7 +94,7 @@ class Connection(DatagramChannel):
 
     @classmethod
     def from_socket(cls, sock: stdlib_socket.socket | trio.socket.SocketType) -> Connection:
-        """Make a connection of a connected datagram socket that someone else opened. The connection owns it from now on.
+        """Make a connection of a connected datagram socket that someone else opened; it owns the socket from now on.
 
         Raises:
           TypeError, ValueError: It is not a connected datagram socket.

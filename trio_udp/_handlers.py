@@ -62,15 +62,15 @@ def datagram_handler(function: Callable[[Datagram], Payload | None]) -> Datagram
         def time(datagram):
             return b"%d" % trio.current_time()
 
-    The server calls it for every datagram, **in arrival order over all senders**, and sends what it returns (``b""`` is an
-    empty reply, ``None`` is none) to where the datagram came from, from where it was sent to, together with the other
-    replies of the batch. There are no clients, tasks or inboxes. The function runs in the receive loop, so it should be
-    quick: nothing is received meanwhile. ``Limits.rate_limit`` applies, and ``Limits.amplification`` to each reply alone.
-    The limits on clients and inboxes do not, nor does ``idle_timeout``.
+    The server calls it for every datagram, **in arrival order over all senders**, and sends what it returns (``b""`` is
+    an empty reply, ``None`` is none) to where the datagram came from, from where it was sent to, together with the
+    other replies of the batch. There are no clients, tasks or inboxes. The function runs in the receive loop, so it
+    should be quick: nothing is received meanwhile. ``Limits.rate_limit`` applies, and ``Limits.amplification`` to each
+    reply alone. The limits on clients and inboxes do not, nor does ``idle_timeout``.
 
     Errors:
-      What the function raises goes to ``on_error(datagram, exception)``, and the next datagram follows. A reply that finds
-      the send buffer full is dropped and counted under ``EAGAIN``.
+      What the function raises goes to ``on_error(datagram, exception)``, and the next datagram follows. A reply that
+      finds the send buffer full is dropped and counted under ``EAGAIN``.
     """
     if not callable(function) or is_async(function):
         raise TypeError(f"a datagram_handler is a plain function with one argument, def f(datagram), not {function!r}")

@@ -1,8 +1,9 @@
 """Idle expiry: ends conversations whose peer has been silent for too long, with one task for all of them.
 
-Each inbox is *due* at one moment, when its timeout could be over; only then is it looked at. Either its handler has been
-waiting for long enough, or the next moment is known. Moments are rounded up to multiples of an eighth of the timeout
-(*ticks*), so that conversations that began at about the same time are looked at together, and an inbox costs no timer.
+Each inbox is *due* at one moment, when its timeout could be over; only then is it looked at. Either its handler has
+been waiting for long enough, or the next moment is known. Moments are rounded up to multiples of an eighth of the
+timeout (*ticks*), so that conversations that began at about the same time are looked at together, and an inbox costs no
+timer.
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ class IdleExpiry:
                     self._drop_tick(inbox.due)
             inbox.due = None
 
-    def timeout_changed(self, inbox: Inbox, now: float) -> None:
+    def timeout_changed(self, inbox: Inbox) -> None:
         """Look at an inbox in time for another idle timeout."""
         if inbox.due is not None:
             self.forget(inbox)
-            self.watch(inbox, inbox.waiting_since if inbox.is_awaited else now)
+            self.watch(inbox, inbox.waiting_since)  # in the past where no silence lasts: then look at it now
 
     async def run(self) -> None:
         """End conversations when their idle timeout is over; runs for ever."""
@@ -91,7 +92,10 @@ class IdleExpiry:
 
     def _look_at(self, inbox: Inbox, now: float) -> None:
         if not inbox.may_expire:
-            self.watch(inbox, now)  # at work; silence begins with the next wait, which cannot have begun before now
+            # At work. Silence that began in a wait that was cut short counts from there, unless its time is over: then
+            # the next wait ends at once. Otherwise silence begins with the next wait, so not before now.
+            is_early = inbox.is_silent and now < inbox.waiting_since + inbox.idle_timeout
+            self.watch(inbox, inbox.waiting_since if is_early else now)
         elif inbox.waiting_since + inbox.idle_timeout <= now:
             inbox.due = None
             inbox.finish(IDLE)

@@ -1,7 +1,7 @@
 """The bounded memory channel of one client: filled by the receive loop, emptied by one handler.
 
-Not ``trio.open_memory_channel``: an inbox is bounded in bytes too, alone and together with all others; it chooses what to
-drop; and it hands out what waits without letting other tasks run each time.
+Not ``trio.open_memory_channel``: an inbox is bounded in bytes too, alone and together with all others; it chooses what
+to drop; and it hands out what waits without letting other tasks run each time.
 """
 
 from __future__ import annotations
@@ -89,6 +89,11 @@ class Inbox(ChannelState):
         return self.receiver is not None and self.receiver.custom_sleep_data is self
 
     @property
+    def is_silent(self) -> bool:
+        """Whether nothing was taken since a wait that was cut short."""
+        return self.delivered == self._silent_at
+
+    @property
     def may_expire(self) -> bool:
         """Whether silence counts at the moment."""
         return self.is_awaited
@@ -129,7 +134,8 @@ class Inbox(ChannelState):
 
         This is the one place where payloads are waited for; ``async for`` comes here directly. It is a generator, and
         yields to Trio's loop itself, because a task that wakes resumes every coroutine on its stack. A payload that
-        arrives while a task sleeps here is what the task is resumed with: from then on cancellation cannot take it away.
+        arrives while a task sleeps here is what the task is resumed with: from then on cancellation cannot take it
+        away.
         """
         if self.receiver is not None:
             raise trio.BusyResourceError("another task is already receiving from this client")

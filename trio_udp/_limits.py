@@ -105,17 +105,18 @@ class RateLimit:
 class Limits:
     """How much a server holds for strangers, so that a flood cannot make it grow without bound.
 
-    At most ``max_clients`` handlers run; where clients are evicted up to 64 more, until the evicted ones have ended. The payloads that wait in all inboxes together never exceed ``total_bytes``, nor ``inbox_datagrams`` for each
+    At most ``max_clients`` handlers run; where clients are evicted up to 64 more, until the evicted ones have ended.
+    The payloads that wait in all inboxes together never exceed ``total_bytes``, nor ``inbox_datagrams`` for each
     handler.
 
     Attributes:
       max_clients: Handlers alive at once, those that linger after their client ended included.
       when_full: What a stranger meets at ``max_clients``. ``"refuse"``: its datagram is refused and counted.
         ``"evict_idle"``: about the client that has been waiting the longest ends to make room. Never evicted are those
-        whose handler is at work or has datagrams waiting, those in a transaction, and validated ones; if there is nobody
-        else the stranger is refused. A client of a :func:`request_handler` makes room under both.
-      clients_per_host: Clients of one host (an IPv4 address, an IPv6 /64) at once; what goes beyond is refused as if the
-        table were full. Some real hosts stand for many users (NAT, proxies), so there is no such limit by default.
+        whose handler is at work or has datagrams waiting, those in a transaction, and validated ones; if there is
+        nobody else the stranger is refused. A client of a :func:`request_handler` makes room under both.
+      clients_per_host: Clients of one host (an IPv4 address, an IPv6 /64) at once; what goes beyond is refused as if
+        the table were full. Some real hosts stand for many users (NAT, proxies), so there is no such limit by default.
       inbox_datagrams: Datagrams waiting for one client.
       inbox_bytes: Payload bytes waiting for one client.
       total_bytes: Payload bytes waiting for all clients of the server.
@@ -145,8 +146,8 @@ class Limits:
     def worst_case_memory(self, *, concurrency: int = 1) -> int:
         """Bytes that a server holds at most for strangers, whatever they send: ``print(limits.worst_case_memory())``.
 
-        For each client its task and its inbox, for each datagram that may wait in one the object around its payload, all
-        payloads together, the buckets, and the requests that a :func:`request_handler` runs at once::
+        For each client its task and its inbox, for each datagram that may wait in one the object around its payload,
+        all payloads together, the buckets, and the requests that a :func:`request_handler` runs at once::
 
             clients * (CLIENT + inbox_datagrams * DATAGRAM + requests * REQUEST) + total_bytes + buckets * BUCKET
 

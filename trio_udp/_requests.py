@@ -33,10 +33,10 @@ def request_handler(
 ) -> ClientHandler | Callable[[RequestFunction], ClientHandler]:
     """Turn ``async def f(payload, client)`` into a handler that replies to each datagram with what ``f`` returns.
 
-    Used as ``@request_handler`` or ``@request_handler(timeout=2)``. A client's requests are answered one after the other,
-    in arrival order; those of different clients side by side. Like any handler this one waits for more until the client
-    has been silent for ``idle_timeout``. But a client that waits for its next request holds nothing, so at ``max_clients``
-    it makes room for a stranger whatever ``Limits.when_full`` says, unless it is validated.
+    Used as ``@request_handler`` or ``@request_handler(timeout=2)``. A client's requests are answered one after the
+    other, in arrival order; those of different clients side by side. Like any handler this one waits for more until the
+    client has been silent for ``idle_timeout``. But a client that waits for its next request holds nothing, so at
+    ``max_clients`` it makes room for a stranger whatever ``Limits.when_full`` says, unless it is validated.
 
     Args:
       function: Returns the reply (``b""`` is an empty one) or ``None`` for no reply, as it must once it has closed the
@@ -44,12 +44,12 @@ def request_handler(
       timeout: Seconds that each request may take. One that takes longer is cancelled (``trio.move_on_after``, so only
         where ``function`` awaits something), counted in ``requests_timed_out`` and not answered; the next one follows.
       concurrency: Requests of one client at once, for clients such as proxies that stand for many users. If it is more
-        than 1, replies leave as they are ready, in any order. A client with running requests is neither idle nor evicted.
-        ``Limits.worst_case_memory(concurrency=...)`` takes them into account.
+        than 1, replies leave as they are ready, in any order. A client with running requests is neither idle nor
+        evicted. ``Limits.worst_case_memory(concurrency=...)`` takes them into account.
 
     Errors:
-      An exception in ``function`` goes to the server's ``on_error``. It ends no other request: those that wait behind it
-      are still answered, and with ``concurrency`` those beside it go on.
+      An exception in ``function`` goes to the server's ``on_error``. It ends no other request: those that wait behind
+      it are still answered, and with ``concurrency`` those beside it go on.
     """
     if timeout is not None:
         check_seconds("timeout", timeout)

@@ -114,7 +114,7 @@ class Seat(Inbox):
 
     def set_idle_timeout(self, seconds: float) -> None:
         self.idle_timeout = seconds
-        self.shared.idle.timeout_changed(self, self.outbox.turn.now())
+        self.shared.idle.timeout_changed(self)
 
     def validate(self) -> None:
         self.limited = not self.answerable
@@ -282,15 +282,18 @@ class Seats(Shared):
     def _longest_waiting(self) -> Seat | None:
         """Find a client to evict: about the one that has been waiting the longest.
 
-        Nothing is done for the queue at each wait. So a seat at its head may have waited anew since it was put there: then
-        it goes to the end. One that has not is the oldest; if there is none, the oldest of those looked at will do.
+        Nothing is done for the queue at each wait. So the seat at its head may have waited anew since it was put there:
+        then it goes to the end. One that has not is old enough; otherwise the oldest of those looked at will do.
         """
+        if len(self._queue) <= MOST_LOOKS:
+            waiting = (seat for seat in self._queue if seat.may_be_evicted)
+            return min(waiting, key=lambda seat: seat.waiting_since, default=None)
         oldest: Seat | None = None
-        for _ in range(min(MOST_LOOKS, len(self._queue))):
+        for _ in range(MOST_LOOKS):
             seat = next(iter(self._queue))
             if seat.may_be_evicted:
                 if seat.queued_since == seat.waiting_since:
-                    return seat if oldest is None or seat.waiting_since <= oldest.waiting_since else oldest
+                    return seat
                 seat.queued_since = seat.waiting_since
                 if oldest is None or seat.waiting_since < oldest.waiting_since:
                     oldest = seat

@@ -4,9 +4,9 @@
     kernel <- engine <- Outbox <---------------------------------------------------------- client.send()
 
 One receive loop for each endpoint puts every datagram into the inbox of the client it belongs to. A *route* says which
-client that is: it stands for a peer address and the local address that was written to. A stranger goes through admission,
-which may start a handler task for it. The loop never waits for a client, and everything that grows is bounded by
-:class:`Limits`.
+client that is: it stands for a peer address and the local address that was written to. A stranger goes through
+admission, which may start a handler task for it. The loop never waits for a client, and everything that grows is
+bounded by :class:`Limits`.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ async def receive_loop(hand_out: Callable[[Place, list[Received]], None], server
             while True:
                 hand_out(place, await reader.receive_batch())
                 if seats.overfull:
-                    # Let evicted handlers take their leave before the next strangers come. (receive_batch lets tasks run
-                    # too, but in a random order: once may be too early for them.)
+                    # Let evicted handlers take their leave before the next strangers come. (receive_batch lets tasks
+                    # run too, but in a random order: once may be too early for them.)
                     await trio.lowlevel.checkpoint()
         # Catch up with what had arrived when the stop began. If more keeps arriving, the size of the buffer is the end.
         last = counts.received + reader.engine.read_ahead + (0 if reader.shared else most_queued(place))
@@ -76,6 +76,7 @@ async def receive_loop(hand_out: Callable[[Place, list[Received]], None], server
         server.admission.refused_stopping += len(list(place.rest))
         # What cancelled handlers still send must not wait for a loop that is gone.
         place.outbox.release()
+        place.outbox.turn.time = 0.0  # nor must others take this loop's last batch for the present
 
 
 def to_clients(admission: Admission, place: Place, batch: list[Received]) -> None:
@@ -160,21 +161,22 @@ async def serve(
 
         trio.run(trio_udp.serve, shout, 9999)
 
-    A stranger's first datagram starts a task that runs the handler with a new :class:`Client`; later ones go to the same
-    client until its handler returns. If it returns or raises while datagrams wait, it is called again with the same
-    client, provided that it took any.
+    A stranger's first datagram starts a task that runs the handler with a new :class:`Client`; later ones go to the
+    same client until its handler returns. If it returns or raises while datagrams wait, it is called again with the
+    same client, provided that it took any.
 
     Args:
-      handler: Async function, called with a :class:`Client`; or a :func:`datagram_handler`, or a :func:`request_handler`.
-        A plain function that returns an awaitable will do. ``trio.EndOfChannel`` leaving it is a normal end.
+      handler: Async function, called with a :class:`Client`; or a :func:`datagram_handler`, or a
+        :func:`request_handler`. A plain function that returns an awaitable will do. ``trio.EndOfChannel`` leaving it is
+        a normal end.
       port: UDP port; 0 lets the kernel choose one that is free in every family (see ``Server.endpoints``).
       host: Name or address to bind. ``None`` binds every interface, IPv4 and IPv6, with one endpoint for each; a family
         that the machine lacks is skipped.
       reuse_port: Let other processes of the same user bind the port too (``SO_REUSEPORT``); the kernel then spreads
         clients over them. Without it a second bind fails.
       max_datagram_size: Longest payload to accept, in bytes; longer datagrams are counted as truncated.
-      receive_buffer: Bytes of kernel memory to ask for, for datagrams not yet read (``SO_RCVBUF``); 4 MiB by default. The
-        kernel grants at most what the system allows; if that is less than half, a warning says so once.
+      receive_buffer: Bytes of kernel memory to ask for, for datagrams not yet read (``SO_RCVBUF``); 4 MiB by default.
+        The kernel grants at most what the system allows; if that is less than half, a warning says so once.
       send_buffer: The same for datagrams not yet sent (``SO_SNDBUF``); the system's default unless given.
       configure: Called with each ``socket.socket`` right before it is bound, after everything above is set: the place
         for any other socket option (``SO_BROADCAST``, ``SO_BINDTODEVICE``, ...).
@@ -182,12 +184,13 @@ async def serve(
         :attr:`Client.idle_timeout`.
       limits: What may be held in memory for strangers, how many datagrams they may send, and how much they may be sent.
       accept: ``accept(datagram)`` is asked about every stranger's :class:`Datagram` before anything is kept of it and
-        before ``max_clients`` is looked at. ``True``: it becomes a client. ``False``: it is refused. Bytes: they are sent
-        back at once, from where the datagram was sent to, and nothing is kept (cookies, QUIC Retry, "server full"); at
-        most 3 times the datagram's bytes, or ``Limits.amplification`` times if that is set. Anything else is a mistake:
-        the datagram is refused and the error logged, also if it raises. It is a plain function, run in the receive loop,
-        so it should be quick. While the server drains it is still asked, and only bytes count. Answer only what parses as
-        a request, and with something that does not, or two servers may answer each other for ever (CVE-2024-2169).
+        before ``max_clients`` is looked at. ``True``: it becomes a client. ``False``: it is refused. Bytes: they are
+        sent back at once, from where the datagram was sent to, and nothing is kept (cookies, QUIC Retry, "server
+        full"); at most 3 times the datagram's bytes, or ``Limits.amplification`` times if that is set. Anything else is
+        a mistake: the datagram is refused and the error logged, also if it raises. It is a plain function, run in the
+        receive loop, so it should be quick. While the server drains it is still asked, and only bytes count. Answer
+        only what parses as a request, and with something that does not, or two servers may answer each other for ever
+        (CVE-2024-2169).
       on_error: Called with the client (or, for a ``datagram_handler``, the datagram) and the exception when a handler
         raises. That ends this client only, unless ``on_error`` itself raises: then the server ends with that exception.
         :func:`log_error` by default; :func:`raise_error` for tests.

@@ -100,10 +100,10 @@ class ServerState:
             self.seats.begin_drain(self.places)
             self.draining.set()
 
-    async def drain(self, timeout: float) -> None:
+    async def drain(self, drain_timeout: float) -> None:
         """Once the server drains, end every channel, and wait for the handlers for so many seconds at most."""
         await self.draining.wait()
-        with trio.move_on_after(timeout):
+        with trio.move_on_after(drain_timeout):
             await self.seats.wake_all()
             await self.seats.all_gone.wait()
             for place in self.places:
@@ -175,8 +175,8 @@ class ServerState:
 def most_queued(place: Place) -> int:
     """The most datagrams that the kernel can hold for an endpoint at the moment.
 
-    On Linux what is allocated for them is known (``SO_MEMINFO``), and a datagram takes at least 512 bytes of it; elsewhere
-    take the whole buffer.
+    On Linux what is allocated for them is known (``SO_MEMINFO``), and a datagram takes at least 512 bytes of it;
+    elsewhere take the whole buffer.
     """
     figures = place.reader.engine.kernel_figures()
     return (figures.queued or figures.receive_buffer) // 512 + 1
@@ -228,8 +228,8 @@ class Server(metaclass=NoPublicConstructor):
            ``drain_timeout`` seconds in all; those left then are cancelled.
         3. It reads each socket once more, to count what has arrived, and closes it.
 
-        On an endpoint that is ``shared`` nothing is read from now on, not even for transactions: what arrives waits in the
-        kernel for the next reader of the socket.
+        On an endpoint that is ``shared`` nothing is read from now on, not even for transactions: what arrives waits in
+        the kernel for the next reader of the socket.
         """
         self._state.stop()
 
@@ -241,8 +241,8 @@ class Server(metaclass=NoPublicConstructor):
         Args:
           payload: Any bytes-like object, copied now.
           address: Numeric host and port, as a socket gives them. IPv4 addresses may be written as mapped into IPv6.
-          local_address: One of our own addresses to send from; it chooses the endpoint too. By default the first endpoint
-            of the address's family sends it, from the address of the kernel's choice.
+          local_address: One of our own addresses to send from; it chooses the endpoint too. By default the first
+            endpoint of the address's family sends it, from the address of the kernel's choice.
 
         Raises:
           OSError: The kernel's own about this datagram, since it is the program's own doing: no route, a broadcast that
@@ -266,9 +266,9 @@ class Server(metaclass=NoPublicConstructor):
     async def send_to_all(self, payload: Payload, clients: Iterable[Client] | None = None) -> None:
         """Send one payload to many clients, in as few system calls as possible.
 
-        Does not wait for room: where the send buffer is full, the datagram is lost for that client and counted among its
-        ``send_errors`` (``EAGAIN``). Clients that have ended, for whatever reason, are skipped. ``Limits.amplification``
-        holds for each client.
+        Does not wait for room: where the send buffer is full, the datagram is lost for that client and counted among
+        its ``send_errors`` (``EAGAIN``). Clients that have ended, for whatever reason, are skipped.
+        ``Limits.amplification`` holds for each client.
 
         Args:
           payload: Any bytes-like object, copied now.
@@ -280,8 +280,8 @@ class Server(metaclass=NoPublicConstructor):
           TypeError: Not a bytes-like object.
 
         Cancellation:
-          A checkpoint before anything is sent. Other tasks run at least once in 64 datagrams; when one of these pauses is
-          cancelled, the clients before it have been sent the datagram.
+          A checkpoint before anything is sent. Other tasks run at least once in 64 datagrams; when one of these pauses
+          is cancelled, the clients before it have been sent the datagram.
         """
         seats = self._state.seats
         chosen = list(seats.running) if clients is None else [seat_of(client) for client in clients]
@@ -304,8 +304,9 @@ class Server(metaclass=NoPublicConstructor):
         """Begin a conversation from our side, over the server's own socket.
 
         No handler runs: the caller owns the client, receives from it and closes it. To run one, use
-        ``nursery.start_soon(handler, server.connect(address))``. The client counts in :attr:`clients` and ``max_clients``,
-        not in ``clients_per_host``, and as validated. A drain waits for its owner for ``drain_timeout``, then closes it.
+        ``nursery.start_soon(handler, server.connect(address))``. The client counts in :attr:`clients` and
+        ``max_clients``, not in ``clients_per_host``, and as validated. A drain waits for its owner for
+        ``drain_timeout``, then closes it.
 
         Args:
           address: Numeric host and port.

@@ -28,8 +28,8 @@ def _make_sleep() -> object:
 SLEEP = _make_sleep()
 """What a task yields to Trio's loop to sleep until it is rescheduled or cancelled.
 
-``wait_task_rescheduled`` yields the same value, but makes two coroutines and an outcome for each wait: 0.9 µs of an echo
-of 6 µs. One value serves all tasks, because cancelling a sleep here needs no work of ours.
+``wait_task_rescheduled`` yields the same value, but makes two coroutines and an outcome for each wait: 0.9 µs of an
+echo of 6 µs. One value serves all tasks, because cancelling a sleep here needs no work of ours.
 
 Two more properties of Trio come with it. Yielding it from a generator gives back exactly what
 ``trio.lowlevel.reschedule(task, value)`` was called with, an ``outcome.Error`` that raises ``Cancelled`` included. And

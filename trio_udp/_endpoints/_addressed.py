@@ -48,7 +48,7 @@ def find_way(outboxes: Sequence[Outbox], address: Address, local_address: Addres
 
 async def send_on(way: Way, payload: Payload) -> None:
     """Send one datagram; see :meth:`Endpoint.send_to`."""
-    outbox, route = way
+    outbox, _ = way
     outgoing = _outgoing(way, payload)
     await trio.lowlevel.checkpoint()
     if not outbox.send_or_raise([outgoing]):
@@ -96,7 +96,7 @@ def _can_send_from(engine: Engine, local: Address) -> bool:
 
 
 def _would_send_from(outbox: Outbox, target: Address, local: Address) -> bool:
-    """Whether the kernel would send from an address anyway: so of two sockets bound to interfaces the right one is found."""
+    """Whether the kernel would send from an address anyway. This finds the right one of sockets bound to interfaces."""
     try:
         return _plain(outbox.engine.source_for(target))[0] == local[0]
     except OSError:

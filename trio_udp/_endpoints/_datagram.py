@@ -40,13 +40,13 @@ class Origin:
 class Datagram(metaclass=NoPublicConstructor):
     """One datagram that has arrived: its payload, where it came from and where it was sent to, and a way to reply.
 
-    Given to ``accept``, to a :func:`datagram_handler` and by :meth:`Endpoint.receive`. It may be kept, and answered for as
-    long as its endpoint is open. Addresses are decoded when they are asked for.
+    Given to ``accept``, to a :func:`datagram_handler` and by :meth:`Endpoint.receive`. It may be kept, and answered for
+    as long as its endpoint is open. Addresses are decoded when they are asked for.
 
     Attributes:
       payload: The bytes; ``b""`` is a datagram like any other.
-      ancillary: Control messages ``(level, type, data)`` that the socket was configured to receive, such as time stamps;
-        see ``configure`` of :func:`open_endpoints`. Nearly always empty.
+      ancillary: Control messages ``(level, type, data)`` that the socket was configured to receive, such as time
+        stamps; see ``configure`` of :func:`open_endpoints`. Nearly always empty.
     """
 
     __slots__ = ("__weakref__", "_origin", "_replied", "_route", "ancillary", "payload")

@@ -48,8 +48,8 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         """Make an endpoint of a bound datagram socket that someone else opened.
 
         The endpoint owns the socket from now on: it is made non-blocking, for all who hold it, and closed with the
-        endpoint. (Closing a ``socket.socket`` that was passed in directly goes unnoticed until something arrives: Trio is
-        not told.)
+        endpoint. (Closing a ``socket.socket`` that was passed in directly goes unnoticed until something arrives: Trio
+        is not told.)
 
         Args:
           sock: A ``socket.socket`` or ``trio.socket`` of type ``SOCK_DGRAM``. An inherited one may be blocking.

@@ -148,8 +148,9 @@ class Outbox:
     def send_or_raise(self, outgoing: list[Outgoing]) -> int:
         """Send datagrams that the program itself addresses: like :meth:`send`, but the kernel's error is raised.
 
-        An error is tried once more. One that goes away was the answer to an earlier datagram and is only counted, except
-        a refusal on a connected socket, which is raised at once. The datagrams before the failed one have been sent.
+        An error is tried once more. One that goes away was the answer to an earlier datagram and is only counted,
+        except a refusal on a connected socket, which is raised at once. The datagrams before the failed one have been
+        sent.
         """
         if self._line.locked() and not self.held:
             return 0

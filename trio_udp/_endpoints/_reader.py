@@ -1,7 +1,7 @@
 """The way in from one socket: waiting for datagrams and reading them in batches.
 
-A server's receive loop reads with :meth:`Reader.receive_batch`. A connection, and an endpoint that no server runs on, take
-one datagram at a time with :meth:`Reader.next`.
+A server's receive loop reads with :meth:`Reader.receive_batch`. A connection, and an endpoint that no server runs on,
+take one datagram at a time with :meth:`Reader.next`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from ._faults import Fault, fault_of, reason_for
 from ._outbox import Outbox
 from .engines import BATCH, Engine, Received
 
-# A socket that polls as readable has something to read, even if it is only the answer to something sent earlier. If more
-# reads in a row than this gave nothing, and there is still an error or the socket still polls as readable, then the fault
-# persists (one is IP_RECVERR with nobody reading the error queue): look only once in PAUSE seconds, to spare the CPU. No
-# stranger can cause this: a datagram with a wrong checksum polls as readable and gives nothing, but then it is gone.
+# A socket that polls as readable has something to read, even if it is only the answer to something sent earlier. If
+# more reads in a row than this gave nothing, and there is still an error or the socket still polls as readable, then
+# the fault persists (one is IP_RECVERR with nobody reading the error queue): look only once in PAUSE seconds, to spare
+# the CPU. No stranger can cause this: a datagram with a wrong checksum polls as readable and gives nothing, but then it
+# is gone.
 FRUITLESS_READS = 8
 PAUSE = 0.1
 
@@ -98,8 +99,8 @@ class Reader:
         if self._ahead:
             await trio.lowlevel.checkpoint()
             return self.many_nowait(BATCH)
-        # Two passes of Trio's scheduler for replies to collect in: Trio runs the tasks of one pass in random order, so in
-        # the first this task may be back before the handlers that it has woken have run.
+        # Two passes of Trio's scheduler for replies to collect in: Trio runs the tasks of one pass in random order, so
+        # in the first this task may be back before the handlers that it has woken have run.
         passes = 2 if outbox.held else 1 if self._may_have_more or not wait else 0
         while True:
             if passes:
@@ -125,6 +126,7 @@ class Reader:
             self._back_off.read_nothing()
             if self._back_off.persists() and (self._may_have_more or engine.is_readable()):
                 outbox.release()
+                outbox.turn.time = 0.0
                 await trio.sleep(PAUSE)
             passes = max(passes, self._may_have_more)
 

@@ -12,8 +12,8 @@ YIELD_EVERY = 64
 class Turn:
     """What tasks have done since it was certain that other tasks had run, and the time of the current batch.
 
-    A server has one Turn for all its clients, and a connection one of its own. The receive loop renews it at each batch.
-    While the loop runs no handler runs, so a handler that sees a renewed Turn has itself let others run.
+    A server has one Turn for all its clients, and a connection one of its own. The receive loop renews it at each
+    batch. While the loop runs no handler runs, so a handler that sees a renewed Turn has itself let others run.
 
     Attributes:
       taken: Datagrams taken from inboxes without a pause.

@@ -1,8 +1,8 @@
 """What an endpoint asks of the code that makes the system calls.
 
-An engine moves datagrams between one socket and Python, a batch at a time. ``receive`` and ``send`` are plain calls that
-never block; the endpoint decides when to wait, with ``wait_readable`` and ``wait_writable``. An engine keeps no queue of
-what it sends and no counters of it, so one engine can wrap another.
+An engine moves datagrams between one socket and Python, a batch at a time. ``receive`` and ``send`` are plain calls
+that never block; the endpoint decides when to wait, with ``wait_readable`` and ``wait_writable``. An engine keeps no
+queue of what it sends and no counters of it, so one engine can wrap another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ Route: TypeAlias = Hashable
 """Who a datagram came from and where it was sent to, in the form that is cheapest for the engine.
 
 Equal routes are the same client. For a unicast destination a route names the peer address and our own address. For a
-group, a broadcast or a link-local destination it also names the destination and the interface. Only engines look inside.
+group, a broadcast or a link-local destination it also names the destination and the interface. Only engines look
+inside.
 """
 
 Ancillary: TypeAlias = "tuple[tuple[int, int, bytes], ...]"
@@ -54,7 +55,7 @@ class Engine(Protocol):
     # Moving datagrams.
 
     def receive(self, batch: list[Received]) -> bool:
-        """Append what has arrived to ``batch``, which is empty; at most ``BATCH`` datagrams. True if the kernel has no more.
+        """Append what has arrived, at most ``BATCH`` datagrams, to an empty batch. True if the kernel has no more.
 
         Raises:
           OSError: Reading failed; ``batch`` holds what had arrived before.

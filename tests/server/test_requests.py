@@ -11,7 +11,7 @@ from trio.testing import MockClock
 import trio_udp
 from trio_udp import Client
 
-from .conftest import ALICE, BOB, StartInMemory, check_adds_up
+from ..conftest import ALICE, BOB, StartInMemory, check_adds_up
 
 
 async def test_what_the_function_returns_is_the_reply(start_in_memory: StartInMemory) -> None:

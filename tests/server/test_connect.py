@@ -13,7 +13,7 @@ import trio.testing
 import trio_udp
 from trio_udp import Connection, connect
 
-from .conftest import Bystander, echo
+from ..conftest import Bystander, echo
 
 pytestmark = pytest.mark.usefixtures("engine")
 

@@ -16,7 +16,7 @@ from trio_udp._endpoints import reader_of
 from trio_udp._inbox import Inbox, Shared
 from trio_udp._lifecycle import End
 
-from .conftest import ALICE, BOB, RunningInMemory, StartInMemory, check_adds_up, in_memory
+from ..conftest import ALICE, BOB, RunningInMemory, StartInMemory, check_adds_up, in_memory
 
 
 async def collect(

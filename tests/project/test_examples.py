@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SERVERS = ["uppercase", "echo_options", "time_server", "slow_work", "refusing", "errors", "login", "service"]
 
 TIMEOUT = 20.0  # seconds for anything that a test waits for; nothing comes near it unless it has failed

@@ -19,7 +19,7 @@ from trio.testing import MockClock
 
 from trio_udp import Client, Endpoint, Limits, Server, serve_endpoints
 
-from .conftest import ALICE, BOB, StartInMemory, check_adds_up, echo, in_memory, narrow, steps_in
+from ..conftest import ALICE, BOB, StartInMemory, check_adds_up, echo, in_memory, narrow, steps_in
 
 pytestmark = pytest.mark.usefixtures("engine")
 

@@ -24,7 +24,7 @@ from trio_udp._endpoints.engines import engine_for
 from trio_udp._endpoints.engines._engine import BATCH, Engine, Received
 from trio_udp._endpoints.engines.pktinfo import UDP_GRO, UDP_SEGMENT
 
-from .namespaces import Machine, can_make_namespaces, inside, machines
+from ..namespaces import Machine, can_make_namespaces, inside, machines
 
 pytestmark = pytest.mark.usefixtures("engine")
 

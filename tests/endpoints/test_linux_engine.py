@@ -24,7 +24,7 @@ from trio_udp._endpoints.engines.pktinfo import UDP_GRO, UDP_SEGMENT
 from trio_udp._endpoints.engines.portable import PortableEngine
 from trio_udp._log import warn_once
 
-from .conftest import check_adds_up, echo
+from ..conftest import check_adds_up, echo
 
 if sys.platform != "linux":
     pytest.skip("needs Linux", allow_module_level=True)

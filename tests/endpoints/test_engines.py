@@ -23,7 +23,7 @@ from trio_udp import Client, Connection, Endpoint, Server, serve_endpoints
 from trio_udp._endpoints import Address
 from trio_udp.testing import SimulatedNetwork
 
-from .conftest import check_adds_up, echo
+from ..conftest import check_adds_up, echo
 
 HOST = "127.0.0.1"
 

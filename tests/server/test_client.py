@@ -16,7 +16,7 @@ from trio.testing import MockClock
 import trio_udp
 from trio_udp import Client, serve_endpoints
 
-from .conftest import ALICE, BOB, SERVER, Bystander, StartInMemory, check_adds_up, echo, in_memory
+from ..conftest import ALICE, BOB, SERVER, Bystander, StartInMemory, check_adds_up, echo, in_memory
 
 
 async def test_datagrams_of_a_client_are_handled_in_order(start_in_memory: StartInMemory) -> None:

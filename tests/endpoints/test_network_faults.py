@@ -21,8 +21,8 @@ import trio
 from trio_udp import Client, Connection, Endpoint, Server, serve_endpoints
 from trio_udp._endpoints import Address
 
-from .conftest import check_adds_up, echo
-from .namespaces import Machine, can_make_namespaces, inside, machines, run
+from ..conftest import check_adds_up, echo
+from ..namespaces import Machine, can_make_namespaces, inside, machines, run
 
 if sys.platform != "linux":
     pytest.skip("needs Linux", allow_module_level=True)

@@ -16,7 +16,7 @@ from trio.testing import MockClock
 import trio_udp
 from trio_udp import Client, Datagram, Limits, serve_endpoints
 
-from .conftest import ALICE, BOB, SERVER, StartInMemory, check_adds_up, echo, in_memory
+from ..conftest import ALICE, BOB, SERVER, StartInMemory, check_adds_up, echo, in_memory
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-GUIDE = (Path(__file__).parent.parent / "docs" / "testing.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
 CODE = "\n\n".join(re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL))
 
 

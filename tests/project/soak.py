@@ -1,4 +1,4 @@
-"""A server under bad weather, for as long as you like: ``python tests/soak.py --seconds 3600``.
+"""A server under bad weather, for as long as you like: ``python tests/project/soak.py --seconds 3600``.
 
     Peer -> weather -> socket -> kernel -> server -> Handlers
     '--- Traffic, a process ---'           '--- Soak, this ---'
@@ -36,10 +36,10 @@ from typing import Any, Literal
 
 import attrs
 import trio
+from trio_udp._endpoints._pktinfo import IP_PKTINFO
 
 from trio_udp import Client, Endpoint, Limits, Server, ServerStatistics, request_handler, serve, serve_endpoints
 from trio_udp._endpoints import Address
-from trio_udp._endpoints._pktinfo import IP_PKTINFO
 
 SERVER = "127.4.0.1"  # nobody else's, so that the port is still free after a restart
 MAX_DATAGRAM_SIZE = 1_000

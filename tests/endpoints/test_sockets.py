@@ -24,7 +24,7 @@ from trio_udp import Client, Endpoint, Server, serve, serve_endpoints
 from trio_udp._endpoints import numeric_address
 from trio_udp._endpoints.engines.pktinfo import IP_PKTINFO
 
-from .conftest import check_adds_up, echo, steps_in
+from ..conftest import check_adds_up, echo, steps_in
 
 pytestmark = pytest.mark.usefixtures("engine")
 

@@ -24,7 +24,7 @@ from trio.testing import MockClock
 from trio_udp import Client, Limits, Server, serve_endpoints
 from trio_udp._endpoints import Address
 
-from .conftest import InMemory, check_adds_up, in_memory
+from ..conftest import InMemory, check_adds_up, in_memory
 
 PEERS = [("192.0.2.1", port) for port in range(1, 5)]
 MAX_CLIENTS = 2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trio_udp
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -51,7 +51,7 @@ def test_every_name_exists() -> None:
 
 def test_every_link_leads_somewhere() -> None:
     """Files that the README links to are there."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     for target in re.findall(r"\]\(([^)]+)\)", README):
         if not target.startswith("https://"):
             assert (root / target).is_file(), target

@@ -16,7 +16,7 @@ import trio.testing
 from trio_udp import Client, Limits, Server, serve
 from trio_udp._endpoints.engines.pktinfo import IP_PKTINFO
 
-from .conftest import check_adds_up, echo
+from ..conftest import check_adds_up, echo
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8 to send from"),

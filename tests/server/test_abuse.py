@@ -20,7 +20,7 @@ from trio_udp import Client, Datagram, Limits, RateLimit
 from trio_udp._endpoints import source_prefix
 from trio_udp._rate import RateLimiter
 
-from .conftest import ALICE, SERVER, StartInMemory, check_adds_up, echo, in_memory, narrow
+from ..conftest import ALICE, SERVER, StartInMemory, check_adds_up, echo, in_memory, narrow
 
 NEIGHBOUR = ("192.0.2.250", 7)  # of ALICE: the same /24
 ELSEWHERE = ("192.0.3.1", 7)

@@ -16,7 +16,7 @@ from trio.testing import MockClock
 from trio_udp import Client, Datagram, Server, serve_endpoints
 from trio_udp.testing import SimulatedNetwork
 
-from .conftest import ALICE, BOB, CAROL, SERVER, StartInMemory, check_adds_up, echo, in_memory, narrow
+from ..conftest import ALICE, BOB, CAROL, SERVER, StartInMemory, check_adds_up, echo, in_memory, narrow
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup

@@ -618,7 +618,7 @@ def link() -> Iterator[Link]:
     """Two network namespaces with a wire; run ``ip`` in the first, in which this thread opens its sockets."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("needs Linux and root, for network namespaces")
-    from .test_network_faults import Machine, inside, run
+    from ..namespaces import Machine, inside, run
 
     ours, theirs = (Machine(f"trio-udp-{os.getpid()}-opening-{whose}") for whose in ("ours", "theirs"))
     made = []

@@ -29,7 +29,7 @@ from trio_udp._endpoints._outbox import FULL_THOUGH_WRITABLE
 from trio_udp._endpoints._reader import FRUITLESS_READS, MANY_ANSWERS, PAUSE
 from trio_udp._log import SECONDS_OF_SILENCE, FaultLog
 
-from .conftest import ALICE, BOB, SERVER, Bystander, check_adds_up, in_memory
+from ..conftest import ALICE, BOB, SERVER, Bystander, check_adds_up, in_memory
 
 # The table
 
@@ -314,7 +314,8 @@ def name_of(code: int) -> str:
 
 def line(faulty: FaultyEndpoint, code: int, count: int) -> str:
     reason = reason_for(OSError(code, ""))
-    return f"{faulty.endpoint.local_address!r}: {name_of(code)} ({count} since last logged): {reason}"
+    host, port = faulty.endpoint.local_address[:2]
+    return f"{host} port {port}: {name_of(code)} ({count} since last logged): {reason}"
 
 
 @errnos(Fault.PEER, Fault.MACHINE)

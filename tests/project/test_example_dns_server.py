@@ -30,7 +30,7 @@ import dns.zone
 import pytest
 from hypothesis import given, settings, strategies as st
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = EXAMPLES / "dns_server.py"
 ZONE_FILE = EXAMPLES / "example.zone"
 

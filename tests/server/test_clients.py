@@ -13,7 +13,7 @@ from trio.testing import MockClock
 from trio_udp import Client, Limits
 from trio_udp._endpoints import Address
 
-from .conftest import ALICE, BOB, CAROL, Bystander, RunningInMemory, StartInMemory, check_adds_up
+from ..conftest import ALICE, BOB, CAROL, Bystander, RunningInMemory, StartInMemory, check_adds_up
 
 
 class Recorder:
