@@ -11,7 +11,7 @@ import trio
 
 from ._channel import ChannelState, DatagramChannel
 from ._construction import create
-from ._endpoints import Address, Endpoint, Outgoing, Reader, open_connected_endpoint, reader_of
+from ._endpoints import BATCH, Address, Endpoint, OneByOne, Outgoing, open_connected_endpoint, reader_of
 from ._lifecycle import CLOSED
 from ._statistics import ConnectionStatistics
 
@@ -61,12 +61,12 @@ async def connect(
 class ConnectionState(ChannelState):
     """What a connection knows. Its sends are the program's own doing, so their errors are raised."""
 
-    reader: Reader
+    incoming: OneByOne
     delivered: int = attrs.field(default=0, init=False)
     dropped_at_end: int = attrs.field(default=0, init=False)
 
     def push(self, outgoing: list[Outgoing]) -> int:
-        self.reader.raise_refusal()
+        self.incoming.raise_refusal()
         return self.outbox.send_or_raise(outgoing)
 
     async def _wait_for_room(self, outgoing: Outgoing) -> None:
@@ -114,7 +114,7 @@ class Connection(DatagramChannel):
         return ConnectionStatistics(
             **attrs.asdict(self._endpoint.statistics()),
             delivered=state.delivered,
-            waiting=state.reader.waiting,
+            waiting=len(state.incoming.reader.ahead),
             dropped_at_end=state.dropped_at_end,
         )
 
@@ -130,7 +130,7 @@ class Connection(DatagramChannel):
         Cancellation:
           Always noticed, and never loses a datagram. Other tasks run at least once in a batch of 64 datagrams.
         """
-        payload, _, _ = await self._state.reader.next()
+        payload, _, _ = await self._state.incoming.next()
         self._state.delivered += 1
         return payload
 
@@ -141,7 +141,7 @@ class Connection(DatagramChannel):
           trio.WouldBlock: Nothing has arrived, or another task is about to receive it.
         """
         self._state.check_open()
-        payload, _, _ = self._state.reader.next_nowait()
+        payload, _, _ = self._state.incoming.next_nowait()
         self._state.delivered += 1
         return payload
 
@@ -151,7 +151,7 @@ class Connection(DatagramChannel):
         The twin of :meth:`send_many`. Errors and cancellation are as for :meth:`receive`.
         """
         many = [await self.receive()]
-        many += [payload for payload, _, _ in self._state.reader.many_nowait(MANY - 1)]
+        many += [payload for payload, _, _ in self._state.incoming.reader.take_ahead(MANY - 1)]
         self._state.delivered += len(many) - 1
         return many
 
@@ -160,16 +160,19 @@ class Connection(DatagramChannel):
         state = self._state
         if not state.is_closed:
             state.finish(CLOSED)
-            state.dropped_at_end += state.reader.discard()
+            state.dropped_at_end += len(state.incoming.reader.take_ahead(BATCH))
             self._endpoint.close()
 
 
 def make_connection(endpoint: Endpoint, peer_address: Address | None = None) -> Connection:
     """Make a connection of an endpoint whose socket is connected, by default to what the socket says."""
     reader = reader_of(endpoint)
-    reader.tells_refusals = True
     peer = peer_address if peer_address is not None else endpoint.socket.getpeername()
-    return create(Connection, ConnectionState(reader.outbox, reader.engine.route(peer), reader), endpoint)
+    return create(
+        Connection,
+        ConnectionState(reader.outbox, reader.engine.route(peer), OneByOne(reader, tells_refusals=True)),
+        endpoint,
+    )
 
 
 def _peer_of(sock: stdlib_socket.socket | trio.socket.SocketType) -> Address:

@@ -44,7 +44,7 @@ class Place(Origin):
 
     @received_before.default
     def _(self) -> tuple[int, int, int]:
-        return self.reader.taken_so_far()
+        return self.reader.handed_out()
 
     @property
     def has_nothing_to_read(self) -> bool:

@@ -108,7 +108,7 @@ def test_the_same_seed_gives_the_same_run() -> None:
 
 def test_another_process_gives_the_same_run() -> None:
     """A run does not depend on the order of hashes, which differs from process to process."""
-    code = "from tests.test_simulated_network import a_bad_day; print(a_bad_day(1))"
+    code = "from tests.simulation.test_simulated_network import a_bad_day; print(a_bad_day(1))"
     runs = [
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
         for _ in range(2)

@@ -2,7 +2,9 @@
 
 _endpoint.py    what users see of a bound socket
 _reader.py      the way in: waiting, batches
-_outbox.py      the way out: order, waiting for room, counts
+_one_by_one.py  the way in where no server runs: a datagram at a time
+_outbox.py      the way out: order, waiting for room
+_counts.py      running counts of what was sent, and of errors
 _turn.py        how much a task may do before other tasks run
 _datagram.py    one datagram, as users see it
 _addressed.py   datagrams that the program itself addresses
@@ -26,6 +28,7 @@ from ._address import (
 )
 from ._addressed import find_way as find_way, send_on as send_on, send_on_nowait as send_on_nowait
 from ._buffers import check_max_datagram_size as check_max_datagram_size, grant_receive_buffer as grant_receive_buffer
+from ._counts import Sender as Sender
 from ._datagram import (
     Datagram as Datagram,
     Origin as Origin,
@@ -33,8 +36,9 @@ from ._datagram import (
     route_of as route_of,
 )
 from ._endpoint import Endpoint as Endpoint, make_endpoint as make_endpoint, reader_of as reader_of
+from ._one_by_one import OneByOne as OneByOne
 from ._open import open_connected_endpoint as open_connected_endpoint, open_endpoints as open_endpoints
-from ._outbox import Outbox as Outbox, Payload as Payload, Sender as Sender
+from ._outbox import Outbox as Outbox, Payload as Payload
 from ._reader import Reader as Reader
 from ._sources import Source as Source, Sources as Sources
 from ._turn import YIELD_EVERY as YIELD_EVERY, Turn as Turn

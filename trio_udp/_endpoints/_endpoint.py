@@ -15,6 +15,7 @@ from ._address import Address
 from ._addressed import find_way, send_on, send_on_nowait
 from ._buffers import check_max_datagram_size, grant_receive_buffer
 from ._datagram import Datagram, Origin, new_datagram
+from ._one_by_one import OneByOne
 from ._outbox import INTERNET, Outbox, Payload
 from ._reader import Reader
 from .engines import Engine, engine_for, is_connected
@@ -124,7 +125,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         Cancellation:
           Always noticed, and never loses a datagram. Other tasks run at least once in 64 datagrams.
         """
-        return new_datagram(await self._reader.next(), self._origin())
+        return new_datagram(await OneByOne(self._reader).next(), self._origin())
 
     def receive_nowait(self) -> Datagram:
         """Like :meth:`receive`, without waiting.
@@ -132,7 +133,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         Raises:
           trio.WouldBlock: Nothing has arrived, or another task is about to receive it.
         """
-        return new_datagram(self._reader.next_nowait(), self._origin())
+        return new_datagram(OneByOne(self._reader).next_nowait(), self._origin())
 
     def __aiter__(self) -> Endpoint:
         return self

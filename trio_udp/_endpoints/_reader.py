@@ -1,7 +1,6 @@
 """The way in from one socket: waiting for datagrams and reading them in batches.
 
-A server's receive loop reads with :meth:`Reader.receive_batch`. A connection, and an endpoint that no server runs on,
-take one datagram at a time with :meth:`Reader.next`.
+A server's receive loop reads with :meth:`Reader.receive_batch`. Where no server runs, see _one_by_one.py.
 """
 
 from __future__ import annotations
@@ -59,28 +58,25 @@ class Reader:
     """Reads one socket.
 
     Attributes:
-      served: A server runs on the endpoint, so nobody else may read.
       shared: Others hold the same socket and read it after us.
+      served: A server runs on the endpoint.
+      awaited: A task waits for a datagram, where no server runs.
       finished: Nothing is read any more; what arrives stays in the kernel.
-      tells_refusals: Raise ``ConnectionRefusedError`` where the peer of a connected socket refused something, once.
+      ahead: Datagrams that were read and not handed out: a task without a server takes one at a time.
+      refusal: The last time that the peer of a connected socket refused something, as long as nobody was told.
+      back_off: What reading has come to.
     """
 
     engine: Engine
     outbox: Outbox
     shared: bool = False
-    tells_refusals: bool = False
     served: bool = attrs.field(default=False, init=False)
+    awaited: bool = attrs.field(default=False, init=False)
     finished: bool = attrs.field(default=False, init=False)
+    ahead: deque[Received] = attrs.field(factory=deque, init=False)
+    refusal: ConnectionRefusedError | None = attrs.field(default=None, init=False)
+    back_off: BackOff = attrs.field(factory=BackOff, init=False)
     _may_have_more: bool = attrs.field(default=False, init=False)  # the last read gave a whole batch
-    _back_off: BackOff = attrs.field(factory=BackOff, init=False)
-    _ahead: deque[Received] = attrs.field(factory=deque, init=False)  # read by next(), not yet returned
-    _someone_waits: bool = attrs.field(default=False, init=False)
-    _refusal: OSError | None = attrs.field(default=None, init=False)  # not yet raised
-
-    @property
-    def waiting(self) -> int:
-        """Datagrams that were read and that :meth:`next` has not returned yet."""
-        return len(self._ahead)
 
     async def receive_batch(self, *, wait: bool = True) -> list[Received]:
         """Wait until datagrams have arrived; return at least one, at most ``BATCH``, in arrival order.
@@ -96,9 +92,9 @@ class Reader:
         """
         engine, outbox = self.engine, self.outbox
         batch: list[Received] = []
-        if self._ahead:
+        if self.ahead:  # from before the server took over
             await trio.lowlevel.checkpoint()
-            return self.many_nowait(BATCH)
+            return self.take_ahead(BATCH)
         # Two passes of Trio's scheduler for replies to collect in: Trio runs the tasks of one pass in random order, so
         # in the first this task may be back before the handlers that it has woken have run.
         passes = 2 if outbox.held else 1 if self._may_have_more or not wait else 0
@@ -119,63 +115,16 @@ class Reader:
             received = engine.counts.received
             self._may_have_more = self.read(batch)
             if engine.counts.received > received:  # a truncated datagram counts too
-                self._back_off.read_something()
+                self.back_off.read_something()
             if batch:
                 outbox.held = False
                 return batch
-            self._back_off.read_nothing()
-            if self._back_off.persists() and (self._may_have_more or engine.is_readable()):
+            self.back_off.read_nothing()
+            if self.back_off.persists() and (self._may_have_more or engine.is_readable()):
                 outbox.release()
                 outbox.turn.time = 0.0
                 await trio.sleep(PAUSE)
             passes = max(passes, self._may_have_more)
-
-    async def next(self) -> Received:
-        """Wait for the next datagram and return it.
-
-        Always notices cancellation, and then loses nothing. Other tasks run at least once in a batch of 64.
-
-        Raises:
-          trio.ClosedResourceError: The endpoint is closed.
-          trio.BusyResourceError: A server, or another task, reads from it.
-          ConnectionRefusedError: Where refusals are told: the peer refused something that was sent earlier.
-        """
-        if self._ahead and not self._someone_waits and not self.served:
-            await trio.lowlevel.checkpoint_if_cancelled()
-        else:
-            await self._read_ahead()
-        self.outbox.turn.sent = 0
-        return self._ahead.popleft()
-
-    def next_nowait(self) -> Received:
-        """Like :meth:`next`, without waiting.
-
-        Raises:
-          trio.WouldBlock: Nothing has arrived, or another task is about to receive it.
-        """
-        self.outbox.check_open()
-        self._check_not_served()
-        if self._someone_waits:
-            raise trio.WouldBlock
-        if not self._ahead and not self._read_ahead_nowait():
-            raise trio.WouldBlock
-        return self._ahead.popleft()
-
-    def many_nowait(self, most: int) -> list[Received]:
-        """Return what was read already, at most so many datagrams."""
-        return [self._ahead.popleft() for _ in range(min(most, len(self._ahead)))]
-
-    def taken_so_far(self) -> tuple[int, int, int]:
-        """Return the datagrams and bytes that were received, less those that still wait here; and those truncated."""
-        counts = self.engine.counts
-        bytes_waiting = sum(len(payload) for payload, _, _ in self._ahead)
-        return counts.received - len(self._ahead), counts.bytes_received - bytes_waiting, counts.truncated
-
-    def discard(self) -> int:
-        """Drop what was read already; return how many datagrams that was."""
-        count = len(self._ahead)
-        self._ahead.clear()
-        return count
 
     def take_over(self) -> None:
         """Reserve the socket for a server.
@@ -183,9 +132,19 @@ class Reader:
         Raises:
           trio.BusyResourceError: Another server runs on it, or a task is receiving from it.
         """
-        if self.served or self._someone_waits:
+        if self.served or self.awaited:
             raise trio.BusyResourceError("something else is already receiving from this endpoint")
         self.served = True
+
+    def take_ahead(self, most: int) -> list[Received]:
+        """Take what was read ahead, at most so many datagrams."""
+        return [self.ahead.popleft() for _ in range(min(most, len(self.ahead)))]
+
+    def handed_out(self) -> tuple[int, int, int]:
+        """Count what was handed out so far: datagrams, their bytes, and datagrams that were truncated instead."""
+        counts = self.engine.counts
+        bytes_ahead = sum(len(payload) for payload, _, _ in self.ahead)
+        return counts.received - len(self.ahead), counts.bytes_received - bytes_ahead, counts.truncated
 
     def read(self, batch: list[Received]) -> bool:
         """Append what has arrived to ``batch``, without waiting. True if the kernel may have more."""
@@ -198,57 +157,13 @@ class Reader:
             self._count_error(error)
         return True
 
-    def raise_refusal(self) -> None:
-        """Raise the refusal by the peer that was not raised yet, if there is one."""
-        if self._refusal is not None:
-            refusal, self._refusal = self._refusal, None
-            raise refusal
-
-    async def _read_ahead(self) -> None:
-        """Let other tasks run, until a batch has arrived."""
-        self._check_not_served()
-        if self._someone_waits:
-            raise trio.BusyResourceError("another task is already receiving")
-        self._someone_waits = True
-        try:
-            await trio.lowlevel.checkpoint_if_cancelled()
-            while not self._ahead:
-                self.outbox.check_open()
-                if self._read_ahead_nowait():
-                    # Not to be cancelled: what was read is received, even if the caller has just given up.
-                    await trio.lowlevel.cancel_shielded_checkpoint()
-                    return
-                if self._back_off.persists() and self.engine.is_readable():
-                    await trio.sleep(PAUSE)
-                await self.engine.wait_readable()
-                self._read_ahead_nowait()
-        finally:
-            self._someone_waits = False
-
-    def _read_ahead_nowait(self) -> bool:
-        """Read a batch, if one has arrived; tell whether there is something to return."""
-        self.raise_refusal()
-        batch: list[Received] = []
-        self.read(batch)
-        self._ahead.extend(batch)
-        if batch:
-            self._back_off.read_something()
-        else:
-            self._back_off.read_nothing()
-            self.raise_refusal()
-        return bool(batch)
-
-    def _check_not_served(self) -> None:
-        if self.served:
-            raise trio.BusyResourceError("a server is receiving from this endpoint")
-
     def _count_error(self, error: OSError) -> None:
         outbox = self.outbox
         outbox.counts.count_receive_error(error)
         outbox.log.count(error)
         fault = fault_of(error)
-        is_passing_answer = fault is Fault.ANSWER and self._back_off.read_answer()
-        if not is_passing_answer and (fault is Fault.MACHINE or self._back_off.persists(1)):
+        is_passing_answer = fault is Fault.ANSWER and self.back_off.read_answer()
+        if not is_passing_answer and (fault is Fault.MACHINE or self.back_off.persists(1)):
             outbox.log.write(describe(self.engine.bound_address), error, reason_for(error))
-        if self.tells_refusals and isinstance(error, ConnectionRefusedError):
-            self._refusal = error
+        if isinstance(error, ConnectionRefusedError):
+            self.refusal = error
