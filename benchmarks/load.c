@@ -3,15 +3,16 @@
  *     load PORT PID WARM SECONDS echo CLIENTS IN_FLIGHT    64 bytes each; the server answers with the same
  *     load PORT PID WARM SECONDS out                       the server answers every request with OUT_BURST datagrams
  *     load PORT PID WARM SECONDS in                        the server acknowledges every IN_BURST-th datagram
+ *     load PORT PID WARM SECONDS fan MEMBERS               the server sends each question to all members
  *
  * Warms the server with process id PID up for WARM seconds, and until every client has been seen, then measures for
- * SECONDS. Prints as JSON how many datagrams came through in how much time and processor time of the server, and how
- * many were lost or came out of order from the very beginning.
+ * SECONDS. Prints as JSON how many datagrams came through in how much time and CPU time of the server, and how many
+ * were lost or came out of order from the very beginning. 0 SECONDS: only get every client seen.
  *
  * A hundred thousand clients need no hundred thousand sockets. There is one, bound to all addresses; IP_PKTINFO sets
  * the source of each datagram to 127.0.0.1, 127.0.0.2 and so on, and tells which of them was answered.
  *
- * STREAM_SIZE, OUT_BURST, IN_BURST and RECEIVE_BUFFER are defined on the compiler's command line, as in servers.py. */
+ * STREAM_SIZE, OUT_BURST, IN_BURST, JOIN and RECEIVE_BUFFER are defined on the compiler's command line, as in servers.py. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -29,6 +30,7 @@ enum {
     ECHO_SIZE = 64,               /* bytes of a payload */
     BATCH = 64,                   /* datagrams of one system call */
     OUT_REQUESTS = 2,             /* on their way at once */
+    FAN_QUESTIONS = 2,            /* on their way at once */
     IN_BURSTS = 4,                /* on their way at once */
     STALL = 5,                    /* seconds of silence after which all that is on its way counts as lost; not less,
                                      for garbage collection among 100,000 clients takes a while */
@@ -224,6 +226,64 @@ static void load_echo(uint32_t clients, uint32_t in_flight) {
     }
 }
 
+/* Clients 1, 2, ... are members, and client 0 asks. Every question comes back once to each member. Its number tells the
+ * order. The first byte of a payload, which is the lowest of ``run``, tells whether it asks to join. */
+static void load_fan(uint32_t members) {
+    const uint64_t join = (unsigned char)JOIN[0], question = '?';
+    uint32_t joined = 0, due = 0;
+    int on = 1;
+    echo_socket = open_socket();
+    if (setsockopt(echo_socket, IPPROTO_IP, IP_PKTINFO, &on, sizeof on)) fail("IP_PKTINFO");
+    next_sent = calloc(members + 1, sizeof *next_sent);
+    next_expected = calloc(members + 1, sizeof *next_expected);
+    prepare(incoming, incoming_headers);
+    prepare(outgoing, outgoing_headers);
+    run = join;
+    for (uint32_t i = 1; i <= members; i++) queue(i);
+    send_queued();
+
+    for (;;) {
+        bool stop = joined == members && time_is_up(true);
+        if (stop && due == 0) return;
+        if (joined == members) {
+            run = question;
+            for (; !stop && due + members <= FAN_QUESTIONS * members; due += members) queue(0);
+            send_queued();
+        }
+        for (int i = 0; i < BATCH; i++) incoming_headers[i].msg_hdr.msg_controllen = sizeof incoming[i].control;
+        int got = receive(echo_socket, incoming_headers, BATCH);
+        if (got == 0) {
+            if (joined < members) {
+                fprintf(stderr, "not every member could join\n");
+                exit(1);
+            }
+            lost += due;
+            due = 0;
+        }
+        uint64_t now = nanoseconds(CLOCK_MONOTONIC);
+        for (int i = 0; i < got; i++) {
+            struct message *m = &incoming[i];
+            uint32_t member = ntohl(own_address(m)->ipi_addr.s_addr) - INADDR_LOOPBACK;
+            if (incoming_headers[i].msg_len != ECHO_SIZE || member < 1 || member > members) {
+                fprintf(stderr, "somebody was sent what is not for them\n");
+                exit(1);
+            }
+            if (m->payload.run == join) {
+                joined++;
+                continue;
+            }
+            if (m->payload.number < next_expected[member])
+                out_of_order++;
+            else
+                next_expected[member] = m->payload.number + 1;
+            uint64_t bucket = (now - m->payload.sent_at) / BUCKET_NS;
+            round_trips[bucket < BUCKETS ? bucket : BUCKETS - 1]++;
+            received++;
+            if (due) due--;
+        }
+    }
+}
+
 /* The round trip, in microseconds, that a share of all was shorter than. */
 static double round_trip(double share) {
     uint64_t all = 0, seen = 0;
@@ -315,6 +375,8 @@ int main(int argc, char **argv) {
     seconds = atof(argv[4]);
     if (!strcmp(argv[5], "echo") && argc == 8)
         load_echo(atoi(argv[6]), atoi(argv[7]));
+    else if (!strcmp(argv[5], "fan") && argc == 7)
+        load_fan(atoi(argv[6]));
     else if (!strcmp(argv[5], "out"))
         load_out();
     else if (!strcmp(argv[5], "in"))

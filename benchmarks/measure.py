@@ -1,4 +1,4 @@
-"""One measurement: start one server on one processor, load it from another, end both whatever happens."""
+"""One measurement: start one server on one CPU, load it from another, end both whatever happens."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ ENVIRONMENT = {
 
 class Load(NamedTuple):
     what: str  # the servers do; see servers.py
-    clients: int = 1  # 0: every datagram comes from a client that has never been seen
+    clients: int = 1  # 0: every datagram comes from a client that has never been seen; for "fan", the members
     in_flight: int = 1  # datagrams on their way, of all clients together
     memory: bool = False  # measure what the server keeps for each client
 
 
 class Figures(NamedTuple):
-    micros: float  # of the server's processor time, for each datagram
+    micros: float  # of the server's CPU time, for each datagram
     rate: float  # datagrams a second
     lost: int  # like the next, from the first datagram, warming up included
     out_of_order: int
@@ -58,7 +58,7 @@ class Figures(NamedTuple):
 def build(folder: Path) -> None:
     """Compile the C programs: a load in Python would be slower than the servers that it is to load."""
     names = ("STREAM_SIZE", "OUT_BURST", "IN_BURST", "RECEIVE_BUFFER", "LONGEST_LIFE")
-    definitions = [f"-D{name}={getattr(servers, name)}" for name in names]
+    definitions = [f"-D{name}={getattr(servers, name)}" for name in names] + [f'-DJOIN="{servers.JOIN.decode()}"']
     compiler = os.environ.get("CC", "cc")
     for name in ("load", "server"):
         command = [compiler, "-O2", "-Wall", *definitions, "-o", str(folder / name), str(HERE / f"{name}.c")]
@@ -79,17 +79,21 @@ def measure(programs: Path, load: Load, server: str, technique: str | None, warm
             command.append(technique)
 
     bytes_per_client = None
-    with _running(command, ENVIRONMENT.get(server, {})) as (pid, port):
-        address = [str(programs / "load"), str(port), str(pid), str(warm), str(seconds)]
+    with running(command, ENVIRONMENT.get(server, {})) as (process, port):
+        address = [str(programs / "load"), str(port), str(process.pid), str(warm), str(seconds)]
         if what in ("out", "in"):
-            result = _run_load([*address, what])
+            result = run_load([*address, what])
+        elif what == "fan":
+            result = run_load([*address, what, str(load.clients)])
         else:
             if load.memory:
-                _run_load([*address, "echo", "1", "1"])  # so that imports and buffers do not count
-                before = _resident_bytes(pid)
-            result = _run_load([*address, "echo", str(load.clients), str(load.in_flight)])
+                run_load([*address, "echo", "1", "1"])  # so that imports and buffers do not count
+                before = resident_bytes(process.pid)
+            result = run_load([*address, "echo", str(load.clients), str(load.in_flight)])
             if load.memory:
-                bytes_per_client = (_resident_bytes(pid) - before) / load.clients
+                bytes_per_client = (resident_bytes(process.pid) - before) / load.clients
+        if not result["datagrams"]:
+            raise _Failed("has not answered while it was measured")
     return Figures(
         micros=result["server_seconds"] / result["datagrams"] * 1e6,
         rate=result["datagrams"] / result["seconds"],
@@ -106,12 +110,13 @@ class _Failed(Exception):
 
 
 @contextmanager
-def _running(command: list[str], environment: dict[str, str]) -> Iterator[tuple[int, int]]:
-    """Run a server; give its process id and its port."""
+def running(command: list[str], environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Run a server; give its process and its port."""
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
             command,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -126,7 +131,7 @@ def _running(command: list[str], environment: dict[str, str]) -> Iterator[tuple[
             port = process.stdout.readline()
             if not port:
                 raise _Failed("has not started")
-            yield process.pid, int(port)
+            yield process, int(port)
             if process.poll() is not None:
                 raise _Failed("has ended while it was measured")
         except _Failed as failure:
@@ -137,7 +142,8 @@ def _running(command: list[str], environment: dict[str, str]) -> Iterator[tuple[
             process.kill()  # and leaving the with statement waits for it
 
 
-def _run_load(command: list[str]) -> dict[str, float]:
+def run_load(command: list[str]) -> dict[str, float]:
+    """Run the load to its end; return what it has measured."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -145,11 +151,9 @@ def _run_load(command: list[str]) -> dict[str, float]:
     if done.returncode:
         raise _Failed(f"could not be measured: {done.stderr.strip()}")
     result: dict[str, float] = json.loads(done.stdout)
-    if not result["datagrams"]:
-        raise _Failed("has not answered while it was measured")
     return result
 
 
-def _resident_bytes(pid: int) -> int:
+def resident_bytes(pid: int) -> int:
     pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -31,13 +31,14 @@ COLOURS = {
     "uvloop": "#2563eb",
     "trio_udp portable": "#f59e0b",
     "trio_udp": "#c2410c",
+    "trio_udp datagram_handler": "#7e22ce",
 }
 OTHERS = "#c3c8d0"
 
 CHARTS = {
-    "echo": "Processor time per echo, 64 clients with 4 datagrams in flight each",
-    "shapes": f"Processor time per datagram as a ratio to {REFERENCE}",
-    "growth": "Processor time per echo as clients become more",
+    "echo": "CPU time per echo, 64 clients with 4 datagrams in flight each",
+    "shapes": f"CPU time per datagram as a ratio to {REFERENCE}",
+    "growth": "CPU time per echo as clients become more",
 }
 
 
@@ -73,7 +74,7 @@ def _spread(runs: Runs, key: str = "micros") -> tuple[float, float]:
 
 
 def _ratio(runs: Runs, reference: Runs) -> float:
-    """The median of the ratios of processor time within a round."""
+    """The median of the ratios of CPU time within a round."""
     return float(median(run["micros"] / other["micros"] for run, other in zip(runs, reference, strict=True)))
 
 
@@ -91,7 +92,7 @@ def _sections(results: Results, charts: list[str]) -> Iterable[str]:
     yield _table(["", ""], [["date", results["date"]], ["machine", results["machine"]], ["versions", versions]])
     yield (
         f"Rounds: {results['rounds']}, of {results['seconds']} seconds for each server; figures are medians. "
-        "µs: processor time of the server for each datagram. The ratio, too, is one of processor times: to "
+        "µs: CPU time of the server for each datagram. The ratio, too, is one of CPU times: to "
         f"{REFERENCE} in the same round. Lost (not answered within five seconds) and disordered: in all rounds "
         "together, warming up included. Payloads have 64 bytes where nothing else is said."
     )

@@ -8,8 +8,8 @@ Needs Linux and a C compiler. Peers that are not installed are left out. The rou
 runs in a new process each time, so that a machine whose speed drifts slows all of them alike: compare the ratios within
 a round, not the absolute figures.
 
-Here stands what is measured. servers.py is the servers, load.c the load, measure.py a single measurement, and report.py
-makes tables and charts of them all.
+This file says what is measured. servers.py is the servers, load.c the load, measure.py a single measurement, and
+report.py makes tables and charts of them all. crowds.py is a program of its own, for 100,000 clients at once.
 """
 
 from __future__ import annotations
@@ -31,12 +31,21 @@ from measure import HERE, LOAD_CORE, Load, build, measure
 from servers import SERVERS, TECHNIQUES
 
 ALL = ["C", *SERVERS]
+ECHOING = [it for it in ALL if it not in ("trio_udp accept", "trio_udp send_to_all")]
 OURS = ["trio_udp", "trio_udp portable"]
 # Left out of the streams: servers that differ from another only in how they echo. socketserver has no streams.
 STREAMING = ["C", *OURS, "uvloop", "asyncio", "asyncio keeping memory", "easynetwork", "anyio", "trio", "blocking"]
 # Left out where there are many clients: what keeps nothing for each client and is slow, and so would only tell again
 # what 64x4 has told.
 CROWD = ["C", *OURS, "trio_udp all interfaces", "uvloop", "asyncio keeping memory", "easynetwork", "blocking"]
+STRANGERS = [
+    *CROWD,
+    "trio_udp datagram_handler",
+    "trio_udp accept",
+    "trio_udp with limits",
+    "trio_udp datagram_handler with limits",
+]
+FAN_OUT = ["C", *OURS, "trio_udp send_to_all", "uvloop", "asyncio", "asyncio keeping memory", "trio", "blocking"]
 
 
 class Shape(NamedTuple):
@@ -49,15 +58,16 @@ class Shape(NamedTuple):
 
 SHAPES = {
     # Which servers make sense where, and in which shapes trio_udp is measured without its techniques.
-    "64x4": Shape("64 clients with 4 datagrams in flight each", Load("echo", 64, 256), ALL, without=True),
-    "256x1": Shape("256 clients with 1 datagram in flight each", Load("echo", 256, 256), ALL, without=True),
-    "1x64": Shape("1 client with 64 datagrams in flight", Load("echo", 1, 64), ALL, without=True),
-    "ping-pong": Shape("1 client with 1 datagram in flight: round trip", Load("echo", 1, 1), ALL),
+    "64x4": Shape("64 clients with 4 datagrams in flight each", Load("echo", 64, 256), ECHOING, without=True),
+    "256x1": Shape("256 clients with 1 datagram in flight each", Load("echo", 256, 256), ECHOING, without=True),
+    "1x64": Shape("1 client with 64 datagrams in flight", Load("echo", 1, 64), ECHOING, without=True),
+    "ping-pong": Shape("1 client with 1 datagram in flight: round trip", Load("echo", 1, 1), ECHOING),
     "10k": Shape("10,000 live clients, 256 datagrams in flight", Load("echo", 10_000, 256), CROWD),
     "100k": Shape("100,000 live clients, 256 datagrams in flight", Load("echo", 100_000, 256), CROWD, quick=False),
-    "strangers": Shape("Each datagram from a new client, 256 in flight", Load("once", 0, 256), CROWD),
+    "strangers": Shape("Each datagram from a new client, 256 in flight", Load("once", 0, 256), STRANGERS),
     "stream-out": Shape("Stream of 1,200-byte datagrams from the server", Load("out"), STREAMING, without=True),
     "stream-in": Shape("Stream of 1,200-byte datagrams to the server", Load("in"), STREAMING, without=True),
+    "fan-out": Shape("Each datagram is sent to 50 clients: cost of each datagram sent", Load("fan", 50), FAN_OUT),
     "memory": Shape("20,000 idle clients", Load("echo", 20_000, 64, memory=True), [*OURS, "easynetwork"]),
     **{
         f"growth-{clients}": Shape(
@@ -133,7 +143,7 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"Python": platform.python_version()}
+    found = {platform.python_implementation(): platform.python_version()}
     for package in ("trio-udp", "trio", "uvloop", "easynetwork", "anyio"):
         try:
             found[package] = version(package)

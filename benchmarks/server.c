@@ -1,6 +1,6 @@
 /* The least that a server can cost: what the others do, in C, with many datagrams in each system call.
  *
- *     server echo|once|out|in    prints its port, then serves on it until it is killed; see servers.py for what it does
+ *     server echo|once|out|in|fan    prints its port, then serves on it until it is killed; see servers.py for what it does
  *
  * The names in capitals that are not defined here are so on the compiler's command line, as in servers.py. */
 #define _GNU_SOURCE
@@ -11,15 +11,18 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { BATCH = 64, ROOM = 2048, ACKNOWLEDGEMENT = 8 };
+enum { BATCH = 64, ROOM = 2048, ACKNOWLEDGEMENT = 8, MOST_MEMBERS = 64 };
 
 int main(int argc, char **argv) {
     static char payload[BATCH][ROOM], stream[OUT_BURST][STREAM_SIZE];
     static struct sockaddr_in peers[BATCH];
     static struct iovec iov[BATCH], stream_iov[OUT_BURST];
     static struct mmsghdr headers[BATCH], stream_headers[OUT_BURST];
+    static struct sockaddr_in members[MOST_MEMBERS];
+    static struct mmsghdr member_headers[MOST_MEMBERS];
     if (argc != 2) return 2;
-    bool is_out = !strcmp(argv[1], "out"), is_in = !strcmp(argv[1], "in");
+    bool is_out = !strcmp(argv[1], "out"), is_in = !strcmp(argv[1], "in"), is_fan = !strcmp(argv[1], "fan");
+    int member_count = 0;
     alarm(LONGEST_LIFE);
 
     struct sockaddr_in address = {.sin_family = AF_INET};
@@ -61,7 +64,16 @@ int main(int argc, char **argv) {
                 sendmmsg(fd, stream_headers, OUT_BURST, 0);
             }
             iov[i].iov_len = headers[i].msg_len;
+            if (is_fan && payload[i][0] == JOIN[0] && member_count < MOST_MEMBERS) {
+                members[member_count++] = peers[i];
+                sendto(fd, payload[i], headers[i].msg_len, 0, (struct sockaddr *)&peers[i], sizeof peers[i]);
+            } else if (is_fan) {
+                for (int k = 0; k < member_count; k++)
+                    member_headers[k].msg_hdr = (struct msghdr){
+                        .msg_name = &members[k], .msg_namelen = sizeof members[k], .msg_iov = &iov[i], .msg_iovlen = 1};
+                sendmmsg(fd, member_headers, member_count, 0);
+            }
         }
-        if (!is_out && !is_in) sendmmsg(fd, headers, got, 0);
+        if (!is_out && !is_in && !is_fan) sendmmsg(fd, headers, got, 0);
     }
 }

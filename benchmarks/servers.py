@@ -2,12 +2,14 @@
 
     python servers.py WHAT SERVER [TECHNIQUE]    prints its port, then serves on it until it is killed
 
-Each server is written as its own documentation would have it. WHAT it does is one of four things:
+Each server is written as its own documentation would have it. WHAT it does is one of five things:
 
     echo    answers every datagram with itself
     once    the same; a server that keeps something for each client forgets it after one datagram
     out     answers every datagram with a burst of OUT_BURST long ones
     in      acknowledges every IN_BURST-th datagram with its first bytes
+    fan     echoes a client's first datagram if it begins with JOIN, and counts the client as a member; sends every
+            other datagram to all members
 
 This module imports nothing that not every server needs: a peer may be missing, and what is measured is also memory.
 """
@@ -18,21 +20,23 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import AsyncGenerator, Callable
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     import asyncio
-    from collections import deque
+    from collections.abc import Sequence
 
     from easynetwork.servers.handlers import AsyncDatagramClient
 
     import trio_udp
+    from trio_udp._endpoints import Outgoing, Received
 
 STREAM_SIZE = 1_200  # bytes
 OUT_BURST = 64
 IN_BURST = 32
 ACKNOWLEDGEMENT = 8  # bytes
+JOIN = b"j"
 
 # What is sent in a burst: each begins with its number.
 BURST = [bytes([number]) + bytes(STREAM_SIZE - 1) for number in range(OUT_BURST)]
@@ -54,8 +58,12 @@ def ready(port: int) -> None:
 
 # ---- trio_udp ----
 
+MAX_CLIENTS = 200_000
 
-def serve_trio_udp(what: str, host: str | None = "127.0.0.1") -> None:
+
+def serve_trio_udp(what: str, host: str | None = "127.0.0.1", limits: trio_udp.Limits | None = None) -> None:
+    members: list[trio_udp.Client] = []
+
     async def echo(client: trio_udp.Client) -> None:
         async for payload in client:
             await client.send(payload)
@@ -74,7 +82,17 @@ def serve_trio_udp(what: str, host: str | None = "127.0.0.1") -> None:
             if counted % IN_BURST == 0:
                 await client.send(payload[:ACKNOWLEDGEMENT])
 
-    _run_trio_udp({"echo": echo, "once": once, "out": send_bursts, "in": count}[what], host)
+    async def send_to_each(client: trio_udp.Client) -> None:
+        async for payload in client:
+            if payload.startswith(JOIN):
+                members.append(client)
+                await client.send(payload)
+            else:
+                for member in members:
+                    await member.send(payload)
+
+    handlers = {"echo": echo, "once": once, "out": send_bursts, "in": count, "fan": send_to_each}
+    _run_trio_udp(handlers[what], host, limits)
 
 
 def serve_trio_udp_portable(what: str) -> None:
@@ -86,6 +104,24 @@ def serve_trio_udp_on_all_interfaces(what: str) -> None:
     serve_trio_udp(what, host=None)
 
 
+def serve_trio_udp_with_limits(what: str) -> None:
+    serve_trio_udp(what, limits=generous_limits())
+
+
+def serve_trio_udp_to_all(what: str) -> None:
+    members: list[trio_udp.Client] = []
+
+    async def send_to_all(client: trio_udp.Client) -> None:
+        async for payload in client:
+            if payload.startswith(JOIN):
+                members.append(client)
+                await client.send(payload)
+            else:
+                await client.server.send_to_all(payload, members)
+
+    _run_trio_udp({"fan": send_to_all}[what])
+
+
 def serve_trio_udp_requests(what: str) -> None:
     import trio_udp
 
@@ -93,10 +129,47 @@ def serve_trio_udp_requests(what: str) -> None:
     async def echo(payload: bytes, client: trio_udp.Client) -> bytes:
         return payload
 
-    _run_trio_udp({"echo": echo}[what], "127.0.0.1")
+    _run_trio_udp({"echo": echo}[what])
 
 
-def _run_trio_udp(handler: Callable[[trio_udp.Client], Awaitable[object]], host: str | None) -> None:
+def serve_trio_udp_datagrams(what: str, limits: trio_udp.Limits | None = None) -> None:
+    import trio_udp
+
+    @trio_udp.datagram_handler
+    def echo(datagram: trio_udp.Datagram) -> bytes:
+        return datagram.payload
+
+    _run_trio_udp({"echo": echo, "once": echo}[what], limits=limits)
+
+
+def serve_trio_udp_datagrams_with_limits(what: str) -> None:
+    serve_trio_udp_datagrams(what, generous_limits())
+
+
+def serve_trio_udp_accept(what: str) -> None:
+    async def never_called(client: trio_udp.Client) -> None:
+        raise AssertionError(client)
+
+    def answer(datagram: trio_udp.Datagram) -> bytes:
+        return datagram.payload
+
+    _run_trio_udp({"once": never_called}[what], accept=answer)
+
+
+def generous_limits() -> trio_udp.Limits:
+    """Limits that are looked at for each datagram and turn none away."""
+    import trio_udp
+
+    rate = trio_udp.RateLimit(per_second=1e9, burst=1_000_000)
+    return trio_udp.Limits(max_clients=MAX_CLIENTS, rate_limit=rate, amplification=3)
+
+
+def _run_trio_udp(
+    handler: trio_udp.Handler,
+    host: str | None = "127.0.0.1",
+    limits: trio_udp.Limits | None = None,
+    accept: trio_udp.Accept | None = None,
+) -> None:
     import trio
 
     import trio_udp
@@ -109,7 +182,8 @@ def _run_trio_udp(handler: Callable[[trio_udp.Client], Awaitable[object]], host:
                     0,
                     host=host,
                     receive_buffer=RECEIVE_BUFFER,
-                    limits=trio_udp.Limits(max_clients=200_000),
+                    limits=limits or trio_udp.Limits(max_clients=MAX_CLIENTS),
+                    accept=accept,
                     task_status=task_status,
                 )
             )
@@ -130,16 +204,22 @@ def serve_trio(what: str) -> None:
             await sock.bind(("127.0.0.1", 0))
             ready(sock.getsockname()[1])
             counted = 0
+            members: list[tuple[str, int]] = []
             while True:
                 payload, address = await sock.recvfrom(65_536)
                 if what == "out":
                     for datagram in BURST:
                         await sock.sendto(datagram, address)
+                elif what == "fan" and not payload.startswith(JOIN):
+                    for member in members:
+                        await sock.sendto(payload, member)
                 elif what == "in":
                     counted += 1
                     if counted % IN_BURST == 0:
                         await sock.sendto(payload[:ACKNOWLEDGEMENT], address)
                 else:
+                    if what == "fan":
+                        members.append(address)
                     await sock.sendto(payload, address)
 
     trio.run(main)
@@ -249,7 +329,21 @@ async def _serve_protocol(what: str) -> None:
             if self.counted % IN_BURST == 0:
                 self.transport.sendto(data[:ACKNOWLEDGEMENT], addr)
 
-    protocols: dict[str, type[Server]] = {"echo": Echo, "once": Echo, "out": SendBursts, "in": Count}
+    class SendToEach(Server):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            self.members: list[tuple[str, int]] = []
+
+        def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+            if data.startswith(JOIN):
+                self.members.append(addr)
+                self.transport.sendto(data, addr)
+            else:
+                for member in self.members:
+                    self.transport.sendto(data, member)
+
+    protocols: dict[str, type[Server]]
+    protocols = {"echo": Echo, "once": Echo, "out": SendBursts, "in": Count, "fan": SendToEach}
     loop = asyncio.get_running_loop()
     transport, _ = await loop.create_datagram_endpoint(protocols[what], local_addr=("127.0.0.1", 0))
     sock = transport.get_extra_info("socket")
@@ -293,16 +387,22 @@ def serve_blocking(what: str) -> None:
         sock.bind(("127.0.0.1", 0))
         ready(sock.getsockname()[1])
         counted = 0
+        members: list[tuple[str, int]] = []
         while True:
             payload, address = sock.recvfrom(65_536)
             if what == "out":
                 for datagram in BURST:
                     sock.sendto(datagram, address)
+            elif what == "fan" and not payload.startswith(JOIN):
+                for member in members:
+                    sock.sendto(payload, member)
             elif what == "in":
                 counted += 1
                 if counted % IN_BURST == 0:
                     sock.sendto(payload[:ACKNOWLEDGEMENT], address)
             else:
+                if what == "fan":
+                    members.append(address)
                 sock.sendto(payload, address)
 
 
@@ -310,6 +410,11 @@ SERVERS: dict[str, Callable[[str], None]] = {
     "trio_udp": serve_trio_udp,
     "trio_udp portable": serve_trio_udp_portable,
     "trio_udp request_handler": serve_trio_udp_requests,
+    "trio_udp datagram_handler": serve_trio_udp_datagrams,
+    "trio_udp accept": serve_trio_udp_accept,
+    "trio_udp send_to_all": serve_trio_udp_to_all,
+    "trio_udp with limits": serve_trio_udp_with_limits,
+    "trio_udp datagram_handler with limits": serve_trio_udp_datagrams_with_limits,
     "trio_udp all interfaces": serve_trio_udp_on_all_interfaces,
     "uvloop": serve_uvloop,
     "asyncio": serve_asyncio,
@@ -329,51 +434,49 @@ def use_portable_engine() -> None:
     os.environ["TRIO_UDP_ENGINE"] = "portable"
 
 
-def switch_corking_off() -> None:
-    from trio_udp import Endpoint
+def send_each_reply_at_once() -> None:
+    from trio_udp._endpoints import Outbox
 
-    Endpoint.cork = lambda self: None  # type: ignore[method-assign]
-
-
-def switch_merging_off() -> None:
-    from trio_udp._endpoints._linux import LinuxEngine
-
-    lay_out = LinuxEngine._lay_out
-    LinuxEngine._lay_out = (  # type: ignore[method-assign]
-        lambda self, memory, outbox, merges: lay_out(self, memory, outbox, False)
-    )
+    Outbox.hold = lambda self: None  # type: ignore[method-assign]
 
 
-def switch_joining_off() -> None:
-    from trio_udp._endpoints._linux import LinuxEngine
-    from trio_udp._endpoints._socket import UDP_GRO
+def switch_segmentation_off() -> None:
+    from trio_udp._endpoints.engines.linux import LinuxEngine
+    from trio_udp._endpoints.engines.pktinfo import UDP_SEGMENT
 
     can_set = LinuxEngine._can_set
     LinuxEngine._can_set = (  # type: ignore[method-assign]
-        lambda self, option, value: can_set(self, option, 0 if option == UDP_GRO else value)
+        lambda self, option, value: option != UDP_SEGMENT and can_set(self, option, value)
     )
 
 
+def switch_coalescing_off() -> None:
+    from trio_udp._endpoints.engines import coalescing
+
+    coalescing.switch_on = lambda sock: None
+
+
 def send_one_message_at_a_time() -> None:
-    from trio_udp._endpoints._linux import LinuxEngine
+    from trio_udp._endpoints.engines.linux import LinuxEngine
 
     send = LinuxEngine.send
 
-    def send_singly(self: LinuxEngine, outbox: deque[Any]) -> None:
-        self._messages_at_once = 1
-        send(self, outbox)
+    def send_singly(self: LinuxEngine, outgoing: Sequence[Outgoing]) -> int:
+        self._at_once = 1  # message, of perhaps many segments
+        is_alike = len(outgoing) > 1 and outgoing[0][1] == outgoing[1][1]
+        return send(self, outgoing if is_alike else outgoing[:1])
 
     LinuxEngine.send = send_singly  # type: ignore[method-assign]
 
 
 def decode_every_address() -> None:
-    from trio_udp._endpoints._linux import LinuxEngine
+    from trio_udp._endpoints.engines.linux import LinuxEngine
 
     receive = LinuxEngine.receive
 
-    def receive_and_decode(self: LinuxEngine, batch: list[Any]) -> bool:
+    def receive_and_decode(self: LinuxEngine, batch: list[Received]) -> bool:
         drained = receive(self, batch)
-        for _, route in batch:
+        for _, route, _ in batch:
             self.peer_address(route)
         return drained
 
@@ -381,27 +484,22 @@ def decode_every_address() -> None:
 
 
 def look_for_cancellation_by_coroutine() -> None:
-    from trio_udp import _conversation
+    from trio_udp import _channel, _inbox
 
-    class PerhapsCancelled:
-        """Passes for a task that is cancelled, so that Trio's own checkpoint_if_cancelled() is asked each time."""
-
-        effectively_cancelled = True
-
-    PerhapsCancelled._cancel_status = PerhapsCancelled  # type: ignore[attr-defined]
-    _conversation.current_task = lambda: PerhapsCancelled  # type: ignore
+    # "Perhaps" each time, so that Trio's own checkpoint_if_cancelled() is asked.
+    _channel.is_cancelled = _inbox.is_cancelled = lambda: True  # type: ignore[attr-defined]
 
 
-# To add one: a function that patches whatever it must, and its name here. It runs before anything is served, in the
-# process of that server alone.
+# To add one: a function that patches the package, and its name here. It runs before anything is served, in the process
+# of that server alone.
 TECHNIQUES: dict[str, Callable[[], None]] = {
     "Linux engine": use_portable_engine,
-    "corking": switch_corking_off,
+    "holding replies": send_each_reply_at_once,
     "sendmmsg for many": send_one_message_at_a_time,
-    "merging (GSO)": switch_merging_off,
-    "joining (GRO)": switch_joining_off,
+    "segmentation (GSO)": switch_segmentation_off,
+    "coalescing (GRO)": switch_coalescing_off,
     "raw addresses": decode_every_address,
-    "looking up cancellation (send)": look_for_cancellation_by_coroutine,
+    "looking up cancellation": look_for_cancellation_by_coroutine,
 }
 
 

@@ -3,8 +3,9 @@
     python examples/dns_server.py --port 5353 examples/example.zone
     dig @127.0.0.1 -p 5353 www.example.com
 
-``answer`` turns a query into a reply and knows nothing of sockets; ``main`` puts it on the network. dnspython reads the
-zone file and speaks the wire format. Left out: TCP, DNSSEC, TSIG, DNAME, zone transfer, rate limits.
+``answer`` turns a query into a reply and knows nothing of sockets; ``main`` puts it on the network with
+``datagram_handler``: a query needs no client and no task, since almost every one comes from another port (RFC 5452).
+dnspython reads the zone file and speaks the wire format. Left out: TCP, DNSSEC, TSIG, DNAME, zone transfer, rate limits.
 """
 
 from __future__ import annotations
@@ -161,9 +162,9 @@ def to_wire(reply: dns.message.Message, limit: int) -> bytes:
 async def main(zone: dns.zone.Zone, host: str, port: int) -> None:
     """Serve ``zone`` until SIGINT or SIGTERM."""
 
-    @trio_udp.request_handler
-    async def handler(payload: bytes, client: trio_udp.Client) -> bytes | None:
-        return answer(zone, payload)
+    @trio_udp.datagram_handler
+    def handler(datagram: trio_udp.Datagram) -> bytes | None:
+        return answer(zone, datagram.payload)
 
     serve = partial(
         trio_udp.serve,
@@ -171,9 +172,6 @@ async def main(zone: dns.zone.Zone, host: str, port: int) -> None:
         port,
         host=host,
         max_datagram_size=MAX_PAYLOAD,  # nobody may send more than a server offers to take
-        # Resolvers ask from another port each time (RFC 5452): almost every query is a client that never returns.
-        idle_timeout=2,
-        limits=trio_udp.Limits(when_full="evict_idle"),
         stop_signals=(signal.SIGINT, signal.SIGTERM),
     )
     async with trio.open_nursery() as nursery:

@@ -1,7 +1,8 @@
 """Turn datagrams away: strangers' before anything is kept of them, known clients' in the handler.
 
-``accept`` is asked about strangers only, and refuses without an answer: it would go to whatever address the sender
-claims to have. The counters are printed when the server stops.
+``accept`` is asked about strangers only. What is no request at all gets no answer: it would go to the address that the
+sender claims to have, and an answer that is answered again goes on for ever (CVE-2024-2169). A request from a network
+that is not allowed is answered, and still nothing is kept of it. The counters are printed when the server stops.
 
     python examples/refusing.py --allow 127.0.0.0/8 --allow 192.168.0.0/16
     nc -u 127.0.0.1 9999        (in another terminal: type "EX1 hello", then "hello" twice)
@@ -27,11 +28,13 @@ class Gate:
     networks: list[IPv4Network | IPv6Network]
     turned_out: int = 0
 
-    def accept(self, payload: bytes, peer_address: tuple[str, int] | tuple[str, int, int, int]) -> bool:
-        if not payload.startswith(MAGIC):  # the cheaper question first
+    def accept(self, datagram: trio_udp.Datagram) -> bool | bytes:
+        if not datagram.payload.startswith(MAGIC):  # the cheaper question first
             return False
-        peer = ip_address(peer_address[0])
-        return any(peer in network for network in self.networks)
+        peer = ip_address(datagram.peer_address[0])
+        if any(peer in network for network in self.networks):
+            return True
+        return b"not here\n"  # begins otherwise than a request; at most 3 times as long as the datagram is sent
 
     async def handler(self, client: trio_udp.Client) -> None:
         async for payload in client:
@@ -55,6 +58,7 @@ async def main(host: str | None, port: int, networks: list[IPv4Network | IPv6Net
     statistics = server.statistics()
     print(f"received: {statistics.received}")
     print(f"refused by accept: {statistics.refused_by_accept}")
+    print(f"answered by accept: {statistics.answered_by_accept}")
     print(f"turned out by the handler: {gate.turned_out}")
 
 

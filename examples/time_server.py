@@ -1,9 +1,12 @@
-"""Tell the time to whoever sends a datagram, even an empty one.
+"""Tell the time to anyone who sends a datagram, even an empty one.
 
-``request_handler`` makes a handler of a function that returns the answer to one datagram.
+``datagram_handler`` makes a handler of a plain function that returns the answer to one datagram: no clients, no tasks.
 
     python examples/time_server.py
     nc -u 127.0.0.1 9999        (in another terminal: press Enter)
+
+A protocol of your own should answer only requests, and with something that is no request. This server answers
+anything: a forged datagram could make two of its kind answer each other for ever (CVE-2024-2169).
 """
 
 import argparse
@@ -16,8 +19,8 @@ import trio
 import trio_udp
 
 
-@trio_udp.request_handler
-async def tell_time(payload: bytes, client: trio_udp.Client) -> bytes:
+@trio_udp.datagram_handler
+def tell_time(datagram: trio_udp.Datagram) -> bytes:
     return time.ctime().encode()
 
 

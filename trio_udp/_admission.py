@@ -28,6 +28,7 @@ from ._endpoints import Ancillary, Datagram, Route, Source, Sources, host_key, m
 from ._handlers import Accept
 from ._lifecycle import DRAINING, LOST
 from ._log import ErrorLog, WarningLog
+from ._rate import RateLimiter
 from ._seats import Place, Seat, Seats
 
 # As globals; see the end of _lifecycle.py.
@@ -57,78 +58,75 @@ class Admission:
 
     def ask(self, place: Place, payload: bytes, route: Route, ancillary: Ancillary) -> Seat | None:
         """Make a stranger a client, answer it, or count why not."""
-        source = self._source(place, route)
-        if source is REFUSED:
-            self.refused_source += 1
-            return None
-        bucket = None
-        if self.seats.limiter is not None:
-            bucket = self.seats.limiter.bucket_of(place.outbox.engine.peer_address(route))
-            if not self.seats.limiter.take(bucket, place.outbox.turn.now()):
-                self.refused_by_rate += 1
+        seats, engine = self.seats, place.outbox.engine
+        source = FINE
+        if self.asks_about_all_sources(place) or engine.doubtful_source(route):
+            source = self.look_at_source(place, route)
+            if source is REFUSED:
                 return None
+        limiter = seats.limiter
+        if limiter is not None and not self.has_rate(limiter, place, route):
+            return None
         if self.accept is not None and not self._is_accepted(
             self.accept, place, make_datagram(payload, route, ancillary, place), source
         ):
             return None
-        if self.seats.phase is DRAINING:  # asked after accept, which may have something to say even then
+        if seats.phase is DRAINING:  # asked after accept, which may have something to say even then
             self.refused_stopping += 1
             return None
-        if not self.seats.has_room_for(payload):
-            self.seats.dropped_inbox_full += 1
+        if not seats.has_room_for(payload):
+            seats.dropped_inbox_full += 1
             return None
-        if self.seats.limits.clients_per_host is not None and not self.seats.has_room_on_host(
-            host_key(place.outbox.engine.peer_address(route))
-        ):
+        if seats.limits.clients_per_host is not None and not seats.has_room_on_host(host_key(engine.host(route))):
             self.refused_full += 1
             return None
-        if not self.seats.make_room():
+        if not seats.make_room():
             self.refused_full += 1
-            self.warnings.warn("full", "the table of clients is full (max_clients=%d)", self.seats.limits.max_clients)
+            self.warnings.warn("full", "the table of clients is full (max_clients=%d)", seats.limits.max_clients)
             return None
         seat, client = self.new_client(place, route)
         if source is UNANSWERABLE:
             seat.answerable = False
             seat.limited = True
-        if self.seats.limiter is not None and bucket is not None:
-            seat.bucket = self.seats.limiter.keep(bucket)
-        self.seats.add(seat, client)
+        if limiter is not None:
+            seat.bucket = limiter.keep(limiter.bucket_of(engine.host(route)))
+        seats.add(seat, client)
         try:
             self.start_handler(client)
         except BaseException:  # the caller's nursery is over
             self.refused_stopping += 1
             seat.finish(LOST)
-            self.seats.remove(seat)
+            seats.remove(seat)
             raise
         return seat
+
+    def asks_about_all_sources(self, place: Place) -> bool:
+        """Whether every source needs a look, and not only those that are doubtful. Asked anew for each batch."""
+        time = place.outbox.turn.time
+        if place.sources_looked_at != time:
+            place.sources_looked_at = time
+            place.asks_about_all = self.sources.refresh(place.outbox.engine, time)
+        return place.asks_about_all
+
+    def look_at_source(self, place: Place, route: Route) -> Source:
+        """Decide about a source, and count the datagram if it is refused."""
+        source = self.sources.verdict(place.outbox.engine, route)
+        if source is REFUSED:
+            self.refused_source += 1
+        return source
+
+    def has_rate(self, limiter: RateLimiter, place: Place, route: Route) -> bool:
+        """Whether a stranger's part of the network has not sent too much; otherwise count the datagram."""
+        if limiter.take(limiter.bucket_of(place.outbox.engine.host(route)), place.outbox.turn.now()):
+            return True
+        self.refused_by_rate += 1
+        return False
 
     def new_client(self, place: Place, route: Route, *, has_handler: bool = True) -> tuple[Seat, Client]:
         """Make the record of a client, and what users see of it. The caller adds it to the seats."""
         seat = Seat(place.outbox, route, self.idle_timeout, self.seats, place, has_handler)
         seat.limited = place.amplification is not None
         return seat, make_client(seat)
-
-    def ask_datagram(self, place: Place, route: Route) -> Source | None:
-        """Ask about a datagram for a ``datagram_handler``: its source and its rate. ``None`` if it is turned away."""
-        source = self._source(place, route)
-        if source is REFUSED:
-            self.refused_source += 1
-            return None
-        if self.seats.limiter is not None:
-            bucket = self.seats.limiter.bucket_of(place.outbox.engine.peer_address(route))
-            if not self.seats.limiter.take(bucket, place.outbox.turn.now()):
-                self.refused_by_rate += 1
-                return None
-        return source
-
-    def _source(self, place: Place, route: Route) -> Source:
-        engine, time = place.outbox.engine, place.outbox.turn.time
-        if place.sources_looked_at != time:  # the first of this batch
-            place.sources_looked_at = time
-            place.asks_about_all = self.sources.refresh(engine, time)
-        if place.asks_about_all or engine.doubtful_source(route):
-            return self.sources.verdict(engine, route)
-        return FINE
 
     def _is_accepted(self, accept: Accept, place: Place, datagram: Datagram, source: Source) -> bool:
         route = route_of(datagram)

@@ -7,11 +7,8 @@ from weakref import WeakValueDictionary
 
 import attrs
 
-from ._endpoints import Address, source_prefix
+from ._endpoints import host_key, network_of
 from ._limits import RateLimit
-
-# Of IPv4 and IPv6: what one host has for itself. Of IPv6 that is a /64 (RFC 7934 section 6).
-HOST_PREFIXES = 32, 64
 
 # Tolerance for rounding, in tokens: far less than one datagram.
 EPSILON = 1e-3
@@ -46,13 +43,13 @@ class RateLimiter:
     _old: dict[bytes, Bucket] = attrs.field(factory=dict, init=False)
     _in_use: WeakValueDictionary[bytes, Bucket] = attrs.field(factory=WeakValueDictionary, init=False)
 
-    def bucket_of(self, address: Address) -> Bucket:
-        """The bucket that all addresses of one part of the network share."""
-        return self._find(source_prefix(address, self._limit.ipv4_prefix, self._limit.ipv6_prefix))
+    def bucket_of(self, host: bytes) -> Bucket:
+        """Return the bucket that all hosts of one part of the network share."""
+        return self._find(network_of(host, self._limit.ipv4_prefix, self._limit.ipv6_prefix))
 
-    def bucket_of_host(self, address: Address) -> Bucket:
-        """The bucket of a validated client, and of all others on its host."""
-        return self.keep(self._find(b"host" + source_prefix(address, *HOST_PREFIXES)))
+    def bucket_of_host(self, host: bytes) -> Bucket:
+        """Return the bucket of a validated client, and of all others on its host."""
+        return self.keep(self._find(b"host" + host_key(host)))
 
     def keep(self, bucket: Bucket) -> Bucket:
         """Remember a bucket for as long as somebody, a client, holds on to it; return it."""

@@ -49,8 +49,10 @@ class Place(Origin):
     @property
     def has_nothing_to_read(self) -> bool:
         """Whether all that has arrived was handed out."""
-        in_hand = length_hint(self.rest) or self.in_accept or self.reader.engine.read_ahead
-        return not in_hand and (self.reader.shared or not self.reader.engine.is_readable())
+        reader, engine = self.reader, self.reader.engine
+        if length_hint(self.rest) or self.in_accept or reader.ahead or engine.read_ahead:
+            return False
+        return reader.shared or engine.closed or not engine.is_readable()
 
 
 @attrs.define(eq=False)
@@ -121,7 +123,7 @@ class Seat(Inbox):
         if not self.validated:
             self.validated = True
             if self.shared.limiter is not None:
-                self.bucket = self.shared.limiter.bucket_of_host(self.outbox.engine.peer_address(self.route))
+                self.bucket = self.shared.limiter.bucket_of_host(self.outbox.engine.host(self.route))
 
     def reserve(self, size: int) -> bool:
         if not self.answerable:
@@ -144,7 +146,7 @@ class Seat(Inbox):
 
     def count_for_host(self) -> None:
         """Count this client for its host from now on."""
-        self._host = host_key(self.outbox.engine.peer_address(self.route))
+        self._host = host_key(self.outbox.engine.host(self.route))
         self.shared.of_host[self._host] = self.shared.of_host.get(self._host, 0) + 1
 
     def leave_host(self) -> None:

@@ -23,7 +23,17 @@ import trio
 from ._admission import Admission
 from ._client import Client
 from ._construction import create
-from ._endpoints import Endpoint, Outgoing, Received, Source, Sources, make_datagram, open_endpoints, reader_of
+from ._endpoints import (
+    MAX_PAYLOAD_IPV4,
+    Endpoint,
+    Outgoing,
+    Received,
+    Source,
+    Sources,
+    make_datagram,
+    open_endpoints,
+    reader_of,
+)
 from ._handlers import (
     Accept,
     DatagramHandler,
@@ -34,6 +44,7 @@ from ._handlers import (
     is_async,
     run_handler,
 )
+from ._lifecycle import DRAINING
 from ._limits import Limits, check_seconds
 from ._log import ErrorLog, WarningLog
 from ._rate import RateLimiter
@@ -102,13 +113,23 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
 
 def to_function(handler: DatagramHandler, admission: Admission, place: Place, batch: list[Received]) -> None:
     """Call a ``datagram_handler`` for each datagram of a batch, in order, and send the replies together."""
-    function, seats, outbox = handler.function, admission.seats, place.outbox
+    function, seats, outbox, limiter = handler.function, admission.seats, place.outbox, admission.seats.limiter
+    amplification, own = place.amplification, outbox.own
     outbox.turn.begin_batch()
+    if seats.phase is DRAINING:
+        admission.refused_stopping += len(batch)
+        return
+    asks_about_all, is_doubtful = admission.asks_about_all_sources(place), place.reader.engine.doubtful_source
     replies: list[Outgoing] = []
     place.rest = iter(batch)
     for payload, route, ancillary in place.rest:
-        source = admission.ask_datagram(place, route)
-        if source is None:
+        is_answerable = True
+        if asks_about_all or is_doubtful(route):
+            source = admission.look_at_source(place, route)
+            if source is Source.REFUSED:
+                continue
+            is_answerable = source is not Source.UNANSWERABLE
+        if limiter is not None and not admission.has_rate(limiter, place, route):
             continue
         seats.handed_over += 1
         datagram = make_datagram(payload, route, ancillary, place)
@@ -116,20 +137,19 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
             reply = function(datagram)
             if reply is None:
                 continue
-            if type(reply) is not bytes:
+            if type(reply) is not bytes or len(reply) > MAX_PAYLOAD_IPV4:
                 reply = outbox.copy(reply, route)
         except Exception as error:
             seats.handler_errors += 1
             seats.on_error(datagram, error)
             continue
-        if place.amplification is not None and len(reply) > place.amplification * len(payload):
+        if not is_answerable:
+            outbox.count_unanswerable(own)
+        elif amplification is not None and len(reply) > amplification * len(payload):
             place.withheld += 1
-        elif source is Source.UNANSWERABLE:
-            outbox.count_unanswerable(outbox.own)
         else:
-            replies.append((reply, route, outbox.own))
-    if replies:
-        outbox.send_or_drop(replies)
+            replies.append((reply, route, own))
+    outbox.send_or_drop(replies)
 
 
 async def serve(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from operator import length_hint
 from typing import NoReturn, final
 
@@ -108,8 +109,13 @@ class ServerState:
             await self.seats.all_gone.wait()
             for place in self.places:
                 await place.outbox.empty()
+        self._take_stock()
+
+    def _take_stock(self) -> None:
+        """Count what is lost now that the server ends, and say how it ended."""
         for place in self.places:
-            self._read_once_more(place)
+            with suppress(trio.ClosedResourceError):
+                self._read_once_more(place)
         if self.own_handlers:
             self.handlers_cancelled = sum(seat.has_handler for seat in self.seats.running)
         refused = self.admission.refused_stopping
@@ -155,6 +161,7 @@ class ServerState:
             await anext(arriving)
             self.stop()
             await anext(arriving)
+            self._take_stock()
             self.nursery.cancel_scope.cancel()
 
     def _read_once_more(self, place: Place) -> None:

@@ -10,8 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,8 @@ import dns.zone
 import pytest
 from hypothesis import given, settings, strategies as st
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from .conftest import EXAMPLES, Example, Start, ask as ask_server, without_signals
+
 SCRIPT = EXAMPLES / "dns_server.py"
 ZONE_FILE = EXAMPLES / "example.zone"
 
@@ -615,23 +615,10 @@ def test_size_limit(case: str, payload: int | None) -> None:
 
 # The whole server, as a process of its own.
 
-without_signals = pytest.mark.skipif(sys.platform == "win32", reason="on Windows SIGTERM ends a process at once")
 
-
-@contextmanager
-def running_server(*arguments: str, stop: signal.Signals = signal.SIGTERM) -> Iterator[tuple[str, int]]:
-    """Run the example on a free port and yield its address; it must end well and must not have logged anything."""
-    command = [sys.executable, str(SCRIPT), "--port", "0", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            ready = re.fullmatch(r"listening on \[?([0-9a-f:.]+?)\]?:(\d+)\n", process.stdout.readline())
-            assert ready
-            yield ready[1], int(ready[2])
-        finally:
-            process.send_signal(stop)
-            output, errors = process.communicate(timeout=10)
-    assert (process.returncode, output, errors) == (0, "", "")
+def start_dns(start: Start, zone_file: Path = ZONE_FILE, *arguments: str) -> Example:
+    """Start the example on a free port."""
+    return start("dns_server", "--port", "0", *arguments, str(zone_file), port=None)
 
 
 @pytest.fixture
@@ -673,25 +660,21 @@ VARIANTS: list[tuple[str, Callable[[str], str], bool, str | None]] = [
 
 
 @without_signals
-def test_dig(dig: str, tmp_path: Path) -> None:
+def test_dig(start: Start, dig: str, tmp_path: Path) -> None:
     """Real queries get the right replies, every one, while another client sends all kinds of garbage."""
+    example = start_dns(start)
+    garbage = example.peer()
     lines, wanted = [], []
-    with (
-        running_server(str(ZONE_FILE)) as address,
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as garbage,
-        (tmp_path / "output").open("w+") as output,
-    ):
-        for options, change_case, rd, edns in VARIANTS:
-            for case in CASES:
-                name, rdtype = question(case)
-                asked = change_case(str(name))
-                lines.append(f"@{address[0]} -p {address[1]} {options} -q {asked} -t {rdtype} -c IN\n")
-                wanted.append(expected(case, f"{asked} IN {rdtype}", edns=edns, rd=rd))
-        garbage.settimeout(5)
-        garbage.connect(address)
-        batch = tmp_path / "batch"
-        batch.write_text("".join(lines))
-        command = [dig, "-r", "+notcp", "+ignore", "+tries=1", "+time=2", "-f", str(batch)]
+    for options, change_case, rd, edns in VARIANTS:
+        for case in CASES:
+            name, rdtype = question(case)
+            asked = change_case(str(name))
+            lines.append(f"@{example.host} -p {example.port} {options} -q {asked} -t {rdtype} -c IN\n")
+            wanted.append(expected(case, f"{asked} IN {rdtype}", edns=edns, rd=rd))
+    batch = tmp_path / "batch"
+    batch.write_text("".join(lines))
+    command = [dig, "-r", "+notcp", "+ignore", "+tries=1", "+time=2", "-f", str(batch)]
+    with (tmp_path / "output").open("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
             while process.poll() is None:
@@ -709,7 +692,7 @@ def test_dig(dig: str, tmp_path: Path) -> None:
 
 
 @without_signals
-def test_dig_oddities(dig: str) -> None:
+def test_dig_oddities(start: Start, dig: str) -> None:
     """Sizes, versions, opcodes, classes and a missing question, as dig sends them."""
     queries = {
         "+bufsize=512 mail2026._domainkey.example.com TXT": ("NOERROR", "qr aa tc rd", 0),
@@ -735,51 +718,47 @@ def test_dig_oddities(dig: str) -> None:
         "-c ANY example.com TXT": ("REFUSED", "qr rd", 0),
         "-x 192.0.2.1": ("REFUSED", "qr rd", 0),
     }
-    with running_server(str(ZONE_FILE)) as (host, port):
-        batch = "".join(f"@{host} -p {port} {query}\n" for query in queries)
-        command = [dig, "-r", "+notcp", "+ignore", "+tries=1", "+time=2", "-f", "-"]
-        done = subprocess.run(command, input=batch, text=True, capture_output=True, timeout=60)
+    example = start_dns(start)
+    batch = "".join(f"@{example.host} -p {example.port} {query}\n" for query in queries)
+    command = [dig, "-r", "+notcp", "+ignore", "+tries=1", "+time=2", "-f", "-"]
+    done = subprocess.run(command, input=batch, text=True, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     got = [(reply.status, reply.flags, len(reply.answer)) for reply in read_dig(done.stdout)]
     assert dict(zip(queries, got, strict=True)) == queries
 
 
 @without_signals
-def test_answers_in_order_and_ignores_the_rest() -> None:
+def test_answers_in_order_and_ignores_the_rest(start: Start) -> None:
     """Of many datagrams from one client, those that deserve an answer get it, in order; the others get nothing."""
-    with running_server(str(ZONE_FILE)) as address, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(5)
-        sock.connect(address)
-        assert exchange(sock, *UNANSWERED.values()) == []
-        for name, payload in MALFORMED.items():
-            assert exchange(sock, payload) == [MALFORMED_REPLIES[name]]
-        too_long = QUERY + bytes(1233 - len(QUERY))  # one byte more than the server offers to take
-        assert exchange(sock, too_long, too_long[:-1]) == [b"\x12\x34\x81\x01" + bytes(8)]
-        assert [reply[:2] for reply in exchange(sock, *(bytes([9, i]) + QUERY[2:] for i in range(100)))] == [
-            bytes([9, i]) for i in range(100)
-        ]
+    example = start_dns(start)
+    peer = example.peer()
+    assert exchange(peer, *UNANSWERED.values()) == []
+    for name, payload in MALFORMED.items():
+        assert exchange(peer, payload) == [MALFORMED_REPLIES[name]]
+    too_long = QUERY + bytes(1233 - len(QUERY))  # one byte more than the server offers to take
+    assert exchange(peer, too_long, too_long[:-1]) == [b"\x12\x34\x81\x01" + bytes(8)]
+    queries = [bytes([9, i]) + QUERY[2:] for i in range(100)]
+    assert [reply[:2] for reply in exchange(peer, *queries)] == [query[:2] for query in queries]
+    assert example.stop() == []
 
 
 @without_signals
-def test_stops_at_sigint() -> None:
-    """Ctrl-C ends the server as SIGTERM does: without a traceback, with status 0."""
-    with running_server(str(ZONE_FILE), stop=signal.SIGINT) as (host, _):
-        assert host == "127.0.0.1"
+def test_stops_at_sigint(start: Start) -> None:
+    """Ctrl-C ends the server as SIGTERM does: without a traceback, with status 0. By default it serves loopback."""
+    example = start_dns(start)
+    assert example.listening == f"listening on 127.0.0.1:{example.port}"
+    assert example.stop(signal.SIGINT) == []
 
 
 @without_signals
-def test_origin_and_host_from_the_command_line(tmp_path: Path) -> None:
+def test_origin_and_host_from_the_command_line(start: Start, tmp_path: Path) -> None:
     """``--origin`` names a zone whose file does not, and ``--host`` may be an IPv6 address."""
     path = tmp_path / "zone"
     path.write_text("@ 60 SOA ns hostmaster 1 2 3 4 5\n@ 60 NS ns\nns 60 A 192.0.2.7\n")
-    with (
-        running_server(str(path), "--origin", "example.org", "--host", "::1") as address,
-        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock,
-    ):
-        sock.settimeout(5)
-        sock.connect(address)
-        sock.send(dns.message.make_query("ns.example.org", "A").to_wire())
-        assert read_wire(sock.recv(65535)).answer == records("ns.example.org. 60 A 192.0.2.7")
+    example = start_dns(start, path, "--origin", "example.org", "--host", "::1")
+    assert example.listening == f"listening on [::1]:{example.port}"
+    reply = ask_server(example.peer(), dns.message.make_query("ns.example.org", "A").to_wire())
+    assert read_wire(reply).answer == records("ns.example.org. 60 A 192.0.2.7")
 
 
 def test_bad_zone_file(tmp_path: Path) -> None:

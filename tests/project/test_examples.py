@@ -2,121 +2,39 @@
 
 from __future__ import annotations
 
+import calendar
 import json
 import re
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from signal import SIGINT, SIGTERM, Signals
-from typing import TypeAlias
+from signal import SIGINT, SIGTERM
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-SERVERS = ["uppercase", "echo_options", "time_server", "slow_work", "refusing", "errors", "login", "service"]
+from .conftest import EXAMPLES, TIMEOUT, Start, ask, waiting, without_signals
 
-TIMEOUT = 20.0  # seconds for anything that a test waits for; nothing comes near it unless it has failed
+SERVERS = [
+    "uppercase",
+    "echo_options",
+    "time_server",
+    "slow_work",
+    "refusing",
+    "errors",
+    "login",
+    "service",
+    "lobby",
+    "collector",
+]
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send SIGTERM to be handled")
-
-
-class Example:
-    """A running example server. Its sockets, and those of its peers, are closed at the end of the test."""
-
-    def __init__(self, process: subprocess.Popen[str], cleanup: ExitStack) -> None:
-        assert process.stdout is not None
-        self._process = process
-        self._stdout = process.stdout
-        self._cleanup = cleanup
-        self.listening = self.next_line()
-        self.port = int(self.listening.rpartition(":")[2])
-
-    def peer(self, host: str = "127.0.0.1") -> socket.socket:
-        """A new client: a socket connected to the server."""
-        sock = self._cleanup.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        sock.settimeout(TIMEOUT)
-        sock.bind((host, 0))
-        sock.connect(("127.0.0.1", self.port))
-        return sock
-
-    def next_line(self) -> str:
-        """The next line on standard output; empty when the process has ended."""
-        return self._stdout.readline().rstrip("\n")
-
-    def signal(self, signal_number: Signals) -> None:
-        self._process.send_signal(signal_number)
-
-    def stop(self, signal_number: Signals = SIGTERM) -> list[str]:
-        """Send a signal, and return what the server prints from now on. It must exit with status 0."""
-        self.signal(signal_number)
-        return self.wait()
-
-    def wait(self) -> list[str]:
-        """Wait until the server has ended with exit status 0, and return what it prints until then."""
-        lines = self._stdout.read().splitlines()
-        assert self._process.wait() == 0
-        return lines
-
-    def finish(self) -> None:
-        """Stop the server if the test has not. That it has ended by itself does not pass for a success."""
-        if self._process.poll() is None:
-            self.signal(SIGTERM)
-        self.wait()
-
-
-Start: TypeAlias = Callable[..., Example]
-
-
-@pytest.fixture
-def start(capfd: pytest.CaptureFixture[str]) -> Iterator[Start]:
-    """Start example servers: ``start("uppercase", "--host", "127.0.0.1")``. At the end of the test each must exit with
-    status 0, and must not have written to standard error what the test has not read from ``capfd``."""
-    with ExitStack() as cleanup:
-
-        def start(name: str, *arguments: str, port: int = 0) -> Example:
-            # -u: its lines are read here while it runs. -W error: an example has no warnings.
-            command = [sys.executable, "-u", "-W", "error", str(EXAMPLES / f"{name}.py"), str(port), *arguments]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-            cleanup.enter_context(process)
-            # Reading a pipe has no timeout: whatever a test waits for ends when the process does.
-            watchdog = threading.Timer(TIMEOUT, process.kill)
-            watchdog.start()
-            cleanup.callback(watchdog.cancel)
-            try:
-                example = Example(process, cleanup)
-            except BaseException:
-                process.kill()
-                raise
-            cleanup.callback(example.finish)
-            return example
-
-        yield start
-    assert capfd.readouterr().err == ""
-
-
-def ask(peer: socket.socket, payload: bytes) -> bytes:
-    """Send a datagram and return the next one that arrives."""
-    peer.send(payload)
-    return peer.recv(65_535)
-
-
-def waiting(peer: socket.socket) -> list[bytes]:
-    """What has arrived at a socket and was not received yet."""
-    peer.setblocking(False)
-    payloads = []
-    try:
-        while True:
-            payloads.append(peer.recv(65_535))
-    except BlockingIOError:
-        return payloads
-    finally:
-        peer.settimeout(TIMEOUT)
+pytestmark = without_signals
 
 
 @pytest.mark.parametrize("name", SERVERS)
@@ -177,12 +95,16 @@ def test_echo_options_shares_its_port(start: Start) -> None:
 @pytest.mark.parametrize("payload", [b"", b"what time is it?", bytes(range(256))], ids=["empty", "text", "garbage"])
 def test_time_server(start: Start, payload: bytes) -> None:
     """The time server answers any datagram with the time, and so the next one."""
+
+    def seconds(text: str) -> int:
+        # Of the clock that the example reads: time.ctime() may lag behind time.time().
+        return calendar.timegm(time.strptime(text))
+
     example = start("time_server", "--host", "127.0.0.1")
     peer = example.peer()
     for _ in range(2):
-        before = time.time()
-        reply = ask(peer, payload)
-        assert reply.decode() in [time.ctime(second) for second in range(int(before), int(time.time()) + 1)]
+        before = seconds(time.ctime())
+        assert before <= seconds(ask(peer, payload).decode()) <= seconds(time.ctime())
 
 
 @pytest.mark.parametrize(
@@ -222,16 +144,21 @@ def test_slow_work_says_what_is_wrong(start: Start) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the loopback interface has only 127.0.0.1")
 def test_refusing_counts_what_it_turns_away(start: Start) -> None:
-    """Strangers from other networks, and those without the prefix, get no answer and are counted."""
+    """Strangers without the prefix get no answer, and those from other networks a refusal; all are counted."""
     example = start("refusing", "--host", "127.0.0.1", "--allow", "127.0.0.2/32", "--allow", "::1/128")
     stranger, friend = example.peer(), example.peer("127.0.0.2")
-    stranger.send(b"EX1 let me in")
     stranger.send(b"")
     friend.send(b"no prefix")
+    assert ask(stranger, b"EX1 let me in") == b"not here\n"
     # Whatever was sent before this to the same socket has been dealt with when the answer comes.
     assert ask(friend, b"EX1 hello") == b"hello"
     assert waiting(stranger) == waiting(friend) == []
-    assert example.stop() == ["received: 4", "refused by accept: 3", "turned out by the handler: 0"]
+    assert example.stop() == [
+        "received: 4",
+        "refused by accept: 2",
+        "answered by accept: 1",
+        "turned out by the handler: 0",
+    ]
 
 
 def test_refusing_turns_a_known_client_out(start: Start) -> None:
@@ -244,7 +171,12 @@ def test_refusing_turns_a_known_client_out(start: Start) -> None:
     assert ask(other, b"EX1 me too") == b"me too"
     assert waiting(peer) == []
     assert ask(peer, b"EX1 sorry") == b"sorry"
-    assert example.stop() == ["received: 5", "refused by accept: 1", "turned out by the handler: 1"]
+    assert example.stop() == [
+        "received: 5",
+        "refused by accept: 1",
+        "answered by accept: 0",
+        "turned out by the handler: 1",
+    ]
 
 
 def test_refusing_turns_a_burst_out_once(start: Start) -> None:
@@ -257,7 +189,7 @@ def test_refusing_turns_a_burst_out_once(start: Start) -> None:
     assert ask(other, b"EX1 me too") == b"me too"
     lines = example.stop()
     assert waiting(peer) == [b"refused\n"]
-    assert (lines[0], lines[2]) == ("received: 12", "turned out by the handler: 1")
+    assert (lines[0], lines[3]) == ("received: 12", "turned out by the handler: 1")
 
 
 def test_errors_of_the_peer_do_not_end_the_conversation(start: Start) -> None:
@@ -378,6 +310,64 @@ def test_service_shares_its_resource(start: Start) -> None:
     answers = [ask(one, b"a"), ask(two, b""), ask(one, b"\xff")]
     assert answers == [b"note 1\n", b"note 2\n", b"note 3\n"]
     assert example.stop() == ["database closed"]
+
+
+def test_lobby(start: Start) -> None:
+    """What one says reaches all, those who come late hear the last lines first, and who quits is told to all."""
+    example = start("lobby", "--host", "127.0.0.1", "--every", "3600")
+    ada, bob = example.peer(), example.peer()
+    assert ask(ada, b"ada\n") == b"ada joins\n"
+    assert ask(ada, b"hello\n") == b"ada: hello\n"
+    bob.send(b"bob\n")
+    assert [bob.recv(100) for _ in range(3)] == [b"ada joins\n", b"ada: hello\n", b"bob joins\n"]
+    assert ada.recv(100) == b"bob joins\n"
+    assert ask(bob, b"welcome\n") == ada.recv(100) == b"bob: welcome\n"
+    bob.send(b"quit\n")
+    assert ada.recv(100) == b"bob leaves\n"
+    assert example.stop() == []
+    assert waiting(ada) == [b"goodbye: stopping\n"]
+    assert waiting(bob) == []
+
+
+def test_lobby_notices_silence(start: Start) -> None:
+    """Everyone is told every few seconds who is there. Who answers stays; who does not is said goodbye to."""
+    example = start("lobby", "--host", "127.0.0.1", "--every", "0.02", "--idle-time", "0.5")
+    ada, bob = example.peer(), example.peer()
+    ada.send(b"ada")
+    bob.send(b"bob")
+    heard = [bob.recv(100)]
+    while heard[-1] != b"here: bob\n":
+        if heard[-1].startswith(b"here"):
+            bob.send(b"\n")
+        heard.append(bob.recv(100))
+    assert b"ada leaves\n" in heard
+    assert [line for line in waiting(ada) if not line.startswith(b"here")][-1] == b"goodbye: idle\n"
+
+
+def test_collector_loses_nothing_when_stopped(start: Start, tmp_path: Path) -> None:
+    """What had reached the machine when the collector is told to stop is in its file, in the order of arrival."""
+    example = start("collector", "--host", "127.0.0.1", "--file", str(tmp_path / "log"))
+    peers = [example.peer() for _ in range(3)]
+    # While it stands still, what is sent to it waits in the kernel.
+    example.signal(signal.SIGSTOP)
+    for number in range(300):
+        peers[number % 3].send(b"line %d\n" % number)
+    example.signal(SIGTERM)
+    example.signal(signal.SIGCONT)
+    assert example.wait()[-2:] == ["collected: 300", "dropped by the kernel: 0"]
+    assert (tmp_path / "log").read_text().splitlines() == [f"127.0.0.1 line {number}" for number in range(300)]
+
+
+def test_collector_writes_now_and_then(start: Start, tmp_path: Path) -> None:
+    """Lines are in the file after the time between writes, and a line feed inside one does not make it two."""
+    example = start("collector", "--host", "127.0.0.1", "--every", "0.01")
+    example.peer().send(b"one\nand a half\r\n")
+    assert example.next_line() == "lines: 1"
+    assert (tmp_path / "collected.log").read_bytes() == b"127.0.0.1 one\\nand a half\n"
+    example.peer().send(b"")
+    assert example.next_line() == "lines: 2"
+    assert (tmp_path / "collected.log").read_bytes() == b"127.0.0.1 one\\nand a half\n127.0.0.1 \n"
+    assert example.stop() == ["collected: 2", "dropped by the kernel: 0"]
 
 
 def run_client(port: int, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

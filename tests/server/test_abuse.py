@@ -17,7 +17,7 @@ from trio.testing import MockClock
 import trio_udp
 import trio_udp.testing
 from trio_udp import Client, Datagram, Limits, RateLimit
-from trio_udp._endpoints import source_prefix
+from trio_udp._endpoints import host_bytes, network_of
 from trio_udp._rate import RateLimiter
 
 from ..conftest import ALICE, SERVER, StartInMemory, check_adds_up, echo, in_memory, narrow
@@ -146,7 +146,7 @@ async def test_accept_is_not_asked_about_what_is_too_much(
 def test_prefixes(one: str, other: str, same: bool) -> None:
     """By default a /24 of IPv4, mapped into IPv6 or not, and a /56 of IPv6 are one source."""
     limiter = RateLimiter(RateLimit(1))
-    assert (limiter.bucket_of((one, 1)) is limiter.bucket_of((other, 2))) == same
+    assert (limiter.bucket_of(host_bytes((one, 1))) is limiter.bucket_of(host_bytes((other, 2)))) == same
 
 
 @example(ipaddress.ip_address("0.0.0.0"), ipaddress.ip_address("::ffff:0.0.0.0"), 1, 1)
@@ -155,7 +155,7 @@ def test_prefixes_are_the_first_bits(one: Any, other: Any, ipv4_bits: int, ipv6_
     """Addresses share a prefix of any length just if their first bits are equal; IPv4 and IPv6 never share one."""
     # As a socket gives them; Python's own text of mapped addresses differs from version to version.
     texts = [socket.inet_ntop({4: socket.AF_INET, 6: socket.AF_INET6}[it.version], it.packed) for it in (one, other)]
-    prefixes = [source_prefix((text, 1), ipv4_bits, ipv6_bits) for text in texts]
+    prefixes = [network_of(host_bytes((text, 1)), ipv4_bits, ipv6_bits) for text in texts]
     one, other = (getattr(address, "ipv4_mapped", None) or address for address in (one, other))
     bits = ipv4_bits if one.version == 4 else ipv6_bits
     shift = one.max_prefixlen - bits
@@ -169,9 +169,9 @@ def test_a_million_sources_do_not_make_the_table_grow() -> None:
     for number in range(1_000_000):
         time = number / 100_000
         address = (f"{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}.1", 1)
-        limiter.take(limiter.bucket_of(address), time)
+        limiter.take(limiter.bucket_of(host_bytes(address)), time)
         if number % 100 == 0:
-            admitted += limiter.take(limiter.bucket_of(("255.255.255.1", 1)), time)
+            admitted += limiter.take(limiter.bucket_of(host_bytes(("255.255.255.1", 1))), time)
         if number % 1_000 == 0:
             assert len(limiter._young) + len(limiter._old) <= 1_000
     assert 10 * 10 <= admitted <= 10 * 10 + 5
@@ -190,7 +190,7 @@ def test_no_source_gets_more_than_its_rate(rate: float, burst: int, start: float
     taken = []
     for wait in waits:  # as multiples of the time that one datagram takes at that rate
         now += wait / rate
-        if limiter.take(limiter.bucket_of(ALICE), now):
+        if limiter.take(limiter.bucket_of(host_bytes(ALICE)), now):
             taken.append(now)
     for first, last in itertools.combinations(range(len(taken)), 2):
         assert last - first + 1 <= burst + (taken[last] - taken[first]) * rate + 0.01
@@ -203,7 +203,7 @@ def test_who_keeps_to_the_rate_is_never_refused(rate: float, burst: int, start: 
     limiter = RateLimiter(RateLimit(rate, burst))
     for wait in [*[0.0] * burst, *waits]:
         now += wait * 1.001 / rate
-        assert limiter.take(limiter.bucket_of(ALICE), now)
+        assert limiter.take(limiter.bucket_of(host_bytes(ALICE)), now)
 
 
 async def test_validating_again_and_again_gives_no_more(

@@ -19,12 +19,13 @@ engines/        the code that makes the system calls
 from ._address import (
     MAX_PAYLOAD_IPV4 as MAX_PAYLOAD_IPV4,
     Address as Address,
+    host_bytes as host_bytes,
     host_key as host_key,
     is_answerable as is_answerable,
     is_limited_broadcast as is_limited_broadcast,
     is_multicast as is_multicast,
+    network_of as network_of,
     numeric_address as numeric_address,
-    source_prefix as source_prefix,
 )
 from ._addressed import find_way as find_way, send_on as send_on, send_on_nowait as send_on_nowait
 from ._buffers import check_max_datagram_size as check_max_datagram_size, grant_receive_buffer as grant_receive_buffer

@@ -103,24 +103,28 @@ def is_link_local(address: Address) -> bool:
     return raw[:2] == b"\xa9\xfe" if len(raw) == 4 else raw[:1] == b"\xfe" and raw[1] & 0xC0 == 0x80
 
 
-def source_prefix(address: Address, ipv4_bits: int, ipv6_bits: int) -> bytes:
-    """Return the first bits of an address, which tell which part of the network it is in."""
-    raw = _raw_host(address)
-    if not raw:
-        return _hashed(address)
-    bits = ipv4_bits if len(raw) == 4 else ipv6_bits
-    prefix = int.from_bytes(raw, "big") >> (8 * len(raw) - bits)
-    # Bytes, not the number: strangers choose it, and can compute which numbers collide in a dict.
-    return prefix.to_bytes(len(raw), "big")
+def host_bytes(address: Address) -> bytes:
+    """Return the host of an address as it stands in a packet: 4 bytes for IPv4, mapped or not, and 16 for IPv6.
 
-
-def host_key(address: Address) -> bytes:
-    """Return the key under which one host counts: its IPv4 address, mapped or not, or its IPv6 /64.
-
-    A provider gives a customer a whole /64, so the customer can use any address in it. The result is
-    ``source_prefix(address, 32, 64)`` in a form that costs less.
+    A Unix-domain socket counts as a host by itself: a hash of its name.
     """
-    return _raw_host(address)[:8] or _hashed(address)
+    return _raw_host(address) or _hashed(address)
+
+
+def network_of(host: bytes, ipv4_bits: int, ipv6_bits: int) -> bytes:
+    """Return a key for the part of the network that a host is in: the first bits of its address."""
+    bits = ipv4_bits if len(host) == 4 else ipv6_bits
+    whole, rest = divmod(bits, 8)
+    # Bytes, not a number: strangers choose it, and can compute which numbers collide in a dict.
+    network = host[:whole]
+    if rest:
+        network += bytes([host[whole] & 0xFF00 >> rest & 0xFF])
+    return network + b"4" if len(host) == 4 else network + b"6"
+
+
+def host_key(host: bytes) -> bytes:
+    """Return the key under which a host counts: its IPv4 address, or its IPv6 /64 (RFC 7934 section 6)."""
+    return host[:8]
 
 
 def _hashed(address: object) -> bytes:

@@ -15,7 +15,7 @@ import attrs
 import trio
 
 from .._endpoints import BATCH, Address, Outgoing, Received, Route
-from .._endpoints._address import family_of, is_limited_broadcast, is_unspecified, max_payload
+from .._endpoints._address import family_of, host_bytes, is_limited_broadcast, is_unspecified, max_payload
 from .._statistics import KernelFigures, ReceiveCounts
 from ._addresses import interface_of, reachable, reaches_many
 from ._packets import SimulatedRoute
@@ -152,6 +152,9 @@ class SimulatedEngine:
 
     def watch_ports(self, ports: frozenset[int]) -> None:
         self._watched_ports = ports
+
+    def host(self, route: Route) -> bytes:
+        return host_bytes(self.peer_address(route))
 
     def doubtful_source(self, route: Route) -> bool:
         peer = cast("SimulatedRoute", route).peer

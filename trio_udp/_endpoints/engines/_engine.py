@@ -102,6 +102,9 @@ class Engine(Protocol):
     def interface(self, route: Route) -> int | None:
         """Index of the interface it arrived on, where the destination is link-local, a group or a broadcast address."""
 
+    def host(self, route: Route) -> bytes:
+        """The host at the other end of a route, as ``host_bytes`` gives it. Cheap."""
+
     # Sources that cannot be trusted; see _sources.py.
 
     def watch_ports(self, ports: frozenset[int]) -> None:

@@ -25,13 +25,13 @@ from typing import Any, NoReturn, cast
 import trio
 
 from ..._log import warn_once
-from .._address import MAX_PAYLOAD_IPV4, Address, pack_address, unpack_address
+from .._address import MAX_PAYLOAD_IPV4, Address, host_bytes, pack_address, unpack_address
 from . import coalescing
 from ._engine import BATCH, Outgoing, Received, Route
 from ._socket import SocketEngine, tells_destination
 from .linux_routes import CONNECTED, IPV4, IPV4_WILDCARD, IPV6, IPV6_WILDCARD, Ends
 from .linux_structures import IncomingMessages, OutgoingMessages, this_thread
-from .pktinfo import CONTROL_SIZE, UDP_SEGMENT, ReplyControl, is_doubtful_host, pack_control
+from .pktinfo import CONTROL_SIZE, MAPPED, UDP_SEGMENT, ReplyControl, is_doubtful_host, pack_control
 
 # Kernels before 6.9 divide a message into no more segments than this.
 MAX_SEGMENTS = 64
@@ -290,6 +290,12 @@ class LinuxEngine(SocketEngine):
 
     def peer_address(self, route: Route) -> Address:
         return self._peer_address if self.connected else unpack_address(cast("bytes", route))
+
+    def host(self, route: Route) -> bytes:
+        if self.connected:
+            return host_bytes(self._peer_address)
+        host = cast("bytes", route)[self._host]
+        return host[12:] if host.startswith(MAPPED) else host
 
     def _end_of(self, route: Route) -> tuple[ReplyControl, bytes]:
         return self._ends.take_apart(cast("bytes", route))

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import trio
 
-from .._address import Address
+from .._address import Address, host_bytes
 from ._engine import BATCH, Outgoing, Received, Route
 from ._socket import SocketEngine, is_connected, tells_destination
 from .pktinfo import CONTROL_SIZE, UDP_GRO, UDP_SEGMENT, Arrival, ControlMessage, ReplyControl, understand
@@ -177,6 +177,9 @@ class PortableEngine(SocketEngine):
 
     def watch_ports(self, ports: frozenset[int]) -> None:
         self._ports = ports
+
+    def host(self, route: Route) -> bytes:
+        return host_bytes(self.peer_address(route))
 
     def doubtful_source(self, route: Route) -> bool:
         return self._is_doubtful(self.peer_address(route), self._ports)

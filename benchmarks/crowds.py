@@ -1,0 +1,265 @@
+"""What 100,000 clients at once cost: memory, and how long other tasks wait when all of them come or go.
+
+    python benchmarks/crowds.py                # two minutes; prints a table
+    python benchmarks/crowds.py --types        # also which objects each idle client consists of
+
+Needs Linux and a C compiler. Each run is a new process. It makes so many clients over a real socket, lets all of them
+expire at once, makes as many again, and stops the server. Everything is done with the garbage collector as it is, and
+with full collections made rare by ``gc.set_threshold``.
+
+A pause is the longest time that another task, which does nothing but run, has waited for its turn. The machine's own
+noise can only make it longer, so the table has the best run: the minimum of the maxima. (CPU time likewise.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import trio
+from measure import LOAD_CORE, build, resident_bytes, run_load, running
+
+import trio_udp
+
+IN_FLIGHT = 256  # datagrams of new clients at once
+
+THRESHOLDS = {"default": gc.get_threshold(), "700, 10, 1000": (700, 10, 1_000)}
+
+# What a client that waits for its next datagram may cost, and how long others may wait when all leave.
+TARGETS = {"objects": 8, "bytes": 2_300, "stop_pause": 0.005, "expiry_pause": 0.005}
+
+Run: TypeAlias = dict[str, Any]
+
+ROWS = {
+    # The key in a run, what it is, how many of its unit are in one of the run's, and the digits to print.
+    "objects": ("idle client: objects that the collector sees", 1, 2),
+    "bytes": ("idle client: bytes", 1, 0),
+    "new_micros": ("new client: µs of CPU", 1, 1),
+    "new_seconds": ("all come: seconds", 1, 2),
+    "new_pause": ("all come: longest pause, ms", 1e3, 2),
+    "new_lost": ("all come: unanswered", 1, 0),
+    "expiry_micros": ("all expire: µs of CPU each", 1, 1),
+    "expiry_pause": ("all expire: longest pause, ms", 1e3, 2),
+    "expiry_collection": ("all expire: longest garbage collection, ms", 1e3, 2),
+    "stop_micros": ("stop(): µs of CPU each", 1, 1),
+    "stop_pause": ("stop(): longest pause, ms", 1e3, 2),
+    "stop_collection": ("stop(): longest garbage collection, ms", 1e3, 2),
+}
+
+
+# ---- in the process of the server ----
+
+
+class LeapingClock(trio.abc.Clock):
+    """A clock that can be put forward, so that nobody has to wait for an idle timeout."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def start_clock(self) -> None:
+        pass
+
+    def current_time(self) -> float:
+        return time.perf_counter() + self.ahead
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        return deadline - self.current_time()
+
+
+class Pauses:
+    """The longest time that a task has waited for its turn, and the longest garbage collection."""
+
+    def __init__(self) -> None:
+        self.reset()
+        gc.callbacks.append(self._collection)
+
+    def reset(self) -> None:
+        self.longest = self.longest_collection = 0.0
+        self.last = time.perf_counter()
+
+    def _collection(self, phase: str, info: dict[str, int]) -> None:
+        now = time.perf_counter()
+        if phase == "start":
+            self._began = now
+        else:
+            self.longest_collection = max(self.longest_collection, now - self._began)
+
+    async def watch(self, every: float, until: Callable[[], bool]) -> None:
+        """Run again and again: at once, or ``every`` so many seconds where other tasks' CPU time is measured."""
+        while not until():
+            self.last = time.perf_counter()
+            if every:
+                await trio.sleep(every)
+            else:
+                await trio.lowlevel.checkpoint()
+            self.longest = max(self.longest, time.perf_counter() - self.last - every)
+
+
+async def serve_crowd(clock: LeapingClock) -> None:
+    """Serve, and do as each line of standard input says; answer each with figures in JSON."""
+
+    async def echo(client: trio_udp.Client) -> None:
+        async for payload in client:
+            await client.send(payload)
+
+    async def serve(task_status: trio.TaskStatus[trio_udp.Server]) -> None:
+        limits = trio_udp.Limits(max_clients=1_000_000)
+        await trio_udp.serve(
+            echo, 0, host="127.0.0.1", limits=limits, idle_timeout=60, drain_timeout=30, task_status=task_status
+        )
+        ended.set()
+
+    ended = trio.Event()
+    pauses = Pauses()
+    async with trio.open_nursery() as nursery:
+        server: trio_udp.Server = await nursery.start(serve)
+        print(server.endpoints[0].local_address[1], flush=True)
+        while True:
+            with trio.CancelScope() as until_told:
+                async with trio.open_nursery() as watching:
+                    watching.start_soon(pauses.watch, 0.001, bool)  # bool() is False: until it is cancelled
+                    await trio.lowlevel.wait_readable(sys.stdin.fileno())
+                    until_told.cancel()
+            command = sys.stdin.readline().strip()
+            if not command:
+                sys.exit("nobody is there to tell what to do")
+            figures: Run = {"pause": pauses.longest, "cpu": time.process_time(), "clients": len(server.clients)}
+            if command == "count":
+                gc.collect()
+                figures["bytes"] = resident_bytes(os.getpid())
+                figures["types"] = Counter(type(it).__name__ for it in gc.get_objects())
+            elif command in ("expire", "stop"):
+                pauses.reset()
+                before = time.process_time()
+                if command == "stop":
+                    server.stop()
+                    await pauses.watch(0, until=ended.is_set)
+                else:
+                    clock.ahead += 1_000
+                    await pauses.watch(0, until=lambda: not server.clients)
+                # Watching takes some of the CPU time, but little: one turn in each pass of Trio's scheduler.
+                figures |= {"pause": pauses.longest, "collection": pauses.longest_collection}
+                figures["cpu"] = time.process_time() - before
+            print(json.dumps(figures), flush=True)
+            pauses.reset()
+
+
+def serve_crowd_in_this_process(threshold: tuple[int, int, int]) -> None:
+    gc.set_threshold(*threshold)
+    clock = LeapingClock()
+    trio.run(serve_crowd, clock, clock=clock)
+
+
+# ---- in the process of the benchmark ----
+
+
+def run_once(programs: Path, threshold: str, clients: int) -> Run:
+    command = [sys.executable, str(Path(__file__)), "--serve", threshold]
+    with running(command, {}) as (process, port):
+
+        def tell(what: str) -> Run:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(what + "\n")
+            process.stdin.flush()
+            figures: Run = json.loads(process.stdout.readline())
+            return figures
+
+        def come(number: int) -> Run:
+            started = time.perf_counter()
+            load = [str(programs / "load"), str(port), str(process.pid), "0", "0", "echo"]
+            result: Run = run_load([*load, str(number), str(min(number, IN_FLIGHT))])
+            return result | {"took": time.perf_counter() - started}
+
+        come(1)  # so that imports and buffers do not count
+        before = tell("count")
+        begun = tell("look")
+        came = come(clients)
+        after = tell("look")
+        assert after["clients"] >= clients, after  # the one before them may be one of them
+        idle = tell("count")
+        expired = tell("expire")
+        assert expired["clients"] == after["clients"], expired
+        come(clients)
+        stopped = tell("stop")
+        assert stopped["clients"] >= clients, stopped
+    types: Counter[str] = Counter(idle["types"])
+    types.subtract(before["types"])
+    return {
+        "objects": types.total() / clients,
+        "bytes": (idle["bytes"] - before["bytes"]) / clients,
+        "new_micros": (after["cpu"] - begun["cpu"]) / clients * 1e6,
+        "new_seconds": came["took"],
+        "new_pause": after["pause"],
+        "new_lost": came["lost"],
+        "expiry_micros": expired["cpu"] / clients * 1e6,
+        "expiry_pause": expired["pause"],
+        "expiry_collection": expired["collection"],
+        "stop_micros": stopped["cpu"] / clients * 1e6,
+        "stop_pause": stopped["pause"],
+        "stop_collection": stopped["collection"],
+        "types": {name: count / clients for name, count in types.most_common() if count >= clients / 2},
+    }
+
+
+def best(runs: list[Run], key: str) -> float:
+    """The run that was disturbed the least; of answers, the run with the fewest."""
+    choose = max if key == "new_lost" else min
+    return float(choose(run[key] for run in runs))
+
+
+def print_table(runs: dict[str, list[Run]]) -> None:
+    width = max(len(title) for title, _, _ in ROWS.values())
+    print(f"{'gc.set_threshold':{width}}", *(f"{name:>14}" for name in runs), f"{'target':>10}")
+    for key, (title, factor, digits) in ROWS.items():
+        figures = [f"{best(of_one, key) * factor:>14,.{digits}f}" for of_one in runs.values()]
+        target = TARGETS.get(key, math.nan) * factor
+        print(f"{title:{width}}", *figures, "" if math.isnan(target) else f"{target:>10,g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=100_000)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threshold", nargs="+", choices=THRESHOLDS, default=list(THRESHOLDS))
+    parser.add_argument("--types", action="store_true", help="print which objects each idle client consists of")
+    parser.add_argument("--serve", choices=THRESHOLDS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve_crowd_in_this_process(THRESHOLDS[arguments.serve])
+        return
+
+    os.sched_setaffinity(0, {LOAD_CORE})  # to be out of the server's way
+    runs: dict[str, list[Run]] = {threshold: [] for threshold in arguments.threshold}
+    with tempfile.TemporaryDirectory() as programs:
+        build(Path(programs))
+        for number in range(arguments.runs):
+            for threshold, of_one in runs.items():
+                print(f"{number + 1}/{arguments.runs} {threshold}", file=sys.stderr)
+                of_one.append(run_once(Path(programs), threshold, arguments.clients))
+    print(
+        f"{arguments.clients:,} clients, best of {arguments.runs} runs. "
+        f"{platform.python_implementation()} {platform.python_version()}, trio {version('trio')}, "
+        f"trio_udp from {Path(trio_udp.__file__).parent}"
+    )
+    print_table(runs)
+    if arguments.types:
+        print("Objects of each idle client:")
+        for name, count in next(iter(runs.values()))[0]["types"].items():
+            print(f"{count:8.2f} {name}")
+
+
+if __name__ == "__main__":
+    main()

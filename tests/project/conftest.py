@@ -1,0 +1,125 @@
+"""Running example scripts: what the tests of examples share."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from signal import SIGTERM, Signals
+from typing import TypeAlias
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+TIMEOUT = 20.0  # seconds for anything that a test waits for; nothing comes near it unless it has failed
+
+# For tests that run an example.
+without_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send SIGTERM to be handled")
+
+
+class Example:
+    """A running example server. Its sockets, and those of its peers, are closed at the end of the test."""
+
+    def __init__(self, process: subprocess.Popen[str], cleanup: ExitStack) -> None:
+        assert process.stdout is not None
+        self._process = process
+        self._stdout = process.stdout
+        self._cleanup = cleanup
+        self.listening = self.next_line()
+        host, _, port = self.listening.removeprefix("listening on ").rpartition(":")
+        self.host = host.strip("[]")
+        self.port = int(port)
+
+    def peer(self, host: str | None = None) -> socket.socket:
+        """A new peer: a socket connected to the server, from an address of its own if ``host`` says so."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        sock = self._cleanup.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+        sock.settimeout(TIMEOUT)
+        if host is not None:
+            sock.bind((host, 0))
+        sock.connect((self.host, self.port))
+        return sock
+
+    def next_line(self) -> str:
+        """The next line on standard output; empty when the process has ended."""
+        return self._stdout.readline().rstrip("\n")
+
+    def signal(self, signal_number: Signals) -> None:
+        """Send a signal to the process."""
+        self._process.send_signal(signal_number)
+
+    def stop(self, signal_number: Signals = SIGTERM) -> list[str]:
+        """Send a signal, and return what the server prints from now on. It must exit with status 0."""
+        self.signal(signal_number)
+        return self.wait()
+
+    def wait(self) -> list[str]:
+        """Wait until the server has ended with exit status 0, and return what it prints until then."""
+        lines = self._stdout.read().splitlines()
+        assert self._process.wait() == 0
+        return lines
+
+    def finish(self) -> None:
+        """Stop the server if the test has not. That it has ended by itself does not pass for a success."""
+        if self._process.poll() is None:
+            self.signal(SIGTERM)
+        self.wait()
+
+
+Start: TypeAlias = Callable[..., Example]
+
+
+@pytest.fixture
+def start(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Start]:
+    """Start example servers: ``start("uppercase", "--host", "127.0.0.1")``.
+
+    Each runs in ``tmp_path``. At the end of the test it must exit with status 0, and must not have written to standard
+    error what the test has not read from ``capfd``. It gets its port as the last argument, unless that is ``None``.
+    """
+    with ExitStack() as cleanup:
+
+        def start(name: str, *arguments: str, port: int | None = 0) -> Example:
+            # -u: its lines are read here while it runs. -W error: an example has no warnings.
+            command = [sys.executable, "-u", "-W", "error", str(EXAMPLES / f"{name}.py"), *arguments]
+            if port is not None:
+                command.append(str(port))
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+            cleanup.enter_context(process)
+            # Reading a pipe has no timeout: whatever a test waits for ends when the process does.
+            watchdog = threading.Timer(TIMEOUT, process.kill)
+            watchdog.start()
+            cleanup.callback(watchdog.cancel)
+            try:
+                example = Example(process, cleanup)
+            except BaseException:
+                process.kill()
+                raise
+            cleanup.callback(example.finish)
+            return example
+
+        yield start
+    assert capfd.readouterr().err == ""
+
+
+def ask(peer: socket.socket, payload: bytes) -> bytes:
+    """Send a datagram and return the next one that arrives."""
+    peer.send(payload)
+    return peer.recv(65_535)
+
+
+def waiting(peer: socket.socket) -> list[bytes]:
+    """What has arrived at a socket and was not received yet."""
+    peer.setblocking(False)
+    payloads = []
+    try:
+        while True:
+            payloads.append(peer.recv(65_535))
+    except BlockingIOError:
+        return payloads
+    finally:
+        peer.settimeout(TIMEOUT)
