@@ -6,7 +6,7 @@ machine by then is written too. While the disk is slow, datagrams wait in the ke
 are counted (``kernel_dropped``).
 
     python examples/collector.py --file collected.log
-    nc -u 127.0.0.1 9999        (in several terminals: type lines; then stop the collector with Ctrl-C and read the file)
+    nc -u 127.0.0.1 9999        (in several terminals: type lines; then stop the collector with Ctrl-C)
 """
 
 import argparse

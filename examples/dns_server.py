@@ -5,7 +5,8 @@
 
 ``answer`` turns a query into a reply and knows nothing of sockets; ``main`` puts it on the network with
 ``datagram_handler``: a query needs no client and no task, since almost every one comes from another port (RFC 5452).
-dnspython reads the zone file and speaks the wire format. Left out: TCP, DNSSEC, TSIG, DNAME, zone transfer, rate limits.
+dnspython reads the zone file and speaks the wire format. Left out: TCP, DNSSEC, TSIG, DNAME, zone transfer, rate
+limits.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def answer(zone: dns.zone.Zone, payload: bytes) -> bytes | None:
         return None
     try:
         # A question, OPT and a signature are all that a query can need. To parse 1 kB of other records, made for the
-        # purpose, takes dnspython 0.2 s, in which nobody else would get an answer.
+        # purpose, takes dnspython 0.2 s, and nothing else is answered meanwhile.
         if sum(struct.unpack_from("!4H", payload, 4)) > 3:
             raise dns.exception.FormError
         query = dns.message.from_wire(payload)

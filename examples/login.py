@@ -26,7 +26,7 @@ async def ask(client: trio_udp.Client, question: bytes, seconds: float) -> bytes
 
 async def log_in(client: trio_udp.Client, seconds: float) -> bytes | None:
     """Return the name of the user, or None after three wrong passwords."""
-    await client.receive()  # what has begun the conversation answers no question
+    await client.receive()  # the datagram that began the conversation answers no question
     complaint = b""
     for _ in range(3):
         user = await ask(client, complaint + b"user name? ", seconds)
@@ -41,7 +41,7 @@ async def log_in(client: trio_udp.Client, seconds: float) -> bytes | None:
 
 async def handler(answer_time: float, idle_time: float, client: trio_udp.Client) -> None:
     try:
-        with client.transaction():  # a login that has begun may be finished, even while the server stops
+        with client.transaction():  # a login that has begun may end, even while the server stops
             user = await log_in(client, answer_time)
     except trio.TooSlowError:
         return await client.send(b"goodbye: that took too long\n")

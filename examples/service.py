@@ -1,7 +1,7 @@
 """Share a resource between all handlers: open it before serving, close it when the last handler is done.
 
 Every datagram is stored as a note in an SQLite database, and its number is the answer. A signal stops the server;
-what has arrived by then is still stored and answered, and only then the database is closed.
+the notes that have arrived by then are still stored and answered, and only then the database is closed.
 
     python examples/service.py --database notes.db
     nc -u 127.0.0.1 9999        (in another terminal: type a line)

@@ -1,7 +1,8 @@
-"""Do slow work without making anybody else wait.
+"""Do slow work without making other clients wait.
 
 Blocking calls go to a thread, long computations to a worker process. One client's answers come in the order of its
-requests; those of different clients as soon as each is ready. Needs ``trio-parallel``.
+requests; those of different clients as soon as each is ready. (With ``concurrency=``, ``request_handler`` answers one
+client's requests in that way too.) Needs ``trio-parallel``.
 
     python examples/slow_work.py
     nc -u 127.0.0.1 9999        (in two more terminals: type "sleep 3" in one and "ping" in the other,
@@ -20,7 +21,7 @@ import trio_parallel  # type: ignore[import-untyped]
 import trio_udp
 
 # A thread cannot be stopped, only abandoned, and keeps its place here until it is done: however many requests time
-# out, no more than this many threads are ever at it. Worker processes are killed, and by default as many as processors.
+# out, no more than this many threads ever run. Worker processes are killed; by default there are as many as CPUs.
 THREADS = trio.CapacityLimiter(8)
 
 

@@ -1,7 +1,7 @@
 """Everything in this package that relies on Trio's internals.
 
 Trio has no public way for these, and each is on the way of every datagram or decides whether a test can be repeated.
-Checked on Trio 0.27 to 0.35; ``tests/test_trio_internals.py`` has a canary for each name here.
+Checked on Trio 0.27 to 0.35; ``tests/project/test_trio_internals.py`` has a canary for each name here.
 """
 
 from __future__ import annotations

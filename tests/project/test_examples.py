@@ -331,7 +331,7 @@ def test_lobby(start: Start) -> None:
 
 def test_lobby_notices_silence(start: Start) -> None:
     """Everyone is told every few seconds who is there. Who answers stays; who does not is said goodbye to."""
-    example = start("lobby", "--host", "127.0.0.1", "--every", "0.02", "--idle-time", "0.5")
+    example = start("lobby", "--host", "127.0.0.1", "--every", "0.02", "--idle-time", "1")
     ada, bob = example.peer(), example.peer()
     ada.send(b"ada")
     bob.send(b"bob")

@@ -331,7 +331,7 @@ async def test_a_reply_that_is_too_long_is_an_error(
 
 
 async def test_a_reply_that_finds_no_room_is_dropped(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A reply that finds the send buffer full is dropped and counted under EAGAIN; the function goes on being called."""
+    """A reply that finds the send buffer full is dropped and counted under EAGAIN; the next datagram follows."""
     run = await start_in_memory(repeat, on=narrow())
     run.put(b"1")
     run.put(b"2", BOB)
@@ -404,7 +404,7 @@ def test_it_is_still_the_function() -> None:
 
 
 async def test_statistics_add_up_inside_the_function(start_in_memory: StartInMemory) -> None:
-    """Inside the function, and inside on_error, its datagram is delivered, and those behind it were not yet received."""
+    """Inside the function, and inside on_error, its datagram is delivered, and those behind it not yet received."""
     seen: list[tuple[int, int]] = []
     server: Server
 
@@ -463,7 +463,7 @@ async def test_what_had_arrived_before_the_stop_is_handled(start_in_memory: Star
 async def test_what_arrives_during_the_drain_is_refused(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """While the server drains, which takes as long as a connection of ours lasts, the function is not called any more."""
+    """While the server drains, here for as long as a connection of ours lasts, the function is not called any more."""
     seen: list[bytes] = []
     run = await start_in_memory(trio_udp.datagram_handler(lambda datagram: seen.append(datagram.payload)))
     client = run.server.connect(BOB)
@@ -501,7 +501,7 @@ async def test_a_reply_that_waits_for_room_leaves_during_the_drain(
 
 
 async def test_a_client_of_ours_gets_its_datagrams(start_in_memory: StartInMemory) -> None:
-    """Server.connect works beside a datagram_handler: its client gets what its peer sends, and the function does not."""
+    """Server.connect works beside a datagram_handler: its client gets what its peer sends; the function does not."""
     run = await start_in_memory(repeat)
     client = run.server.connect(BOB)
     run.put(b"for the client", BOB)
@@ -542,6 +542,52 @@ async def test_a_server_does_not_answer_itself(start_in_memory: StartInMemory) -
     s = run.server.statistics()
     assert (s.refused_source, s.delivered, s.sent) == (1, 1, 1)
     check_adds_up(run.server)
+
+
+async def test_the_function_may_close_the_endpoint() -> None:
+    """When the function closes the only endpoint, serve raises ClosedResourceError, and nothing is lost from sight."""
+    on = in_memory()
+    for number in range(3):
+        on.put(b"%d" % number)
+    servers: list[Server] = []
+
+    @trio_udp.datagram_handler
+    def reply(datagram: Datagram) -> bytes:
+        assert datagram.server is not None
+        servers[:] = [datagram.server]
+        datagram.endpoint.close()
+        return datagram.payload
+
+    with pytest.raises(trio.ClosedResourceError):
+        await serve_endpoints(reply, [on.endpoint])
+    check_adds_up(servers[0])
+    assert on.sent == []
+
+
+async def test_an_error_that_ends_the_program(start_in_memory: StartInMemory) -> None:
+    """KeyboardInterrupt in the function leaves serve bare, and what is left of its batch is refused_stopping."""
+    on = in_memory()
+    for number in range(3):
+        on.put(b"%d" % number)
+    servers: list[Server] = []
+
+    @trio_udp.datagram_handler
+    def interrupt(datagram: Datagram) -> bytes:
+        assert datagram.server is not None
+        servers[:] = [datagram.server]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        await serve_endpoints(interrupt, [on.endpoint])
+    s = servers[0].statistics()
+    assert (s.received, s.delivered, s.refused_stopping) == (3, 1, 2)
+    check_adds_up(servers[0])
+
+
+def test_users_make_no_datagrams() -> None:
+    """Datagram has no public constructor."""
+    with pytest.raises(TypeError):
+        Datagram(b"x", None, (), None)  # type: ignore[arg-type]
 
 
 # Over real sockets
@@ -641,4 +687,3 @@ async def test_a_collector_of_all_that_a_real_socket_brings(nursery: trio.Nurser
     assert seen == [(endpoint, b"%d" % number) for number, endpoint in enumerate(endpoints * 2)]
     s = server.statistics()
     assert (s.received, s.delivered, s.sent) == (4, 4, 0)
-

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     Payload: TypeAlias = Buffer
+    """What can be sent: any bytes-like object."""
 else:
     Payload = bytes | bytearray | memoryview  # for readers of annotations
-"""What can be sent: any bytes-like object."""
 
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 

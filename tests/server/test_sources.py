@@ -1,0 +1,350 @@
+"""Sources that a server does not trust: its own addresses, those of many machines, and those of no machine."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import attrs
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+import trio_udp
+from trio_udp import Client, Datagram, Endpoint, Limits, Server, open_endpoints, serve_endpoints
+from trio_udp._endpoints import Address
+from trio_udp.testing import SimulatedNetwork
+
+from ..conftest import ALICE, SERVER, StartInMemory, check_adds_up, echo
+from ..namespaces import can_make_namespaces, inside, machines
+
+OWN, OTHER_OWN, ELSEWHERE = "192.0.2.53", "192.0.2.54", "192.0.2.99"
+OWN_IPV6 = "2001:db8::53"
+GROUP, BROADCAST = "224.0.0.251", "255.255.255.255"
+
+
+@trio_udp.datagram_handler
+def repeat(datagram: Datagram) -> bytes:
+    return datagram.payload
+
+
+@attrs.define
+class Machine:
+    """A server on a machine with two IPv4 addresses and an IPv6 address, on ports 5000, 6000 and 7000."""
+
+    network: SimulatedNetwork
+    endpoints: list[Endpoint]
+    server: Server
+
+    async def refuses(self, source: Address, destination: Address) -> bool:
+        """Let a datagram arrive; tell whether its source was refused. If not, it must have been delivered."""
+        before = self.server.statistics()
+        self.network.inject(b"x", source, destination)
+        await trio.testing.wait_all_tasks_blocked()
+        after = self.server.statistics()
+        refused = after.refused_source - before.refused_source
+        assert (after.received - before.received, refused + after.delivered - before.delivered) == (1, 1)
+        check_adds_up(self.server)
+        return bool(refused)
+
+
+StartMachine = Callable[..., Awaitable[Machine]]
+
+
+@pytest.fixture(params=["clients", "datagram_handler"])
+async def start(request: pytest.FixtureRequest, nursery: trio.Nursery) -> StartMachine:
+    """Start such a server; the rules about sources are the same for both kinds of handlers."""
+
+    async def start(*, allow_broadcast: bool = False) -> Machine:
+        network = SimulatedNetwork()
+        endpoints = [
+            network.endpoint("0.0.0.0", 5000, own_hosts=(OWN, OTHER_OWN), allow_broadcast=allow_broadcast),
+            network.endpoint(OWN, 6000),
+            network.endpoint("::", 7000, own_hosts=(OWN_IPV6,)),
+        ]
+        network.join(endpoints[0], GROUP)
+        network.join(endpoints[2], "ff02::fb")
+        handler: Any = echo if request.param == "clients" else repeat
+        server: Server = await nursery.start(serve_endpoints, handler, endpoints)
+        return Machine(network, endpoints, server)
+
+    return start
+
+
+async def test_our_own_address_with_a_port_of_ours(start: StartMachine) -> None:
+    """A datagram to our own address is refused if it comes from an address of this machine and any port of the server.
+
+    Such a datagram would make the server answer itself, for ever.
+    """
+    machine = await start()
+    for host in (OWN, OTHER_OWN):
+        for port in (5000, 6000, 7000):
+            assert await machine.refuses((host, port), (OWN, 5000))
+            assert await machine.refuses((host, port), (OTHER_OWN, 5000))
+    assert await machine.refuses((OWN_IPV6, 7000, 0, 0), (OWN_IPV6, 7000, 0, 0))
+    assert await machine.refuses((OWN_IPV6, 5000, 0, 0), (OWN_IPV6, 7000, 0, 0))
+
+
+async def test_only_both_together_are_refused(start: StartMachine) -> None:
+    """Our own address with a port that is not ours, or a port of ours elsewhere, is a source like any other."""
+    machine = await start()
+    assert not await machine.refuses((OWN, 5001), (OWN, 5000))
+    for port in (5000, 6000, 7000):
+        assert not await machine.refuses((ELSEWHERE, port), (OWN, 5000))
+    assert not await machine.refuses(("2001:db8::99", 7000, 0, 0), (OWN_IPV6, 7000, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("source", "destination"),
+    [
+        ((OWN, 5000), (GROUP, 5000)),
+        ((OWN, 6000), (GROUP, 5000)),
+        ((OWN, 5000), (BROADCAST, 5000)),
+        ((OWN_IPV6, 7000, 0, 0), ("ff02::fb", 7000, 0, 1)),
+    ],
+)
+async def test_a_program_of_this_machine_may_write_to_a_group(
+    start: StartMachine, source: Address, destination: Address
+) -> None:
+    """Another program of this machine that uses our port and writes to a group, as mDNS programs do, is welcome.
+
+    If the datagram was forged there is still no loop: the answer comes to our own address, and is refused there.
+    """
+    machine = await start()
+    machine.network.inject(b"x", source, destination)
+    await trio.testing.wait_all_tasks_blocked()
+    s = machine.server.statistics()
+    assert (s.received, s.delivered, s.refused_source, s.sent) == (2, 1, 1, 1)
+    check_adds_up(machine.server)
+
+
+async def test_groups_and_the_broadcast_address_are_no_sources(start: StartMachine) -> None:
+    """A datagram that claims to come from a group or from 255.255.255.255 is refused, wherever it was sent to."""
+    machine = await start()
+    for source in ((GROUP, 9), ("239.255.255.250", 1900), (BROADCAST, 9)):
+        for destination in ((OWN, 5000), (GROUP, 5000)):
+            assert await machine.refuses(source, destination)
+    assert await machine.refuses(("ff02::1", 9, 0, 1), (OWN_IPV6, 7000, 0, 0))
+    assert await machine.refuses((GROUP, 0), (OWN, 5000))
+
+
+async def test_what_a_server_sends_to_a_group_and_hears_itself(start: StartMachine) -> None:
+    """A server in a group hears what it sends there; its answer to itself is refused, so there is no loop."""
+    machine = await start()
+    await machine.server.send_to(b"hello", (GROUP, 5000), local_address=(OWN, 5000))
+    await trio.testing.wait_all_tasks_blocked()
+    s = machine.server.statistics()
+    assert (s.received, s.delivered, s.refused_source, s.sent) == (2, 1, 1, 2)
+    check_adds_up(machine.server)
+
+
+async def test_two_endpoints_of_one_server_do_not_answer_each_other(start: StartMachine) -> None:
+    """What one endpoint of a server sends to another is refused there."""
+    machine = await start()
+    await machine.server.send_to(b"hello", (OWN, 5000), local_address=(OWN, 6000))
+    await trio.testing.wait_all_tasks_blocked()
+    s = machine.server.statistics()
+    assert (s.received, s.refused_source, s.sent) == (1, 1, 1)
+
+
+async def test_an_endpoint_that_is_added_later(start: StartMachine) -> None:
+    """The port of an endpoint that is added to the running server is a port of ours from then on, on all endpoints."""
+    machine = await start()
+    assert not await machine.refuses((OTHER_OWN, 8000), (OWN, 5000))
+    machine.server.add_endpoint(machine.network.endpoint(OWN, 8000))
+    assert await machine.refuses((OWN, 8000), (OWN, 5000))
+    assert await machine.refuses((OWN, 5000), (OWN, 8000))
+
+
+async def test_an_endpoint_that_is_closed(start: StartMachine) -> None:
+    """The port of an endpoint that was closed is a port of ours no more: another program may have it now."""
+    machine = await start()
+    assert await machine.refuses((OWN, 6000), (OWN, 5000))
+    await machine.endpoints[1].aclose()
+    await trio.testing.wait_all_tasks_blocked()
+    assert not await machine.refuses((OWN, 6000), (OWN, 5000))
+
+
+@pytest.mark.parametrize("source", [("192.0.2.7", 0), ("0.0.0.0", 68), (OWN, 0), ("0.0.0.0", 5000), ("0.0.0.0", 0)])
+@pytest.mark.parametrize("destination", [(OWN, 5000), (BROADCAST, 5000)])
+async def test_port_zero_and_the_unspecified_address(
+    start: StartMachine, source: Address, destination: Address
+) -> None:
+    """A datagram from port 0 or from the unspecified address is delivered; an answer to it is a send error."""
+    machine = await start()
+    assert not await machine.refuses(source, destination)
+    s = machine.server.statistics()
+    assert (s.sent, s.send_errors, s.errors) == (0, 1, {"EDESTADDRREQ": 1})
+
+
+async def test_the_unspecified_address_of_ipv6(start: StartMachine) -> None:
+    """The unspecified address of IPv6 is heard and not answered either."""
+    machine = await start()
+    assert not await machine.refuses(("::", 546, 0, 0), (OWN_IPV6, 7000, 0, 0))
+    s = machine.server.statistics()
+    assert (s.sent, s.send_errors, s.errors) == (0, 1, {"EDESTADDRREQ": 1})
+
+
+async def test_a_million_hosts_with_our_port_are_forgotten(start: StartMachine, autojump_clock: MockClock) -> None:
+    """What is remembered about hosts with a port of ours stays bounded, and verdicts stay right."""
+    machine = await start()
+    for number in range(3_000):
+        machine.network.inject(b"x", (f"198.51.{number // 250}.{number % 250}", 5000), (OWN, 5000))
+        if number % 100 == 99:
+            machine.network.inject(b"loop", (OWN, 5000), (OWN, 5000))
+            await trio.testing.wait_all_tasks_blocked()
+    s = machine.server.statistics()
+    assert (s.delivered, s.refused_source) == (3_000, 30)
+
+
+# Clients that cannot be answered
+
+
+async def test_a_client_that_cannot_be_answered(start_in_memory: StartInMemory) -> None:
+    """No way to send reaches a client with port 0, validated or not; each send is an error of this client."""
+
+    async def handler(client: Client) -> None:
+        await client.receive()
+        await client.send(b"1")
+        client.validate()
+        client.send_nowait(b"2")
+        await client.send_many([b"3", b"4"])
+        await client.server.send_to_all(b"5")
+        assert client.statistics().errors == {"EDESTADDRREQ": 5}
+        assert client.statistics().send_errors == 5
+        await client.receive()
+
+    run = await start_in_memory(handler, on_error=trio_udp.raise_error)
+    run.put(b"x", ("192.0.2.1", 0))
+    await run.settle()
+    assert run.sent == []
+    s = run.server.statistics()
+    assert (s.clients, s.sent, s.send_errors, s.errors) == (1, 0, 5, {"EDESTADDRREQ": 5})
+
+
+async def test_a_dhcp_client_is_answered_by_broadcast(nursery: trio.Nursery) -> None:
+    """A client without an address is heard, and the server answers it by send_to the broadcast address."""
+    network = SimulatedNetwork()
+    dhcp = network.endpoint("0.0.0.0", 67, own_hosts=[OWN], allow_broadcast=True)
+    asking = network.endpoint("0.0.0.0", 68, own_hosts=[ELSEWHERE], allow_broadcast=True)
+
+    async def offer(client: Client) -> None:
+        async for payload in client:
+            assert client.destination == (BROADCAST, 67)
+            await client.server.send_to(payload + b": offer", (BROADCAST, 68))
+
+    server: Server = await nursery.start(serve_endpoints, offer, [dhcp])
+    network.inject(b"discover", ("0.0.0.0", 68), (BROADCAST, 67))
+    datagram = await asking.receive()
+    assert (datagram.payload, datagram.peer_address) == (b"discover: offer", (OWN, 67))
+    assert server.statistics().send_errors == 0
+
+
+async def test_two_servers_may_answer_each_other(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    """Two servers of one machine are strangers to each other, so two that answer everything do so for ever."""
+    network = SimulatedNetwork(latency=(1, 1))
+    one: Server = await nursery.start(serve_endpoints, echo, [network.endpoint(OWN, 5000)])
+    other: Server = await nursery.start(serve_endpoints, repeat, [network.endpoint(OWN, 6000)])
+    await one.send_to(b"hello", (OWN, 6000))
+    await trio.sleep(10.5)
+    assert [(s.received, s.refused_source) for s in (one.statistics(), other.statistics())] == [(5, 0), (5, 0)]
+
+
+async def test_an_own_source_takes_nothing(start_in_memory: StartInMemory) -> None:
+    """A refused source takes no place, is not shown to accept, and evicts nobody."""
+    asked: list[Address] = []
+
+    def accept(datagram: Datagram) -> bool:
+        asked.append(datagram.peer_address)
+        return True
+
+    run = await start_in_memory(echo, accept=accept, limits=Limits(max_clients=1, when_full="evict_idle"))
+    run.put(b"x", ALICE)
+    await run.settle()
+    for source in (SERVER, (GROUP, 53), (BROADCAST, 53)):
+        run.put(b"x", source)
+    await run.settle()
+    assert asked == [ALICE]
+    s = run.server.statistics()
+    assert (s.refused_source, s.clients_evicted, s.clients) == (3, 0, 1)
+    check_adds_up(run.server)
+
+
+# Over real sockets
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1", "::1"])
+@pytest.mark.parametrize("handler", [echo, repeat])
+async def test_two_real_endpoints_of_one_server(nursery: trio.Nursery, host: str, handler: Any) -> None:
+    """Over real sockets, what one endpoint of a server sends to another or to itself is refused, and not answered."""
+    endpoints = [*await open_endpoints(0, host=host), *await open_endpoints(0, host=host)]
+    server: Server = await nursery.start(serve_endpoints, handler, endpoints)
+    loopback = "::1" if host == "::1" else "127.0.0.1"
+    addresses: list[Any] = [(loopback, *endpoint.local_address[1:]) for endpoint in endpoints]
+    for endpoint in endpoints:
+        for address in addresses:
+            await endpoint.send_to(b"loop", address)
+    with trio.fail_after(5):
+        while server.statistics().received < 4:
+            await trio.testing.wait_all_tasks_blocked(0.001)
+    await trio.testing.wait_all_tasks_blocked(0.01)
+    s = server.statistics()
+    assert (s.received, s.refused_source, s.sent, s.clients_started) == (4, 4, 4, 0)
+    check_adds_up(server)
+
+
+@pytest.mark.usefixtures("engine")
+async def test_an_innocent_program_of_this_machine(nursery: trio.Nursery) -> None:
+    """A program of this machine with a port of its own is served."""
+    (endpoint,) = await open_endpoints(0, host="0.0.0.0")
+    server: Server = await nursery.start(serve_endpoints, echo, [endpoint])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+        peer.connect(("127.0.0.1", endpoint.local_address[1]))
+        peer.settimeout(5)
+        peer.send(b"hello")
+        assert await trio.to_thread.run_sync(peer.recv, 100) == b"hello"
+    assert server.statistics().refused_source == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a broadcast address on loopback")
+@pytest.mark.skipif(not can_make_namespaces(), reason="needs root and network namespaces")
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("allowed", [True, False])
+async def test_a_directed_broadcast_source(nursery: trio.Nursery, allowed: bool) -> None:
+    """A directed-broadcast source is refused where SO_BROADCAST is set, for one datagram would make a broadcast.
+
+    Where it is not set the kernel itself refuses to send the answer.
+    """
+    with machines("here", "there") as (here, there):
+        here.ip(f"link add wire type veth peer name wire netns {there.name}")
+        for machine, host in ((here, "10.77.0.1"), (there, "10.77.0.2")):
+            machine.ip(f"address add {host}/24 broadcast 10.77.0.255 dev wire")
+            machine.ip("link set wire up")
+            machine.set("ipv4/conf/all/rp_filter", 0)
+            machine.set("ipv4/conf/wire/rp_filter", 0)
+        sock = here.socket("10.77.0.1", 5000)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, allowed)
+        server: Server = await nursery.start(serve_endpoints, echo, [Endpoint.from_socket(sock)])
+        with trio.move_on_after(5):
+            while not server.statistics().received:  # the first may be lost while the wire comes up
+                _forge(there, ("10.77.0.255", 9), ("10.77.0.1", 5000))
+                with inside(here.name):  # where the server, too, asks the kernel about the address
+                    await trio.testing.wait_all_tasks_blocked(0.05)
+        s = server.statistics()
+        if not s.received:
+            pytest.skip("this kernel drops such a source itself")
+        assert (s.refused_source, s.sent) == (s.received if allowed else 0, 0)
+        assert s.errors == ({} if allowed else {"EACCES": s.received})
+
+
+def _forge(machine: Any, source: tuple[str, int], destination: tuple[str, int]) -> None:
+    """Send a datagram with any source from a machine, through a raw socket."""
+    udp = source[1].to_bytes(2, "big") + destination[1].to_bytes(2, "big") + (9).to_bytes(2, "big") + b"\0\0x"
+    ip = b"\x45\0" + (20 + len(udp)).to_bytes(2, "big") + bytes(4) + b"\x40\x11\0\0"
+    ip += socket.inet_aton(source[0]) + socket.inet_aton(destination[0])
+    with inside(machine.name), socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
+        raw.sendto(ip + udp, (destination[0], 0))
