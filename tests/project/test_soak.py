@@ -12,7 +12,7 @@ import pytest
 @pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8 to send from")
 @pytest.mark.parametrize("engine", ["linux", "portable"])
 def test_soak(engine: str) -> None:
-    """A server under bad weather, floods and restarts keeps order, counts everything, and leaves nothing behind."""
+    """Under loss, floods and restarts a server keeps order, counts everything, and leaves nothing behind."""
     program = Path(__file__).with_name("soak.py")
     command = [sys.executable, "-W", "error", str(program), "--seconds", "2", "--engine", engine]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)

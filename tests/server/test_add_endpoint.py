@@ -195,3 +195,26 @@ async def test_receiving_is_over(engine: str, nursery: trio.Nursery) -> None:
     with pytest.raises(trio.BusyResourceError):
         await serve_endpoints(echo, [endpoint])
     assert not endpoint.closed
+
+
+async def test_the_port_of_a_closed_endpoint_is_others(autojump_clock: MockClock) -> None:
+    """Once an endpoint is closed, another program of the machine may have its port, and be a client and a peer."""
+    network = SimulatedNetwork()
+    host = SERVER[0]
+    first, second = network.endpoint(*SERVER), network.endpoint(host, 54)
+    async with trio.open_nursery() as nursery:
+        server: Server = await nursery.start(serve_endpoints, echo, [first, second])
+        second.close()
+        await trio.testing.wait_all_tasks_blocked()
+        async with network.endpoint(host, 54) as other:
+            await other.send_to(b"x", SERVER)
+            await trio.testing.wait_all_tasks_blocked()
+            assert server.statistics().refused_source == 0
+            assert (await other.receive()).payload == b"x"
+        async with network.endpoint(host, 54) as other:
+            for client in server.clients:
+                client.close()
+            async with server.connect((host, 54)) as client:
+                await client.send(b"y")
+                assert (await other.receive()).payload == b"y"
+        server.stop()
