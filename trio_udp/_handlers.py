@@ -74,6 +74,8 @@ def datagram_handler(function: Callable[[Datagram], Payload | None]) -> Datagram
     """
     if not callable(function) or is_async(function):
         raise TypeError(f"a datagram_handler is a plain function with one argument, def f(datagram), not {function!r}")
+    if not accepts_one_argument(function):
+        raise TypeError(f"a datagram_handler must take one argument, a Datagram: {function!r}")
     return DatagramHandler(function)
 
 
@@ -120,9 +122,15 @@ async def run_handler(
 def handler_failed(client: Client, error: Exception) -> None:
     """Count an error of a client's handler and tell ``on_error``, unless it only says that the conversation is over."""
     seat = seat_of(client)
+    if seat.shared.crashing:  # it comes from on_error, through a nursery of the handler's
+        raise error
     if not is_normal_end(error, seat):
         seat.shared.handler_errors += 1
-        seat.shared.on_error(client, error)
+        try:
+            seat.shared.on_error(client, error)
+        except BaseException:
+            seat.shared.crashing = True
+            raise
 
 
 def is_normal_end(error: Exception, seat: Seat) -> bool:

@@ -88,7 +88,7 @@ def request_handler(
             except Exception as error:
                 handler_failed(client, error)
             finally:
-                seat.requests -= 1
+                seat.end_request()
                 free.release()
 
         async with trio.open_nursery() as nursery:
@@ -96,7 +96,7 @@ def request_handler(
                 await free.acquire()
                 try:
                     payload = await client.receive()
-                except trio.EndOfChannel:
+                except (trio.EndOfChannel, trio.ClosedResourceError):
                     return
                 seat.requests += 1
                 nursery.start_soon(answer_one, payload)

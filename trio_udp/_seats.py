@@ -140,6 +140,12 @@ class Seat(Inbox):
     def give_back(self, size: int) -> None:
         self._amplified -= size
 
+    def end_request(self) -> None:
+        """A running request has ended; after the last of them silence begins anew."""
+        self.requests -= 1
+        if not self.requests and self.is_awaited:
+            self.waiting_since = self.outbox.turn.now()
+
     def count_timed_out_request(self) -> None:
         self.requests_timed_out += 1
         self.shared.requests_timed_out += 1
@@ -184,6 +190,7 @@ class Seats(Shared):
     of_host: dict[bytes, int] = attrs.field(factory=dict, init=False)
     in_transaction: set[Seat] = attrs.field(factory=set, init=False)
     all_gone: trio.Event = attrs.field(factory=trio.Event, init=False)
+    crashing: bool = attrs.field(default=False, init=False)  # on_error has raised: the server ends
     started: int = attrs.field(default=0, init=False)
     expired: int = attrs.field(default=0, init=False)
     evicted: int = attrs.field(default=0, init=False)

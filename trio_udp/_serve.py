@@ -72,7 +72,7 @@ async def receive_loop(hand_out: Callable[[Place, list[Received]], None], server
                     await trio.lowlevel.checkpoint()
         # Catch up with what had arrived when the stop began. If more keeps arriving, the size of the buffer is the end.
         last = counts.received + reader.engine.read_ahead + (0 if reader.shared else most_queued(place))
-        while counts.received < last and (batch := await reader.receive_batch(wait=False)):
+        while (reader.ahead or counts.received < last) and (batch := await reader.receive_batch(wait=False)):
             hand_out(place, batch)
         server.caught_up(place)
         await server.draining.wait()
@@ -116,13 +116,23 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
     function, seats, outbox, limiter = handler.function, admission.seats, place.outbox, admission.seats.limiter
     amplification, own = place.amplification, outbox.own
     outbox.turn.begin_batch()
-    if seats.phase is DRAINING:
+    known = place.known  # by Server.connect only
+    if seats.phase is DRAINING and not known:
         admission.refused_stopping += len(batch)
         return
     asks_about_all, is_doubtful = admission.asks_about_all_sources(place), place.reader.engine.doubtful_source
     replies: list[Outgoing] = []
     place.rest = iter(batch)
     for payload, route, ancillary in place.rest:
+        if known and (seat := known.get(route)) is not None:
+            if limiter is None or limiter.take(seat.bucket, outbox.turn.time):
+                seat.put(payload)
+            else:
+                admission.refused_by_rate += 1
+            continue
+        if seats.phase is DRAINING:
+            admission.refused_stopping += 1
+            continue
         is_answerable = True
         if asks_about_all or is_doubtful(route):
             source = admission.look_at_source(place, route)

@@ -129,6 +129,7 @@ class ServerState:
     def lose(self, place: Place) -> None:
         """An endpoint was closed under the running server."""
         self.seats.lose(place)
+        self.admission.sources.discard(place.reader.engine)
         self.caught_up(place)
         if self.has_lost_its_endpoints:
             self.nursery.cancel_scope.cancel()
@@ -340,7 +341,7 @@ class Server(metaclass=NoPublicConstructor):
         if local_address is None:
             route = engine.route(target, engine.source_for(target))
         place = next(place for place in state.places if place.outbox is outbox)
-        ports = {place.reader.engine.bound_address[1] for place in state.places}
+        ports = {endpoint.local_address[1] for endpoint in self.endpoints if not endpoint.closed}
         if target[1] in ports and engine.is_own_host(target):
             raise ValueError(f"this server has that address itself: {address!r}")
         if route in place.known:
@@ -416,8 +417,12 @@ class Server(metaclass=NoPublicConstructor):
 
 
 def _in_hand(place: Place) -> int:
-    """Datagrams of the current batch that are in no counter yet; not 0 only while ``accept`` or a handler looks."""
-    return length_hint(place.rest) + place.in_accept
+    """Datagrams that were read and are in no counter yet.
+
+    Not 0 only while ``accept`` or a ``datagram_handler`` looks, and right after the server has taken over an endpoint
+    that something else had received from.
+    """
+    return length_hint(place.rest) + place.in_accept + len(place.reader.ahead)
 
 
 class ClientsView(Collection[Client]):

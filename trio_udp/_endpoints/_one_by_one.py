@@ -31,6 +31,7 @@ class OneByOne:
           ConnectionRefusedError: Where refusals are told: the peer refused something that was sent earlier.
         """
         reader = self.reader
+        reader.outbox.check_open()
         if reader.ahead and not reader.awaited and not reader.served:
             await trio.lowlevel.checkpoint_if_cancelled()
         else:
