@@ -355,7 +355,7 @@ def _assemble(
 
     def start_handler(client: Client) -> None:
         assert not isinstance(handler, DatagramHandler)
-        (handler_nursery or nursery).start_soon(run_handler, handler, client, state.crash, name=TASK_NAME)
+        (handler_nursery or nursery).start_soon(run_handler, handler, client, crash, name=TASK_NAME)
 
     admission = Admission(seats, Sources(), accept, idle_timeout, errors, WarningLog(), start_handler)
     if isinstance(handler, DatagramHandler):
@@ -363,6 +363,7 @@ def _assemble(
     else:
         hand_out = partial(to_clients, admission)
     state = ServerState(seats, admission, errors, nursery, handler_nursery is None, partial(receive_loop, hand_out))
+    crash = state.crash  # once: a method that is bound anew for each client would stay with it
     return state
 
 
