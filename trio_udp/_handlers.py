@@ -24,15 +24,13 @@ if TYPE_CHECKING:
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup, ExceptionGroup
 
-Handler: TypeAlias = "Callable[[Client], Awaitable[object]] | DatagramHandler"
-"""What a server runs for each client: an async function of a client, or a :func:`datagram_handler`."""
-
-Accept: TypeAlias = Callable[[Datagram], "bool | bytes"]
+Accept: TypeAlias = Callable[[Datagram], bool | bytes]
 """What a server asks about every stranger; see :func:`serve`."""
 
 OnError: TypeAlias = (
-    "Callable[[Client, Exception], object] | Callable[[Datagram, Exception], object]"
-    " | Callable[[Client | Datagram, Exception], object]"
+    Callable[[Client, Exception], object]
+    | Callable[[Datagram, Exception], object]
+    | Callable[[Client | Datagram, Exception], object]
 )
 """What a server calls with the client (for a ``datagram_handler`` the datagram) and an error of its handler."""
 
@@ -51,6 +49,10 @@ class DatagramHandler:
 
     def __repr__(self) -> str:
         return f"<trio_udp.datagram_handler {getattr(self.function, '__qualname__', self.function)}>"
+
+
+Handler: TypeAlias = Callable[[Client], Awaitable[object]] | DatagramHandler
+"""What a server runs for each client: an async function of a client, or a :func:`datagram_handler`."""
 
 
 def datagram_handler(function: Callable[[Datagram], Payload | None]) -> DatagramHandler:

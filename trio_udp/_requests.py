@@ -93,7 +93,10 @@ def request_handler(
 
         async with trio.open_nursery() as nursery:
             while True:
-                await free.acquire()
+                try:
+                    free.acquire_nowait()
+                except trio.WouldBlock:
+                    await free.acquire()
                 try:
                     payload = await client.receive()
                 except (trio.EndOfChannel, trio.ClosedResourceError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import suppress
@@ -19,20 +21,23 @@ from ._endpoints import (
     Address,
     Datagram,
     Endpoint,
+    Engine,
     Outbox,
     Outgoing,
     Payload,
+    Route,
     Turn,
     find_way,
     is_limited_broadcast,
     is_multicast,
+    is_unspecified,
     reader_of,
     send_on,
     send_on_nowait,
 )
 from ._lifecycle import CATCHING_UP, ENDED, OPEN, RUNNING
 from ._log import LOGGER, ErrorLog
-from ._seats import Place, Seats
+from ._seats import Place, Seat, Seats
 from ._statistics import ServerStatistics
 
 
@@ -138,9 +143,15 @@ class ServerState:
         """Close every client: using one after the server has ended raises ``trio.ClosedResourceError``."""
         if self.seats.phase is RUNNING:
             self.stop_requested.set()  # for those who wait for it
+        else:
+            for place in self.places:  # cancelled handlers may have taken their time
+                with suppress(trio.ClosedResourceError):
+                    self._read_once_more(place)
         self.seats.phase = ENDED
         self.seats.lose()
         self.errors.write_suppressed()
+        for place in self.places:  # those that were added too
+            place.endpoint.close()
 
     def crash(self, error: Exception) -> None:
         """End the server with an error of the program's."""
@@ -306,7 +317,9 @@ class Server(metaclass=NoPublicConstructor):
                 if seat.end is OPEN and (not seat.limited or seat.reserve(len(copy))):
                     by_outbox.setdefault(seat.outbox, []).append((copy, seat.route, seat))
             for outbox, outgoing in by_outbox.items():
-                outbox.send_or_drop(outgoing)
+                for unsent, _, sender in outbox.send_or_drop(outgoing):
+                    assert isinstance(sender, Seat)
+                    sender.give_back(len(unsent))
 
     def connect(self, address: Address, *, local_address: Address | None = None) -> Client:
         """Begin a conversation from our side, over the server's own socket.
@@ -332,18 +345,9 @@ class Server(metaclass=NoPublicConstructor):
         if state.seats.phase is not RUNNING:
             raise trio.ClosedResourceError("this server is stopping, or has ended")
         outbox, route = find_way(self._outboxes(), address, local_address)
-        engine = outbox.engine
-        target = engine.peer_address(route)
-        if not target[1]:
-            raise ValueError(f"nobody can have port 0: {address!r}")
-        if is_multicast(target) or is_limited_broadcast(target) or engine.is_broadcast(target):
-            raise ValueError(f"a group or broadcast address is no single peer: {address!r}")
-        if local_address is None:
-            route = engine.route(target, engine.source_for(target))
-        place = next(place for place in state.places if place.outbox is outbox)
         ports = {endpoint.local_address[1] for endpoint in self.endpoints if not endpoint.closed}
-        if target[1] in ports and engine.is_own_host(target):
-            raise ValueError(f"this server has that address itself: {address!r}")
+        route = _route_to_peer(outbox.engine, route, address, local_address, ports)
+        place = next(place for place in state.places if place.outbox is outbox)
         if route in place.known:
             raise trio.BusyResourceError(f"{address!r} is a client already")
         if not state.seats.make_room():
@@ -414,6 +418,33 @@ class Server(metaclass=NoPublicConstructor):
 
     def _outboxes(self) -> list[Outbox]:
         return [place.outbox for place in self._state.places]
+
+
+def _route_to_peer(
+    engine: Engine, route: Route, address: Address, local_address: Address | None, ports: set[int]
+) -> Route:
+    """Return the route that a peer's datagrams will have; raise for an address that is no single peer.
+
+    Args:
+      route: To the peer, from ``local_address`` if that is given.
+      address, local_address: As the user wrote them.
+      ports: Of the server itself.
+    """
+    target = engine.peer_address(route)
+    if not target[1]:
+        raise ValueError(f"nobody can have port 0: {address!r}")
+    if is_unspecified(target):
+        raise ValueError(f"the unspecified address is no peer: {address!r}")
+    if is_multicast(target) or is_limited_broadcast(target) or engine.is_broadcast(target):
+        raise ValueError(f"a group or broadcast address is no single peer: {address!r}")
+    if target[1] in ports and engine.is_own_host(target):
+        raise ValueError(f"this server has that address itself: {address!r}")
+    source = engine.source_for(target) if local_address is None else engine.local_address(route)
+    if local_address is not None and not engine.is_own_host(source):
+        raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    if len(target) == 4:
+        target = (target[0], target[1], 0, target[3])  # flow information is no part of who a peer is
+    return engine.route(target, source)
 
 
 def _in_hand(place: Place) -> int:

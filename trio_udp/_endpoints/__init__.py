@@ -24,6 +24,7 @@ from ._address import (
     is_answerable as is_answerable,
     is_limited_broadcast as is_limited_broadcast,
     is_multicast as is_multicast,
+    is_unspecified as is_unspecified,
     network_of as network_of,
     numeric_address as numeric_address,
 )

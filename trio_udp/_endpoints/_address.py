@@ -11,7 +11,7 @@ import socket
 import struct
 from typing import Any, TypeAlias
 
-Address: TypeAlias = "tuple[str, int] | tuple[str, int, int, int]"
+Address: TypeAlias = tuple[str, int] | tuple[str, int, int, int]
 """An address as the ``socket`` module gives it, for IPv4 or IPv6."""
 
 # Bytes in one UDP datagram: 65,535 less the headers of UDP (8) and IPv4 (20, RFC 791). IPv6 does not count its own

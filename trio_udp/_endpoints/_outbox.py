@@ -103,12 +103,14 @@ class Outbox:
             return 0
         return self._send_now(outgoing)
 
-    def send_or_drop(self, outgoing: list[Outgoing]) -> None:
-        """Send replies to single datagrams; those that find no room are dropped and counted under ``EAGAIN``."""
+    def send_or_drop(self, outgoing: list[Outgoing]) -> list[Outgoing]:
+        """Send replies to single datagrams; return those that find no room, counted under ``EAGAIN``."""
         if self.engine.closed:
-            return
-        for dropped in outgoing[self.send(outgoing) :]:
+            return []
+        unsent = outgoing[self.send(outgoing) :]
+        for dropped in unsent:
             self._count_send_error(dropped, OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
+        return unsent
 
     def send_or_raise(self, outgoing: list[Outgoing]) -> int:
         """Send datagrams that the program itself addresses: like :meth:`send`, but the kernel's error is raised.
