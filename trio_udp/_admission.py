@@ -71,6 +71,8 @@ class Admission:
             self.accept, place, make_datagram(payload, route, ancillary, place), source
         ):
             return None
+        if self.accept is not None and (seat := place.known.get(route)) is not None:
+            return seat  # accept itself has made it a client, with Server.connect
         if seats.phase is DRAINING:  # asked after accept, which may have something to say even then
             self.refused_stopping += 1
             return None

@@ -50,7 +50,10 @@ class ChannelState(Sender):
         if self.is_closed:
             error = trio.ClosedResourceError("this conversation is over")
             error.raised_by = self  # type: ignore[attr-defined]  # for was_raised_by()
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # or it would keep this frame, and this frame it: a cycle for the collector
 
     def reserve(self, size: int) -> bool:
         """Whether so many bytes may be sent now. They count as sent then, unless they are given back."""

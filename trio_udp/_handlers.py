@@ -140,7 +140,7 @@ def is_normal_end(error: Exception, seat: Seat) -> bool:
     if isinstance(error, ExceptionGroup):
         return all(is_normal_end(inner, seat) for inner in error.exceptions)
     if isinstance(error, trio.ClosedResourceError):
-        return seat.end is LOST or was_raised_by(error, seat)
+        return seat.end is LOST or seat.outbox.engine.closed or was_raised_by(error, seat)
     return isinstance(error, trio.EndOfChannel)
 
 

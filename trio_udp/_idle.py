@@ -92,10 +92,7 @@ class IdleExpiry:
 
     def _look_at(self, inbox: Inbox, now: float) -> None:
         if not inbox.may_expire:
-            # At work. Silence that began in a wait that was cut short counts from there, unless its time is over: then
-            # the next wait ends at once. Otherwise silence begins with the next wait, so not before now.
-            is_early = inbox.is_silent and now < inbox.waiting_since + inbox.idle_timeout
-            self.watch(inbox, inbox.waiting_since if is_early else now)
+            inbox.due = None  # at work: it is watched again when the next wait begins
         elif inbox.waiting_since + inbox.idle_timeout <= now:
             inbox.due = None
             inbox.finish(IDLE)

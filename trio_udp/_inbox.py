@@ -61,7 +61,7 @@ class Inbox(ChannelState):
       transactions: ``with client.transaction()`` blocks that the conversation is in.
       waiting_since: When the receiver began to wait, on Trio's clock: the beginning of the peer's silence.
       idle_timeout: Seconds of silence after which the conversation ends.
-      due: When to look whether that time is over; ``None`` before the first wait.
+      due: When to look whether that time is over; ``None`` if nothing will look.
     """
 
     shared: Shared
@@ -87,11 +87,6 @@ class Inbox(ChannelState):
     def is_awaited(self) -> bool:
         """Whether a task sleeps here, and nothing has happened yet that will wake it."""
         return self.receiver is not None and self.receiver.custom_sleep_data is self
-
-    @property
-    def is_silent(self) -> bool:
-        """Whether nothing was taken since a wait that was cut short."""
-        return self.delivered == self._silent_at
 
     @property
     def may_expire(self) -> bool:
@@ -157,7 +152,12 @@ class Inbox(ChannelState):
         while not self.payloads:
             if self.end is not OPEN or shared.phase is DRAINING or self.delivered == self._silent_at:
                 if self._is_over(turn.now()):
-                    yield from trio.lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105
+                    turn.taken += 1  # or a handler that ignores the end would keep all others from running
+                    if turn.taken < YIELD_EVERY:
+                        yield from trio.lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105
+                    else:
+                        turn.taken = 0
+                        yield from trio.lowlevel.checkpoint()  # noqa: ASYNC105
                     self.check_open()
                     raise over
                 if self.delivered != self._silent_at:
@@ -165,7 +165,7 @@ class Inbox(ChannelState):
             else:
                 self.waiting_since = turn.time or trio.current_time()
             if self.due is None:
-                self._begin_first_wait()
+                self._watch()
             self.receiver = task = current_task()
             task.custom_sleep_data = self
             try:
@@ -177,7 +177,10 @@ class Inbox(ChannelState):
                 return outcome
             self._silent_at = self.delivered
             if outcome is not LOOK_AGAIN:
-                outcome.unwrap()  # raises Cancelled
+                try:
+                    outcome.unwrap()  # raises Cancelled
+                finally:
+                    del outcome  # or its error would keep this frame, and this frame it: a cycle for the collector
         turn.sent = 0
         return self.take()
 
@@ -238,8 +241,8 @@ class Inbox(ChannelState):
         if not self.payloads:
             self.payloads = NOTHING
 
-    def _begin_first_wait(self) -> None:
-        """Do what is due once in the life of a conversation, when its handler first waits."""
+    def _watch(self) -> None:
+        """Have the idle timeout noticed. Called when a wait begins that nothing watches yet: seldom."""
 
     def _is_over(self, now: float) -> bool:
         """Whether the channel has ended, or ends now that nothing waits here; in the latter case notes why."""

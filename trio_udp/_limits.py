@@ -1,4 +1,4 @@
-"""What a server may hold at once, and for how long: plain values, checked when they are made."""
+"""Limits on what a server holds, and on the rate of strangers: plain values, checked when they are made."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -6,20 +6,20 @@ from typing import Any, Literal
 
 import attrs
 
-# Datagrams moved between two looks at the other tasks. Larger batches gain little (a checkpoint is 3 µs, 64 datagrams
-# about 250) and make every timer of the program wait longer.
+# Datagrams moved between two checkpoints. Larger batches gain little (a checkpoint takes 3 µs, 64 datagrams about 250)
+# and delay every timer of the program.
 BATCH = 64
 
-# Bytes of memory in CPython, rounded up: a client with its task, its inbox, and a handler that does nothing but wait;
-# the object around a payload, and its place in an inbox; a bucket.
+# Bytes of memory in CPython, rounded up. CLIENT: a client with its task, its inbox and a handler that only waits.
+# DATAGRAM: the object around a payload, and its place in an inbox. BUCKET: one bucket of a rate limit.
 CLIENT = 5_500
 DATAGRAM = 64
 BUCKET = 250
 
 
-MOST = 1e12  # of anything
+MOST = 1e12  # the largest value of any limit
 
-# A request of a request_handler with concurrency: its task, and the function that waits for something.
+# Bytes of memory for a running request of a request_handler with concurrency: its task and its waiting function.
 REQUEST = 3_500
 
 
@@ -31,10 +31,10 @@ def _positive_int(_: object, attribute: "attrs.Attribute[Any]", value: object) -
 
 
 def check_seconds(name: str, seconds: object, *, zero: bool = False) -> float:
-    """Return a number of seconds, if it is one and is greater than 0, or where that is allowed 0."""
+    """Return ``seconds`` as a float; raise unless it is greater than 0, or 0 where ``zero`` allows that."""
     if not isinstance(seconds, (int, float)):
         raise TypeError(f"{name} must be a number of seconds, not {seconds!r}")
-    with suppress(OverflowError):  # of an int that no float can hold
+    with suppress(OverflowError):  # from an int that no float can hold
         if float(seconds) > 0 or (seconds == 0 and zero):
             return float(seconds)
     raise ValueError(f"{name} must be {'at least' if zero else 'greater than'} 0, not {seconds!r}")
@@ -80,18 +80,18 @@ def _buckets(instance: object, attribute: "attrs.Attribute[int]", value: int) ->
 class RateLimit:
     """How many datagrams each part of the network may send to a server, on average and at once: a token bucket.
 
-    For ``Limits(rate_limit=...)``. All addresses with the same prefix share one bucket, since whoever has one of them
-    usually has the others too. Datagrams beyond it are refused before anything else is looked at, and counted as
-    ``refused_by_rate``; those of clients too, whether they wrote them or somebody forged their address. The clients of
-    a host that their handlers have validated have a bucket of their own; see :meth:`Client.validate`.
+    For ``Limits(rate_limit=...)``. All addresses with the same prefix share one bucket, because the owner of one
+    address usually owns its neighbours too. The limit refuses datagrams before ``accept`` sees them, and counts them as
+    ``refused_by_rate``. It applies to clients too, and a forged datagram uses up the bucket of the address that it
+    claims. The validated clients of a host share a bucket of their own; see :meth:`Client.validate`.
 
     Attributes:
       per_second: Datagrams per second, in the long run.
-      burst: Datagrams at once, by a source that has been silent.
-      ipv4_prefix, ipv6_prefix: Bits of an address that tell sources apart.
-      buckets: The most to keep in memory, about 250 bytes each, besides one for each client. A source is forgotten, and
-        its bucket full again, once half as many others have come since it was last seen: let that be more than can
-        come in ``burst / per_second`` seconds.
+      burst: Datagrams that a source may send at once after a silence.
+      ipv4_prefix, ipv6_prefix: Leading bits of an address that identify a source.
+      buckets: Maximum number of buckets in memory, about 250 bytes each, besides one for each client. The server
+        forgets a source, which then has a full bucket again, once ``buckets / 2`` other sources have come since its
+        last datagram. Choose more than can come in ``burst / per_second`` seconds.
     """
 
     per_second: float = attrs.field(validator=_positive_number)
@@ -105,28 +105,28 @@ class RateLimit:
 class Limits:
     """How much a server holds for strangers, so that a flood cannot make it grow without bound.
 
-    At most ``max_clients`` handlers run; where clients are evicted up to 64 more, until the evicted ones have ended.
-    The payloads that wait in all inboxes together never exceed ``total_bytes``, nor ``inbox_datagrams`` for each
-    handler.
+    At most ``max_clients`` handlers run. Where clients are evicted, up to 64 more run until the evicted ones have
+    ended. The payloads in all inboxes together never exceed ``total_bytes``, nor ``inbox_datagrams`` for each handler.
 
     Attributes:
-      max_clients: Handlers alive at once, those that linger after their client ended included.
-      when_full: What a stranger meets at ``max_clients``. ``"refuse"``: its datagram is refused and counted.
-        ``"evict_idle"``: about the client that has been waiting the longest ends to make room. Never evicted are those
-        whose handler is at work or has datagrams waiting, those in a transaction, and validated ones; if there is
-        nobody else the stranger is refused. A client of a :func:`request_handler` makes room under both.
-      clients_per_host: Clients of one host (an IPv4 address, an IPv6 /64) at once; what goes beyond is refused as if
-        the table were full. Some real hosts stand for many users (NAT, proxies), so there is no such limit by default.
+      max_clients: Handlers alive at once, including those that still run after their client has ended.
+      when_full: What happens to a stranger at ``max_clients``. ``"refuse"``: its datagram is refused and counted.
+        ``"evict_idle"``: approximately the client that has waited the longest ends to make room. A client is never
+        evicted while its handler is at work, while it has datagrams waiting, in a transaction, or once validated; if
+        no other client is left, the stranger is refused. A waiting client of a :func:`request_handler` makes room
+        under both.
+      clients_per_host: Clients of one host (an IPv4 address, an IPv6 /64) at once. Further ones are refused as if the
+        table were full. There is no such limit by default, because one host may serve many users (NAT, proxies).
       inbox_datagrams: Datagrams waiting for one client.
       inbox_bytes: Payload bytes waiting for one client.
       total_bytes: Payload bytes waiting for all clients of the server.
-      when_inbox_full: Which datagram is dropped at a full inbox: ``"drop_newest"``, the one that arrives, or
-        ``"drop_oldest"``, those that have been waiting the longest for the same client.
+      when_inbox_full: Which datagram a full inbox drops: ``"drop_newest"``, the one that arrives, or
+        ``"drop_oldest"``, those of the same client that have waited the longest.
       rate_limit: Datagrams per second from one part of the network; by default any number.
       amplification: How many times the bytes received from a client may be sent to it, until its handler calls
-        :meth:`Client.validate`. What would be more is not sent, and counted as ``sends_withheld``. Without it, somebody
-        who forges a victim's address can make the server flood the victim. RFC 9000 section 8.1 has 3. By default
-        there is no such limit; ``Server.send_to`` never has one.
+        :meth:`Client.validate`. Anything beyond that is not sent, and counted as ``sends_withheld``. Without this
+        limit an attacker who forges a victim's address can make the server flood the victim. RFC 9000 section 8.1 uses
+        3. By default there is no limit; ``Server.send_to`` never has one.
     """
 
     max_clients: int = attrs.field(default=10_000, validator=_positive_int)
@@ -144,15 +144,15 @@ class Limits:
     amplification: float | None = attrs.field(default=None, validator=attrs.validators.optional(_positive_number))
 
     def worst_case_memory(self, *, concurrency: int = 1) -> int:
-        """Bytes that a server holds at most for strangers, whatever they send: ``print(limits.worst_case_memory())``.
+        """Return the most bytes that strangers can make a server hold: ``print(limits.worst_case_memory())``.
 
-        For each client its task and its inbox, for each datagram that may wait in one the object around its payload,
+        The sum counts the task and the inbox of each client, the object around each payload that may wait in an inbox,
         all payloads together, the buckets, and the requests that a :func:`request_handler` runs at once::
 
             clients * (CLIENT + inbox_datagrams * DATAGRAM + requests * REQUEST) + total_bytes + buckets * BUCKET
 
-        What handlers keep comes on top, and buffers: 4 MB for each thread and kind of socket, up to 8 MB for each
-        endpoint.
+        Memory that handlers hold comes on top, and buffers: 4 MB for each thread and kind of socket, up to 8 MB for
+        each endpoint.
 
         Args:
           concurrency: As given to ``request_handler``.

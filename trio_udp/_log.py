@@ -1,4 +1,4 @@
-"""What the package writes to the log, and how often at most."""
+"""The package's log, with limits on how often strangers and faults can make it write."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import trio
 
 LOGGER = logging.getLogger("trio_udp")
 
-# Once for each message with its arguments, and not for each socket: a client may open thousands.
+# Logs each message with the same arguments once, not once for each socket: a program may open thousands.
 warn_once = cache(LOGGER.warning)
 
-# A stranger who finds a payload that makes a handler raise can send a million of them.
+# A stranger who finds a payload that makes a handler raise can send it a million times.
 TRACEBACKS_PER_SECOND = 10
 
-# Between two lines for the same reason, or about the same errno of the same socket.
+# Least time between two lines for the same reason, or about the same errno of the same socket.
 SECONDS_OF_SILENCE = 60
 
 
 @attrs.define(eq=False)
 class ErrorLog:
-    """Writes the first errors of any second in full, and of the others only how many there were."""
+    """Logs the first errors of each second with their tracebacks, and the number of the others."""
 
     _now: Callable[[], float]
-    _written: deque[float] = attrs.field(factory=lambda: deque(maxlen=TRACEBACKS_PER_SECOND), init=False)  # when
+    _written: deque[float] = attrs.field(factory=lambda: deque(maxlen=TRACEBACKS_PER_SECOND), init=False)  # times
     _suppressed: int = attrs.field(default=0, init=False)
     _suppressing: trio.Event = attrs.field(factory=trio.Event, init=False)
 
@@ -43,13 +43,13 @@ class ErrorLog:
             self._suppressing.set()
 
     def write_suppressed(self) -> None:
-        """Write how many errors were not written, if any."""
+        """Log the number of suppressed errors, if there are any."""
         if self._suppressed:
             LOGGER.error("%d more errors suppressed", self._suppressed)
             self._suppressed = 0
 
     async def write_suppressed_in_time(self) -> None:
-        """See to it that the number is written when errors may be again, even if none follows."""
+        """Log the number of suppressed errors as soon as the limit allows, even if no further error comes."""
         while True:
             await self._suppressing.wait()
             await trio.sleep_until(self._written[0] + 1)
@@ -59,7 +59,7 @@ class ErrorLog:
 
 @attrs.define(eq=False)
 class FaultLog:
-    """Writes what goes wrong with a socket: each errno at once, and again at most every minute."""
+    """Logs the errors of a socket: each errno at once, then at most once a minute."""
 
     _count: Counter[int] = attrs.field(factory=Counter, init=False)  # by errno, since it was last written
     _silent_until: dict[int, float] = attrs.field(factory=dict, init=False)
@@ -81,7 +81,7 @@ class FaultLog:
 
 @attrs.define(eq=False)
 class WarningLog:
-    """Writes warnings that strangers can cause: each reason at once, and again at most every minute."""
+    """Logs warnings that strangers can cause: each reason at once, then at most once a minute."""
 
     _silent_until: dict[str, float] = attrs.field(factory=dict, init=False)
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 StartServer: TypeAlias = "Callable[..., Awaitable[Connection]]"
 
-# The attribute of a test's item that holds its network. (Not pytest's stash, which older versions lack: any version may
-# load this file.)
+# The attribute of a test's item that holds its network. Any version of pytest may load this file, and older ones lack
+# the stash.
 NETWORK = "_trio_udp_network"
 
 # How many of the timeline's last lines a failing test shows.
@@ -51,7 +51,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.fixture
 def simulated_network(request: pytest.FixtureRequest) -> Iterator[SimulatedNetwork]:
-    """A :class:`trio_udp.testing.SimulatedNetwork` whose seed, from ``--network-seed``, decides the order of tasks too.
+    """A :class:`trio_udp.testing.SimulatedNetwork`. Its seed, from ``--network-seed``, also decides the task order.
 
     Change network conditions by assignment: ``simulated_network.loss = 0.4``. If the test fails, its report shows the
     seed and the timeline.
@@ -66,12 +66,12 @@ def simulated_network(request: pytest.FixtureRequest) -> Iterator[SimulatedNetwo
 
 @pytest.fixture
 async def udp_server(simulated_network: SimulatedNetwork, nursery: trio.Nursery) -> AsyncIterator[StartServer]:
-    """A function that serves a handler on ``simulated_network`` and returns a connection to it.
+    """Return a function that serves a handler on ``simulated_network`` and returns a connection to it.
 
     ``connection = await udp_server(handler, idle_timeout=5)``; keywords are those of :func:`trio_udp.serve_endpoints`.
-    An error in the handler fails the test, unless ``on_error`` is given. At the end of the test the connections are
-    closed and the servers stopped. Then every handler must end by itself within 5 seconds, and every datagram must be
-    accounted for.
+    An error in the handler fails the test, unless ``on_error`` is given. At the end of the test the fixture closes the
+    connections and stops the servers. Every handler must then end by itself within 5 seconds, and every datagram must
+    be accounted for.
     """
     import trio
 

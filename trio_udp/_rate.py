@@ -16,26 +16,26 @@ EPSILON = 1e-3
 
 @attrs.define(eq=False)
 class Bucket:
-    """What one source may still send.
+    """The tokens that one source has left.
 
-    Kept as the moment, counted in tokens, at which the bucket will be full again: one addition for each datagram, and
-    nothing to refill (the "virtual scheduling algorithm" of ITU-T I.371).
+    Stored as the moment, in units of one token's refill time, at which the bucket will be full again. Taking a token is
+    one addition, and no refill is needed (the "virtual scheduling algorithm" of ITU-T I.371).
     """
 
     key: bytes
     full_at: float = -math.inf
 
 
-NO_BUCKET = Bucket(b"")  # of those for whom there is no limit; nobody takes from it
+NO_BUCKET = Bucket(b"")  # a placeholder for clients of a server without a rate limit; no token is taken from it
 
 
 @attrs.define(eq=False)
 class RateLimiter:
     """The buckets of one server.
 
-    One half of the table is of this generation, the other of the one before. When this one's half is full, the older is
-    forgotten; whoever is seen again before that moves over. So a flood of new sources makes the table forget those that
-    have been quiet, and not those that are busy. The bucket of a client is not forgotten while there is the client.
+    The table has two generations of buckets, young and old. When the young half is full, the old one is discarded and
+    the young one becomes old. A source that is seen again moves to the young half. So a flood of new sources discards
+    the buckets of quiet sources, not those of busy ones. The bucket of a client lives as long as the client.
     """
 
     _limit: RateLimit
@@ -48,11 +48,11 @@ class RateLimiter:
         return self._find(network_of(host, self._limit.ipv4_prefix, self._limit.ipv6_prefix))
 
     def bucket_of_host(self, host: bytes) -> Bucket:
-        """Return the bucket of a validated client, and of all others on its host."""
+        """Return the bucket that all validated clients of one host share."""
         return self.keep(self._find(b"host" + host_key(host)))
 
     def keep(self, bucket: Bucket) -> Bucket:
-        """Remember a bucket for as long as somebody, a client, holds on to it; return it."""
+        """Keep a bucket in the table while a client refers to it; return it."""
         self._in_use[bucket.key] = bucket
         return bucket
 
@@ -67,7 +67,7 @@ class RateLimiter:
 
     def take(self, bucket: Bucket, time: float) -> bool:
         """Take a token from a bucket, if there is one."""
-        now = time * self._limit.per_second  # in units of what one token takes to come back
+        now = time * self._limit.per_second  # in units of the time that refills one token
         full_at = bucket.full_at
         if full_at < now:
             full_at = now

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from operator import length_hint
 from typing import Any
@@ -16,6 +16,10 @@ from ._idle import IdleExpiry
 from ._inbox import Inbox, Shared
 from ._lifecycle import CATCHING_UP, DRAINING, EVICTED, IDLE, LOST, OPEN, RUNNING, STOPPING, End
 from ._rate import NO_BUCKET, Bucket, RateLimiter
+from ._statistics import EndpointStatistics
+
+# Counts of a server, which begin when it takes over an endpoint. (What the kernel drops is counted for the socket.)
+COUNTED = "received", "bytes_received", "truncated", "sent", "bytes_sent", "receive_errors", "send_errors"
 
 # Looks at clients to find one to evict. A flood of strangers must not make each of them expensive.
 MOST_LOOKS = 64
@@ -31,7 +35,7 @@ class Place(Origin):
       until_stop: Cancelled when the server stops, to wake the receive loop.
       rest: What of the current batch was not handed out yet.
       sources_looked_at: The batch for which admission last looked whether it ``asks_about_all`` sources.
-      received_before: Datagrams and bytes that were received, and datagrams truncated, before the server took over.
+      before: The endpoint's counts when the server took over.
     """
 
     reader: Reader = attrs.field(kw_only=True)
@@ -40,11 +44,26 @@ class Place(Origin):
     rest: Iterator[Received] = attrs.field(factory=lambda: iter(()), init=False)
     sources_looked_at: float = attrs.field(default=-1.0, init=False)
     asks_about_all: bool = attrs.field(default=False, init=False)
-    received_before: tuple[int, int, int] = attrs.field(init=False)
+    before: EndpointStatistics = attrs.field(init=False)
 
-    @received_before.default
-    def _(self) -> tuple[int, int, int]:
-        return self.reader.handed_out()
+    @before.default
+    def _(self) -> EndpointStatistics:
+        return self._less_ahead(self.endpoint.statistics())
+
+    def _less_ahead(self, counts: EndpointStatistics) -> EndpointStatistics:
+        """Take off what was read before the server took over and is still to be handed out: that is the server's."""
+        ahead = self.reader.ahead
+        return attrs.evolve(
+            counts,
+            received=counts.received - len(ahead),
+            bytes_received=counts.bytes_received - sum(len(payload) for payload, _, _ in ahead),
+        )
+
+    def statistics(self) -> EndpointStatistics:
+        """Return what has passed through the endpoint since the server took over."""
+        now, before = self.endpoint.statistics(), self.before
+        since = {name: getattr(now, name) - getattr(before, name) for name in COUNTED}
+        return attrs.evolve(now, errors=Counter(now.errors) - Counter(before.errors), **since)
 
     @property
     def has_nothing_to_read(self) -> bool:
@@ -145,6 +164,8 @@ class Seat(Inbox):
         self.requests -= 1
         if not self.requests and self.is_awaited:
             self.waiting_since = self.outbox.turn.now()
+            self.shared.idle.forget(self)
+            self.shared.idle.watch(self, self.waiting_since)
 
     def count_timed_out_request(self) -> None:
         self.requests_timed_out += 1
@@ -161,7 +182,7 @@ class Seat(Inbox):
             if not left:
                 del self.shared.of_host[self._host]
 
-    def _begin_first_wait(self) -> None:
+    def _watch(self) -> None:
         self.shrink()
         self.shared.idle.watch(self, self.waiting_since)
 

@@ -71,9 +71,13 @@ async def receive_loop(hand_out: Callable[[Place, list[Received]], None], server
                     # run too, but in a random order: once may be too early for them.)
                     await trio.lowlevel.checkpoint()
         # Catch up with what had arrived when the stop began. If more keeps arriving, the size of the buffer is the end.
-        last = counts.received + reader.engine.read_ahead + (0 if reader.shared else most_queued(place))
-        while (reader.ahead or counts.received < last) and (batch := await reader.receive_batch(wait=False)):
+        last = counts.messages + (0 if reader.shared else most_queued(place))
+        while reader.ahead or reader.engine.read_ahead or counts.messages < last:
+            batch = await reader.receive_batch(wait=False)
+            if not batch:
+                break
             hand_out(place, batch)
+        place.outbox.release()
         server.caught_up(place)
         await server.draining.wait()
         while not reader.shared:
@@ -84,7 +88,7 @@ async def receive_loop(hand_out: Callable[[Place, list[Received]], None], server
         server.lose(place)
     finally:
         # If a function of the user's has failed, and the server with it, the rest of the batch comes too late.
-        server.admission.refused_stopping += len(list(place.rest))
+        server.admission.refused_stopping += len(list(place.rest)) + len(reader.take_ahead(len(reader.ahead)))
         # What cancelled handlers still send must not wait for a loop that is gone.
         place.outbox.release()
         place.outbox.turn.time = 0.0  # nor must others take this loop's last batch for the present
@@ -297,12 +301,20 @@ async def serve_endpoints(
     """
     endpoints = tuple(endpoints)
     with ExitStack() as cleanup:
+        busy: trio.BusyResourceError | None = None
+        for endpoint in dict.fromkeys(endpoints):
+            if isinstance(endpoint, Endpoint):
+                try:
+                    reader_of(endpoint).take_over()
+                except trio.BusyResourceError as error:
+                    busy = error
+                else:
+                    cleanup.callback(endpoint.close)
         for endpoint in endpoints:
             if not isinstance(endpoint, Endpoint):
                 raise TypeError(f"expected an Endpoint, not {endpoint!r}")
-        for endpoint in dict.fromkeys(endpoints):
-            reader_of(endpoint).take_over()
-            cleanup.callback(endpoint.close)
+        if busy is not None:
+            raise busy
         if len(set(endpoints)) < len(endpoints):
             raise ValueError("an endpoint cannot be served on twice")
         if not endpoints:

@@ -25,6 +25,7 @@ from ._endpoints import (
     Outbox,
     Outgoing,
     Payload,
+    Received,
     Route,
     Turn,
     find_way,
@@ -180,22 +181,20 @@ class ServerState:
         """Count what has arrived since the loop last read: true up to the moment in which the socket is closed."""
         if place.reader.shared or place.reader.engine.closed:
             return
-        left = most_queued(place)
-        while left > 0:
-            batch: list[object] = []
-            before = place.reader.engine.counts.received
-            more = place.reader.read(batch)  # type: ignore[arg-type]
+        counts, may_have_more = place.reader.engine.counts, True
+        last = counts.messages + most_queued(place)
+        while may_have_more and counts.messages < last:
+            batch: list[Received] = []
+            read_before = counts.received
+            may_have_more = place.reader.read(batch) and counts.received > read_before
             self.admission.refused_stopping += len(batch)
-            left -= BATCH
-            if not more or place.reader.engine.counts.received == before:
-                return
 
 
 def most_queued(place: Place) -> int:
-    """The most datagrams that the kernel can hold for an endpoint at the moment.
+    """Return the most messages that the kernel can hold for an endpoint at the moment.
 
-    On Linux what is allocated for them is known (``SO_MEMINFO``), and a datagram takes at least 512 bytes of it;
-    elsewhere take the whole buffer.
+    Linux tells how much memory they take (``SO_MEMINFO``), and each takes at least 512 bytes. Elsewhere the whole
+    buffer counts.
     """
     figures = place.reader.engine.kernel_figures()
     return (figures.queued or figures.receive_buffer) // 512 + 1
@@ -345,7 +344,9 @@ class Server(metaclass=NoPublicConstructor):
         if state.seats.phase is not RUNNING:
             raise trio.ClosedResourceError("this server is stopping, or has ended")
         outbox, route = find_way(self._outboxes(), address, local_address)
-        ports = {endpoint.local_address[1] for endpoint in self.endpoints if not endpoint.closed}
+        outbox.check_open()
+        addresses = [endpoint.local_address for endpoint in self.endpoints if not endpoint.closed]
+        ports = {address[1] for address in addresses if isinstance(address, tuple)}  # not of Unix-domain sockets
         route = _route_to_peer(outbox.engine, route, address, local_address, ports)
         place = next(place for place in state.places if place.outbox is outbox)
         if route in place.known:
@@ -380,22 +381,21 @@ class Server(metaclass=NoPublicConstructor):
     def statistics(self) -> ServerStatistics:
         """What has happened so far to every datagram; also available once the server has ended."""
         state, seats, admission = self._state, self._state.seats, self._state.admission
-        sockets = [place.endpoint.statistics() for place in state.places]
+        sockets = [place.statistics() for place in state.places]
         errors: dict[str, int] = {}
         for of_socket in sockets:
             for name, count in of_socket.errors.items():
                 errors[name] = errors.get(name, 0) + count
-        before = [place.received_before for place in state.places]
         return ServerStatistics(
-            received=sum(s.received for s in sockets) - sum(b[0] for b in before) - sum(map(_in_hand, state.places)),
-            bytes_received=sum(s.bytes_received for s in sockets) - sum(b[1] for b in before),
+            received=sum(s.received for s in sockets) - sum(map(_in_hand, state.places)),
+            bytes_received=sum(s.bytes_received for s in sockets),
             sent=sum(s.sent for s in sockets),
             bytes_sent=sum(s.bytes_sent for s in sockets),
             delivered=seats.delivered,
             waiting=seats.waiting,
             dropped_inbox_full=seats.dropped_inbox_full,
             dropped_at_end=seats.dropped_at_end,
-            truncated=sum(s.truncated for s in sockets) - sum(b[2] for b in before),
+            truncated=sum(s.truncated for s in sockets),
             refused_source=admission.refused_source,
             refused_by_rate=admission.refused_by_rate,
             refused_by_accept=admission.refused_by_accept,

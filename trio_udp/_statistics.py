@@ -1,4 +1,4 @@
-"""Counters: the snapshots that users read, and what engines count."""
+"""Counters: the snapshots that users read, and the running counts of engines."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -8,24 +8,24 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class EndpointStatistics:
-    """What has passed through one socket since it was opened.
+    """Counts of one socket since it was opened.
 
     Attributes:
       received: Datagrams read from the kernel, truncated ones included.
-      bytes_received: Their payload bytes, as far as they were read.
+      bytes_received: Their payload bytes; of a truncated datagram those that were read.
       truncated: Datagrams longer than ``max_datagram_size``: never delivered, not even in part.
       sent: Datagrams that the kernel has taken.
       bytes_sent: Their payload bytes.
-      receive_errors: Errors that reading gave.
+      receive_errors: Errors of reading.
       send_errors: Datagrams that the kernel or the network refused to send.
       errors: Both kinds of error by name: ``{"EHOSTUNREACH": 2}``.
-      kernel_dropped: Datagrams that never came here: the kernel has dropped them, nearly always because the receive
-        buffer was full. They are in no other count; some that travelled as one (GSO, GRO) count as one. Told by Linux
-        (``SO_MEMINFO``), like the next; 0 elsewhere.
-      kernel_queued: Bytes of kernel memory that hold datagrams not yet read.
-      receive_buffer: Bytes granted for them, in the measure of ``SO_RCVBUF``: Linux lets them fill twice as much, to
-        have room for its own structures.
-      receive_buffer_requested: What was asked for; 0 where nothing was.
+      kernel_dropped: Datagrams that the kernel dropped before we could read them, nearly always because the receive
+        buffer was full. No other count includes them. Coalesced datagrams (GSO, GRO) count as one. Linux only
+        (``SO_MEMINFO``); 0 elsewhere.
+      kernel_queued: Bytes of kernel memory that hold datagrams not yet read. Linux only; 0 elsewhere.
+      receive_buffer: Bytes that the kernel granted, as ``setsockopt`` counts them. Linux lets datagrams fill twice as
+        much, to have room for its own structures.
+      receive_buffer_requested: Bytes that were asked for; 0 if none were.
     """
 
     received: int
@@ -44,13 +44,13 @@ class EndpointStatistics:
 
 @attrs.frozen(kw_only=True)
 class ConnectionStatistics(EndpointStatistics):
-    """What has passed through one :class:`Connection`.
+    """Counts of one :class:`Connection`.
 
     ``received == delivered + waiting + dropped_at_end + truncated``, always.
 
     Attributes:
       delivered: Datagrams returned by ``receive``.
-      waiting: Datagrams read ahead that nobody has asked for yet; at most one batch of 64.
+      waiting: Datagrams read ahead and not yet received; at most one batch of 64.
       dropped_at_end: Datagrams read ahead when the connection was closed.
     """
 
@@ -61,7 +61,7 @@ class ConnectionStatistics(EndpointStatistics):
 
 @attrs.frozen(kw_only=True)
 class ClientStatistics:
-    """What has passed between a server and one client.
+    """Counts of the conversation between a server and one client.
 
     ``received == delivered + waiting + dropped_inbox_full + dropped_at_end``, always.
 
@@ -75,8 +75,8 @@ class ClientStatistics:
       sent: Datagrams to this client that the kernel has taken.
       bytes_sent: Their payload bytes.
       send_errors: Datagrams to this client that the kernel or the network refused.
-      requests_timed_out: Requests that :func:`request_handler` gave up on.
-      sends_withheld: Datagrams not sent, for the sake of ``Limits.amplification``.
+      requests_timed_out: Requests that :func:`request_handler` cancelled after ``timeout``.
+      sends_withheld: Datagrams not sent, because of ``Limits.amplification``.
       errors: Send errors by name: ``{"EHOSTUNREACH": 2}``.
     """
 
@@ -106,25 +106,25 @@ class ServerStatistics:
         :class:`EndpointStatistics`, over all endpoints of the server, since it began to serve on them.
       delivered: Datagrams taken by handlers.
       waiting: Datagrams in inboxes now.
-      dropped_inbox_full: Datagrams dropped because an inbox, or all inboxes together, were full; also strangers'
-        datagrams for which there would have been no room.
+      dropped_inbox_full: Datagrams dropped because an inbox, or all inboxes together, were full. A stranger's datagram
+        that would not fit into an inbox counts here too.
       dropped_at_end: Datagrams still in an inbox when its client was closed or cancelled, or when its handler ended
         without having taken any.
       refused_source: Datagrams that claim to come from the server itself, from a group or from a broadcast address.
       refused_by_rate: Datagrams turned away by ``Limits.rate_limit``, those of clients included.
       refused_by_accept: Strangers' datagrams that ``accept`` turned away.
-      answered_by_accept: Strangers' datagrams that ``accept`` answered with bytes, also where a limit withheld them.
+      answered_by_accept: Strangers' datagrams that ``accept`` answered with bytes, even if a limit withheld the answer.
       refused_full: Strangers' datagrams turned away at ``max_clients`` or ``clients_per_host``.
-      refused_stopping: Datagrams that came too late: the server was draining.
+      refused_stopping: Datagrams that arrived while the server drained.
       clients: Handlers alive now, and clients that ``Server.connect`` made.
       clients_started: Clients so far.
       clients_expired: Clients ended by their idle timeout.
       clients_evicted: Clients ended to make room for a stranger.
       handler_errors: Handlers that raised.
       handlers_cancelled: Handlers that still ran when ``drain_timeout`` was over.
-      requests_timed_out: Requests that :func:`request_handler` gave up on.
+      requests_timed_out: Requests that :func:`request_handler` cancelled after ``timeout``.
       sends_withheld: Datagrams not sent, because of ``Limits.amplification``.
-      kernel_dropped: Datagrams that never came to the server: the kernel's receive buffers were full; see
+      kernel_dropped: Datagrams that the kernel dropped before the server could read them; see
         :class:`EndpointStatistics`.
     """
 
@@ -158,7 +158,7 @@ class ServerStatistics:
 
     @property
     def accounted_for(self) -> int:
-        """Where datagrams went, all together: equal to ``received``."""
+        """The sum of all fates of a datagram: equal to ``received``."""
         dropped = self.dropped_inbox_full + self.dropped_at_end + self.truncated
         refused = self.refused_source + self.refused_by_rate + self.refused_by_accept + self.refused_full
         return self.delivered + self.waiting + dropped + refused + self.refused_stopping + self.answered_by_accept
@@ -179,7 +179,7 @@ class ServerStatistics:
 
 @attrs.frozen(kw_only=True)
 class KernelFigures:
-    """What the kernel says about a socket; zeros where it does not."""
+    """The kernel's figures for a socket; 0 where the kernel does not tell."""
 
     dropped: int = 0  # datagrams
     queued: int = 0  # bytes
@@ -188,8 +188,9 @@ class KernelFigures:
 
 @attrs.define(eq=False)
 class ReceiveCounts:
-    """Running counts of what one socket has received; its engine writes them."""
+    """Running counts of the datagrams that one socket has received; its engine writes them."""
 
+    messages: int = 0  # what the kernel had queued; datagrams that it had coalesced (GRO) are one message
     received: int = 0
     bytes_received: int = 0
     truncated: int = 0

@@ -32,7 +32,7 @@ def far_end() -> Iterator[socket.socket]:
         yield sock
 
 
-# A socket that someone else opened.
+# Sockets that the caller opened.
 
 
 @pytest.mark.parametrize("of_trio", [False, True])
@@ -65,7 +65,7 @@ async def test_from_a_socket_pair() -> None:
 
 
 async def test_sockets_that_are_no_connection(far_end: socket.socket) -> None:
-    """A socket that is not connected, a stream, and what is no socket are refused and stay open."""
+    """from_socket refuses an unconnected socket, a stream and an object that is no socket, and leaves them open."""
     with pytest.raises(ValueError, match="not a connected socket"):
         Connection.from_socket(far_end)
     assert far_end.fileno() != -1
@@ -77,7 +77,7 @@ async def test_sockets_that_are_no_connection(far_end: socket.socket) -> None:
 
 
 async def test_a_connection_of_a_peer_that_has_spoken_first(far_end: socket.socket) -> None:
-    """What had arrived before the socket became a connection is received."""
+    """A connection receives datagrams that arrived before it was made from its socket."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.connect(far_end.getsockname())
     far_end.sendto(b"early", sock.getsockname())
@@ -193,7 +193,7 @@ async def test_receive_many_of_a_client(nursery: trio.Nursery) -> None:
     assert server.statistics().delivered == 100
 
 
-# What the network and the kernel answer.
+# Refusals and errors.
 
 
 @pytest.mark.parametrize("how", ["send", "send_nowait", "send_many", "receive", "receive_many", "receive_nowait"])
@@ -238,7 +238,7 @@ async def call(connection: Connection, how: str) -> None:
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
 @pytest.mark.parametrize("how", ["send", "send_nowait", "send_many"])
 async def test_an_error_that_repeats_is_raised(family: socket.AddressFamily, how: str) -> None:
-    """No way to the peer is this datagram's error: it is raised by each call and counted once for each."""
+    """A missing route to the peer is raised by each call, and counted once for each."""
     with machines("alone") as [alone]:
         alone.ip("link add wire type veth peer name other")
         alone.ip("link set wire up")
@@ -265,7 +265,7 @@ async def test_an_error_that_repeats_is_raised(family: socket.AddressFamily, how
 @pytest.mark.skipif(shutil.which("nft") is None, reason="needs nft")
 @pytest.mark.parametrize("how", ["send", "send_nowait", "send_many"])
 async def test_an_error_that_goes_away_is_counted(how: str) -> None:
-    """The network's answer to an earlier datagram is counted, not raised, and the datagrams of the call are sent."""
+    """An error that is gone at the second try is counted, not raised, and the datagrams of the call are sent."""
     with machines("alone") as [alone]:
         with inside(alone.name):
             rule = "udp dport 9 reject with icmp type admin-prohibited"

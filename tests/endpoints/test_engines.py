@@ -104,7 +104,7 @@ async def connection(world: World, start: StartServer) -> AsyncIterator[Connecti
 
 @pytest.fixture
 async def refused(world: World) -> AsyncIterator[Connection]:
-    """A connection to an address where nobody listens."""
+    """A connection to a closed port."""
     endpoint = await world.endpoint()
     await endpoint.aclose()
     async with await world.connect(*endpoint.local_address) as connection:
@@ -126,7 +126,7 @@ async def settle() -> None:
 
 
 async def test_payloads_come_back_whole(connection: Connection) -> None:
-    """A payload of any length comes back whole, an empty one and the longest that UDP can carry included."""
+    """A payload of any length comes back whole, from 0 bytes to the longest that UDP can carry."""
     for payload in (b"hello", b"", bytes(range(256)) * 200, bytes(65_507)):
         await connection.send(payload)
         assert await take(connection, 1) == [payload]
@@ -134,7 +134,7 @@ async def test_payloads_come_back_whole(connection: Connection) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 async def test_both_families(world: World, start: StartServer, host: str) -> None:
-    """Over IPv4 and IPv6, addresses are those that a socket of the family would give."""
+    """Addresses have the form that a socket of their family gives, over IPv4 and IPv6."""
     server = await start(host=host)
     own = address_of(server)
     async with await world.connect(*own[:2]) as connection:
@@ -153,7 +153,7 @@ async def test_a_burst_keeps_its_order(connection: Connection) -> None:
 
 
 async def test_many_clients_at_once(world: World, start: StartServer) -> None:
-    """Datagrams of many clients that arrive mixed reach each its own handler, in order."""
+    """Mixed datagrams of many clients each reach their own client's handler, in order."""
     server = await start(receive_buffer=1_000_000)
     connections = [await world.connect(*address_of(server)) for _ in range(20)]
     wanted = [b"%d" % i for i in range(10)]
@@ -227,7 +227,7 @@ async def test_nobody_can_write_to_port_zero(world: World, start: StartServer) -
 
 
 async def test_answers_leave_from_the_address_written_to(world: World, start: StartServer) -> None:
-    """On an endpoint for all addresses, the same stranger at two of them is two clients."""
+    """A peer that writes to two addresses of one endpoint is two clients, each answered from its address."""
 
     async def tell(client: Client) -> None:
         async for _ in client:
@@ -263,7 +263,7 @@ TELLS_NOT = () if sys.platform == "linux" else (0,)
 
 
 async def test_a_full_receive_buffer(world: World, nursery: trio.Nursery) -> None:
-    """Datagrams that find no room are lost and counted; those already there are not, and stay in order."""
+    """A full receive buffer drops and counts new datagrams; those already in it stay, in order."""
     endpoint = await world.endpoint(receive_buffer=10_000)
     seen: list[bytes] = []
 
@@ -325,7 +325,7 @@ async def test_a_refusal_is_raised_once(world: World, refused: Connection, nurse
 
 
 async def test_a_refusal_is_raised_by_the_next_send(world: World, refused: Connection, nursery: trio.Nursery) -> None:
-    """A send that meets an earlier datagram's refusal raises it and is not sent; the next one is."""
+    """A send that meets an earlier datagram's refusal raises it and sends nothing; the next send works."""
     await refused.send(b"refused")
     endpoint = await world.endpoint(refused.peer_address[1])
     await nursery.start(partial(serve_endpoints, echo, [endpoint]))
@@ -347,7 +347,7 @@ async def test_a_refusal_wakes_the_receiver(refused: Connection) -> None:
 
 
 async def test_a_server_is_not_told_of_refusals(world: World, start: StartServer) -> None:
-    """Answers to a client that is gone are no errors, and others are served."""
+    """A server does not notice that a client's port is closed; it counts no error and serves others."""
     server = await start()
     for _ in range(5):
         async with await world.connect(*address_of(server)) as leaves:
@@ -404,7 +404,7 @@ async def test_closing_an_endpoint_under_a_waiting_server(world: World, nursery:
 
 
 async def test_closing_with_datagrams_waiting(world: World) -> None:
-    """A server whose endpoint is closed while datagrams wait in it ends, and does not spin."""
+    """A server ends, and does not spin, when its endpoint is closed while datagrams wait in it."""
     endpoint = await world.endpoint()
 
     async def handler(client: Client) -> None:

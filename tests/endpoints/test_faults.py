@@ -1,6 +1,6 @@
-"""Errors of the system: what they mean, and each of them injected where a system call would give it, on every engine.
+"""Errors of the system: their meaning, and each of them injected at its system calls, on every engine.
 
-What Linux can be made to do for real is in test_network_faults.py.
+Errors that Linux itself can be made to give are in test_network_faults.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MANUALS = {
     "EISCONN EOPNOTSUPP ETIMEDOUT",
 }
 
-# Named there too, but they come from bind, connect and listen, from opening a socket, or from path names.
+# The manuals name these too, but they come from bind, connect and listen, from opening a socket, or from path names.
 NOT_OURS = {"EADDRINUSE", "EALREADY", "ENOPKG", "ESOCKTNOSUPPORT", "ELOOP", "ENAMETOOLONG", "ENOTDIR"}
 
 
@@ -81,10 +81,10 @@ def test_what_is_not_in_the_table_is_the_machines() -> None:
     """An errno that the table of faults lacks is treated as a fault of the machine."""
     assert fault_of(OSError(99_999, "")) is Fault.MACHINE
     assert fault_of(OSError()) is Fault.MACHINE
-    assert reason_for(OSError(99_999, "")) == "Not an error that a datagram socket is known to give."
+    assert reason_for(OSError(99_999, "")) == "Not a known error of a datagram socket."
 
 
-# Each of them, injected
+# Injected errors
 
 
 class FaultyEndpoint:
@@ -106,7 +106,7 @@ class FaultyEndpoint:
         raise NotImplementedError
 
     def fail_sending_to_alice(self, code: int) -> None:
-        """From now on, until the code is 0."""
+        """Make sends to alice fail with an errno from now on; 0 ends that."""
         raise NotImplementedError
 
     def takes_for_missing(self, code: int) -> bool:
@@ -358,7 +358,7 @@ async def test_reading_that_goes_on_failing(
 async def test_answers_of_the_network(
     faulty: FaultyEndpoint, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
-    """A thousand answers of the network in a row do not pause reading, keep other tasks waiting or fill the log."""
+    """A thousand answers to earlier datagrams in a row do not pause reading, block other tasks or fill the log."""
     faulty.fail_reading(code, 1_000)
     faulty.put(b"x", faulty.alice)
     bystander = Bystander()
@@ -380,7 +380,7 @@ async def test_answers_of_the_network(
 async def test_answers_without_end(
     faulty: FaultyEndpoint, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
-    """More than MANY_ANSWERS answers of the network with nothing in between count as a fault that persists."""
+    """More than MANY_ANSWERS answers to earlier datagrams in a row count as a persistent fault."""
     faulty.fail_reading(code, 5_000)
     faulty.put(b"x", faulty.alice)
     for _ in range(5_000):
@@ -397,7 +397,7 @@ async def test_answers_without_end(
 async def test_nothing_to_read_after_all(
     faulty: FaultyEndpoint, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
-    """A socket that polls as readable and has nothing is no busy loop, and no error."""
+    """A socket that polls as readable and has no datagram causes no busy loop and no error."""
     faulty.fail_reading(code, FRUITLESS_READS + 2)
     faulty.put(b"x", faulty.alice)
     for _ in range(1_000):
@@ -447,7 +447,7 @@ async def test_sending_that_fails(
 async def test_sending_that_has_to_wait(
     faulty: FaultyEndpoint, running: Running, mock_clock: MockClock, nursery: trio.Nursery, code: int
 ) -> None:
-    """A full send buffer is no error; once there is room everything leaves, in order."""
+    """A full send buffer counts no error; everything leaves in order once there is room."""
     faulty.fail_sending_to_alice(code)
     nursery.start_soon(running.alice.send, b"1")
     await settle()

@@ -1,4 +1,4 @@
-"""All code that reads bytes which others have written, given all kinds of bytes: none of them is an error.
+"""Property tests of all code that parses foreign bytes: no bytes make it fail.
 
 The kernel writes control messages and raw addresses, users write addresses to send to. Control messages are also in
 test_pktinfo.py, example by example.
@@ -60,7 +60,7 @@ in_pktinfo = st.builds(lambda *parts: (*IP_INFO, b"".join(parts)), interfaces, a
 in6_pktinfo = st.builds(lambda *parts: (*IPV6_INFO, b"".join(parts)), addresses(16), interfaces)
 gro = st.builds(lambda size: (*GRO, struct.pack("@i", size)), st.integers(1, 65_535))
 
-# Time stamps, a time to live and the like; and what no kernel writes, with the kinds that we know among it.
+# Time stamps, a time to live and the like, and messages that no kernel writes, some of the kinds that we know.
 known_kinds = st.sampled_from([IP_INFO, IPV6_INFO, GRO])
 other_kinds = st.tuples(st.integers(0, 300), st.integers(0, 300)).filter(lambda k: k not in (IP_INFO, IPV6_INFO, GRO))
 other = st.builds(lambda kind, data: (*kind, data), other_kinds, st.binary(max_size=40))
@@ -83,7 +83,7 @@ def test_control_messages_are_taken_apart_as_they_were_made(messages: list[Messa
 
 @given(other | in_pktinfo, st.binary(max_size=200) | st.lists(anything).map(raw), st.integers(0, 40))
 def test_control_bytes_that_make_no_sense(whole: Message, control: bytes, cut_off: int) -> None:
-    """Of control bytes that make no sense, the messages that are whole are found, and nothing raises."""
+    """Malformed control bytes raise nothing, and the whole messages in them are found."""
     control = control[: max(0, len(control) - cut_off)]
     first, *others = unpack_control(pack_control(*whole) + control)
     assert first == whole
@@ -93,7 +93,7 @@ def test_control_bytes_that_make_no_sense(whole: Message, control: bytes, cut_of
 @given(st.lists(anything))
 @example([(*IP_INFO, b"")])
 def test_only_a_whole_address_is_one(messages: list[Message]) -> None:
-    """A structure that is too short or too long says nothing about where a reply is to leave from."""
+    """A structure of the wrong length is ignored, so the kernel chooses where a reply leaves from."""
     arrival = understand(messages)
     kinds = [(level, kind, len(data)) for level, kind, data in arrival.reply]
     assert kinds in ([], [(*IP_INFO, 12)], [(*IPV6_INFO, 20)])
@@ -140,7 +140,7 @@ def engines(request: pytest.FixtureRequest) -> Iterator[tuple[LinuxEngine, Wildc
 
 @given(data=st.data())
 def test_both_engines_understand_the_same(engines: tuple[LinuxEngine, WildcardEngine], data: st.DataObject) -> None:
-    """Of the same control messages both engines make routes with the same addresses and the same interface."""
+    """Both engines make routes with the same addresses and interface from the same control messages."""
     linux, portable = engines
     address, info = (
         (b"\xc0\0\x02\1", in_pktinfo) if linux.family == socket.AF_INET else (bytes(15) + b"\1", in6_pktinfo)

@@ -1,4 +1,4 @@
-"""The engine for Linux: coalesced and segmented datagrams, doing without system calls, the kernel's counters."""
+"""The engine for Linux: coalesced and segmented datagrams, missing system calls, the kernel's counters."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def receive(sock: socket.socket) -> bytes:
     return await trio.to_thread.run_sync(sock.recv, 65_536)
 
 
-# Choosing it
+# Choosing the engine
 
 
 def open_socket(family: int) -> socket.socket:
@@ -122,7 +122,7 @@ async def test_it_is_chosen(monkeypatch: pytest.MonkeyPatch, asked_for: str, fam
 
 @pytest.mark.parametrize(("asked_for", "family"), [("fast", socket.AF_INET), ("linux", socket.AF_UNIX)])
 async def test_it_cannot_be_chosen(monkeypatch: pytest.MonkeyPatch, asked_for: str, family: int) -> None:
-    """A TRIO_UDP_ENGINE that does not exist, or not for this socket, raises ValueError."""
+    """A TRIO_UDP_ENGINE that names no engine, or one that cannot serve this socket, raises ValueError."""
     monkeypatch.setenv("TRIO_UDP_ENGINE", asked_for)
     with open_socket(family) as sock, pytest.raises(ValueError, match=f"TRIO_UDP_ENGINE.*{asked_for}"):
         Endpoint.from_socket(sock)
@@ -148,7 +148,7 @@ def test_structures_are_the_kernels() -> None:
 
 
 async def test_replies_of_one_size_leave_as_one(start: Start, peer: socket.socket) -> None:
-    """Replies sent in one go arrive coalesced at a peer that asks for that, the last of a message perhaps shorter."""
+    """Replies of one batch arrive coalesced at a peer with UDP_GRO; the last of a message may be shorter."""
 
     async def handler(client: Client) -> None:
         async for _ in client:
@@ -164,7 +164,7 @@ async def test_replies_of_one_size_leave_as_one(start: Start, peer: socket.socke
 
 
 async def test_each_client_is_told_what_it_sent_itself(start: Start, peer: socket.socket) -> None:
-    """A client and its successor, which has the same peer, each count their own replies."""
+    """A client and the next client of the same peer each count their own replies, even in one message."""
     clients = []
 
     async def handler(client: Client) -> None:
@@ -239,7 +239,7 @@ async def test_coalesced_datagrams_of_a_connection(peer: socket.socket) -> None:
 
 
 async def test_closing_ends_what_is_ahead(start: Start, peer: socket.socket) -> None:
-    """Once an endpoint is closed no stranger is served on it, though its datagrams were read with the last batch."""
+    """A closed endpoint serves no stranger, even if its datagrams were read with the last batch."""
     started = []
 
     async def handler(client: Client) -> None:
@@ -259,7 +259,7 @@ async def test_closing_ends_what_is_ahead(start: Start, peer: socket.socket) -> 
 
 
 async def test_a_socket_that_others_have_too_is_left_as_it_was(start: Start) -> None:
-    """Others who hold the socket, and may not understand coalesced datagrams, get none once the endpoint is closed."""
+    """Other holders of the socket get single datagrams again once the endpoint is closed."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         endpoint = Endpoint.from_socket(sock.dup())
@@ -268,7 +268,7 @@ async def test_a_socket_that_others_have_too_is_left_as_it_was(start: Start) -> 
         assert sock.getsockopt(socket.IPPROTO_UDP, UDP_GRO) == 0
 
 
-# Doing without
+# Without segmentation or system calls
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -276,7 +276,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 async def test_where_merging_does_not_work(start: Start, peer: socket.socket, caplog: pytest.LogCaptureFixture) -> None:
-    """Where the kernel cannot segment a message, datagrams leave singly, none lost; that is logged once."""
+    """Datagrams leave singly, without loss, if the kernel cannot segment a message; the log says so once."""
 
     async def handler(client: Client) -> None:
         async for _ in client:
@@ -378,7 +378,7 @@ async def test_where_a_system_call_is_missing(
     code: int,
     call: str,
 ) -> None:
-    """Without recvmmsg or sendmmsg, from the start or later, all still works one by one; that is logged once."""
+    """The engine works one datagram at a time without recvmmsg or sendmmsg, from the start or later; the log says so once."""
     denied = 0
     fail_when(monkeypatch, call, lambda _: denied)
 
@@ -431,11 +431,11 @@ async def test_a_refusing_filter_is_not_a_missing_call(
     assert warnings_of(caplog) == []
 
 
-# What the kernel says
+# The kernel's figures
 
 
 async def test_what_the_kernel_has_dropped_is_told(peer: socket.socket) -> None:
-    """Datagrams for which the receive buffer had no room are counted, and those in it show."""
+    """Statistics count datagrams that found no room in the receive buffer, and show the bytes in it."""
     (endpoint,) = await trio_udp.open_endpoints(0, host="127.0.0.1", receive_buffer=10_000)
     for _ in range(100):
         peer.sendto(bytes(100), endpoint.local_address)

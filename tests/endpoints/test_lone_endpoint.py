@@ -50,7 +50,7 @@ def peer_of(endpoint: Endpoint, host: str = "127.0.0.1") -> Iterator[socket.sock
 @over_both_engines
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 async def test_receive_and_reply(host: str) -> None:
-    """receive returns a Datagram that tells all about itself, and reply answers it."""
+    """receive returns a Datagram with payload, addresses and endpoint, and reply answers it."""
     async with opened(host) as endpoint:
         with peer_of(endpoint, host) as peer:
             peer.send(b"hello")
@@ -71,7 +71,7 @@ async def test_receive_and_reply(host: str) -> None:
 
 @over_both_engines
 async def test_datagrams_of_all_senders_in_arrival_order() -> None:
-    """async for gives all datagrams, whoever sent them, in arrival order, empty ones included."""
+    """async for gives the datagrams of all senders in arrival order, empty ones included."""
     async with opened() as endpoint:
         with peer_of(endpoint) as one, peer_of(endpoint) as other:
             payloads = [b"%d" % number for number in range(199)] + [b""]
@@ -89,7 +89,7 @@ async def test_datagrams_of_all_senders_in_arrival_order() -> None:
 
 @over_both_engines
 async def test_receive_nowait() -> None:
-    """receive_nowait returns what has arrived, and raises WouldBlock where nothing has."""
+    """receive_nowait returns the next datagram, and raises WouldBlock if none has arrived."""
     async with opened() as endpoint:
         with peer_of(endpoint) as peer:
             with pytest.raises(trio.WouldBlock):
@@ -105,7 +105,7 @@ async def test_receive_nowait() -> None:
 
 @over_both_engines
 async def test_send_to() -> None:
-    """send_to and send_to_nowait send to any address, whether it has ever written or not."""
+    """send_to and send_to_nowait of an endpoint send to any address, even one that has never written."""
     async with opened() as endpoint, opened() as other:
         await endpoint.send_to(b"1", other.local_address)
         endpoint.send_to_nowait(bytearray(b"2"), other.local_address, local_address=endpoint.local_address)
@@ -137,7 +137,7 @@ async def test_what_the_kernel_says_about_send_to_is_raised() -> None:
 @linux_only
 @over_both_engines
 async def test_a_reply_leaves_from_where_the_datagram_was_sent_to() -> None:
-    """On a socket bound to all addresses a reply leaves from the address that was written to, also a kept one."""
+    """A reply, even a late one, leaves from the address that was written to, on a socket bound to all addresses."""
     async with opened("0.0.0.0") as endpoint:
         kept: list[Datagram] = []
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
@@ -268,7 +268,7 @@ async def test_a_task_receives_from_it(nursery: trio.Nursery) -> None:
         await other.send_to(b"x", endpoint.local_address)
         await trio.testing.wait_all_tasks_blocked(0.01)
         assert received == [b"x"]
-        # Now that nobody receives, a server may have it.
+        # No task receives any more, so a server can take it.
         server.add_endpoint(endpoint)
         await other.send_to(b"y", endpoint.local_address)
         assert (await other.receive()).payload == b"y"
@@ -288,7 +288,7 @@ async def test_the_others_are_closed_when_one_is_busy(nursery: trio.Nursery) -> 
 
 
 async def test_a_server_counts_from_the_moment_it_takes_the_endpoint(nursery: trio.Nursery) -> None:
-    """A server's statistics begin at 0, whatever the endpoint has received and truncated before."""
+    """A server's statistics begin at 0, even if the endpoint has received and truncated datagrams before."""
     network = SimulatedNetwork()
     on = InMemory(network, network.endpoint(*SERVER, max_datagram_size=5))
     for payload in (b"one", b"too long", b"two"):
@@ -327,7 +327,7 @@ async def test_what_was_read_ahead_is_the_servers(nursery: trio.Nursery) -> None
 async def test_what_was_read_ahead_is_handled_by_a_server_that_stops_at_once(
     nursery: trio.Nursery, shared: bool, attempt: int
 ) -> None:
-    """Datagrams that were read ahead had arrived when the stop began, so they are handled even if it comes at once."""
+    """A server that stops at once still handles datagrams that its endpoint had read ahead."""
     network = SimulatedNetwork()
     on = InMemory(network, network.endpoint(*SERVER, shared=shared))
     for payload in (b"1", b"2", b"3"):
@@ -348,7 +348,7 @@ async def test_what_was_read_ahead_is_handled_by_a_server_that_stops_at_once(
 
 @over_both_engines
 async def test_closing_ends_async_for(nursery: trio.Nursery) -> None:
-    """Closing the endpoint wakes the task that receives, with ClosedResourceError; so do all calls from then on."""
+    """Closing the endpoint wakes the receiving task with ClosedResourceError; all later calls raise it too."""
     async with opened() as endpoint:
         ended: list[str] = []
 
@@ -375,7 +375,7 @@ async def test_closing_ends_async_for(nursery: trio.Nursery) -> None:
 
 
 async def test_nothing_is_received_once_it_is_closed() -> None:
-    """A closed endpoint returns nothing any more, not even what it had read ahead."""
+    """A closed endpoint returns no datagram, not even one that was read ahead."""
     on = in_memory()
     for payload in (b"1", b"2", b"3"):
         on.put(payload)
@@ -388,7 +388,7 @@ async def test_nothing_is_received_once_it_is_closed() -> None:
 
 
 async def test_once_a_server_has_ended_the_endpoint_is_closed(nursery: trio.Nursery) -> None:
-    """After the server that owned it, the endpoint is closed, and no longer busy."""
+    """An endpoint is closed, and no longer busy, once the server that owned it has ended."""
     on = in_memory()
     server: Server = await nursery.start(serve_endpoints, echo, [on.endpoint])
     server.stop()
@@ -422,7 +422,7 @@ async def test_a_kept_datagram_can_be_answered_until_the_endpoint_closes(autojum
 
 
 async def test_cancelling_receive_loses_nothing(autojump_clock: MockClock) -> None:
-    """A receive that is cancelled, at whatever moment, loses no datagram."""
+    """Cancelling receive at any moment loses no datagram."""
     on = in_memory()
     seen: list[bytes] = []
 
@@ -460,7 +460,7 @@ async def test_receive_always_notices_cancellation() -> None:
 
 
 async def test_receiving_lets_others_run() -> None:
-    """A task that receives what waits lets other tasks run once in 64 datagrams."""
+    """A task that always finds a datagram lets other tasks run once in 64 datagrams."""
     on = in_memory()
     for _ in range(1_000):
         on.put(b"x")

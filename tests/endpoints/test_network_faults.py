@@ -186,7 +186,7 @@ def client_at(server: Server, host: str) -> Client:
 
 
 def check(server: Server, *, received: int, sent: int, errors: dict[str, int]) -> None:
-    """Nothing else has happened, and none of it has been dropped."""
+    """Check that the server counted no other events and dropped no datagram."""
     s = server.statistics()
     assert (s.received, s.delivered, s.sent, s.errors) == (received, received, sent, errors)
     assert (s.send_errors, s.receive_errors, s.handler_errors) == (sum(errors.values()), 0, 0)
@@ -226,7 +226,7 @@ async def test_a_packet_filter(network: Network, start: Start, host: str) -> Non
     ],
 )
 async def test_no_way_back(network: Network, start: Start, host: str, route: str, error: str) -> None:
-    """A client that cannot be answered, real or forged, harms nobody else."""
+    """A client that cannot be answered, real or forged, does not affect other clients."""
     server = await start(host=host)
     if route != "none":
         network.ours.ip(f"route add {route} {FAR}")
@@ -259,7 +259,7 @@ async def test_a_datagram_too_long_for_the_link(network: Network, start: Start) 
 
 
 async def test_replies_of_one_size_over_a_small_link(network: Network, start: Start) -> None:
-    """Replies that the engine would segment arrive in fragments over a small link, and others are answered as ever."""
+    """Replies longer than the link's MTU arrive in fragments, not segments; other clients are answered as before."""
     replies = [b"%04d" % i * 250 for i in range(20)]
 
     async def handler(client: Client) -> None:
@@ -309,7 +309,7 @@ async def test_icmp_at_a_server(network: Network, start: Start, answer: str) -> 
 
 
 async def test_icmp_at_a_server_that_asks_for_it(network: Network, start: Start) -> None:
-    """With IP_RECVERR the answer to what was sent to one client may meet the next, which is answered all the same."""
+    """With IP_RECVERR an error about one client may meet a send to the next, which is still answered."""
     server = await start()
     server.endpoints[0].socket.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
     alice, bob = network.client(ALICE), network.client(BOB)
@@ -326,7 +326,7 @@ async def test_icmp_at_a_server_that_asks_for_it(network: Network, start: Start)
 
 
 async def test_clients_that_are_gone(network: Network, start: Start) -> None:
-    """ICMP errors about replies to ports that are closed by now disturb nobody."""
+    """ICMP errors about replies to closed ports disturb neither the server nor its other clients."""
     server = await start()
     bob = network.client(BOB)
     for _ in range(5):
@@ -341,7 +341,7 @@ async def test_clients_that_are_gone(network: Network, start: Start) -> None:
 
 @pytest.mark.parametrize("answer", ["port-unreachable", "host-unreachable", "admin-prohibited"])
 async def test_icmp_at_a_connection(network: Network, answer: str) -> None:
-    """A connection raises a refusal once; it counts errors that are certain, and is not told of those that may pass."""
+    """A connection raises a refusal once, counts hard ICMP errors, and does not notice soft ones."""
     theirs = network.theirs.socket(BOB, PORT)
     network._sockets.append(theirs)
     network.theirs.filter("input", f"udp dport {PORT} reject with icmp type {answer}")
@@ -392,7 +392,7 @@ async def test_a_packet_filter_at_a_connection(network: Network) -> None:
 
 
 async def test_send_to_raises_the_kernels_error(network: Network, start: Start) -> None:
-    """Server.send_to raises what the kernel says about its datagram, and clients are answered as ever."""
+    """Server.send_to raises the kernel's error about its datagram; clients are answered as before."""
     server = await start()
     bob = network.client(BOB)
     with pytest.raises(OSError, match="unreachable"):

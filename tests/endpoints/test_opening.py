@@ -1,4 +1,4 @@
-"""From a host and a port to sockets: the addresses that are bound, the options that are set, and the errors."""
+"""Opening sockets: the addresses that are bound, the options that are set, and the errors."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ async def test_a_port_is_not_shared_without_the_option() -> None:
 
 @needs_reuse_port
 async def test_port_0_with_shared_ports_from_configure() -> None:
-    """Also where ``configure`` allows sharing, port 0 is a port of its own at first and can be shared later."""
+    """Port 0 gives an unused port even if ``configure`` allows sharing, and the port can be shared later."""
 
     def share(sock: socket.socket) -> None:
         for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
@@ -346,7 +346,7 @@ async def test_a_platform_that_cannot_share_ports(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_an_engine_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the environment names no engine of ours, the sockets are closed again."""
+    """A TRIO_UDP_ENGINE that names no engine raises ValueError, and the sockets are closed."""
     monkeypatch.setenv("TRIO_UDP_ENGINE", "steam")
     with pytest.raises(ValueError, match="TRIO_UDP_ENGINE"):
         await trio_udp.open_endpoints(0, host="127.0.0.1")  # a socket left open would be a ResourceWarning
@@ -370,7 +370,7 @@ async def test_configure_is_called_with_each_socket_before_it_is_bound() -> None
 
 
 async def test_configure_overrides_what_we_have_set() -> None:
-    """An option that ``configure`` sets is the one that stays."""
+    """An option that ``configure`` sets overrides ours."""
     async with opened(send_buffer=20_000) as (before,):
         ours = before.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
 
@@ -574,7 +574,7 @@ async def test_connecting_to_the_address_that_works(monkeypatch: pytest.MonkeyPa
 
 
 async def test_connecting_from_the_family_of_the_local_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a name with addresses of both families, the one that the local address can reach is the peer."""
+    """connect chooses the address of a name that has the family of the local address."""
     resolve(monkeypatch, "::1", "127.0.0.1")
     async with await trio_udp.connect("localhost", 9, local_address=("127.0.0.1", 0)) as connection:
         assert connection.peer_address == ("127.0.0.1", 9)
@@ -590,7 +590,7 @@ async def test_connecting_to_a_mapped_address() -> None:
 
 
 async def test_configure_of_a_connection() -> None:
-    """connect calls ``configure`` with the socket before it is bound; an error of it closes the socket."""
+    """connect calls ``configure`` with the socket before it is bound; an error in ``configure`` closes the socket."""
     seen = []
 
     def allow_broadcast(sock: socket.socket) -> None:
@@ -607,7 +607,7 @@ async def test_configure_of_a_connection() -> None:
         await trio_udp.connect("127.0.0.1", 9, configure=fail)
 
 
-# Of real machines
+# Two real network namespaces
 
 
 Link = Callable[[str], object]

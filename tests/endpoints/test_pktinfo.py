@@ -1,4 +1,4 @@
-"""The control messages that tell where a datagram was sent to, and which of our addresses its answer leaves from."""
+"""Control messages: the destination of a datagram, and the source of its reply."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_ipv4_replies_to_a_group_leave_on_its_interface(group: str) -> None:
     ("address", "interface", "scope"), [("2001:db8::5", 3, 0), ("fe80::5", 3, 3), ("::ffff:192.0.2.5", 3, 0)]
 )
 def test_ipv6_replies_name_the_interface_only_where_it_is_needed(address: str, interface: int, scope: int) -> None:
-    """A link-local address means nothing without its interface; any other does without."""
+    """A reply from a link-local address names the interface; a reply from any other address does not."""
     arrival = understand([in6_pktinfo(address, interface)])
     assert arrival == Arrival((in6_pktinfo(address, scope),), b"", 0, ())
     assert own_end(arrival.reply) == (raw(address), scope)
@@ -62,7 +62,7 @@ def test_multicast_is_no_address_to_send_from() -> None:
 
 
 def test_ipv4_groups_on_a_socket_for_both_families() -> None:
-    """Only the structure of IPv4 tells our own address there; the reply has it in the one of IPv6, mapped."""
+    """A reply on a socket for both families takes our own address from the IPv4 structure, mapped into the IPv6 one."""
     messages = [in6_pktinfo("::ffff:224.0.0.1", 2), in_pktinfo(2, "192.0.2.5", "224.0.0.1")]
     for control in (messages, messages[::-1]):
         arrival = understand(control)

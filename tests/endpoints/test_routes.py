@@ -1,4 +1,4 @@
-"""Where datagrams were sent to, which interface they arrived on, and what else the kernel tells: over both engines."""
+"""Routes: destinations, interfaces and other control messages, over both engines."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ async def test_the_source_that_the_kernel_chooses(make: Make, peer: socket.socke
 
 
 async def test_other_local_addresses_are_refused(make: Make, peer: socket.socket) -> None:
-    """A bound address is the only one to send from; other ports, and groups, are none anywhere."""
+    """A socket bound to one address sends only from it; no socket sends from another port or from a group."""
     for host, other in (("127.0.0.1", "127.0.0.2"), ("0.0.0.0", GROUP)):
         engine = make(host)
         port = engine.bound_address[1]
@@ -309,7 +309,7 @@ async def test_files_passed_over_unix_domain_sockets_are_closed(closing: ExitSta
     [("127.0.0.1", False), ("0.0.0.0", False), ("127.0.0.1", True), ("::1", False), ("::", False)],
 )
 async def test_ancillary_data_that_was_asked_for(make: Make, closing: ExitStack, host: str, connected: bool) -> None:
-    """Options that are set before the engine is made bring their control messages; the rest is as without them."""
+    """Options that are set before the engine is made add their control messages, and change nothing else."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sender = closing.enter_context(socket.socket(family, socket.SOCK_DGRAM))
     near = "::1" if ":" in host else "127.0.0.1"
@@ -330,7 +330,7 @@ async def test_ancillary_data_that_was_asked_for(make: Make, closing: ExitStack,
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 async def test_ancillary_data_is_empty_by_default(make: Make, peer: socket.socket, host: str) -> None:
-    """Without such options there is none, whatever the engine has asked the kernel for itself."""
+    """A datagram has no ancillary data without such options, even if the engine itself asks for control messages."""
     engine = make(host)
     peer.sendto(b"x", ("127.0.0.1", engine.bound_address[1]))
     ((_, _, ancillary),) = await receive(engine)
@@ -428,7 +428,7 @@ async def test_more_than_a_batch_of_coalesced_datagrams(make: Make, peer: socket
 
 
 async def test_truncation_counts_single_datagrams(make: Make, peer: socket.socket) -> None:
-    """max_datagram_size is about datagrams, also where they arrive coalesced."""
+    """max_datagram_size applies to each datagram, even if datagrams arrive coalesced."""
     engine = make(options=[(socket.IPPROTO_UDP, UDP_GRO, 1)], shared=True, max_datagram_size=3)
     send_coalesced(peer, engine.bound_address, [b"1234"] * 5)
     send_coalesced(peer, engine.bound_address, [b"123"] * 5)
@@ -437,7 +437,7 @@ async def test_truncation_counts_single_datagrams(make: Make, peer: socket.socke
 
 
 async def test_closing_one_of_two_engines_on_a_socket(closing: ExitStack, make: Make, peer: socket.socket) -> None:
-    """The other engine still gets single datagrams, those queued before and those that arrive later."""
+    """Closing one engine of a socket leaves single datagrams to the other, both queued and later ones."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         leaving, staying = (engine_on(sock.dup(), closing) for _ in range(2))

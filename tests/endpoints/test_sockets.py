@@ -143,7 +143,7 @@ async def test_one_stranger_at_two_of_our_addresses_is_two_clients(start: StartS
 
 @needs_pktinfo
 async def test_ipv4_clients_of_a_dual_stack_socket(nursery: trio.Nursery) -> None:
-    """A socket that someone else bound for both families works, with IPv4 clients mapped into IPv6."""
+    """A socket that the caller bound for both families works, with IPv4 clients mapped into IPv6."""
     sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     sock.bind(("::", 0))
@@ -283,7 +283,7 @@ async def test_send_to_takes_addresses_only(start: StartServer) -> None:
 
 
 async def test_send_to_needs_an_endpoint_of_the_family(start: StartServer) -> None:
-    """An IPv4 server cannot send to an IPv6 address; nobody can send what is too long, or after the end."""
+    """send_to rejects an IPv6 address on an IPv4 server, a payload that is too long, and calls after the end."""
     server = await start()
     with pytest.raises(ValueError, match="endpoint"):
         await server.send_to(b"x", ("::1", 9))
@@ -297,7 +297,7 @@ async def test_send_to_needs_an_endpoint_of_the_family(start: StartServer) -> No
 
 
 async def test_a_client_that_is_gone_disturbs_nobody(start: StartServer) -> None:
-    """Answers to a port that is closed by now end neither the server nor another conversation."""
+    """Replies to a closed port end neither the server nor another conversation."""
     server = await start()
     with peer(server) as stays:
         for _ in range(20):
@@ -315,7 +315,7 @@ def send_forged(server: Server, source: tuple[str, int], payload: bytes) -> None
 
 
 async def test_source_port_zero_is_survived(start: StartServer) -> None:
-    """A datagram from port 0 is delivered and cannot be answered; that is counted and hurts nobody."""
+    """A datagram from port 0 is delivered; its reply is counted as a send error, and other clients are not affected."""
     server = await start()
     try:
         send_forged(server, ("127.0.0.1", 0), b"x")
@@ -330,7 +330,7 @@ async def test_source_port_zero_is_survived(start: StartServer) -> None:
 
 
 async def test_errors_of_the_kernel_are_raised_by_send_to(start: StartServer) -> None:
-    """A datagram of send_to that the kernel refuses raises its error, is counted by errno, and harms nobody."""
+    """send_to raises the kernel's error and counts it by errno; clients are not affected."""
     server = await start()
     with pytest.raises(PermissionError):
         await server.send_to(b"x", ("255.255.255.255", 9))
@@ -360,7 +360,7 @@ async def test_a_failed_bind_closes_what_was_opened(start: StartServer) -> None:
 
 
 async def test_reuse_port(start: StartServer, nursery: trio.Nursery) -> None:
-    """With reuse_port two servers share a port; between them they answer everybody."""
+    """Two servers share a port with reuse_port, and together they answer every client."""
     first = await start(reuse_port=True)
     endpoints = await trio_udp.open_endpoints(port_of(first), host="127.0.0.1", reuse_port=True)
     second = await nursery.start(partial(serve_endpoints, echo, endpoints))
@@ -461,7 +461,7 @@ async def test_a_machine_without_ipv6(monkeypatch: pytest.MonkeyPatch, host: str
 
 
 async def test_a_port_that_is_free_in_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With port 0, if the port found for one family is taken in the other, another one is tried; not for ever."""
+    """Port 0 tries another port if the first is taken in the other family, but not for ever."""
     kernel = KernelWithout(monkeypatch, bind_error=errno.EADDRINUSE)
     with pytest.raises(OSError, match="bound") as info:
         await trio_udp.open_endpoints(0)
@@ -512,7 +512,7 @@ async def test_a_connected_socket(nursery: trio.Nursery) -> None:
         own, its = far_end.getsockname(), far_end.getpeername()
         assert (await ask(far_end, b"x")).decode() == f"{own} to {its}"
         assert repr(server) == f"<trio_udp.Server on {its} with 1 clients>"
-    # That nobody listens there any more is counted, and the server goes on.
+    # The closed port counts as an error, and the server goes on.
     (client,) = server.clients
     for _ in range(3):
         await client.send(b"refused")

@@ -43,7 +43,7 @@ async def test_options_and_network_conditions(
 
 
 async def test_another_client(udp_server: StartServer, simulated_network: SimulatedNetwork) -> None:
-    """The server is at the peer address of the first connection, for others to connect to."""
+    """The peer address of the first connection is the server's, so that a test can connect again."""
     first = await udp_server(shout)
     async with await simulated_network.connect(*first.peer_address[:2]) as second:
         await second.send(b"me too")
@@ -99,7 +99,7 @@ def test_without_trio(simulated_network):
 
 
 def test_what_fails_and_how(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plugin is there once the package is; a failing test shows the seed and the last events."""
+    """Installing the package installs the plugin; a failing test shows the seed and the last events."""
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     pytester.makeini("[pytest]\ntrio_mode = true\nfilterwarnings = error\n")
     pytester.makepyfile(TESTS_OF_A_USER)

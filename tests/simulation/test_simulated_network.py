@@ -426,7 +426,7 @@ async def test_forged_sources(autojump_clock: MockClock) -> None:
 
 
 async def test_there_is_no_socket(autojump_clock: MockClock) -> None:
-    """The ``socket`` of an endpoint or connection raises an OSError that says why there is none."""
+    """The ``socket`` attribute of a simulated endpoint or connection raises an OSError that gives the reason."""
     network = SimulatedNetwork()
     with pytest.raises(io.UnsupportedOperation, match="SimulatedNetwork"):
         _ = network.endpoint(*SERVER).socket
@@ -578,7 +578,7 @@ async def test_a_group(autojump_clock: MockClock) -> None:
 
 
 async def test_an_ipv6_group(autojump_clock: MockClock) -> None:
-    """An IPv6 group works alike; a link-local one has the interface as its scope."""
+    """An IPv6 group reaches every member, as an IPv4 group does; a link-local group has the interface as its scope."""
     network = SimulatedNetwork()
     for group, scope in (("ff02::fb", 1), ("ff05::fb", 0)):
         endpoint = network.endpoint("::", 5353)
@@ -860,7 +860,7 @@ async def test_send_does_not_lose_a_refusal(autojump_clock: MockClock) -> None:
     ],
 )
 async def test_own_hosts(bound: str, own_hosts: list[str], own: list[str], foreign: list[str]) -> None:
-    """The own hosts of an endpoint are the one it is bound to, its own_hosts, and all that nobody else has."""
+    """An endpoint's own hosts are its bound address, its own_hosts, and all addresses that no other endpoint has."""
     engine, _ = make_engine(bound, own_hosts=tuple(own_hosts))
     assert [host for host in own + foreign if engine.is_own_host((host, 999))] == own
 
@@ -990,7 +990,7 @@ def test_outside_of_trio() -> None:
         network.inject(b"x", ALICE, SERVER)
 
 
-# Ends in the middle.
+# Interrupted runs.
 
 
 async def test_a_cancelled_connect_takes_no_address() -> None:
@@ -1078,7 +1078,7 @@ def test_a_program_that_is_interrupted() -> None:
         run(main)
 
 
-# All of it together.
+# All conditions together.
 
 conditions = st.fixed_dictionaries(
     {

@@ -11,7 +11,7 @@ GUIDE = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
 CODE = "\n\n".join(re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL))
 
 
-# To find a fault is enough; to look for the mildest weather in which it shows takes Hypothesis a minute.
+# Finding a fault is enough: shrinking it to the mildest network conditions takes Hypothesis a minute.
 QUICK = """
 from hypothesis import Phase, settings
 settings.register_profile("quick", phases=[Phase.generate])

@@ -1,18 +1,18 @@
-"""Where datagrams come from and go to: the only part of the package that knows sockets.
+"""Endpoints: the only part of the package that knows sockets.
 
-_endpoint.py    what users see of a bound socket
-_reader.py      the way in: waiting, batches
-_one_by_one.py  the way in where no server runs: a datagram at a time
-_outbox.py      the way out: order, waiting for room
-_counts.py      running counts of what was sent, and of errors
+_endpoint.py    Endpoint, the public face of a bound socket
+_reader.py      receiving for a server: waiting, batches
+_one_by_one.py  receiving without a server: one datagram at a time
+_outbox.py      sending: order, waiting for room
+_counts.py      running counts of sent datagrams and of errors
 _turn.py        how much a task may do before other tasks run
-_datagram.py    one datagram, as users see it
-_addressed.py   datagrams that the program itself addresses
+_datagram.py    Datagram, the public view of one datagram
+_addressed.py   send_to: datagrams that the program itself addresses
 _open.py        from a host and a port to endpoints
-_sources.py     source addresses that are not to be answered
-_buffers.py     receive buffers: asking for them, and the warning where they are small
-_faults.py      what each error of a socket means
-_address.py     addresses: their forms, and what can be sent to them
+_sources.py     source addresses that are refused or never answered
+_buffers.py     buffer sizes: requests, and the warning about a small one
+_faults.py      the meaning of each socket error
+_address.py     addresses: their forms and kinds
 engines/        the code that makes the system calls
 """
 

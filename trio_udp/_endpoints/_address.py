@@ -1,7 +1,7 @@
 """Addresses: parsing, packing, and the kinds that matter to a server. Pure functions that make no system call.
 
-The functions take the address of any datagram socket. That of a Unix-domain socket is not a tuple but a path, an
-abstract name or ``None``. It is of no kind, and only ``numeric_address`` and ``pack_address`` fail on it.
+The functions take the address of any datagram socket. The address of a Unix-domain socket is not a tuple but a path,
+an abstract name or ``None``. It is of no kind. Only ``numeric_address`` and ``pack_address`` fail on it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAPPED_BYTES = bytes(10) + b"\xff\xff"
 
 
 def is_internet(address: Address) -> bool:
-    """Tell an IPv4 or IPv6 address from that of a Unix-domain socket."""
+    """Tell whether an address is of IPv4 or IPv6, not of a Unix-domain socket."""
     return isinstance(address, tuple)
 
 
@@ -104,7 +104,7 @@ def is_link_local(address: Address) -> bool:
 
 
 def host_bytes(address: Address) -> bytes:
-    """Return the host of an address as it stands in a packet: 4 bytes for IPv4, mapped or not, and 16 for IPv6.
+    """Return the host of an address in network form: 4 bytes for IPv4, mapped or not, and 16 for IPv6.
 
     A Unix-domain socket counts as a host by itself: a hash of its name.
     """
@@ -115,7 +115,7 @@ def network_of(host: bytes, ipv4_bits: int, ipv6_bits: int) -> bytes:
     """Return a key for the part of the network that a host is in: the first bits of its address."""
     bits = ipv4_bits if len(host) == 4 else ipv6_bits
     whole, rest = divmod(bits, 8)
-    # Bytes, not a number: strangers choose it, and can compute which numbers collide in a dict.
+    # Bytes, not a number: strangers choose the key, and can compute which numbers collide in a dict.
     network = host[:whole]
     if rest:
         network += bytes([host[whole] & 0xFF00 >> rest & 0xFF])
@@ -141,7 +141,7 @@ def describe(address: Address) -> str:
 
 
 def numeric_address(address: Address) -> Address:
-    """Check an address that the user gives, and return it as the kernel would. Never looks up a name: that can block.
+    """Check an address from the user, and return it in the kernel's form. Never looks up a name: that can block.
 
     Raises:
       TypeError, ValueError: It is not a numeric host and a port, with flow information and scope allowed for IPv6.
@@ -191,7 +191,7 @@ def pack_address(address: Address, family: int) -> bytes:
 
 
 def unpack_address(raw: bytes) -> Address:
-    """Turn such a structure back into an address; further bytes may follow it."""
+    """Turn a ``sockaddr_in`` or ``sockaddr_in6`` into an address; further bytes may follow the structure."""
     if raw[:2] == _IPV4_FAMILY:
         port, host = _IPV4_REST.unpack_from(raw, 2)
         return socket.inet_ntoa(host), port

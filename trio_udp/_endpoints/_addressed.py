@@ -1,6 +1,6 @@
 """Datagrams that the program itself addresses: ``Server.send_to`` and ``Endpoint.send_to``.
 
-Their errors are the program's own doing, so the kernel's answer is raised. Errors of replies are only counted.
+The program chose the address, so the kernel's error is raised. Errors of replies are only counted.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Way: TypeAlias = tuple[Outbox, Route]
 def find_way(outboxes: Sequence[Outbox], address: Address, local_address: Address | None) -> Way:
     """Choose the socket to send from, and the route.
 
-    An IPv4 address goes out of an IPv4 socket, also where it is written as mapped into IPv6; or of an IPv6 socket that
-    carries both. Where several sockets fit, ``local_address`` decides, then the order.
+    An IPv4 address, mapped into IPv6 or not, leaves from an IPv4 socket or from an IPv6 socket that carries both. Of
+    several suitable sockets, ``local_address`` decides, then the order.
 
     Raises:
       TypeError, ValueError: Not numeric addresses, or no socket fits.
@@ -72,7 +72,7 @@ def _plain(address: Address) -> Address:
 
 
 def _as_seen_by(engine: Engine, address: Address) -> Address | None:
-    """Return an address in the form that a socket takes; ``None`` if it takes it in none."""
+    """Return an address in the form that a socket takes; ``None`` if the socket cannot send to it."""
     if engine.connected or not isinstance(engine.bound_address, tuple):
         return None
     if family_of(address) == engine.family:
@@ -83,7 +83,7 @@ def _as_seen_by(engine: Engine, address: Address) -> Address | None:
 def _is_dual_stack(engine: Engine) -> bool:
     try:
         return engine.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 0
-    except OSError:  # closed, or a simulated network, which has no such thing
+    except OSError:  # closed, or a simulated network, which has no options
         return False
 
 
@@ -96,7 +96,7 @@ def _can_send_from(engine: Engine, local: Address) -> bool:
 
 
 def _would_send_from(outbox: Outbox, target: Address, local: Address) -> bool:
-    """Whether the kernel would send from an address anyway. This finds the right one of sockets bound to interfaces."""
+    """Whether the kernel would choose an address itself. This finds the right one of sockets bound to interfaces."""
     try:
         return _plain(outbox.engine.source_for(target))[0] == local[0]
     except OSError:

@@ -57,13 +57,13 @@ def request_receive_buffer(sock: socket.socket | trio.socket.SocketType, size: i
 
 
 def granted_receive_buffer(sock: socket.socket | trio.socket.SocketType) -> int:
-    """Return the bytes of receive buffer that the kernel has granted, in the measure of ``SO_RCVBUF``."""
+    """Return the bytes of receive buffer that the kernel has granted, in the units that ``SO_RCVBUF`` is set in."""
     size = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-    return size // 2 if sys.platform == "linux" else size  # Linux doubles what it is asked for, see socket(7)
+    return size // 2 if sys.platform == "linux" else size  # Linux doubles the requested size, see socket(7)
 
 
 def warn_of_small_buffer(requested: int, granted: int) -> None:
-    """Log, once, that the kernel has granted less than half of a receive buffer, with the setting to change."""
+    """Log once that the kernel has granted less than half of a receive buffer, and name the setting to change."""
     if granted >= requested / 2:
         return
     setting = "net.core.rmem_max" if sys.platform == "linux" else "kern.ipc.maxsockbuf"

@@ -1,4 +1,4 @@
-"""Running counts of what was sent, and of errors."""
+"""Running counts of sent datagrams and of errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import attrs
 
 @attrs.define(eq=False)
 class Sender:
-    """Running counts of what was sent for one client, one connection, or the program itself."""
+    """Running counts of the datagrams sent by one client, one connection, or the program itself."""
 
     sent: int = attrs.field(default=0, init=False)
     bytes_sent: int = attrs.field(default=0, init=False)
@@ -34,7 +34,7 @@ class Sender:
 
 @attrs.define(eq=False)
 class SocketCounts(Sender):
-    """Running counts of what one socket has sent, and of its errors in both directions."""
+    """Running counts of the datagrams that one socket has sent, and of its errors in both directions."""
 
     receive_errors: int = attrs.field(default=0, init=False)
 

@@ -1,4 +1,4 @@
-"""One datagram that has arrived, as users see it."""
+"""Datagram: the public view of one datagram that has arrived."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @attrs.define(eq=False)
 class Origin:
-    """Where datagrams come from: one endpoint, and the server on it if there is one.
+    """The endpoint that datagrams arrive on, and the server on it if there is one.
 
     Attributes:
-      amplification: How many times a datagram's bytes its replies may have; ``None`` for any number.
-      withheld: Replies that were not sent because of it.
+      amplification: The bytes of a datagram's replies are at most this many times its own; ``None`` for no limit.
+      withheld: Replies not sent because of ``amplification``.
       in_accept: ``accept`` is looking at a datagram.
     """
 
@@ -40,8 +40,8 @@ class Origin:
 class Datagram(metaclass=NoPublicConstructor):
     """One datagram that has arrived: its payload, where it came from and where it was sent to, and a way to reply.
 
-    Given to ``accept``, to a :func:`datagram_handler` and by :meth:`Endpoint.receive`. It may be kept, and answered for
-    as long as its endpoint is open. Addresses are decoded when they are asked for.
+    ``accept`` and a :func:`datagram_handler` are called with one, and :meth:`Endpoint.receive` returns one. The program
+    may keep it, and reply to it while its endpoint is open. Addresses are decoded on access.
 
     Attributes:
       payload: The bytes; ``b""`` is a datagram like any other.
@@ -100,11 +100,11 @@ class Datagram(metaclass=NoPublicConstructor):
     async def reply(self, payload: Payload) -> None:
         """Send one datagram to where this one came from, from where it was sent to.
 
-        Waits while the send buffer is full, first come first served. The network's answers (unreachable, refused) are
-        counted in the endpoint's statistics and not raised. All replies together may have at most
-        ``Limits.amplification`` times the bytes of this datagram, if that is set; a reply beyond it is not sent and
-        counted as ``sends_withheld``. A datagram whose source is port 0 or the unspecified address cannot be answered:
-        the reply is counted as a send error.
+        Waits while the send buffer is full, first come first served. Network errors (unreachable, refused) are counted
+        in the endpoint's statistics and not raised. ``Limits.amplification``, if set, limits all replies together to
+        that many times the bytes of this datagram; a reply beyond the limit is not sent, and counted as
+        ``sends_withheld``. A datagram from port 0 or the unspecified address cannot be answered: the reply is counted
+        as a send error.
 
         Raises:
           OSError: ``EMSGSIZE``: longer than a UDP datagram can be.
@@ -161,7 +161,7 @@ class Datagram(metaclass=NoPublicConstructor):
 
 
 def new_datagram(received: Received, origin: Origin) -> Datagram:
-    """Return what was read as users see it."""
+    """Make the public view of a datagram that was read."""
     payload, route, ancillary = received
     datagram: Datagram = make_datagram(payload, route, ancillary, origin)
     return datagram
@@ -172,5 +172,5 @@ def route_of(datagram: Datagram) -> Route:
     return datagram._route
 
 
-# Without a call of ours in between: one is made for every datagram of a stateless server.
+# Calls the constructor in C: a stateless server makes one for every datagram.
 make_datagram: Any = partial(type.__call__, Datagram)

@@ -1,4 +1,4 @@
-"""A bound socket, as users see it: its address, its counters, and without a server a way to receive and send."""
+"""Endpoint: the public face of a bound socket, with its address, its counters, and receiving without a server."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
 
     Made by :func:`open_endpoints` or :meth:`from_socket`.
 
-    An endpoint that no server runs on is a datagram socket by itself: one task receives from it (:meth:`receive`,
-    ``async for datagram in endpoint``), all datagrams in arrival order whoever sent them. Sending is always allowed.
+    An endpoint that no server runs on is a datagram socket by itself: one task receives the datagrams of all senders
+    (:meth:`receive`, ``async for datagram in endpoint``), in arrival order. Sending is always allowed.
     """
 
     __slots__ = ("__weakref__", "_reader", "_receive_buffer_requested")
@@ -46,16 +46,16 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         max_datagram_size: int = 65_535,
         receive_buffer: int | None = None,
     ) -> Endpoint:
-        """Make an endpoint of a bound datagram socket that someone else opened.
+        """Make an endpoint of a bound datagram socket that other code opened.
 
-        The endpoint owns the socket from now on: it is made non-blocking, for all who hold it, and closed with the
-        endpoint. (Closing a ``socket.socket`` that was passed in directly goes unnoticed until something arrives: Trio
-        is not told.)
+        The endpoint owns the socket from now on, makes it non-blocking for every process that holds it, and closes it.
+        (If the program closes a ``socket.socket`` that it passed in, the endpoint notices only when something arrives,
+        because Trio is not told.)
 
         Args:
           sock: A ``socket.socket`` or ``trio.socket`` of type ``SOCK_DGRAM``. An inherited one may be blocking.
-          shared: Others hold the same socket and read it after us: systemd, a supervisor, the next worker. Its UDP_GRO
-            option is left as it is, and nothing is read once a server on it stops, so that what arrives waits for the
+          shared: Another process (systemd, a supervisor, the next worker) holds the same socket and reads it after us.
+            The UDP_GRO option stays as it is. A server on it reads nothing once it stops, so datagrams wait for the
             next reader. Two readers at the same time would each get part of every conversation.
           max_datagram_size: Longest payload to accept, in bytes; longer datagrams are counted as truncated.
           receive_buffer: Bytes of kernel memory to ask for (``SO_RCVBUF``); by default it is left as it is.
@@ -64,7 +64,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
           TypeError, ValueError: It is not a socket, not a datagram socket, or not bound.
         """
         check_max_datagram_size(max_datagram_size)
-        # A trio.socket may also come from a socket factory of the user's, and have no socket inside.
+        # A Trio socket from the user's own socket factory may have no socket inside.
         if not isinstance(getattr(sock, "_sock", sock), stdlib_socket.socket):
             raise TypeError(f"expected a socket of the operating system, not a {type(sock).__name__}")
         if sock.type != stdlib_socket.SOCK_DGRAM:
@@ -116,7 +116,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         )
 
     async def receive(self) -> Datagram:
-        """Wait for the next datagram, whoever sent it, and return it. ``async for datagram in endpoint`` does the same.
+        """Wait for the next datagram from any sender, and return it; ``async for`` on the endpoint does the same.
 
         Raises:
           trio.ClosedResourceError: The endpoint is closed. Only this ends ``async for``, which raises it too.
@@ -171,7 +171,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         send_on_nowait(find_way([self._reader.outbox], address, local_address), payload)
 
     def close(self) -> None:
-        """Close the socket; replies that were collected leave if the kernel takes them now. Idempotent."""
+        """Close the socket. Collected replies are sent if the kernel takes them now. Idempotent."""
         try:
             self._reader.outbox.close()
         finally:
@@ -187,11 +187,11 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
 
 
 def make_endpoint(engine: Engine, *, shared: bool = False, receive_buffer_requested: int = 0) -> Endpoint:
-    """Make an endpoint of an engine, as :meth:`Endpoint.from_socket` does of a socket."""
+    """Make an endpoint of an engine."""
     outbox = Outbox(engine, FaultLog())
     return create(Endpoint, Reader(engine, outbox, shared), receive_buffer_requested)
 
 
 def reader_of(endpoint: Endpoint) -> Reader:
-    """Return what reads an endpoint; for the rest of this package."""
+    """Return the reader of an endpoint; for the rest of this package."""
     return endpoint._reader

@@ -1,4 +1,4 @@
-"""The way in from a socket that no server runs on: one task takes one datagram at a time."""
+"""Receiving from a socket that no server runs on: one task takes one datagram at a time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .engines import Received
 
 @attrs.define(eq=False)
 class OneByOne:
-    """Hands out what a :class:`Reader` reads.
+    """Returns the datagrams of a :class:`Reader` one at a time.
 
     Attributes:
-      tells_refusals: Raise ``ConnectionRefusedError`` where the peer of a connected socket refused something, once.
+      tells_refusals: Raise ``ConnectionRefusedError`` once for each refusal by the peer of a connected socket.
     """
 
     reader: Reader
@@ -23,12 +23,12 @@ class OneByOne:
     async def next(self) -> Received:
         """Wait for the next datagram and return it.
 
-        Always notices cancellation, and then loses nothing. Other tasks run at least once in a batch of 64.
+        Always notices cancellation, and never loses a datagram. Other tasks run at least once in a batch of 64.
 
         Raises:
           trio.ClosedResourceError: The endpoint is closed.
           trio.BusyResourceError: A server, or another task, receives from it.
-          ConnectionRefusedError: Where refusals are told: the peer refused something that was sent earlier.
+          ConnectionRefusedError: With ``tells_refusals``: the peer refused an earlier datagram.
         """
         reader = self.reader
         reader.outbox.check_open()
@@ -36,6 +36,8 @@ class OneByOne:
             await trio.lowlevel.checkpoint_if_cancelled()
         else:
             await self._read_ahead()
+            if not reader.ahead:  # closed, and so discarded, just after it was read
+                raise trio.ClosedResourceError("this endpoint is closed")
         reader.outbox.turn.sent = 0
         return reader.ahead.popleft()
 
@@ -53,13 +55,16 @@ class OneByOne:
         return reader.ahead.popleft()
 
     def raise_refusal(self) -> None:
-        """Raise the refusal by the peer that nobody was told of, if there is one and it is to be told."""
+        """Raise a pending refusal by the peer, if there is one; without ``tells_refusals`` discard it."""
         refusal, self.reader.refusal = self.reader.refusal, None
         if refusal is not None and self.tells_refusals:
-            raise refusal
+            try:
+                raise refusal
+            finally:
+                del refusal  # or it would keep this frame, and this frame it
 
     async def _read_ahead(self) -> None:
-        """Let other tasks run, until a batch has arrived."""
+        """Wait until a batch has arrived, and read it ahead. Other tasks run meanwhile."""
         reader = self.reader
         self._check_not_served()
         if reader.awaited:
@@ -70,7 +75,7 @@ class OneByOne:
             while not reader.ahead:
                 reader.outbox.check_open()
                 if self._read_ahead_nowait():
-                    # Not to be cancelled: what was read is received, even if the caller has just given up.
+                    # Shielded: a datagram that was read is returned, even if the caller is cancelled now.
                     await trio.lowlevel.cancel_shielded_checkpoint()
                     return
                 if reader.back_off.persists() and reader.engine.is_readable():
@@ -81,15 +86,12 @@ class OneByOne:
             reader.awaited = False
 
     def _read_ahead_nowait(self) -> bool:
-        """Read a batch, if one has arrived; tell whether there is something to hand out."""
+        """Read ahead the batch that has arrived; return whether there was one."""
         self.raise_refusal()
         batch: list[Received] = []
         self.reader.read(batch)
         self.reader.ahead.extend(batch)
-        if batch:
-            self.reader.back_off.read_something()
-        else:
-            self.reader.back_off.read_nothing()
+        if not batch:
             self.raise_refusal()
         return bool(batch)
 

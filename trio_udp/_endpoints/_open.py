@@ -32,11 +32,11 @@ from .engines import engine_for
 # This machine, or this process, lacks the address family. Other families are served without it.
 NO_SUCH_FAMILY = {errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT}
 
-# How often to look for a port that is free in every family, for port=0, before giving up.
+# Attempts to find a port that is free in every family, for port=0.
 PORT_ATTEMPTS = 20
 
-# Options that let several sockets bind one port. At each bind the kernel looks at them, on both sockets. (On Windows
-# they are not to be set after a bind.)
+# Options that let several sockets bind one port. The kernel checks them at each bind, on both sockets. (On Windows
+# they cannot be set after a bind.)
 SHARING_OPTIONS = [
     getattr(socket, name)
     for name in ("SO_REUSEPORT", "SO_REUSEADDR")
@@ -68,8 +68,8 @@ async def open_endpoints(
         clients over them. Without it a second bind fails.
       max_datagram_size: Longest payload to accept, in bytes; longer datagrams are counted as truncated.
       receive_buffer: Bytes of kernel memory to ask for, for datagrams not yet read (``SO_RCVBUF``); 4 MiB by default.
-        The kernel grants at most what the system allows. If that is less than half, a warning is logged, once, that
-        names the setting; ``Endpoint.statistics()`` has both figures, and the datagrams lost for lack of room.
+        The kernel grants at most the system's maximum. If that is less than half, the log warns once and names the
+        setting. ``Endpoint.statistics()`` has both figures, and the number of datagrams that found no room.
       send_buffer: Bytes of kernel memory to ask for, for datagrams not yet sent (``SO_SNDBUF``).
       configure: Plain function, called with each ``socket.socket`` right before it is bound, after all other options
         are set: the place for any socket option. With ``port=0`` it may be called again, with new sockets, because the
@@ -80,10 +80,10 @@ async def open_endpoints(
 
     Raises:
       OSError: An address cannot be bound: the kernel's error, with the address in its message. Or the name is unknown.
-      TypeError, ValueError: An argument makes no sense, or the environment variable ``TRIO_UDP_ENGINE`` does not. It
-        chooses the engine: ``portable`` or ``linux``; by default the fastest that works here.
+      TypeError, ValueError: An argument is invalid, or the environment variable ``TRIO_UDP_ENGINE`` is. It chooses the
+        engine: ``portable`` or ``linux``; by default the fastest that works here.
 
-    After any error, one that ``configure`` raises included, nothing is left open.
+    After any error, including one that ``configure`` raises, no socket is left open.
     """
     _check_port(port, least=0)
     check_max_datagram_size(max_datagram_size)
@@ -177,7 +177,7 @@ async def open_connected_endpoint(
 
 
 class AddressError(Exception):
-    """The kernel does not bind, or connect to, an address. Not an ``OSError``, since ``configure`` may raise those."""
+    """The kernel cannot bind, or connect to, an address. Not an ``OSError``, because ``configure`` may raise those."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(error)
@@ -190,7 +190,7 @@ def _address_errors(action: str, address: Address) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # The errno decides about the class, so that does not change.
+        # OSError() chooses the subclass by errno, so this has the class of the original.
         named = OSError(error.errno, f"{error.strerror}: cannot {action} {describe(address)}")
         raise AddressError(named) from None
 
@@ -204,7 +204,7 @@ class Options:
     configure: Configure | None
 
     def set(self, sock: socket.socket) -> int:
-        """Set them, ``configure`` last; return the bytes of receive buffer that were asked for."""
+        """Set the options, ``configure`` last; return the bytes of receive buffer that were asked for."""
         if self.send_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.send_buffer)
         requested = request_receive_buffer(sock, self.receive_buffer)
@@ -216,7 +216,7 @@ class Options:
                     result.close()  # or Python warns that it was never awaited
                 raise TypeError(f"configure must be a plain function, but {self.configure!r} returned an awaitable")
             if granted_receive_buffer(sock) != granted:
-                return requested  # the user has chosen another size, which is no reason to warn
+                return requested  # configure has chosen another size: no warning
         warn_of_small_buffer(requested, granted)
         return requested
 

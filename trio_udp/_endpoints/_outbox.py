@@ -1,4 +1,4 @@
-"""The way out of one socket: a queue, the line of those who wait for room, and the counts of what was sent."""
+"""Sending on one socket: a queue, the line of tasks that wait for room, and the counts of sent datagrams."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ else:
 
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 
-# Seconds to wait when the socket polls as writable and sending still fails with EAGAIN. This happens on Unix-domain
-# sockets: there the peer's buffer is full, which polling does not show.
+# Seconds to wait when the socket polls as writable and sending still fails with EAGAIN. On Unix-domain sockets the
+# peer's buffer may be full, which polling does not show.
 FULL_THOUGH_WRITABLE = 0.01
 
 
@@ -42,7 +42,7 @@ class Outbox:
     can. The receive loop holds it from handing out a batch until it comes back for the next.
 
     Attributes:
-      own: Counts what no client and no connection has sent: ``send_to``, and replies to single datagrams.
+      own: Counts the datagrams of no client and no connection: ``send_to``, and replies to single datagrams.
     """
 
     engine: Engine
@@ -53,7 +53,7 @@ class Outbox:
     queue: list[Outgoing] = attrs.field(factory=list, init=False)
     held: bool = attrs.field(default=False, init=False)
 
-    # Trio lets one task at a time wait for a socket to become writable. The holder of this lock may; others queue here.
+    # Trio lets only one task wait for a socket to become writable: the holder of this lock. Others queue here.
     _line: trio.StrictFIFOLock = attrs.field(factory=trio.StrictFIFOLock, init=False)
     _stuck: trio.Event = attrs.field(factory=trio.Event, init=False)  # the queue met a full send buffer
 
@@ -65,31 +65,31 @@ class Outbox:
           TypeError: It is not bytes-like.
         """
         if type(payload) is not bytes:
-            # Through memoryview, because bytes(5) and bytes([1, 2]) work too, and mean something else.
+            # memoryview rejects numbers and lists: bytes(5) and bytes([1, 2]) would work, and mean something else.
             payload = bytes(memoryview(payload))
-        # Every route carries as much as IPv4 does. Asking for the limit of this one costs more than everything else.
+        # Every route carries at least as much as IPv4. Computing this route's limit would cost more than the rest.
         if len(payload) > MAX_PAYLOAD_IPV4 and len(payload) > self.engine.max_payload(route):
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
         return payload
 
     def hold(self) -> None:
-        """Collect replies until :meth:`release`. Worth it for more than one; a single reply is better off at once."""
+        """Collect replies until :meth:`release`. Worth it for several replies; a single one should leave at once."""
         self.held = not self._line.locked()
 
     def release(self) -> None:
-        """Send what was collected, and from now on at once."""
+        """Send the collected replies, and every later one at once."""
         self.held = False
         self.send_collected()
 
     def send_collected(self) -> None:
-        """Send what is in the queue; what finds no room leaves as soon as there is some."""
+        """Send the queue. Datagrams that find no room leave as soon as there is some."""
         if self.queue:
             self.flush()
             if self.queue:
                 self._stuck.set()
 
     def send(self, outgoing: list[Outgoing]) -> int:
-        """Send datagrams after those sent before, as many as there is room for; return how many.
+        """Send as many datagrams as there is room for, after all earlier ones; return how many.
 
         Errors are counted for each datagram's sender.
 
@@ -104,7 +104,7 @@ class Outbox:
         return self._send_now(outgoing)
 
     def send_or_drop(self, outgoing: list[Outgoing]) -> list[Outgoing]:
-        """Send replies to single datagrams; return those that find no room, counted under ``EAGAIN``."""
+        """Send datagrams, and drop those that find no room, counted under ``EAGAIN``; return the dropped ones."""
         if self.engine.closed:
             return []
         unsent = outgoing[self.send(outgoing) :]
@@ -115,18 +115,18 @@ class Outbox:
     def send_or_raise(self, outgoing: list[Outgoing]) -> int:
         """Send datagrams that the program itself addresses: like :meth:`send`, but the kernel's error is raised.
 
-        An error is tried once more. One that goes away was the answer to an earlier datagram and is only counted,
-        except a refusal on a connected socket, which is raised at once. The datagrams before the failed one have been
-        sent.
+        After an error the datagram is tried once more. An error that goes away was the answer to an earlier datagram
+        and is only counted. A refusal on a connected socket is raised at once. The datagrams before the failed one have
+        been sent.
         """
         if self._line.locked() and not self.held:
             return 0
         return self._send_now_or_raise(outgoing)
 
     async def wait_for_room(self, outgoing: Outgoing, *, raising: bool = False) -> None:
-        """Send a datagram for which there was no room: wait for it, first come first served.
+        """Wait for room, first come first served, and send a datagram.
 
-        Cancelling it means that the datagram is not sent.
+        If the wait is cancelled, the datagram is not sent.
 
         Args:
           raising: Raise the kernel's error, as :meth:`send_or_raise` does.
@@ -141,7 +141,7 @@ class Outbox:
 
     async def empty(self) -> None:
         """Wait until the queue is empty, or the endpoint closed."""
-        self.held = False  # or replies would get into the queue ahead of those who stand in line
+        self.held = False  # or replies would enter the queue ahead of the tasks in line
         with suppress(trio.ClosedResourceError):
             async with self._line:
                 while self.queue:
@@ -158,7 +158,7 @@ class Outbox:
             self._stuck = trio.Event()
 
     def flush(self) -> None:
-        """Send what is in the queue, as far as the kernel takes it now."""
+        """Send as much of the queue as the kernel takes now."""
         queue = self.queue
         tried_again: Outgoing | None = None
         while queue:
@@ -169,7 +169,7 @@ class Outbox:
                 if fault is Fault.CLOSED:
                     self.abandon(error)
                 if fault in (Fault.CLOSED, Fault.WAIT):
-                    self.held = False  # so that the next sender is told at once
+                    self.held = False  # so that the next sender learns of it at once
                     return
                 if fault is Fault.ANSWER and queue[0] is not tried_again and self.engine.family in INTERNET:
                     # The answer to an earlier datagram; this one has not been tried yet. See udp(7).
@@ -178,7 +178,7 @@ class Outbox:
                 else:
                     self._count_send_error(queue.pop(0), error)
             except (TypeError, ValueError, OverflowError) as error:
-                # Not an address that can be sent to, such as that of a Unix-domain socket which has none.
+                # The address cannot be sent to: an unbound Unix-domain socket has none.
                 self._count_send_error(queue.pop(0), OSError(errno.EDESTADDRREQ, str(error)))
             else:
                 self._count_sent(queue if count == len(queue) else queue[:count])
@@ -191,7 +191,7 @@ class Outbox:
         self.counts.count_send_error(error)
 
     def close(self) -> None:
-        """Send what the kernel takes now, and count the rest as lost for want of room."""
+        """Send what the kernel takes now, and count the rest as send errors (``EAGAIN``)."""
         self.release()
         for outgoing in self.queue:
             self._count_send_error(outgoing, OSError(errno.EAGAIN, "closed before the send buffer had room"))
@@ -202,11 +202,12 @@ class Outbox:
             raise trio.ClosedResourceError("this endpoint is closed")
 
     def abandon(self, error: OSError) -> None:
-        """End, because the file descriptor is gone. Log it if something else than the endpoint has closed it."""
+        """End because the file descriptor is gone. Log it unless the endpoint itself has closed it."""
         if not self.engine.closed:
             self.log.count(error)
             self.log.write(describe(self.engine.bound_address), error, reason_for(error))
         self.engine.abandon()
+        self._stuck.set()
 
     def _send_now(self, outgoing: list[Outgoing]) -> int:
         queue = self.queue
@@ -214,7 +215,7 @@ class Outbox:
         self.flush()
         if not queue:
             return len(outgoing)
-        # First in, first out: what is left is the last of ours, and before that perhaps something older.
+        # First in, first out: the datagrams left are the last of ours, perhaps after older ones.
         left = min(len(queue), len(outgoing))
         del queue[-left:]
         if queue:
@@ -229,32 +230,36 @@ class Outbox:
             return 0
         taken = 0
         first_error: OSError | None = None  # of the datagram that is tried again
-        while taken < len(outgoing):
-            try:
-                count = self.engine.send(outgoing[taken:])
-            except OSError as error:
-                fault = fault_of(error)
-                if fault is Fault.CLOSED:
-                    self.abandon(error)
-                    self.check_open()
-                if fault is Fault.WAIT:
+        try:
+            while taken < len(outgoing):
+                try:
+                    count = self.engine.send(outgoing[taken:])
+                except OSError as error:
+                    fault = fault_of(error)
+                    if fault is Fault.CLOSED:
+                        self.abandon(error)
+                        self.check_open()
+                    if fault is Fault.WAIT:
+                        return taken
+                    if self.engine.connected and isinstance(error, ConnectionRefusedError):
+                        self._count_receive_error(error)
+                        raise
                     if first_error is not None:
+                        first_error = None
+                        self._count_send_error(outgoing[taken], error)
+                        raise
+                    first_error = error
+                else:
+                    if first_error is not None:  # it has gone away: an answer to an earlier datagram
                         self._count_receive_error(first_error)
-                    return taken
-                if self.engine.connected and isinstance(error, ConnectionRefusedError):
-                    self._count_receive_error(error)
-                    raise
-                if first_error is not None:
-                    self._count_send_error(outgoing[taken], error)
-                    raise
-                first_error = error
-                continue
+                        first_error = None
+                    self._count_sent(outgoing[taken : taken + count])
+                    taken += count
+            return taken
+        finally:
             if first_error is not None:
                 self._count_receive_error(first_error)
-                first_error = None
-            self._count_sent(outgoing[taken : taken + count])
-            taken += count
-        return taken
+            del first_error  # or it would keep this frame, and this frame it
 
     def _count_sent(self, sent: Sequence[Outgoing]) -> None:
         total = 0

@@ -1,4 +1,4 @@
-"""The way in from one socket: waiting for datagrams and reading them in batches.
+"""Receiving from one socket: waiting for datagrams and reading them in batches.
 
 A server's receive loop reads with :meth:`Reader.receive_batch`. Where no server runs, see _one_by_one.py.
 """
@@ -15,21 +15,22 @@ from ._faults import Fault, fault_of, reason_for
 from ._outbox import Outbox
 from .engines import BATCH, Engine, Received
 
-# A socket that polls as readable has something to read, even if it is only the answer to something sent earlier. If
-# more reads in a row than this gave nothing, and there is still an error or the socket still polls as readable, then
-# the fault persists (one is IP_RECVERR with nobody reading the error queue): look only once in PAUSE seconds, to spare
-# the CPU. No stranger can cause this: a datagram with a wrong checksum polls as readable and gives nothing, but then it
-# is gone.
+# A socket that polls as readable has something to read: a datagram, or the answer to an earlier one. If more than
+# FRUITLESS_READS reads in a row give nothing, and reading still fails or the socket still polls as readable, the fault
+# persists, for example IP_RECVERR with an error queue that is never read. Then read only once in PAUSE seconds, to
+# spare the CPU. Strangers cannot cause this: a datagram with a wrong checksum polls as readable and gives nothing, but
+# then it is gone.
 FRUITLESS_READS = 8
 PAUSE = 0.1
 
-# Reads in a row that gave answers to something sent earlier, and nothing else. More than this are not the network's.
+# Most reads in a row that give only answers to earlier datagrams. Beyond that the error persists, regardless of its
+# cause.
 MANY_ANSWERS = 1_024
 
 
 @attrs.define(eq=False)
 class BackOff:
-    """Tells a fault that persists from one that passes, so that reading does not burn the CPU or fill the log."""
+    """Distinguishes persistent faults from passing ones, so that reading does not burn the CPU or fill the log."""
 
     _fruitless_reads: int = attrs.field(default=0, init=False)
     _answers: int = attrs.field(default=0, init=False)
@@ -41,7 +42,7 @@ class BackOff:
         self._fruitless_reads += 1
 
     def read_answer(self) -> bool:
-        """Note the network's answer to something sent earlier. False if there have been too many in a row."""
+        """Note an answer to an earlier datagram. Return false if there were too many in a row."""
         if self._answers == MANY_ANSWERS:
             return False
         self._answers += 1
@@ -49,7 +50,7 @@ class BackOff:
         return True
 
     def persists(self, reads: int = 0) -> bool:
-        """Whether there have been too many, counting so many more that are not noted yet."""
+        """Whether too many reads in a row gave nothing, ``reads`` more included that are not noted yet."""
         return self._fruitless_reads + reads > FRUITLESS_READS
 
 
@@ -58,13 +59,13 @@ class Reader:
     """Reads one socket.
 
     Attributes:
-      shared: Others hold the same socket and read it after us.
+      shared: Another process holds the same socket and reads it after us.
       served: A server runs on the endpoint.
-      awaited: A task waits for a datagram, where no server runs.
-      finished: Nothing is read any more; what arrives stays in the kernel.
-      ahead: Datagrams that were read and not handed out: a task without a server takes one at a time.
-      refusal: The last time that the peer of a connected socket refused something, as long as nobody was told.
-      back_off: What reading has come to.
+      awaited: A task waits for a datagram in :class:`OneByOne`.
+      finished: The kernel is not read any more; datagrams that arrive stay there.
+      ahead: Datagrams that were read and not yet handed out: :class:`OneByOne` returns one at a time.
+      refusal: The last refusal by the peer of a connected socket, until it is raised.
+      back_off: Whether reading should pause.
     """
 
     engine: Engine
@@ -81,8 +82,8 @@ class Reader:
     async def receive_batch(self, *, wait: bool = True) -> list[Received]:
         """Wait until datagrams have arrived; return at least one, at most ``BATCH``, in arrival order.
 
-        Sends what the outbox has collected meanwhile. Checkpoints before it reads and never after, so that cancellation
-        loses nothing.
+        Also sends the replies that the outbox has collected. Checkpoints before it reads and never after, so that
+        cancellation loses no datagram.
 
         Args:
           wait: If false, return an empty list once the kernel has nothing more.
@@ -92,11 +93,11 @@ class Reader:
         """
         engine, outbox = self.engine, self.outbox
         batch: list[Received] = []
-        if self.ahead:  # from before the server took over
+        if self.ahead:  # read before the server took over
             await trio.lowlevel.checkpoint()
             return self.take_ahead(BATCH)
-        # Two passes of Trio's scheduler for replies to collect in: Trio runs the tasks of one pass in random order, so
-        # in the first this task may be back before the handlers that it has woken have run.
+        # Replies collect for two passes of Trio's scheduler. Trio runs the tasks of one pass in random order, so in the
+        # first pass this task may run before the handlers that it has woken.
         passes = 2 if outbox.held else 1 if self._may_have_more or not wait else 0
         while True:
             if passes:
@@ -112,16 +113,14 @@ class Reader:
                 outbox.send_collected()
             if self.finished and not engine.read_ahead:
                 return batch
-            received = engine.counts.received
             self._may_have_more = self.read(batch)
-            if engine.counts.received > received:  # a truncated datagram counts too
-                self.back_off.read_something()
             if batch:
                 outbox.held = False
                 return batch
-            self.back_off.read_nothing()
             if self.back_off.persists() and (self._may_have_more or engine.is_readable()):
                 outbox.release()
+                if not wait:
+                    return batch
                 outbox.turn.time = 0.0
                 await trio.sleep(PAUSE)
             passes = max(passes, self._may_have_more)
@@ -137,25 +136,25 @@ class Reader:
         self.served = True
 
     def take_ahead(self, most: int) -> list[Received]:
-        """Take what was read ahead, at most so many datagrams."""
+        """Remove and return at most ``most`` datagrams that were read ahead."""
         return [self.ahead.popleft() for _ in range(min(most, len(self.ahead)))]
-
-    def handed_out(self) -> tuple[int, int, int]:
-        """Count what was handed out so far: datagrams, their bytes, and datagrams that were truncated instead."""
-        counts = self.engine.counts
-        bytes_ahead = sum(len(payload) for payload, _, _ in self.ahead)
-        return counts.received - len(self.ahead), counts.bytes_received - bytes_ahead, counts.truncated
 
     def read(self, batch: list[Received]) -> bool:
         """Append what has arrived to ``batch``, without waiting. True if the kernel may have more."""
+        received = self.engine.counts.received
+        may_have_more = True
         try:
-            return not self.engine.receive(batch)
+            may_have_more = not self.engine.receive(batch)
         except OSError as error:
             if fault_of(error) is Fault.CLOSED:
                 self.outbox.abandon(error)
                 raise trio.ClosedResourceError("this endpoint is closed") from error
             self._count_error(error)
-        return True
+        if self.engine.counts.received > received:  # a truncated datagram counts too
+            self.back_off.read_something()
+        else:
+            self.back_off.read_nothing()
+        return may_have_more
 
     def _count_error(self, error: OSError) -> None:
         outbox = self.outbox
@@ -166,4 +165,4 @@ class Reader:
         if not is_passing_answer and (fault is Fault.MACHINE or self.back_off.persists(1)):
             outbox.log.write(describe(self.engine.bound_address), error, reason_for(error))
         if isinstance(error, ConnectionRefusedError):
-            self.refusal = error
+            self.refusal = error.with_traceback(None)  # or it would keep this frame, and this frame it

@@ -4,11 +4,11 @@ Anyone can forge the source of a datagram. A few forged sources turn a server ag
 
 - our own address and a port of ours: every answer is a new request, for ever (10,000 a second);
 - a group or a broadcast address: one answer goes to many machines;
-- port 0 or the unspecified address: legal (RFC 768; a DHCP client has no other), but an answer goes nowhere, or to a
-  service of this machine.
+- port 0 or the unspecified address: legal (RFC 768; a DHCP client has no other address), but an answer goes nowhere, or
+  to a service of this machine.
 
-The order of the questions is that of their costs. ``Engine.doubtful_source`` is asked about every stranger and says no
-for nearly all of them. The rest needs decoded addresses, and sometimes a system call, whose result is kept for a while.
+Cheap checks come first. ``Engine.doubtful_source`` checks every stranger and is false for nearly all of them. The other
+checks need decoded addresses and sometimes a system call, whose result is cached for a while.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from ._address import (
 )
 from .engines import Engine, Route
 
-# Answers to keep for each endpoint and question. Strangers choose how many hosts there are, so a full cache is emptied.
-# A question to the kernel costs 8 to 18 µs.
+# Cached results for each endpoint and check. Strangers choose how many hosts there are, so a full cache is emptied. A
+# check by the kernel costs 8 to 18 µs.
 HOSTS = 1_000
 
-# Seconds that an answer of the kernel's holds. A machine's addresses can change.
+# Seconds that a cached result is valid. A machine's addresses can change.
 LIFETIME = 10
 
 
@@ -52,7 +52,7 @@ class Source(enum.Enum):
 
 @attrs.define(eq=False)
 class Watch:
-    """An endpoint of the server, and the answers of the kernel about its sources."""
+    """An endpoint of the server, and the kernel's cached answers about its sources."""
 
     engine: Engine
     allows_broadcast: bool = False  # SO_BROADCAST is set: a directed broadcast would be sent
@@ -66,8 +66,8 @@ class Sources:
     """Decides about the sources of datagrams, for all endpoints of one server.
 
     A receive loop calls :meth:`refresh` once for each batch that has strangers in it, or for each batch if it keeps no
-    clients. Where that returns False the loop may ask ``engine.doubtful_source`` itself, and :meth:`verdict` only if
-    that is true, which saves a call for nearly every datagram::
+    clients. If it returns false, the loop may call ``engine.doubtful_source`` itself, and :meth:`verdict` only if that
+    is true, which saves a call for nearly every datagram::
 
         ask_all = sources.refresh(engine, now)
         for payload, route, ancillary in batch:
@@ -98,13 +98,13 @@ class Sources:
             self._watch_ports()
 
     def refresh(self, engine: Engine, now: float) -> bool:
-        """Look whether SO_BROADCAST is set on an endpoint, and forget old answers of the kernel. Costs 0.5 µs.
+        """Check whether SO_BROADCAST is set on an endpoint, and discard old cached results. Costs 0.5 µs.
 
         Args:
           now: Time in seconds, by any clock that does not go back.
 
         Returns:
-          True if :meth:`verdict` must be asked about every source, also those that ``doubtful_source`` finds innocent.
+          True if :meth:`verdict` must check every source, even where ``doubtful_source`` is false.
         """
         watch = self._watches[engine]
         if now >= watch.expires:
@@ -135,8 +135,8 @@ class Sources:
     def _is_to_many(self, watch: Watch, route: Route) -> bool:
         """Tell whether a datagram was sent to a group or a broadcast address.
 
-        There it may come from another program of this machine with the same port: all mDNS programs use 5353. If it is
-        forged there is still no loop, because our answer goes to one address and so is refused when it arrives.
+        Such a datagram may come from another program of this machine with the same port: all mDNS programs use 5353. A
+        forged one makes no loop, because our answer goes to a single address and is refused when it arrives.
         """
         to = watch.engine.destination(route)
         return is_multicast(to) or is_limited_broadcast(to) or _is_broadcast(watch, to, if_unknown=False)
@@ -154,12 +154,12 @@ def _is_own(watch: Watch, address: Address) -> bool:
 
 def _is_broadcast(watch: Watch, address: Address, *, if_unknown: bool) -> bool:
     if ":" in address[0] and not is_mapped(address):
-        return False  # IPv6 has none
+        return False  # IPv6 has no broadcast
     return _kept(watch.broadcast, watch.engine.is_broadcast, address, if_unknown)
 
 
 def _kept(answers: dict[str, bool], ask: Callable[[Address], bool], address: Address, if_unknown: bool) -> bool:
-    """Ask the kernel about an address, or return its last answer; ``if_unknown`` is the answer to be safe with."""
+    """Return the kernel's answer about an address, cached or new; ``if_unknown`` is the safe answer if asking fails."""
     host = unmapped(address)[0]
     if len(address) == 4 and address[3]:
         host = f"{host}%{address[3]}"

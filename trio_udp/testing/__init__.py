@@ -1,12 +1,12 @@
 """A network in memory for testing programs that speak UDP: no sockets, virtual time, random network conditions.
 
-_network.py      SimulatedNetwork: open endpoints on it, connect, inject, cut it in two. Read this first
+_network.py      SimulatedNetwork: open endpoints on it, connect, inject, partition it. Read this first
 _engine.py       an endpoint's engine over a simulated socket
-_wire.py         datagrams under way: when they arrive and at which sockets, and partitions
-_sockets.py      what the kernel keeps: buffers, and which socket has which address and which groups
-_conditions.py   loss, latency and so on: draw what happens to a datagram
+_wire.py         datagrams under way: arrival times, receiving sockets, partitions
+_sockets.py      the kernel's part: buffers, and the table of addresses and groups
+_conditions.py   loss, latency and so on: the random draw for each packet
 _packets.py      a datagram under way, and its fragments
-_addresses.py    the form in which the network compares addresses
+_addresses.py    addresses in the form in which the network compares them
 _timeline.py     recorded events, as values and as readable lines
 _scheduling.py   Trio's random task order
 

@@ -10,7 +10,7 @@ import attrs
 from ._packets import Packet
 from ._scheduling import check_seed
 
-# Seconds that a reordered datagram is held back, at most.
+# Most seconds that a reordered datagram is held back.
 HELD_BACK = 0.1
 
 # RFC 791: every link carries packets of at least this length.

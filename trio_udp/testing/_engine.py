@@ -73,6 +73,7 @@ class SimulatedEngine:
             if isinstance(arrived, OSError):
                 raise arrived
             payload, route = arrived
+            counts.messages += 1
             counts.received += 1
             if len(payload) <= self._max_datagram_size:
                 counts.bytes_received += len(payload)

@@ -1,4 +1,4 @@
-"""SimulatedNetwork: open endpoints and connections on it, join groups, inject datagrams, cut it in two."""
+"""SimulatedNetwork: open endpoints and connections on it, join groups, inject datagrams, partition it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from ._sockets import SimulatedSocket, SocketTable
 from ._timeline import DatagramEvent
 from ._wire import Partition, Wire
 
-# Where a connection is bound by default: addresses for documentation, and the ports that RFC 6335 reserves
-# for this.
+# Where a connection is bound by default: addresses for documentation, and the dynamic ports of RFC 6335.
 SOMEWHERE, SOMEWHERE_IPV6 = "198.51.100.1", "2001:db8::1"
 FREE_PORTS = range(49_152, 65_536)
 
@@ -159,9 +158,9 @@ class SimulatedNetwork(Conditions):
     def join(self, endpoint: Endpoint, group: str) -> None:
         """Let an endpoint of this network receive the datagrams to a group address, at its port.
 
-        As on Linux it has to be bound to ``"0.0.0.0"``, ``"::"`` or the group for that, and receives the datagrams that
-        it sends to the group itself, too. Each machine that has members gets its own copy of a datagram: it can be
-        lost, late or doubled for one and not for another. See ``own_hosts`` in :meth:`endpoint`.
+        As on Linux, the endpoint must be bound to ``"0.0.0.0"``, ``"::"`` or the group, and also receives the datagrams
+        that it sends to the group itself. Each machine with members gets its own copy of a datagram, which can be lost,
+        late or duplicated by itself. See ``own_hosts`` in :meth:`endpoint`.
 
         Raises:
           OSError: ``EADDRINUSE``: the endpoint is in the group already.
@@ -172,7 +171,7 @@ class SimulatedNetwork(Conditions):
         self._sockets.join(socket, host)
 
     def leave(self, endpoint: Endpoint, group: str) -> None:
-        """End what :meth:`join` began. Closing the endpoint does it too.
+        """Let an endpoint leave a group that it has joined. Closing the endpoint does so too.
 
         Raises:
           OSError: ``EADDRNOTAVAIL``: the endpoint is not in the group.
@@ -200,7 +199,7 @@ class SimulatedNetwork(Conditions):
     def partition(
         self, some: Iterable[Address], others: Iterable[Address] | None = None, *, error: int | None = None
     ) -> Partition:
-        """Cut some addresses off from others: nothing is sent or arrives, in either direction.
+        """Cut some addresses off from others: no datagram is sent or arrives between them, in either direction.
 
         Begins at once and lasts until :meth:`Partition.heal`, or until the end of a ``with`` block::
 
@@ -222,8 +221,8 @@ class SimulatedNetwork(Conditions):
     def fail_next_receive(self, address: Address, error: int) -> None:
         """Make one read fail with an errno, at the endpoint or connection at an address.
 
-        Datagrams that arrived before are read before. ``errno.EAGAIN`` stands for a datagram that was announced and is
-        then not there, as after a wrong checksum.
+        Datagrams that arrived before are read first. ``errno.EAGAIN`` simulates a datagram that polls as readable and
+        is then dropped, for example for its wrong checksum.
 
         Raises:
           ValueError: There is no endpoint at this address.

@@ -1,7 +1,7 @@
-"""What a kernel keeps: each socket's buffers, and the table of who has which address and who has joined which group.
+"""The kernel's part of a simulated network: each socket's buffers, and the table of addresses and groups.
 
-A socket is here apart from its engine because it can outlive it: a shared one waits, with its buffer, for the next
-endpoint. Nothing here knows time or the network; the callers pass the time in.
+A socket is separate from its engine because it can outlive the engine: a shared socket waits, with its buffer, for the
+next endpoint. Nothing here knows the clock or the network; callers pass the time in.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class SimulatedSocket:
     Attributes:
       own_hosts: The numeric addresses of its machine; empty if unknown. A socket bound to all addresses then has every
         address that no other socket has.
-      shared: It stays when its engine is closed.
-      peer: The address that it is connected to.
-      own_addresses: The addresses that it can send from, with its port. The first is the default, and the one at which
-        it receives groups and broadcasts.
+      shared: The socket stays open when its engine is closed.
+      peer: The address that the socket is connected to.
+      own_addresses: The addresses that the socket can send from, with its port. The first is the default, and receives
+        groups and broadcasts.
       waiting: Tasks that wait to read or write.
     """
 
@@ -62,7 +62,7 @@ class SimulatedSocket:
     # Receiving.
 
     def put(self, payload: bytes, route: SimulatedRoute) -> bool:
-        """Take in a datagram; False if the receive buffer is full. As on Linux, the last datagram may overflow it."""
+        """Add a datagram; return False if the receive buffer is full. As on Linux, the last one may overflow it."""
         if self.arrived_bytes >= self.receive_buffer:
             self.dropped += 1
             return False
@@ -127,7 +127,7 @@ class SimulatedSocket:
 
     @property
     def is_of_machine(self) -> bool:
-        """Whether it is bound to all addresses of its machine, or to a group, and not to one address."""
+        """Whether the socket is bound to all addresses of its machine or to a group, not to one address."""
         return is_unspecified(self.bound_address) or reaches_many(self.bound_address)
 
     def at_host(self, host: str) -> Address:
@@ -135,18 +135,18 @@ class SimulatedSocket:
         return normal(cast("Address", (host, *self.bound_address[1:])))
 
     def source_for(self, peer: Address) -> Address:
-        """The address to send from to a peer: a link-local one for a link-local peer, if there is one."""
+        """The source address for a peer: a link-local one for a link-local peer, if there is one."""
         first, *others = self.own_addresses
         return next(filter(is_link_local, self.own_addresses), first) if others and is_link_local(peer) else first
 
     def can_send_from(self, local: Address) -> bool:
-        """Whether a local address is one of its own. Any may be, if they are unknown."""
+        """Whether the socket has a local address. It may have any, if its own addresses are unknown."""
         return local in self.own_addresses or (self.is_of_machine and not self.own_hosts)
 
 
 @attrs.define(eq=False)
 class SocketTable:
-    """Which socket has which address, and which sockets have joined which group."""
+    """The sockets of a network, by address, and the members of each group."""
 
     # A key is the address that a socket is bound to, and None. A socket that is bound to a group or to all addresses
     # has one key for each of its own_hosts instead, if they are known.
@@ -154,10 +154,10 @@ class SocketTable:
     _members: dict[str, list[SimulatedSocket]] = attrs.field(factory=dict, init=False)
 
     def __iter__(self) -> Iterator[SimulatedSocket]:
-        return iter(dict.fromkeys(self._sockets.values()))  # each of them once
+        return iter(dict.fromkeys(self._sockets.values()))  # each socket once
 
     def add(self, socket: SimulatedSocket) -> SimulatedSocket | None:
-        """Bind a socket, and return it; or return the one that is at its address already, if both are shared.
+        """Bind a socket and return it; if its address has a socket already and both are shared, return that one.
 
         Returns ``None`` if the address is taken.
         """
@@ -176,11 +176,11 @@ class SocketTable:
             self.leave(socket, host)
 
     def bound_to(self, address: Address) -> SimulatedSocket | None:
-        """The socket that is bound to exactly this address, or that gets datagrams which are sent to it."""
+        """The socket that is bound to exactly this address, or that receives the datagrams sent to it."""
         return self._sockets.get((address, None)) or self.unicast(address)
 
     def unicast(self, destination: Address, source: Address | None = None) -> SimulatedSocket | None:
-        """The socket that gets a datagram. A connected socket takes only datagrams from its peer."""
+        """The socket that receives a datagram. A connected socket receives only from its peer."""
         everywhere = unspecified(destination)
         for key in ((destination, None), (everywhere, destination[0]), (everywhere, None)):
             socket = self._sockets.get(key)
@@ -189,12 +189,12 @@ class SocketTable:
         return None
 
     def connected(self, address: Address, peer: Address) -> SimulatedSocket | None:
-        """The socket at an address if it is connected to a peer, and so is told of refusals."""
+        """The socket at an address if it is connected to ``peer``, so that it learns of refusals."""
         socket = self._sockets.get((address, None))
         return socket if socket is not None and socket.peer == peer else None
 
     def many(self, destination: Address) -> list[SimulatedSocket]:
-        """The sockets that get a datagram to a group or broadcast address, in the order of joining or binding."""
+        """The sockets that receive a datagram to a group or broadcast address, in the order of joining or binding."""
         candidates: Iterable[SimulatedSocket] = self
         if is_multicast(destination):
             candidates = self._members.get(destination[0], ())

@@ -1,4 +1,4 @@
-"""Recorded events: one value, and one readable line, for everything that happens to a datagram."""
+"""Recorded events: one value and one readable line for each event of a datagram."""
 
 from __future__ import annotations
 

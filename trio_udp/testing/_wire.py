@@ -41,7 +41,7 @@ class Wire:
     _order: Iterator[int] = attrs.field(factory=itertools.count, init=False)
     _last_arrival: dict[tuple[Address, Address], float] = attrs.field(factory=dict, init=False)
 
-    _clock: trio.abc.Clock | None = attrs.field(default=None, init=False)  # the one that all times here are from
+    _clock: trio.abc.Clock | None = attrs.field(default=None, init=False)  # all times here are of this clock
     _alarm: trio.CancelScope | None = attrs.field(default=None, init=False)  # its deadline is the next arrival
 
     # Sending.
@@ -126,7 +126,7 @@ class Wire:
             self._put(now, packet, socket, packet.destination)
         else:
             self._record(now, packet, "port closed")
-            # A sender that is not connected is not told: skip the refusal.
+            # Only a connected sender learns of a refusal.
             if self._sockets.connected(packet.source, packet.destination):
                 self._leave(packet.refusal(), now, now)
 

@@ -1,12 +1,12 @@
 """The code that makes the system calls: one engine for every platform, and a faster one for Linux.
 
-_engine.py            what an endpoint asks of an engine
-_choice.py            which engine there is for a socket
-_socket.py            what both have in common
-portable.py           for every platform, a system call for each datagram
-linux.py              for Linux, one for up to 64
-linux_routes.py       its routes: raw addresses
-linux_structures.py   the C structures of its calls
+_engine.py            Engine: the interface between an endpoint and an engine
+_choice.py            the choice of an engine for a socket
+_socket.py            the common part of both engines
+portable.py           for every platform: one system call for each datagram
+linux.py              for Linux: one system call for up to 64 messages
+linux_routes.py       the routes of the Linux engine: raw addresses
+linux_structures.py   the C structures of its system calls
 pktinfo.py            the control messages that tell, and set, our own address
 probes.py             questions to the kernel about addresses
 coalescing.py         UDP_GRO, switched on and off for all engines of a socket

@@ -1,4 +1,4 @@
-"""Which engine moves the datagrams of a socket."""
+"""The choice of the engine that moves the datagrams of a socket."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .portable import portable_engine
 
 
 def engine_for(sock: trio.socket.SocketType, max_datagram_size: int, *, shared: bool = False) -> Engine:
-    """Return the fastest engine that there is for a socket, or the one that ``TRIO_UDP_ENGINE`` names.
+    """Make the fastest engine for a socket, or the one that ``TRIO_UDP_ENGINE`` names.
 
     Args:
-      sock: A bound datagram socket, with all options set: an engine looks at them once.
+      sock: A bound datagram socket, with all options set: an engine reads them once.
       max_datagram_size: Longest payload to accept; longer datagrams are counted as truncated.
-      shared: Others hold the same socket. UDP_GRO and UDP_SEGMENT are left as they were found.
+      shared: Another process holds the same socket. UDP_GRO and UDP_SEGMENT stay as they are.
 
     Raises:
-      ValueError: There is no engine of that name, or not for this socket.
+      ValueError: ``TRIO_UDP_ENGINE`` names no engine, or one that cannot serve this socket.
     """
     name = os.environ.get("TRIO_UDP_ENGINE", "")
     if name not in ("", "linux", "portable"):

@@ -1,8 +1,8 @@
-"""What an endpoint asks of the code that makes the system calls.
+"""Engine: the interface between an endpoint and the code that makes the system calls.
 
 An engine moves datagrams between one socket and Python, a batch at a time. ``receive`` and ``send`` are plain calls
 that never block; the endpoint decides when to wait, with ``wait_readable`` and ``wait_writable``. An engine keeps no
-queue of what it sends and no counters of it, so one engine can wrap another.
+send queue and no send counters, so one engine can wrap another.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ..._statistics import KernelFigures, ReceiveCounts
 from .._address import Address
 
 Route: TypeAlias = Hashable
-"""Who a datagram came from and where it was sent to, in the form that is cheapest for the engine.
+"""The source and destination of a datagram, in the form that is cheapest for the engine.
 
-Equal routes are the same client. For a unicast destination a route names the peer address and our own address. For a
+Equal routes mean the same client. For a unicast destination a route names the peer address and our own address. For a
 group, a broadcast or a link-local destination it also names the destination and the interface. Only engines look
 inside.
 """
@@ -29,7 +29,7 @@ Ancillary: TypeAlias = "tuple[tuple[int, int, bytes], ...]"
 
 Received: TypeAlias = tuple[bytes, Route, Ancillary]
 
-# A payload, its route, and who is told what became of it: see Sender in _outbox.py. Engines ignore the third.
+# A payload, its route, and the Sender that counts it (see _counts.py). Engines ignore the third.
 Outgoing: TypeAlias = tuple[bytes, Route, Any]
 
 
@@ -39,8 +39,8 @@ class Engine(Protocol):
     Attributes:
       family: Its address family.
       bound_address: The address it is bound to.
-      connected: It has one peer, and is told when that peer refuses a datagram.
-      counts: What has been received, kept by ``receive``.
+      connected: The socket is connected to one peer, and learns when that peer refuses a datagram.
+      counts: Running counts of received datagrams; ``receive`` updates them.
     """
 
     family: int
@@ -76,7 +76,7 @@ class Engine(Protocol):
     # Routes.
 
     def route(self, address: Address, local_address: Address | None = None) -> Route:
-        """The route to an address that has not necessarily written to us.
+        """The route to an address, which need not have written to us.
 
         Args:
           address: Numeric, of the socket's family.
@@ -105,19 +105,19 @@ class Engine(Protocol):
     def host(self, route: Route) -> bytes:
         """The host at the other end of a route, as ``host_bytes`` gives it. Cheap."""
 
-    # Sources that cannot be trusted; see _sources.py.
+    # Untrusted sources; see _sources.py.
 
     def watch_ports(self, ports: frozenset[int]) -> None:
         """Set the source ports for which ``doubtful_source`` is true."""
 
     def doubtful_source(self, route: Route) -> bool:
-        """Whether a source needs a closer look. Cheap, and sometimes true for an innocent one.
+        """Whether a source needs a closer look. Cheap, and sometimes true for a harmless source.
 
         Always true for a watched port, and for a group, broadcast (255.255.255.255) or unspecified address.
         """
 
     def is_own_host(self, address: Address) -> bool:
-        """Whether an address, whatever its port, is one of this machine's. Costs a system call."""
+        """Whether the host of an address is this machine. Costs a system call."""
 
     def is_broadcast(self, address: Address) -> bool:
         """Whether an address is a broadcast address of one of this machine's networks. Costs a system call."""
@@ -125,10 +125,10 @@ class Engine(Protocol):
     def allows_broadcast(self) -> bool:
         """Whether SO_BROADCAST is set."""
 
-    # Waiting, and the end.
+    # Waiting and closing.
 
     def kernel_figures(self) -> KernelFigures:
-        """What the kernel says about the socket; also available once it is closed."""
+        """The kernel's figures for the socket; also available once it is closed."""
 
     def is_readable(self) -> bool:
         """Whether ``wait_readable`` would return at once."""
@@ -147,4 +147,4 @@ class Engine(Protocol):
         """Close the socket and wake the tasks that wait for it."""
 
     def abandon(self) -> None:
-        """Forget the file descriptor, which is not ours any more, and wake the tasks that wait for it."""
+        """Forget the file descriptor, which is no longer ours, and wake the tasks that wait for it."""

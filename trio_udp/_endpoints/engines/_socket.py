@@ -1,4 +1,4 @@
-"""What all engines on a real socket share: routes, waiting for it, closing it, and what the kernel says about it."""
+"""The common part of all engines on a real socket: routes, waiting, closing, and the kernel's figures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .pktinfo import (
 
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 
-# From linux/sock_diag.h: an array of unsigned integers, two of which are of interest.
+# From linux/sock_diag.h: an array of unsigned integers. We use two of them.
 SO_MEMINFO = 55
 MEMINFO = struct.Struct("@9I")
 RMEM_ALLOC, DROPS = 0, 8
@@ -61,7 +61,7 @@ def own_host_of(sock: socket.socket | trio.socket.SocketType) -> bytes:
 
 
 def tells_destination(sock: trio.socket.SocketType) -> bool:
-    """Whether the kernel tells, from now on, where each datagram was sent to; not asked where that is clear anyway."""
+    """Make the kernel tell each datagram's destination, unless the socket has only one; return whether it does."""
     if sock.family not in INTERNET or is_connected(sock):
         return False
     own = own_host_of(sock)
@@ -76,7 +76,7 @@ class SocketEngine(ABC):
 
     Attributes:
       _own_host: See :func:`own_host_of`.
-      _tells_destination: The kernel says where each datagram was sent to, so routes contain it.
+      _tells_destination: The kernel tells each datagram's destination, so routes contain it.
       _ahead: Datagrams that were read and not yet returned.
     """
 
@@ -95,7 +95,7 @@ class SocketEngine(ABC):
         self._own_host = own_host_of(self._socket)
         self._kernel_figures = KernelFigures()
 
-    # Routes. Each kind of engine knows how to take its own apart.
+    # Routes. Each engine takes its own routes apart.
 
     @abstractmethod
     def peer_address(self, route: Route) -> Address: ...
@@ -134,9 +134,9 @@ class SocketEngine(ABC):
         return host, port, 0, interface if scoped else 0
 
     def _control_from(self, peer: Address, local_address: Address | None) -> ReplyControl:
-        """The control messages that send from one of our addresses; ``ValueError`` if it cannot be one.
+        """The control messages that send from ``local_address``; ``ValueError`` if that cannot be ours.
 
-        They are part of a route only on sockets where the kernel tells destinations.
+        A route contains them only on sockets where the kernel tells destinations.
         """
         if local_address is not None and not self._is_inet:
             if local_address != self.bound_address:
@@ -167,13 +167,13 @@ class SocketEngine(ABC):
         host, _, *scope = probes.source(self._socket, self.family, address)
         return (host, self.bound_address[1], *scope)  # type: ignore[return-value]
 
-    # Sources that cannot be trusted.
+    # Untrusted sources.
 
     @abstractmethod
     def watch_ports(self, ports: frozenset[int]) -> None: ...
 
     def _is_doubtful(self, address: Address, ports: frozenset[int]) -> bool:
-        """What ``doubtful_source`` says of an address that is not raw."""
+        """``doubtful_source`` for a decoded address."""
         if not self._is_inet:
             return False
         return address[1] in ports or is_doubtful_host(probes.raw_host(self.family, address[0]))
@@ -196,7 +196,7 @@ class SocketEngine(ABC):
         return len(self._ahead)
 
     def _put_ahead(self, payload: bytes, route: Route, segment_size: int, ancillary: Ancillary) -> None:
-        """Keep a message until it is asked for, divided into the datagrams that it was coalesced from."""
+        """Divide a message into the datagrams that it was coalesced from, and keep them for the next ``receive``."""
         step = segment_size or len(payload) or 1
         self._ahead += [(payload[at : at + step], route, ancillary) for at in range(0, len(payload) or 1, step)]
 
@@ -221,8 +221,8 @@ class SocketEngine(ABC):
         with suppress(OSError):  # closed: the last figures stay
             buffer = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
             if sys.platform == "linux":
-                # SO_MEMINFO costs nothing until asked, and counts from the socket's first moment. SO_RXQ_OVFL, which
-                # tells of drops with each datagram, does neither.
+                # SO_MEMINFO costs nothing until it is read, and counts from the socket's first moment. SO_RXQ_OVFL
+                # costs a control message for each datagram, and counts only from when it is set.
                 figures = MEMINFO.unpack(self._socket.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMINFO.size))
                 self._kernel_figures = KernelFigures(
                     dropped=figures[DROPS], queued=figures[RMEM_ALLOC], receive_buffer=buffer // 2
@@ -231,7 +231,7 @@ class SocketEngine(ABC):
                 self._kernel_figures = KernelFigures(receive_buffer=buffer)
         return self._kernel_figures
 
-    # Waiting, and the end.
+    # Waiting and closing.
 
     def is_readable(self) -> bool:
         return self.socket.is_readable()

@@ -1,11 +1,11 @@
 """UDP_GRO: switched on for a socket by its first engine, and off again by its last.
 
-With it the kernel delivers coalesced datagrams in one buffer, and a control message tells the size of each. It decides
-about coalescing when a datagram arrives, and about the control message when it is read (Linux 6.18). So whoever reads a
-socket after the option was switched off gets, of what was queued before, several datagrams as one.
+With it the kernel delivers coalesced datagrams in one buffer, and a control message tells the size of each. The kernel
+coalesces when a datagram arrives, and adds the control message when it is read (Linux 6.18). So a reader of a socket
+whose option was switched off gets datagrams that were queued before as one long datagram.
 
-That is why an engine leaves the option on while another engine of this process has the same socket, or a forked process
-may have. Somebody who holds the socket without an engine gets single datagrams again once the last engine is closed.
+Therefore an engine leaves the option on while another engine of this process, or a forked process, may have the same
+socket. A process that reads the socket without an engine gets single datagrams again once the last engine is closed.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from contextlib import suppress
 
 from .pktinfo import UDP_GRO
 
-SO_COOKIE = 57  # from asm-generic/socket.h: a number for each socket, however many file descriptors it has
+SO_COOKIE = 57  # from asm-generic/socket.h: one number for each socket, the same for all its file descriptors
 
-# By cookie: the open engines of each socket for which one of them has switched it on. Cleared before a fork, so that
-# neither process switches it off again.
+# By cookie: the number of open engines of each socket on which we switched the option on. Cleared before a fork, so
+# that neither process switches it off.
 _engines: Counter[int] = Counter()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_engines.clear)
 
 
 def switch_on(sock: socket.socket) -> int | None:
-    """Switch it on; return what ``switch_off`` needs, None if nothing is to be undone."""
+    """Switch UDP_GRO on; return the cookie for ``switch_off``, or None if there is nothing to undo."""
     try:
         found = sock.getsockopt(socket.IPPROTO_UDP, UDP_GRO)
         cookie = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), "big")
@@ -41,7 +41,7 @@ def switch_on(sock: socket.socket) -> int | None:
 
 
 def switch_off(sock: socket.socket, cookie: int) -> None:
-    """Undo ``switch_on``, unless another engine still needs it."""
+    """Switch UDP_GRO off again, unless another engine still needs it."""
     if cookie not in _engines:
         return
     _engines[cookie] -= 1

@@ -1,9 +1,9 @@
-"""Routes of the engine for Linux: bytes that the kernel wrote, and that it takes back with a reply as they are.
+"""Routes of the engine for Linux: bytes that the kernel wrote, and that a reply gives back to it unchanged.
 
-A route is a socket address. Where the kernel tells destinations it has an end: one control message with our own
-address. A group has room beside that. Over IPv4 it is in ``ipi_addr``, which the kernel ignores on sending. Over IPv6
-its number is in the padding between the address and the control message, and :class:`Ends` knows the group of each
-number.
+A route is a socket address. Where the kernel tells destinations, a route also has an *end*: one control message with
+our own address. The end also holds the group that a datagram was sent to. Over IPv4 that is in ``ipi_addr``, which the
+kernel ignores on sending. Over IPv6 a number for the group is in the padding between the address and the control
+message, and :class:`Ends` maps numbers to groups.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import attrs
 from ._engine import Ancillary
 from .pktinfo import IP_PKTINFO, IPV6_PKTINFO, ReplyControl, pack_control, understand, unpack_control
 
-# Control messages to remember the meaning of. A machine has few addresses, and reading the same bytes anew each time
-# would be a tenth of an echo. But a server may answer for a whole IPv6 prefix, and strangers could write to each
+# Size of the cache of decoded control messages. A machine has few addresses, and decoding the same bytes each time
+# would take a tenth of an echo. But a server may answer for a whole IPv6 prefix, and strangers could write to each
 # address in it.
 MAX_ENDS = 1_000
 
-# Groups over IPv6 that one socket can tell apart. Only groups that a program of this machine has joined arrive. Of any
-# further ones the interface is known, but not the address.
+# Most IPv6 groups that one socket distinguishes. Only groups that a program of this machine has joined arrive. Beyond
+# this number the interface is known, but not the group.
 MAX_GROUPS = 1_000
 
 
 @attrs.frozen(eq=False)
 class Layout:
-    """Where the parts of a socket's routes stand.
+    """The offsets and sizes of the parts of a socket's routes.
 
     Attributes:
-      family: Of the address.
+      family: The address family.
       name_size: Bytes of the address.
-      control_offset: Where control messages stand, after the address and its padding.
+      control_offset: Where the control messages begin, after the address and its padding.
       default_control: The control message that leaves our own address to the kernel; empty for routes without an end.
     """
 
@@ -62,13 +62,13 @@ IPV6_WILDCARD = Layout(socket.AF_INET6, 28, 32, pack_control(socket.IPPROTO_IPV6
 class Ends(dict[bytes, bytes]):
     """The ends of one socket's routes, by the control messages that datagrams arrive with.
 
-    Looking one up makes it. That is for messages with no other control message than usual; :meth:`understand` is for
-    all.
+    A lookup of a missing key makes the end. Use it for messages with only the usual control message; use
+    :meth:`understand` for all others.
     """
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._groups = [b""]  # by number; 0 is none
+        self._groups = [b""]  # by number; 0 means no group
         self.understand = lru_cache(MAX_ENDS)(self._understand)
 
     def __missing__(self, control: bytes) -> bytes:
@@ -102,7 +102,7 @@ class Ends(dict[bytes, bytes]):
         return self._groups.index(group)
 
     def take_apart(self, route: bytes) -> tuple[ReplyControl, bytes]:
-        """Turn the end of a route back into what it was made of."""
+        """Split the end of a route into the control message of a reply and the group."""
         layout = self._layout
         if not layout.default_control:
             return (), b""

@@ -1,7 +1,7 @@
 """The C structures that recvmmsg(2) and sendmmsg(2) read and write, laid out once for each thread.
 
-Nearly all of their content never changes. A call touches only the columns that differ, each with one operation for the
-whole array: 0.2 µs for a datagram in a batch of 64, each way, where the kernel needs more than 1.
+Nearly all of their content never changes. A call writes only the columns that differ, each with one operation for the
+whole array: 0.2 µs for each datagram of a batch of 64, each way, where the kernel needs more than 1 µs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class MMsgHdr(ctypes.Structure):
 
 
 def _memory(size: int) -> mmap.mmap:
-    """Memory whose slices are bytes, and of which only what is used becomes real; a forked child has its own."""
+    """Memory whose slices are bytes. The kernel allocates only pages in use; a forked child has its own copy."""
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
@@ -83,19 +83,19 @@ class Messages:
 
 
 class IncomingMessages(Messages):
-    """Where recvmmsg writes."""
+    """The structures that recvmmsg fills."""
 
     def __init__(self, layout: Layout) -> None:
         record_size = layout.control_offset + CONTROL_SIZE
         super().__init__(layout, record_size, CONTROL_SIZE)
         self._template = memoryview(bytes(self.headers))
-        self.used = BATCH  # headers that are not as in the template any more, or may not be
+        self.used = BATCH  # headers that may differ from the template
         self.payloads = _memory(BATCH * BUFFER_SIZE)
         self.starts = list(range(0, BATCH * BUFFER_SIZE, BUFFER_SIZE))
         first = _address_of(self.payloads)
         self.payload_pointers[:] = array("L", [first + start for start in self.starts])
         self.payload_sizes[:] = array("L", [65_535] * BATCH)
-        # Where the socket addresses stand, and the control messages, if there is none but that for our own address.
+        # The slices of the socket addresses, and of the control messages if each has only the usual one.
         records = range(0, len(self.records), record_size)
         self.names = [slice(record, record + layout.end_offset) for record in records]
         self.controls = [slice(record + layout.control_offset, record + layout.route_size) for record in records]
@@ -109,10 +109,11 @@ class IncomingMessages(Messages):
 
 
 class OutgoingMessages(Messages):
-    """What sendmmsg reads."""
+    """The structures that sendmmsg reads."""
 
     def __init__(self, layout: Layout) -> None:
-        # A record is a route followed by this, which the kernel reads only in calls with merged datagrams. 0 is none.
+        # A record is a route and this control message, which the kernel reads only for merged datagrams. Size 0 means
+        # one datagram.
         self._separator = pack_control(socket.IPPROTO_UDP, UDP_SEGMENT, bytes(2))
         plain_size, record_size = len(layout.default_control), layout.route_size + len(self._separator)
         super().__init__(layout, record_size, plain_size)
@@ -122,7 +123,7 @@ class OutgoingMessages(Messages):
         self._merged = 0  # messages whose control messages are longer than usual
         offset = layout.route_size + CMSG_HEADER.size
         self._segment_sizes = memoryview(self.records).cast("H")[offset // 2 :: record_size // 2]
-        # What is put here stays where it is until it is replaced, and can be asked for its address.
+        # Keeps the payloads alive until the next call, and gives their address.
         self._payloads = ctypes.c_char_p()
         self._payloads_address = memoryview(self._payloads).cast("B").cast("L")
 
@@ -133,15 +134,15 @@ class OutgoingMessages(Messages):
           routes: One for each message.
           payloads: Those of all messages, one after the other.
           sizes: Their lengths.
-          segment_sizes: The kernel cuts a message into datagrams of this size, of which the last may be smaller. 0 for
-            a single datagram; by default all are.
+          segment_sizes: The kernel cuts each message into datagrams of this size; the last may be smaller. 0 for a
+            single datagram, which is the default for all.
         """
         count = len(sizes)
         records = self._separator.join(routes)
         self.records[: len(records)] = records
         self._payloads.value = payloads
         address = self._payloads_address[0]
-        if count == 1:  # as the next three lines would, for half of the cost
+        if count == 1:  # the same as below, at half the cost
             self.payload_sizes[0], self.payload_pointers[0] = sizes[0], address
         else:
             self.payload_sizes[:count] = array("L", sizes)
@@ -156,9 +157,9 @@ class OutgoingMessages(Messages):
 
 
 class ThisThread(threading.local):
-    """The memory that system calls of this thread use; no call leaves anything there that is needed afterwards.
+    """The memory for the system calls of this thread; nothing in it is needed after a call.
 
-    All sockets of a thread share it. Threads do not: others run while a call goes on.
+    All sockets of a thread share it. Threads do not, because other threads run during a call.
     """
 
     def __init__(self) -> None:

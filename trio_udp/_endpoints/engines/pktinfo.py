@@ -1,7 +1,7 @@
-"""Control messages: where a datagram was sent to, and how to answer from there (IP_PKTINFO, IPV6_PKTINFO).
+"""Control messages: the destination of a datagram, and the source of its reply (IP_PKTINFO, IPV6_PKTINFO).
 
-On a socket bound to all interfaces the kernel would choose the source of a reply by its routing table, and a client
-with a connected socket would not accept it. See ip(7), ipv6(7) and RFC 3542 section 6.
+On a socket bound to all interfaces the kernel would choose a reply's source by its routing table, and a client with a
+connected socket might not receive the reply. See ip(7), ipv6(7) and RFC 3542 section 6.
 
 Apart from :func:`switch_on_pktinfo`, everything here is a pure function over bytes.
 """
@@ -34,21 +34,21 @@ IPV6_RECVPKTINFO: int | None = getattr(socket, "IPV6_RECVPKTINFO", None)
 UDP_SEGMENT = 103
 UDP_GRO = 104
 
-# The beginning of an IPv4 address as an IPv6 socket has it (RFC 4291 section 2.5.5.2). To an IPv4 peer the kernel sends
-# from no other IPv6 address; even to leave it the choice takes the mapped form of 0.0.0.0.
+# The prefix of an IPv4 address on an IPv6 socket (RFC 4291 section 2.5.5.2). To an IPv4 peer the kernel sends only from
+# such an address; the mapped form of 0.0.0.0 leaves the choice to the kernel.
 MAPPED = bytes(10) + b"\xff\xff"
 NO_MAPPED_ADDRESS: ReplyControl = ((socket.IPPROTO_IPV6, IPV6_PKTINFO or 0, MAPPED + bytes(8)),)
 
-# Room for the control messages of one datagram: either structure, and what else the user has configured. The kernel
-# cuts off what does not fit.
+# Room for the control messages of one datagram: either structure, and those that the user has configured. The kernel
+# truncates what does not fit.
 CONTROL_SIZE = 512
 
 
 class Arrival(NamedTuple):
-    """What the control messages of one message say.
+    """The meaning of the control messages of one message.
 
     Attributes:
-      reply: The control messages that a reply is sent with.
+      reply: The control messages of a reply.
       group: Raw address of the group or the broadcast address that the message was sent to; empty if it was our own.
       segment_size: Bytes in each of the datagrams that the message was coalesced from; 0 for a single datagram.
       ancillary: All other control messages.
@@ -64,7 +64,7 @@ NOTHING_SAID = Arrival((), b"", 0, ())
 
 
 def understand(control: Iterable[ControlMessage]) -> Arrival:
-    """Read the control messages of one message. A structure that the kernel cut off says nothing."""
+    """Read the control messages of one message. A truncated structure is ignored."""
     ipv4 = ipv6 = b""
     segment_size = 0
     ancillary: list[ControlMessage] = []
@@ -93,8 +93,8 @@ def _answer_ipv6(info: bytes, ipv4: bytes) -> tuple[ReplyControl, bytes]:
     # struct in6_pktinfo {struct in6_addr ipi6_addr; unsigned int ipi6_ifindex;}
     address, interface, group = info[:16], info[16:20], b""
     if address[:12] == MAPPED:
-        # On a socket for both families a datagram over IPv4 comes with both structures. Only that of IPv4 tells our own
-        # address beside the destination, and only that of IPv6 fits into a route.
+        # On a socket for both families a datagram over IPv4 has both structures. Only the one of IPv4 tells our own
+        # address beside the destination, and only the one of IPv6 fits into a route.
         interface, own, group = _take_apart(ipv4 or interface + bytes(4) + address[12:])
         address, group = MAPPED + own.ljust(4, b"\0"), group and MAPPED + group
     elif address[0] == 0xFF:
@@ -141,7 +141,7 @@ def is_unspecified(raw: bytes) -> bool:
 
 
 def is_doubtful_host(raw: bytes) -> bool:
-    """Whether a raw address is none that one machine sends from: unspecified, a group or beyond; see Engine."""
+    """Whether a raw address cannot be the source of one machine: unspecified, a group or reserved; see Engine."""
     if len(raw) == 16:
         if raw[:12] != MAPPED:
             return raw[0] == 0xFF or not any(raw)
@@ -161,7 +161,7 @@ def own_end(reply: ReplyControl) -> tuple[bytes, int]:
 
 
 def control_from(own: bytes, interface: int) -> ReplyControl:
-    """Control messages that send from one of our own raw addresses: those of a reply to what was sent there."""
+    """The control messages that send from one of our own raw addresses, as in a reply to a datagram sent there."""
     index = interface.to_bytes(4, sys.byteorder)
     if len(own) == 4:
         return understand([(socket.IPPROTO_IP, IP_PKTINFO or 0, index + own + own)]).reply
@@ -169,7 +169,7 @@ def control_from(own: bytes, interface: int) -> ReplyControl:
 
 
 def switch_on_pktinfo(sock: socket.socket | trio.socket.SocketType) -> bool:
-    """Let the kernel tell, from now on, where each datagram was sent to; False where it cannot."""
+    """Make the kernel tell each datagram's destination from now on; return False if it cannot."""
     if not hasattr(socket.socket, "recvmsg"):
         return False
     if sock.family == socket.AF_INET and IP_PKTINFO is not None:

@@ -1,8 +1,8 @@
 """The engine for every platform: one system call for each datagram.
 
-Each kind of socket has its own cheapest calls. They are chosen once, when the engine is made. So options that make the
-kernel send control messages along (time stamps and the like) must be set before, in ``configure`` of
-:func:`open_endpoints`; setting them later has no effect where ``recvfrom`` is used.
+Each kind of socket has its own cheapest calls, chosen once, when the engine is made. So options that add control
+messages (time stamps and the like) must be set before, in ``configure`` of :func:`open_endpoints`. Setting them later
+has no effect where ``recvfrom`` is used.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ._engine import BATCH, Outgoing, Received, Route
 from ._socket import SocketEngine, is_connected, tells_destination
 from .pktinfo import CONTROL_SIZE, UDP_GRO, UDP_SEGMENT, Arrival, ControlMessage, ReplyControl, understand
 
-# Control messages to remember the meaning of. A server may answer for a whole IPv6 prefix, and strangers could write to
-# each address in it.
+# Size of the cache of decoded control messages. A server may answer for a whole IPv6 prefix, and strangers could write
+# to each address in it.
 MAX_ARRIVALS = 1_000
 
-# Windows says with this error that a datagram was longer than the buffer. The datagram is gone then.
+# On Windows: the datagram was longer than the buffer, and is lost.
 WSAEMSGSIZE = 10040
 
 # Options that bring ancillary data, by level. The numbers are from Linux headers: asm-generic/socket.h, linux/in.h,
@@ -48,7 +48,7 @@ OTHER_OPTIONS = {
 
 
 def brings_ancillary(sock: socket.socket) -> bool:
-    """Whether a socket has been told to send control messages along with datagrams."""
+    """Whether a socket has options that add control messages to datagrams."""
     options: list[tuple[int, int]] = []
     if sys.platform == "linux":
         options += [(level, option) for level, numbers in LINUX_OPTIONS.items() for option in numbers]
@@ -87,13 +87,13 @@ class PortableEngine(SocketEngine):
         if sys.platform == "linux" and self._is_inet:
             if not shared:
                 self._can_set(UDP_SEGMENT, 0)  # the previous owner may have set it
-            # Another holder may switch it on later. What is in the queue already stays coalesced if it is switched off:
-            # see coalescing.py. So it is left as it is, and understood.
+            # Another holder may switch UDP_GRO on later, and queued datagrams stay coalesced after it is switched off
+            # (see coalescing.py). So leave the option as it is, and divide coalesced datagrams.
             coalesces = shared or bool(self._get(UDP_GRO))
         # One byte more than allowed: a datagram that fills it was too long. MSG_TRUNC says so too but needs recvmsg.
         self._buffer_size = 65_535 if coalesces else max_datagram_size + 1
         self._ports: frozenset[int] = frozenset()
-        # Reading the control messages anew each time would be a tenth of an echo. Most machines have few addresses.
+        # Decoding the control messages each time would take a tenth of an echo. Most machines have few addresses.
         self._arrivals: dict[Any, Arrival] = {}
         self._send_one: Callable[[bytes, Any], object] = self._socket.sendto
         self._receive_one: Callable[[], Received] = self._receive_plain
@@ -123,6 +123,7 @@ class PortableEngine(SocketEngine):
         finally:
             counts.received += len(batch)
             counts.bytes_received += size
+            counts.messages = counts.received
         return False
 
     def _receive_plain(self) -> Received:
@@ -145,7 +146,7 @@ class PortableEngine(SocketEngine):
         arrival = self._arrivals.get(key)
         if arrival is None:
             arrival = understand(control if self._is_inet else close_passed_files(control))
-            if not arrival.ancillary:  # which is another each time
+            if not arrival.ancillary:  # time stamps, for example, never repeat
                 if len(self._arrivals) >= MAX_ARRIVALS:
                     self._arrivals.clear()
                 self._arrivals[key] = arrival
@@ -160,7 +161,7 @@ class PortableEngine(SocketEngine):
             for payload, route, _ in outgoing:
                 send_one(payload, route)
                 taken += 1
-        except Exception:  # also of an address that is none, as that of a Unix-domain socket which was never bound
+        except Exception:  # OSError; or TypeError for the missing address of an unbound Unix-domain socket
             if not taken:
                 raise
         return taken
@@ -186,7 +187,7 @@ class PortableEngine(SocketEngine):
 
 
 class WildcardEngine(PortableEngine):
-    """A socket that datagrams to several addresses arrive at.
+    """A socket that receives datagrams to several addresses.
 
     A route is the peer address, the control messages for a reply, and the raw group that the datagram was sent to.
     """
@@ -229,8 +230,8 @@ class ConnectedEngine(PortableEngine):
         return None
 
     def send(self, outgoing: Sequence[Outgoing]) -> int:
-        # One datagram for each call. The kernel reports the refusal of an earlier datagram once, and an error after the
-        # first datagram could not be told.
+        # One datagram for each call. The kernel reports the refusal of an earlier datagram once, and this call could
+        # not report an error after the first datagram.
         self._socket.send(outgoing[0][0])
         return 1
 
@@ -243,7 +244,7 @@ class ConnectedEngine(PortableEngine):
 
 
 def close_passed_files(control: list[ControlMessage]) -> list[ControlMessage]:
-    """Close the files that came along over a Unix-domain socket: strangers could use up our file descriptors."""
+    """Close files passed over a Unix-domain socket: strangers could use up our file descriptors."""
     kept = []
     for level, kind, data in control:
         if (level, kind) == (socket.SOL_SOCKET, getattr(socket, "SCM_RIGHTS", None)):

@@ -1,7 +1,7 @@
-"""Questions that the kernel answers to a socket of their own, which is closed again.
+"""Probes: questions to the kernel about addresses, each by a temporary socket.
 
-A probe belongs to the network namespace of the thread that asks. For a socket inherited from another namespace the
-answers are those of this one.
+A probe is in the network namespace of the calling thread. For a socket inherited from another namespace the answers are
+those of the thread's namespace.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def raw_host(family: int, host: str) -> bytes:
 
 
 def is_own_host(family: int, address: Address) -> bool:
-    """Whether a host is one of this machine's: only to those, and to groups, can a socket be bound."""
+    """Whether a host is this machine: a socket can be bound only to its addresses and to groups."""
     host, _, *scope = address
     raw = raw_host(family, host)
     if is_unspecified(raw) or is_group(raw):
@@ -50,8 +50,8 @@ def is_own_host(family: int, address: Address) -> bool:
         return False
     if not _can_bind(family, (NOBODYS[socket.AddressFamily(family)], 0)):
         return True
-    # On load balancers the setting ip_nonlocal_bind lets anything be bound, which tells nothing. To a local address
-    # the kernel sends from the same address; this misses only the secondary addresses of an interface.
+    # With the setting ip_nonlocal_bind, as on load balancers, a socket can be bound to any address. Then compare the
+    # source: the kernel sends to a local address from that address, except to secondary addresses of an interface.
     with suppress(OSError):
         return source(None, family, address)[0] == host
     return False
@@ -67,7 +67,7 @@ def _can_bind(family: int, address: object) -> bool:
 
 
 def is_broadcast(family: int, address: Address) -> bool:
-    """Whether an IPv4 host is a broadcast address: connecting to one takes SO_BROADCAST."""
+    """Whether an IPv4 host is a broadcast address: connecting to one needs SO_BROADCAST."""
     if len(raw := raw_host(family, address[0])) == 16 and raw[:12] != MAPPED:
         return False
     try:
