@@ -196,6 +196,7 @@ class Outbox:
         for outgoing in self.queue:
             self._count_send_error(outgoing, OSError(errno.EAGAIN, "closed before the send buffer had room"))
         self.queue.clear()
+        self._stuck.set()  # to end empty_when_stuck()
 
     def check_open(self) -> None:
         if self.engine.closed:
