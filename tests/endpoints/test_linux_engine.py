@@ -378,7 +378,7 @@ async def test_where_a_system_call_is_missing(
     code: int,
     call: str,
 ) -> None:
-    """The engine works one datagram at a time without recvmmsg or sendmmsg, from the start or later; the log says so once."""
+    """Without recvmmsg or sendmmsg the engine moves one datagram at a time; the log says so once."""
     denied = 0
     fail_when(monkeypatch, call, lambda _: denied)
 

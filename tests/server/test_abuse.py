@@ -53,7 +53,7 @@ async def test_a_source_may_send_a_burst_and_then_so_many_a_second(
 
 
 async def test_neighbours_share_a_bucket(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """All addresses of a /24 count together, whether their datagrams make new clients or not; others by themselves."""
+    """All addresses of a /24 share one bucket, whether or not they are clients; other networks have their own."""
     run = await start_in_memory(echo, limits=limits(1, 3))
     for source in (ALICE, NEIGHBOUR, ALICE, NEIGHBOUR, ALICE, ("192.0.2.9", 9), ELSEWHERE):
         run.put(b"x", source)
@@ -91,7 +91,7 @@ async def test_a_validated_client_counts_by_itself(start_in_memory: StartInMemor
 async def test_a_client_stays_validated_when_its_handler_is_called_again(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """The next call of the handler finds the client validated, and one bucket serves all of its calls."""
+    """A client stays validated, and keeps its bucket, when its handler is called again."""
     seen = []
 
     async def handler(client: Client) -> None:
@@ -152,7 +152,7 @@ def test_prefixes(one: str, other: str, same: bool) -> None:
 @example(ipaddress.ip_address("0.0.0.0"), ipaddress.ip_address("::ffff:0.0.0.0"), 1, 1)
 @given(st.ip_addresses(), st.ip_addresses(), st.integers(1, 32), st.integers(1, 128))
 def test_prefixes_are_the_first_bits(one: Any, other: Any, ipv4_bits: int, ipv6_bits: int) -> None:
-    """Addresses share a prefix of any length just if their first bits are equal; IPv4 and IPv6 never share one."""
+    """Addresses share a prefix if and only if their first bits are equal; IPv4 and IPv6 never share one."""
     # As a socket gives them; Python's own text of mapped addresses differs from version to version.
     texts = [socket.inet_ntop({4: socket.AF_INET, 6: socket.AF_INET6}[it.version], it.packed) for it in (one, other)]
     prefixes = [network_of(host_bytes((text, 1)), ipv4_bits, ipv6_bits) for text in texts]
@@ -184,7 +184,7 @@ STARTS = st.floats(0, 2**31)  # of Trio's clock, which may count from anywhere
 
 @given(RATES, BURSTS, STARTS, st.lists(st.floats(0, 10), max_size=200))
 def test_no_source_gets_more_than_its_rate(rate: float, burst: int, start: float, waits: list[float]) -> None:
-    """In any stretch of time a source gets at most its burst and as many more as its rate allows in that time."""
+    """A source gets at most its burst plus ``per_second`` datagrams a second, in any stretch of time."""
     now = start
     limiter = RateLimiter(RateLimit(rate, burst))
     taken = []
@@ -209,7 +209,7 @@ def test_who_keeps_to_the_rate_is_never_refused(rate: float, burst: int, start: 
 async def test_validating_again_and_again_gives_no_more(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """Validated conversations that follow on one another, from any ports of a host, share one bucket."""
+    """Successive validated conversations from any ports of a host share one bucket."""
 
     async def handler(client: Client) -> None:
         await client.receive()
@@ -314,7 +314,7 @@ async def test_what_has_left_counts_though_send_many_is_cancelled(
 
 
 async def test_every_way_to_send_is_limited(start_in_memory: StartInMemory) -> None:
-    """The amplification limit holds for send, send_nowait and send_many alike."""
+    """The amplification limit applies to send, send_nowait and send_many alike."""
 
     async def handler(client: Client) -> None:
         await client.receive()
@@ -331,7 +331,7 @@ async def test_every_way_to_send_is_limited(start_in_memory: StartInMemory) -> N
 
 
 async def test_what_could_not_be_sent_does_not_count(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """Bytes that met a full send buffer, or whose send was cancelled, do not count towards the amplification limit."""
+    """Unsent bytes (full send buffer, cancelled send) do not count towards the amplification limit."""
     blocked = []
 
     async def handler(client: Client) -> None:
@@ -353,7 +353,7 @@ async def test_what_could_not_be_sent_does_not_count(start_in_memory: StartInMem
 
 
 async def test_calling_a_handler_again_gives_no_more_to_send(start_in_memory: StartInMemory) -> None:
-    """The amplification limit holds for all calls of a client's handler together."""
+    """The amplification limit applies to all calls of a client's handler together."""
 
     async def handler(client: Client) -> None:
         await client.receive()
@@ -370,7 +370,7 @@ async def test_calling_a_handler_again_gives_no_more_to_send(start_in_memory: St
 
 @given(st.lists(st.tuples(st.integers(0, 300), st.lists(st.integers(0, 500), max_size=4)), max_size=20), st.data())
 def test_the_multiple_is_never_exceeded(turns: list[tuple[int, list[int]]], data: st.DataObject) -> None:
-    """At no time has the server sent a stranger more than ``amplification`` times the bytes it got, in any order."""
+    """The server never sends an unvalidated client more than ``amplification`` times the bytes received from it."""
     amplification = data.draw(st.sampled_from([0.5, 1, 3]))
     replies = iter([sizes for _, sizes in turns])
     keep = iter(data.draw(st.lists(st.booleans(), min_size=20, max_size=20)))
@@ -421,7 +421,7 @@ async def test_without_limits_nothing_is_withheld(start_in_memory: StartInMemory
     assert (run.server.statistics().sends_withheld, run.server.statistics().refused_by_rate) == (0, 0)
 
 
-# What is passed in
+# Arguments
 
 
 @pytest.mark.parametrize(
@@ -458,7 +458,7 @@ def test_limits_that_make_no_sense(options: dict[str, Any], error: type[Exceptio
 
 
 def test_worst_case_memory() -> None:
-    """Limits can say how much memory strangers can take up at most: evicted handlers, buckets and requests included."""
+    """worst_case_memory counts evicted handlers, buckets and requests."""
     small = Limits(max_clients=100, inbox_datagrams=10, total_bytes=1_000_000)
     clients = 100 + 64
     assert small.worst_case_memory() == clients * (5_500 + 10 * 64) + 1_000_000

@@ -33,7 +33,7 @@ NEIGHBOUR = ("192.0.2.1", 1001)  # another port of ALICE's host
 
 
 async def test_what_accept_is_shown(start_in_memory: StartInMemory) -> None:
-    """accept is called with a Datagram: payload, addresses, endpoint and server."""
+    """accept is called with a Datagram that has payload, addresses, endpoint and server."""
     seen: list[Datagram] = []
 
     def accept(datagram: Datagram) -> bool:
@@ -85,7 +85,7 @@ async def test_false_refuses(start_in_memory: StartInMemory) -> None:
 
 
 async def test_bytes_are_sent_back(start_in_memory: StartInMemory) -> None:
-    """Bytes that accept returns are sent back at once, empty ones included, and no client comes of it."""
+    """Bytes that accept returns are sent back at once, even b"", and no client begins."""
 
     def accept(datagram: Datagram) -> bool | bytes:
         if datagram.payload.startswith(b"cookie"):
@@ -112,7 +112,7 @@ async def test_an_answer_is_not_much_longer_than_the_question(
 ) -> None:
     """An answer of accept has at most 3 times the bytes of the datagram, or ``amplification`` times if that is set.
 
-    A longer one is withheld; the datagram counts as answered_by_accept all the same.
+    A longer answer is withheld, and the datagram still counts as answered_by_accept.
     """
     sizes = iter([most, most + 1, 1, 0])
     run = await start_in_memory(
@@ -131,7 +131,7 @@ async def test_an_answer_is_not_much_longer_than_the_question(
 async def test_anything_else_is_a_mistake(
     start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture, wrong: Any
 ) -> None:
-    """What is neither True, False nor bytes refuses the stranger, and is logged as an error."""
+    """An answer of accept other than True, False or bytes refuses the stranger, and is logged as an error."""
     answers = iter([wrong, True])
     run = await start_in_memory(echo, accept=lambda datagram: next(answers))
     run.put(b"1", ALICE)
@@ -147,7 +147,7 @@ async def test_anything_else_is_a_mistake(
 
 
 async def test_a_coroutine_is_a_mistake(start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture) -> None:
-    """A plain function that returns a coroutine refuses the stranger, without a warning that nothing awaits it."""
+    """An accept that returns a coroutine refuses the stranger, without a warning that it was never awaited."""
 
     async def ask(datagram: Datagram) -> bool:
         return True
@@ -161,7 +161,7 @@ async def test_a_coroutine_is_a_mistake(start_in_memory: StartInMemory, caplog: 
 
 
 async def test_an_error_in_accept(start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture) -> None:
-    """If accept raises, the stranger is refused and the error logged; the next stranger is asked about as ever."""
+    """If accept raises, the stranger is refused and the error logged; accept is called for the next stranger."""
 
     def accept(datagram: Datagram) -> bool:
         return bool(1 / int(datagram.payload))
@@ -181,7 +181,7 @@ async def test_an_error_in_accept(start_in_memory: StartInMemory, caplog: pytest
 
 
 async def test_an_answer_that_is_too_long(start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture) -> None:
-    """An answer that no datagram can carry is a mistake: logged, refused, and not sent."""
+    """An answer of accept that is too long for a datagram refuses the stranger, and is logged as an error."""
     run = await start_in_memory(echo, accept=lambda datagram: bytes(65_508))
     run.put(bytes(30_000))
     await run.settle()
@@ -229,7 +229,7 @@ async def test_an_answer_that_finds_no_room_is_dropped(
 
 
 async def test_what_cannot_be_answered_is_not_answered(start_in_memory: StartInMemory) -> None:
-    """accept is asked about datagrams from port 0 and the unspecified address; its answer is a send error."""
+    """accept is called for datagrams from port 0 and the unspecified address; its answer is a send error."""
     run = await start_in_memory(echo, accept=lambda datagram: b"x")
     run.put(b"x", ("192.0.2.1", 0))
     run.put(b"x", ("0.0.0.0", 68))
@@ -241,7 +241,7 @@ async def test_what_cannot_be_answered_is_not_answered(start_in_memory: StartInM
 
 
 async def test_statistics_add_up_inside_accept(start_in_memory: StartInMemory) -> None:
-    """Inside accept, its datagram and those behind it are not yet received, so statistics() adds up."""
+    """statistics() adds up inside accept: the datagram and those behind it in the batch are not yet received."""
     seen: list[int] = []
     answers: list[bool | bytes] = [True, False, b"x"]
 
@@ -259,11 +259,11 @@ async def test_statistics_add_up_inside_accept(start_in_memory: StartInMemory) -
     check_adds_up(run.server)
 
 
-# The order of the questions
+# The order of the checks
 
 
 class Asked:
-    """An accept that says True, and notes what it was asked about."""
+    """An accept that returns True and records its datagrams."""
 
     def __init__(self) -> None:
         self.about: list[bytes] = []
@@ -299,7 +299,7 @@ async def test_the_rate_is_asked_before_accept(start_in_memory: StartInMemory, a
 
 
 async def test_accept_is_asked_before_memory_host_and_room(start_in_memory: StartInMemory) -> None:
-    """A stranger for whom there is no room, of any kind, is still one that accept is asked about, and may answer."""
+    """accept is called, and may answer, even if there is no room for the stranger."""
     answers: list[bool | bytes] = [True, True, False, b"full", True]
     left = iter(answers)
     limits = Limits(max_clients=1, clients_per_host=1, inbox_bytes=10)
@@ -315,7 +315,7 @@ async def test_accept_is_asked_before_memory_host_and_room(start_in_memory: Star
 
 
 async def test_memory_is_asked_before_the_host(start_in_memory: StartInMemory) -> None:
-    """A stranger's datagram that fits into no inbox is dropped_inbox_full, also where its host may have no client."""
+    """A stranger's datagram that fits into no inbox is dropped_inbox_full, even at its host's clients_per_host."""
     run = await start_in_memory(echo, limits=Limits(clients_per_host=1, inbox_bytes=10))
     run.put(b"x", ALICE)
     run.put(bytes(11), NEIGHBOUR)
@@ -326,7 +326,7 @@ async def test_memory_is_asked_before_the_host(start_in_memory: StartInMemory) -
 
 
 async def test_the_host_is_asked_before_room_is_made(start_in_memory: StartInMemory) -> None:
-    """No client is evicted for a stranger whose host may have no more clients."""
+    """A stranger whose host has clients_per_host clients evicts no client."""
     limits = Limits(max_clients=2, clients_per_host=1, when_full="evict_idle")
     run = await start_in_memory(echo, limits=limits)
     run.put(b"x", ALICE)
@@ -343,7 +343,7 @@ async def test_the_host_is_asked_before_room_is_made(start_in_memory: StartInMem
 
 
 async def test_during_a_drain_only_bytes_count(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """While the server drains accept is still asked: its bytes are sent, and anything else is refused_stopping."""
+    """accept is still called during a drain: its bytes are sent, and any other answer counts as refused_stopping."""
     answers: dict[bytes, Any] = {b"yes": True, b"no": False, b"bytes": b"refused", b"wrong": None}
 
     def accept(datagram: Datagram) -> Any:
@@ -371,7 +371,7 @@ async def test_during_a_drain_only_bytes_count(start_in_memory: StartInMemory, a
 
 
 async def test_strangers_that_had_arrived_before_the_stop(start_in_memory: StartInMemory) -> None:
-    """A stranger whose datagram had arrived when the server stopped is asked about as ever, and becomes a client."""
+    """accept is called for a stranger whose datagram had arrived before the stop, and the stranger becomes a client."""
     run = await start_in_memory(echo, accept=lambda datagram: datagram.payload != b"no" or b"bytes")
     run.put(b"yes", ALICE)
     run.put(b"no", BOB)
@@ -434,7 +434,7 @@ async def test_twenty_thousand_strangers_are_answered_and_nothing_is_kept(start_
     check_adds_up(run.server)
 
 
-# From the address that was written to
+# Source addresses of answers
 
 
 async def test_an_answer_leaves_from_the_address_that_was_written_to(start_in_memory: StartInMemory) -> None:
@@ -455,7 +455,7 @@ async def test_an_answer_leaves_from_the_address_that_was_written_to(start_in_me
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("wildcard", [True, False])
 async def test_answers_over_a_real_socket(nursery: trio.Nursery, wildcard: bool) -> None:
-    """Over a real socket too, bound to all addresses or to one, each answer leaves from where it was written to."""
+    """Answers of accept leave from the address written to, on real sockets bound to all addresses or to one."""
     (endpoint,) = await open_endpoints(0, host="0.0.0.0" if wildcard else "127.0.0.2")
     server: Server = await nursery.start(
         lambda task_status: serve_endpoints(
@@ -480,13 +480,13 @@ async def test_answers_over_a_real_socket(nursery: trio.Nursery, wildcard: bool)
 
 @pytest.mark.parametrize("wrong", [5, "yes", True])
 async def test_accept_must_be_callable(wrong: Any) -> None:
-    """Something that cannot be called is refused by serve."""
+    """serve refuses an accept that is not callable."""
     with pytest.raises(TypeError, match="accept must be a plain function or None"):
         await serve_endpoints(echo, [in_memory().endpoint], accept=wrong)
 
 
 async def test_accept_must_be_a_plain_function_of_one_argument() -> None:
-    """An async function, and one that cannot be called with one argument, are refused by serve."""
+    """serve refuses an async accept, and one that cannot be called with one argument."""
 
     async def ask(datagram: Datagram) -> bool:
         return True

@@ -20,7 +20,7 @@ SECOND = ("192.0.2.54", 54)
 
 
 async def test_it_is_served_like_the_first(engine: str, nursery: trio.Nursery) -> None:
-    """The server answers on an endpoint that was added, from its address, and counts what arrives there."""
+    """The server answers on an added endpoint, from its address, and counts its datagrams."""
     server: Server = await nursery.start(partial(serve, echo, 0, host="127.0.0.1"))
     [endpoint] = await open_endpoints(0, host="127.0.0.2")
     server.add_endpoint(endpoint)
@@ -68,7 +68,7 @@ async def test_the_server_owns_it(engine: str) -> None:
 
 
 async def test_a_drain_handles_what_arrived_there(autojump_clock: MockClock) -> None:
-    """What had arrived on an endpoint that was added a moment ago is handled when the server stops."""
+    """A stop handles datagrams that had arrived on an endpoint that was added just before."""
     network = SimulatedNetwork()
     first, second = network.endpoint(*SERVER), network.endpoint(*SECOND)
     for i in range(100):
@@ -84,7 +84,7 @@ async def test_a_drain_handles_what_arrived_there(autojump_clock: MockClock) -> 
 
 
 async def test_what_was_read_before_is_handed_over(autojump_clock: MockClock) -> None:
-    """Datagrams that a receive() of the lone endpoint had read ahead go to clients; what it took is not counted."""
+    """Datagrams that the endpoint had read ahead go to clients; those that receive() returned are not counted."""
     network = SimulatedNetwork()
     first, second = network.endpoint(*SERVER), network.endpoint(*SECOND)
     for i in range(10):
@@ -103,7 +103,7 @@ async def test_what_was_read_before_is_handed_over(autojump_clock: MockClock) ->
 
 
 async def test_its_port_is_one_of_the_servers(autojump_clock: MockClock) -> None:
-    """A datagram that claims to come from the added endpoint is refused on the first one, and the reverse."""
+    """A datagram that claims the address of the added endpoint is refused on the first endpoint, and the reverse."""
     network = SimulatedNetwork()
     host = SERVER[0]
     first, second = network.endpoint(*SERVER), network.endpoint(host, 54)
@@ -120,7 +120,7 @@ async def test_its_port_is_one_of_the_servers(autojump_clock: MockClock) -> None
 
 
 async def test_closing_the_first_is_not_the_end(autojump_clock: MockClock) -> None:
-    """A server goes on as long as one endpoint is open, also if it is one that was added."""
+    """A server runs as long as one endpoint is open, even if only an added one is."""
     network = SimulatedNetwork()
     first, second = network.endpoint(*SERVER), network.endpoint(*SECOND)
     async with trio.open_nursery() as nursery:
@@ -135,7 +135,7 @@ async def test_closing_the_first_is_not_the_end(autojump_clock: MockClock) -> No
 
 
 async def test_it_is_logged(caplog: pytest.LogCaptureFixture, autojump_clock: MockClock) -> None:
-    """The log names the address that is served from now on."""
+    """The log names the address of an added endpoint."""
     caplog.set_level(logging.INFO, "trio_udp")
     network = SimulatedNetwork()
     first, second = network.endpoint(*SERVER), network.endpoint(*SECOND)
@@ -148,7 +148,7 @@ async def test_it_is_logged(caplog: pytest.LogCaptureFixture, autojump_clock: Mo
 
 
 async def test_mistakes(engine: str, nursery: trio.Nursery) -> None:
-    """What cannot be added raises, and stays as it was."""
+    """add_endpoint raises for an object that cannot be added, and leaves it as it was."""
     server: Server = await nursery.start(partial(serve, echo, 0, host="127.0.0.1"))
     other: Server = await nursery.start(partial(serve, echo, 0, host="127.0.0.1"))
     with pytest.raises(TypeError):
@@ -186,7 +186,7 @@ async def _receive_until_closed(endpoint: Endpoint) -> None:
 
 
 async def test_receiving_is_over(engine: str, nursery: trio.Nursery) -> None:
-    """Once added, the endpoint cannot be received from, and another server cannot take it."""
+    """An added endpoint cannot be received from, and another server cannot take it."""
     server: Server = await nursery.start(partial(serve, echo, 0, host="127.0.0.1"))
     [endpoint] = await open_endpoints(0, host="127.0.0.2")
     server.add_endpoint(endpoint)

@@ -49,7 +49,7 @@ async def test_send_waits_and_send_nowait_does_not(start_in_memory: StartInMemor
 
 
 async def test_first_come_first_served(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """Senders get room in the order in which they asked; nobody overtakes those who wait."""
+    """Senders get room in the order in which they asked; no sender overtakes a waiting one."""
 
     async def handler(client: Client) -> None:
         name = await client.receive()
@@ -91,7 +91,7 @@ async def test_send_to_waits_too(
 async def test_a_cancelled_sender_lets_the_next_one_go(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """Cancelling a sender that waits sends nothing of it, and the others get their turn."""
+    """A waiting send that is cancelled sends nothing, and the other senders get their turn."""
     scopes = [trio.CancelScope() for _ in range(4)]
 
     async def handler(client: Client) -> None:
@@ -136,7 +136,7 @@ async def test_replies_to_a_batch_wait_for_room_in_order(
     room=st.integers(1, 10),
 )
 def test_replies_to_a_batch_do_not_overtake_those_that_wait(steps: list[str], room: int) -> None:
-    """Two tasks of a client, a batch that meets a full buffer, another batch: all leave in the order of the calls."""
+    """Datagrams of two tasks of a client leave in the order of the calls, even if two batches meet a full buffer."""
     called: list[bytes] = []
 
     async def send(client: Client, payload: bytes) -> None:
@@ -171,7 +171,7 @@ def test_replies_to_a_batch_do_not_overtake_those_that_wait(steps: list[str], ro
 async def test_replies_before_one_that_was_given_up_leave(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """When a reply finds both outbox and send buffer full and is given up, those before it leave once there is room."""
+    """If a reply finds outbox and send buffer full and is cancelled, those before it leave once there is room."""
 
     async def handler(client: Client) -> None:
         async for _ in client:
@@ -297,7 +297,7 @@ async def unix_server(far_end: socket.socket, nursery: trio.Nursery) -> AsyncIte
 
 
 async def test_a_real_full_buffer(far_end: socket.socket, unix_server: Server) -> None:
-    """With a peer that reads slowly, everything arrives once and in order, and nothing spins meanwhile."""
+    """Every datagram to a slow peer arrives once and in order, and no task spins meanwhile."""
     far_end.send(b"a")
     await trio.testing.wait_all_tasks_blocked()
     assert 0 < unix_server.statistics().sent < 1_000
@@ -308,7 +308,7 @@ async def test_a_real_full_buffer(far_end: socket.socket, unix_server: Server) -
 
 
 async def test_a_peer_whose_own_buffer_is_full(far_end: socket.socket, nursery: trio.Nursery) -> None:
-    """The kernel does not tell when an unconnected peer's full buffer has room again; still nothing spins."""
+    """A full buffer of an unconnected peer makes no task spin, though the kernel does not tell when it has room."""
 
     async def handler(client: Client) -> None:
         async for payload in client:
@@ -327,7 +327,7 @@ async def test_a_peer_whose_own_buffer_is_full(far_end: socket.socket, nursery: 
 
 
 async def test_a_sender_without_an_address(nursery: trio.Nursery) -> None:
-    """A datagram from an unbound Unix-domain socket cannot be answered; that is counted and hurts nobody."""
+    """A reply to an unbound Unix-domain socket is counted as a send error; other clients are not affected."""
 
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unbound:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

@@ -1,4 +1,4 @@
-"""What a stop does with datagrams that have reached the machine, and with those that arrive later."""
+"""Stopping: datagrams that have reached the machine, and those that arrive later."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def test_a_datagram_handler_catches_up(engine: str) -> None:
 
 
 async def test_a_stop_before_the_server_has_run() -> None:
-    """A stop right after the start handles what waited on the endpoints; accept is asked as ever."""
+    """A stop right after the start handles datagrams that waited on the endpoints, and still calls accept."""
     run = in_memory()
     for port in range(1, 201):
         run.put(b"x", ("192.0.2.7", port))
@@ -81,7 +81,7 @@ async def test_a_stop_before_the_server_has_run() -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 async def test_what_a_lone_endpoint_has_read_is_handled(shared: bool) -> None:
-    """Datagrams that receive() had read ahead are handled, though stop() follows at once; none is lost uncounted."""
+    """A server that stops at once handles all datagrams that receive() had read ahead."""
     network = SimulatedNetwork()
     endpoint = network.endpoint(*SERVER, shared=shared)
     for number in range(10):
@@ -120,7 +120,7 @@ async def test_catching_up_ends_while_more_keeps_arriving(autojump_clock: MockCl
 
 
 async def test_the_socket_is_read_once_more(autojump_clock: MockClock) -> None:
-    """What arrives in the very moment in which the last handler ends is counted as refused."""
+    """A datagram that arrives at the moment when the last handler ends counts as refused."""
     run = in_memory()
 
     async def handler(client: Client) -> None:
@@ -184,7 +184,7 @@ async def test_a_datagram_handler_refuses_what_comes_later(autojump_clock: MockC
     check_adds_up(server)
 
 
-# A socket that others hold too.
+# Shared sockets.
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def held() -> Iterator[socket.socket]:
 
 
 async def test_nothing_is_read_from_a_shared_socket_after_stop(engine: str, held: socket.socket) -> None:
-    """What has not been read when stop() returns waits in the kernel for the next server; what was read is handled."""
+    """On a shared socket, unread datagrams wait for the next server when stop() returns; read ones are handled."""
     seen: list[tuple[str, bytes]] = []
 
     def noting(name: str) -> Callable[[Client], Awaitable[object]]:
@@ -238,7 +238,7 @@ async def test_nothing_is_read_from_a_shared_socket_after_stop(engine: str, held
 
 
 async def test_a_transaction_on_a_shared_socket_ends(autojump_clock: MockClock) -> None:
-    """A conversation in a transaction ends too, once what was read is handled: the next server gets the rest."""
+    """On a shared socket even a transaction ends once read datagrams are handled; the next server gets the rest."""
     network = SimulatedNetwork()
     endpoint = network.endpoint(*SERVER, shared=True)
     seen: list[object] = []
@@ -340,7 +340,7 @@ async def test_twenty_restarts_lose_nothing(engine: str, held: socket.socket, ki
     assert all(mine == sorted(mine, key=lambda payload: int(payload.split(b"/")[1])) for mine in of_each)
 
 
-# Learning of the stop, and its end.
+# wait_stopping, signals and drain_timeout.
 
 
 async def test_everybody_may_wait_for_the_stop(autojump_clock: MockClock) -> None:
@@ -409,7 +409,7 @@ async def test_a_second_signal(autojump_clock: MockClock) -> None:
 
 
 async def test_handlers_that_are_cancelled_are_counted(autojump_clock: MockClock) -> None:
-    """Only handlers that run when drain_timeout is over count, and what waits for them is dropped_at_end."""
+    """handlers_cancelled counts handlers that run after drain_timeout; their waiting datagrams are dropped_at_end."""
     run = in_memory()
 
     async def handler(client: Client) -> None:

@@ -1,4 +1,4 @@
-"""A handler and its client: receiving, sending, closing, and how both treat other tasks."""
+"""A handler and its client: receiving, sending, closing, and fairness to other tasks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def test_datagrams_of_a_client_are_handled_in_order(start_in_memory: Start
 
 
 async def test_order_survives_the_scheduler(start_in_memory: StartInMemory) -> None:
-    """Trio runs tasks that wake together in random order; datagrams of one client stay in theirs."""
+    """Datagrams of one client stay in order, though Trio runs tasks that wake together in random order."""
     run = await start_in_memory(echo)
     clients = [("192.0.2.9", port) for port in range(1, 101)]
     for burst in range(40):
@@ -79,7 +79,7 @@ async def test_a_client_is_iterated_as_any_async_iterator(start_in_memory: Start
 
 
 async def test_receive_nowait(start_in_memory: StartInMemory) -> None:
-    """receive_nowait takes what waits, raises WouldBlock when nothing does, and the channel's end when it has ended."""
+    """receive_nowait takes a waiting datagram, raises WouldBlock if there is none, and EndOfChannel after the end."""
     seen: list[object] = []
 
     async def handler(client: Client) -> None:
@@ -118,7 +118,7 @@ async def test_cancelling_receive_loses_nothing(start_in_memory: StartInMemory, 
 
 
 async def test_receive_notices_cancellation_when_a_datagram_waits(start_in_memory: StartInMemory) -> None:
-    """In a cancelled scope receive raises, and the datagram stays for the next receive."""
+    """receive raises Cancelled in a cancelled scope, and the datagram stays for the next receive."""
     seen: list[bytes] = []
 
     async def handler(client: Client) -> None:
@@ -206,7 +206,7 @@ async def test_sending_without_receiving_lets_others_run(start_in_memory: StartI
 
 
 async def test_send_notices_cancellation(start_in_memory: StartInMemory) -> None:
-    """In a cancelled scope send raises and the datagram is not sent."""
+    """send raises Cancelled in a cancelled scope, and the datagram is not sent."""
 
     async def handler(client: Client) -> None:
         await client.receive()
@@ -283,7 +283,7 @@ async def test_a_payload_that_no_datagram_can_carry_is_refused(start_in_memory: 
 
 
 async def test_closing_starts_afresh_at_once(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """After close the address is a stranger's again, even while the old handler tidies up; what waited is dropped."""
+    """A closed client's address is a stranger's at once, even while its handler runs; waiting datagrams are dropped."""
     log: list[object] = []
 
     async def handler(client: Client) -> None:
@@ -361,7 +361,7 @@ async def test_a_handler_that_ends_early_loses_nothing(start_in_memory: StartInM
 
 
 async def test_a_handler_that_leaves_what_it_has_not_looked_at(start_in_memory: StartInMemory) -> None:
-    """Only a call that takes nothing is the last one: what waits then is dropped, though an earlier call took some."""
+    """A handler call that takes no datagram is the last one; waiting datagrams are then dropped."""
     calls: list[int] = []
 
     async def handler(client: Client) -> None:
@@ -406,7 +406,7 @@ async def test_receive_many(start_in_memory: StartInMemory) -> None:
 
 
 async def test_a_handler_that_takes_nothing_is_not_called_again(start_in_memory: StartInMemory) -> None:
-    """Datagrams that wait for a handler which takes none are dropped and counted, or it would be called for ever."""
+    """Datagrams for a handler that takes none are dropped and counted, so that it is not called for ever."""
     calls = 0
 
     async def handler(client: Client) -> None:
@@ -513,7 +513,7 @@ def test_short_deadlines_do_not_starve() -> None:
 
 
 async def test_who_waits_is_who_receives(start_in_memory: StartInMemory) -> None:
-    """A datagram that has woken one task is not taken by another that comes along before the first has run."""
+    """A datagram that has woken one task is not taken by another task that receives before the first has run."""
     outcome: list[object] = []
 
     async def receive(client: Client) -> None:
@@ -590,7 +590,7 @@ async def test_sending_to_many_clients_lets_others_run(start_in_memory: StartInM
 
 
 async def test_receiving_in_vain_between_sends_lets_others_run(start_in_memory: StartInMemory) -> None:
-    """Sends count towards letting others run until a receive gives something: one that raises does not count."""
+    """A receive that raises does not reset the number of sends before other tasks run."""
     turns = []
 
     async def handler(client: Client) -> None:
@@ -629,7 +629,7 @@ async def test_send_many_is_over_with_the_conversation_even_of_nothing(start_in_
 
 
 async def test_send_many_notices_cancellation_even_of_nothing(start_in_memory: StartInMemory) -> None:
-    """send_many with nothing to send is a point at which cancellation is noticed."""
+    """send_many with nothing to send notices cancellation."""
     noticed = []
 
     async def handler(client: Client) -> None:
@@ -647,7 +647,7 @@ async def test_send_many_notices_cancellation_even_of_nothing(start_in_memory: S
 async def test_an_old_handler_does_not_take_the_new_client_with_it(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """When the handler of a closed client ends late, the conversation that has begun since goes on."""
+    """A closed client's handler that ends late does not end the next conversation of the same address."""
     log: list[tuple[int, bytes]] = []
 
     async def handler(client: Client) -> None:

@@ -17,7 +17,7 @@ from ..conftest import ALICE, BOB, CAROL, Bystander, RunningInMemory, StartInMem
 
 
 class Recorder:
-    """A handler that records what its clients took and why they ended."""
+    """A handler that records the datagrams of its clients and why they ended."""
 
     def __init__(self) -> None:
         self.ends: list[tuple[Address, list[bytes], str | None, float]] = []
@@ -63,7 +63,7 @@ async def test_expiry_is_at_most_a_quarter_late(start_in_memory: StartInMemory, 
 
 
 async def test_a_busy_handler_is_never_expired(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """Silence counts from the moment the handler begins to wait, however long it worked before."""
+    """Silence begins when the handler begins to wait, even after long work."""
     times = []
 
     async def handler(client: Client) -> None:
@@ -138,7 +138,7 @@ async def test_idle_timeout_can_be_set_per_client(start_in_memory: StartInMemory
 
 
 async def test_the_last_idle_timeout_counts(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A handler may set idle_timeout with every datagram; it is the last setting that counts."""
+    """A handler may set idle_timeout with every datagram; the last setting applies."""
     ends = []
 
     async def handler(client: Client) -> None:
@@ -174,7 +174,7 @@ async def test_an_idle_timeout_must_be_positive(start_in_memory: StartInMemory, 
 
 
 async def test_strangers_are_refused_when_full(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """At max_clients strangers are refused and counted; those who are known are served, and a place is reused."""
+    """Strangers are refused and counted at max_clients; clients are served, and a free place is reused."""
     handler = Recorder()
     run = await start_in_memory(handler, idle_timeout=8, limits=Limits(max_clients=2))
     run.put(b"1", ALICE)
@@ -193,7 +193,7 @@ async def test_strangers_are_refused_when_full(start_in_memory: StartInMemory, a
 
 
 async def test_a_lingering_handler_counts(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A handler that goes on after its client has ended still takes a place."""
+    """A handler that still runs after its client has ended takes a place of max_clients."""
 
     async def handler(client: Client) -> None:
         async for _ in client:
@@ -407,7 +407,7 @@ async def test_a_transaction_of_another_task(start_in_memory: StartInMemory, aut
 async def test_many_timeouts_leave_nothing_behind(
     start_in_memory: StartInMemory, autojump_clock: MockClock, step: int
 ) -> None:
-    """A handler that sets the idle timeout with every datagram, the same or ever less, keeps nothing of it."""
+    """A handler that sets the idle timeout with every datagram does not make the server's memory grow."""
 
     async def handler(client: Client) -> None:
         left = 1_000_000.0

@@ -79,7 +79,7 @@ async def test_no_more_than_so_many_at_once(start_in_memory: StartInMemory, auto
 
 
 async def test_a_running_request_is_not_idle(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A client with a running request is not idle, however long that takes; silence begins when it has ended."""
+    """A client with a running request is not idle; its silence begins when the request has ended."""
     run = await start_in_memory(sleeper(3), idle_timeout=8)
     run.put(b"100")
     await trio.sleep(99)
@@ -94,7 +94,7 @@ async def test_a_running_request_is_not_idle(start_in_memory: StartInMemory, aut
 
 
 async def test_an_idle_client_ends(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A client without requests ends by its idle timeout, as any other does."""
+    """A client without running requests ends by its idle timeout, as any other client does."""
     run = await start_in_memory(sleeper(3), idle_timeout=8)
     run.put(b"0")
     await trio.sleep(8.01)
@@ -102,7 +102,7 @@ async def test_an_idle_client_ends(start_in_memory: StartInMemory, autojump_cloc
 
 
 async def test_a_client_with_requests_is_not_evicted(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A client with a running request keeps its place; once it has none it makes room, also under "refuse"."""
+    """A client with a running request keeps its place; without one it makes room, even under "refuse"."""
     run = await start_in_memory(sleeper(2), limits=Limits(max_clients=1))
     run.put(b"10", ALICE)
     await run.settle()
@@ -119,7 +119,7 @@ async def test_a_client_with_requests_is_not_evicted(start_in_memory: StartInMem
 
 
 async def test_an_error_cancels_no_sibling(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """An error of one request goes to on_error by itself; those beside it and behind it are answered."""
+    """An error of one request goes to on_error; the client's other requests are answered."""
     errors: list[tuple[Any, Exception]] = []
 
     @trio_udp.request_handler(concurrency=2)
@@ -139,7 +139,7 @@ async def test_an_error_cancels_no_sibling(start_in_memory: StartInMemory, autoj
 
 
 async def test_an_error_that_crashes_the_server_is_told_once(autojump_clock: MockClock) -> None:
-    """on_error is called once for an error, also if it raises: then the server ends with what it raised."""
+    """on_error is called once for an error, even if it raises; then the server ends with the exception it raised."""
     told: list[Exception] = []
     on = in_memory()
     on.put(b"one")
@@ -188,7 +188,7 @@ async def test_running_requests_are_answered_during_the_drain(
 async def test_requests_that_take_too_long_are_cancelled(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """What still runs after drain_timeout is cancelled: one handler, and its waiting datagrams dropped at the end."""
+    """Requests that still run after drain_timeout are cancelled, and count as one handler; waiting ones are dropped."""
     run = await start_in_memory(sleeper(2), drain_timeout=5)
     for payload in (b"100", b"100", b"100"):
         run.put(payload)
@@ -202,7 +202,7 @@ async def test_requests_that_take_too_long_are_cancelled(
 
 
 async def test_a_request_may_close_the_client(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A request that closes the client ends the conversation; that is no error, and the next datagram begins anew."""
+    """A request may close its client, without an error; the next datagram begins a new conversation."""
 
     @trio_udp.request_handler(concurrency=2)
     async def reply(payload: bytes, client: Client) -> bytes | None:
@@ -222,7 +222,7 @@ async def test_a_request_may_close_the_client(start_in_memory: StartInMemory, au
 
 
 async def test_closing_the_client_cancels_no_sibling(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """When one request closes the client, those beside it run to their end; their replies are no errors."""
+    """If one request closes the client, the other running requests finish; their replies are not errors."""
     done: list[bytes] = []
 
     @trio_udp.request_handler(concurrency=3)
@@ -245,7 +245,7 @@ async def test_closing_the_client_cancels_no_sibling(start_in_memory: StartInMem
 
 
 async def test_empty_replies_and_none(start_in_memory: StartInMemory) -> None:
-    """b"" is an empty reply and None is none, as without concurrency."""
+    """With concurrency too, b"" is an empty reply and None is no reply."""
 
     @trio_udp.request_handler(concurrency=2)
     async def reply(payload: bytes, client: Client) -> bytes | None:
@@ -275,13 +275,13 @@ async def test_a_burst_is_answered(start_in_memory: StartInMemory) -> None:
 
 @pytest.mark.parametrize("concurrency", [0, -1])
 def test_concurrency_is_at_least_one(concurrency: int) -> None:
-    """Zero and negative concurrency raise ValueError."""
+    """A concurrency of zero or less raises ValueError."""
     with pytest.raises(ValueError, match="concurrency"):
         trio_udp.request_handler(concurrency=concurrency)
 
 
 @pytest.mark.parametrize("concurrency", [1.5, "2", None, True])
 def test_concurrency_is_a_number(concurrency: Any) -> None:
-    """Something that is no int raises TypeError."""
+    """A concurrency that is no int raises TypeError."""
     with pytest.raises(TypeError, match="concurrency"):
         trio_udp.request_handler(concurrency=concurrency)

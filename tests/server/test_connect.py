@@ -1,4 +1,4 @@
-"""The other end: connections over a connected socket. More about them, for every engine, is in test_engines.py."""
+"""Connections, the client side, over a connected socket. test_engines.py tests them with every engine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def connection(far_end: socket.socket) -> AsyncIterator[Connection]:
 
 
 async def test_a_conversation_with_a_server(nursery: trio.Nursery) -> None:
-    """A connection speaks the same words as a client."""
+    """A connection has the same methods and properties as a client."""
 
     async def serve(task_status: trio.TaskStatus[trio_udp.Server]) -> None:
         await trio_udp.serve(echo, 0, task_status=task_status)
@@ -53,7 +53,7 @@ async def test_a_conversation_with_a_server(nursery: trio.Nursery) -> None:
 
 
 async def test_statistics_add_up(connection: Connection, far_end: socket.socket) -> None:
-    """Datagrams that were read ahead and nobody has asked for show as waiting, and at the end as dropped."""
+    """Datagrams that were read ahead and not received count as waiting, and as dropped_at_end once closed."""
     for i in range(5):
         far_end.sendto(b"%d" % i, connection.local_address)
     await connection.send(b"xyz")
@@ -146,7 +146,7 @@ async def test_a_refusal_is_raised_by_send_many(connection: Connection, far_end:
 
 
 async def test_a_refusal_comes_before_what_came_after_it(connection: Connection, far_end: socket.socket) -> None:
-    """receive raises a refusal first, though the server is there by now and has sent something."""
+    """receive raises an earlier refusal first, even if the server is back and has sent a datagram."""
     with refuse_next(connection, far_end) as again, trio.fail_after(5):
         again.sendto(b"answer", connection.local_address)
         with pytest.raises(ConnectionRefusedError):
@@ -155,7 +155,7 @@ async def test_a_refusal_comes_before_what_came_after_it(connection: Connection,
 
 
 async def test_refusals_one_after_the_other(connection: Connection, far_end: socket.socket) -> None:
-    """Each datagram that is refused is reported to a task that receives all the time."""
+    """A task that always receives gets an error for each refused datagram."""
     far_end.close()
     for _ in range(20):
         await connection.send(b"x")
@@ -235,7 +235,7 @@ async def test_receive_many(connection: Connection, far_end: socket.socket) -> N
 async def test_an_error_of_the_kernels_is_raised(
     connection: Connection, far_end: socket.socket, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An error that is this datagram's, and no earlier one's, is raised by send and counted once."""
+    """send raises an error of its own datagram, not of an earlier one, and counts it once."""
     connection.socket.shutdown(socket.SHUT_WR)
     with pytest.raises(BrokenPipeError):
         await connection.send(b"x")
@@ -277,7 +277,7 @@ async def test_connecting_fails_with_the_kernels_error() -> None:
 
 
 async def test_polling_and_sending_lets_others_run(connection: Connection, far_end: socket.socket) -> None:
-    """A task that takes what has arrived without waiting, and sends, yields at least once in 64 sends."""
+    """A task that sends and receives without waiting yields at least once in 64 sends."""
     bystander = Bystander()
 
     async with trio.open_nursery() as nursery:
@@ -295,7 +295,7 @@ async def test_polling_and_sending_lets_others_run(connection: Connection, far_e
 async def test_other_tasks_run_while_much_arrives(connection: Connection, far_end: socket.socket) -> None:
     """A task that always finds a datagram lets others run at least once in a batch of 64.
 
-    Trio orders the tasks of each pass at random, so within 128 the other task has had its turn.
+    Trio runs the tasks of each pass in random order, so the other task runs at least once in 128 datagrams.
     """
     bystander = Bystander()
 

@@ -29,7 +29,7 @@ def repeat(datagram: Datagram) -> bytes:
 
 
 async def test_what_the_function_returns_is_the_reply(start_in_memory: StartInMemory) -> None:
-    """Bytes that the function returns go to where the datagram came from, empty ones included; None is no reply."""
+    """A datagram_handler's bytes go to where the datagram came from, even b""; None is no reply."""
 
     @trio_udp.datagram_handler
     def reply(datagram: Datagram) -> bytes | None:
@@ -47,7 +47,7 @@ async def test_what_the_function_returns_is_the_reply(start_in_memory: StartInMe
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 async def test_any_bytes_like_object_is_a_reply(start_in_memory: StartInMemory, kind: Callable[[bytes], Any]) -> None:
-    """The function may return bytes, a bytearray or a memoryview; it is copied before the function runs again."""
+    """A datagram_handler may return bytes, a bytearray or a memoryview, copied before its next call."""
     buffer = bytearray()
 
     @trio_udp.datagram_handler
@@ -65,7 +65,7 @@ async def test_any_bytes_like_object_is_a_reply(start_in_memory: StartInMemory, 
 
 
 async def test_datagrams_come_in_arrival_order_over_all_senders(start_in_memory: StartInMemory) -> None:
-    """The function sees the datagrams of all senders in the order of arrival, also over many batches."""
+    """A datagram_handler gets the datagrams of all senders in arrival order, over many batches."""
     seen: list[int] = []
 
     @trio_udp.datagram_handler
@@ -81,7 +81,7 @@ async def test_datagrams_come_in_arrival_order_over_all_senders(start_in_memory:
 
 
 async def test_other_tasks_run_between_batches(start_in_memory: StartInMemory) -> None:
-    """However many datagrams wait, other tasks run once in 64 of them."""
+    """Other tasks run once in 64 datagrams of a datagram_handler, even if many more wait."""
     seen = most = before = 0
 
     @trio_udp.datagram_handler
@@ -99,7 +99,7 @@ async def test_other_tasks_run_between_batches(start_in_memory: StartInMemory) -
 
 
 async def test_a_datagram_tells_everything_about_itself(start_in_memory: StartInMemory) -> None:
-    """The function is given a Datagram with its payload, its addresses, its endpoint and its server."""
+    """A datagram_handler is called with a Datagram that has payload, addresses, endpoint and server."""
     seen: list[Datagram] = []
     run = await start_in_memory(trio_udp.datagram_handler(seen.append))
     run.put(b"hello")
@@ -118,7 +118,7 @@ async def test_a_datagram_tells_everything_about_itself(start_in_memory: StartIn
 async def test_a_datagram_can_be_answered_after_the_function_has_returned(
     start_in_memory: StartInMemory, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    """A datagram that was kept is answered later, with reply or reply_nowait, until its endpoint is closed."""
+    """A kept Datagram can be answered later, with reply or reply_nowait, until its endpoint is closed."""
     kept: list[Datagram] = []
     run = await start_in_memory(trio_udp.datagram_handler(kept.append))
     run.put(b"x")
@@ -137,7 +137,7 @@ async def test_a_datagram_can_be_answered_after_the_function_has_returned(
 
 
 async def test_the_function_may_reply_several_times(start_in_memory: StartInMemory) -> None:
-    """The function may call reply_nowait; what it returns is sent besides."""
+    """A datagram_handler may call reply_nowait in addition to the reply that it returns."""
 
     @trio_udp.datagram_handler
     def reply(datagram: Datagram) -> bytes:
@@ -152,7 +152,7 @@ async def test_the_function_may_reply_several_times(start_in_memory: StartInMemo
 
 
 async def test_the_rate_limit_applies(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """Datagrams beyond the rate limit do not reach the function and are counted as refused_by_rate."""
+    """Datagrams beyond the rate limit do not reach a datagram_handler, and count as refused_by_rate."""
     run = await start_in_memory(repeat, limits=Limits(rate_limit=RateLimit(2, 5)))
     answered = []
     for seconds in (0, 1, 10):
@@ -170,7 +170,7 @@ async def test_the_rate_limit_applies(start_in_memory: StartInMemory, autojump_c
 
 
 async def test_amplification_holds_for_each_reply_alone(start_in_memory: StartInMemory) -> None:
-    """A reply of more than ``amplification`` times its own datagram is withheld and counted; one of less is sent."""
+    """A reply longer than ``amplification`` times its datagram is withheld and counted; a shorter one is sent."""
     sizes = iter([30, 31, 30, 0, 1])
 
     @trio_udp.datagram_handler
@@ -187,7 +187,7 @@ async def test_amplification_holds_for_each_reply_alone(start_in_memory: StartIn
 
 
 async def test_all_replies_by_method_together_come_under_amplification(start_in_memory: StartInMemory) -> None:
-    """What reply and reply_nowait send for one datagram has together at most ``amplification`` times its bytes."""
+    """All replies to one datagram together have at most ``amplification`` times its bytes."""
     kept: list[Datagram] = []
     run = await start_in_memory(trio_udp.datagram_handler(kept.append), limits=Limits(amplification=2.5))
     run.put(bytes(4))
@@ -249,7 +249,7 @@ async def test_replying_without_end_lets_others_run(start_in_memory: StartInMemo
 
 
 async def test_errors_go_to_on_error(start_in_memory: StartInMemory) -> None:
-    """What the function raises goes to on_error with the datagram, is counted, and the next datagram follows."""
+    """An exception of a datagram_handler is counted and goes to on_error; the next datagram follows."""
     errors: list[tuple[Any, str]] = []
 
     @trio_udp.datagram_handler
@@ -270,7 +270,7 @@ async def test_errors_go_to_on_error(start_in_memory: StartInMemory) -> None:
 
 
 async def test_errors_are_logged_by_default(start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture) -> None:
-    """Without on_error, an error of the function is logged with the address of the datagram and its traceback."""
+    """By default an exception of a datagram_handler is logged with its traceback and the peer address."""
 
     @trio_udp.datagram_handler
     def fail(datagram: Datagram) -> bytes:
@@ -286,7 +286,7 @@ async def test_errors_are_logged_by_default(start_in_memory: StartInMemory, capl
 
 
 async def test_raise_error_ends_the_server() -> None:
-    """With on_error=raise_error, an error of the function leaves serve."""
+    """serve raises an exception of a datagram_handler with on_error=raise_error."""
     on = in_memory()
     on.put(b"x")
 
@@ -356,13 +356,13 @@ async def test_accept_beside_it_is_an_error() -> None:
 
 @pytest.mark.parametrize("function", [None, 5, "f"])
 def test_it_takes_a_function(function: Any) -> None:
-    """Something that cannot be called is no datagram_handler."""
+    """datagram_handler refuses an object that is not callable."""
     with pytest.raises(TypeError, match=r"def f\(datagram\)"):
         trio_udp.datagram_handler(function)
 
 
 def test_it_takes_no_async_function() -> None:
-    """An async function, or an async generator function, is no datagram_handler."""
+    """datagram_handler refuses an async function and an async generator function."""
 
     async def function(datagram: Datagram) -> bytes:
         return b""
@@ -376,7 +376,7 @@ def test_it_takes_no_async_function() -> None:
 
 
 async def test_the_function_takes_one_argument() -> None:
-    """A function that cannot be called with one argument is refused, by datagram_handler or at the latest by serve."""
+    """datagram_handler, or at the latest serve, refuses a function that cannot be called with one argument."""
 
     def none() -> bytes:
         return b""
@@ -397,14 +397,14 @@ async def _serve_briefly(handler: Any, on: InMemory) -> None:
 
 
 def test_it_is_still_the_function() -> None:
-    """A datagram_handler can be called as the function can, and names it."""
+    """A datagram_handler can be called like its function, and its repr names the function."""
     handler = trio_udp.datagram_handler(len)  # type: ignore[arg-type]
     assert handler(b"abc") == 3  # type: ignore[arg-type, comparison-overlap]
     assert repr(handler) == "<trio_udp.datagram_handler len>"
 
 
 async def test_statistics_add_up_inside_the_function(start_in_memory: StartInMemory) -> None:
-    """Inside the function, and inside on_error, its datagram is delivered, and those behind it not yet received."""
+    """statistics() adds up inside a datagram_handler and on_error: the rest of the batch is not yet received."""
     seen: list[tuple[int, int]] = []
     server: Server
 
@@ -428,7 +428,7 @@ async def test_statistics_add_up_inside_the_function(start_in_memory: StartInMem
 
 
 async def test_truncated_datagrams_do_not_reach_it(start_in_memory: StartInMemory) -> None:
-    """A datagram longer than max_datagram_size is counted as truncated, and the function does not see it."""
+    """A datagram longer than max_datagram_size counts as truncated, and does not reach a datagram_handler."""
     network = SimulatedNetwork()
     on = InMemory(network, network.endpoint(*SERVER, max_datagram_size=3))
     run = await start_in_memory(repeat, on=on)
@@ -441,7 +441,7 @@ async def test_truncated_datagrams_do_not_reach_it(start_in_memory: StartInMemor
 
 
 async def test_what_had_arrived_before_the_stop_is_handled(start_in_memory: StartInMemory) -> None:
-    """A stop from inside the function: all that had reached the machine by then is answered, and serve returns."""
+    """A datagram_handler may stop the server: every datagram that had arrived is answered, and serve returns."""
 
     @trio_udp.datagram_handler
     def reply(datagram: Datagram) -> bytes:
@@ -463,7 +463,7 @@ async def test_what_had_arrived_before_the_stop_is_handled(start_in_memory: Star
 async def test_what_arrives_during_the_drain_is_refused(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """While the server drains, here for as long as a connection of ours lasts, the function is not called any more."""
+    """A datagram_handler is not called while the server drains, here because a Server.connect client is open."""
     seen: list[bytes] = []
     run = await start_in_memory(trio_udp.datagram_handler(lambda datagram: seen.append(datagram.payload)))
     client = run.server.connect(BOB)
@@ -486,7 +486,7 @@ async def test_what_arrives_during_the_drain_is_refused(
 async def test_a_reply_that_waits_for_room_leaves_during_the_drain(
     start_in_memory: StartInMemory, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    """A reply of a task that waits for room when the server stops still leaves the machine."""
+    """A reply that waits for room when the server stops is still sent."""
     kept: list[Datagram] = []
     run = await start_in_memory(trio_udp.datagram_handler(kept.append), on=narrow())
     run.put(b"x")
@@ -501,7 +501,7 @@ async def test_a_reply_that_waits_for_room_leaves_during_the_drain(
 
 
 async def test_a_client_of_ours_gets_its_datagrams(start_in_memory: StartInMemory) -> None:
-    """Server.connect works beside a datagram_handler: its client gets what its peer sends; the function does not."""
+    """A Server.connect client gets its peer's datagrams even if the server has a datagram_handler."""
     run = await start_in_memory(repeat)
     client = run.server.connect(BOB)
     run.put(b"for the client", BOB)
@@ -513,7 +513,7 @@ async def test_a_client_of_ours_gets_its_datagrams(start_in_memory: StartInMemor
 
 
 async def test_port_zero_is_heard_and_not_answered(start_in_memory: StartInMemory) -> None:
-    """A datagram from port 0 or the unspecified address reaches the function; its reply is counted as a send error."""
+    """A datagram from port 0 or the unspecified address reaches a datagram_handler; the reply is a send error."""
     seen: list[Any] = []
 
     @trio_udp.datagram_handler
@@ -533,7 +533,7 @@ async def test_port_zero_is_heard_and_not_answered(start_in_memory: StartInMemor
 
 
 async def test_a_server_does_not_answer_itself(start_in_memory: StartInMemory) -> None:
-    """A datagram with the server's own address as its source is refused, or the reply would be the next request."""
+    """A datagram with the server's own address as its source is refused, so that no reply becomes a request."""
     run = await start_in_memory(repeat)
     run.put(b"loop", SERVER)
     run.put(b"x", ALICE)
@@ -545,7 +545,7 @@ async def test_a_server_does_not_answer_itself(start_in_memory: StartInMemory) -
 
 
 async def test_the_function_may_close_the_endpoint() -> None:
-    """When the function closes the only endpoint, serve raises ClosedResourceError, and nothing is lost from sight."""
+    """If a datagram_handler closes the only endpoint, serve raises ClosedResourceError, and the counters add up."""
     on = in_memory()
     for number in range(3):
         on.put(b"%d" % number)
@@ -565,7 +565,7 @@ async def test_the_function_may_close_the_endpoint() -> None:
 
 
 async def test_an_error_that_ends_the_program(start_in_memory: StartInMemory) -> None:
-    """KeyboardInterrupt in the function leaves serve bare, and what is left of its batch is refused_stopping."""
+    """KeyboardInterrupt in a datagram_handler leaves serve bare; the rest of the batch counts as refused_stopping."""
     on = in_memory()
     for number in range(3):
         on.put(b"%d" % number)

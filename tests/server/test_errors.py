@@ -93,7 +93,7 @@ async def test_on_error_replaces_the_log(start_in_memory: StartInMemory, caplog:
 async def test_log_error_can_be_called_from_on_error(
     start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An on_error of the user's may do something and then log as usual, with log_error."""
+    """A user's on_error may call log_error to log as usual."""
     seen = []
 
     def on_error(client: Client, error: Exception) -> None:
@@ -230,7 +230,7 @@ async def test_accept_turns_strangers_away(start_in_memory: StartInMemory, caplo
 async def test_accept_must_return_a_bool_or_bytes(
     start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture, answer: object
 ) -> None:
-    """Another answer of accept, however true, is the program's mistake: the datagram is refused and that is logged."""
+    """An answer of accept that is only truthy refuses the datagram, and is logged as an error."""
     accept: Any = lambda datagram: answer  # noqa: E731
     run = await start_in_memory(echo, accept=accept)
     run.put(b"x")
@@ -260,7 +260,7 @@ async def test_receive_errors_are_counted_and_survived(start_in_memory: StartInM
 
 
 async def test_an_error_that_lasts_is_no_busy_loop(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """When reading fails again and again, the server tries it only now and then, and recovers."""
+    """A server whose reads keep failing retries at intervals, and recovers."""
     run = await start_in_memory(echo)
     for _ in range(100):
         run.network.fail_next_receive(SERVER, errno.EIO)
@@ -273,7 +273,7 @@ async def test_an_error_that_lasts_is_no_busy_loop(start_in_memory: StartInMemor
 
 
 async def test_send_errors_are_counted_for_the_client_they_concern(start_in_memory: StartInMemory) -> None:
-    """A reply that cannot be sent is counted at its client; the rest of the batch is sent."""
+    """A reply that cannot be sent counts as its client's send error; the rest of the batch is sent."""
     kept: dict[object, Client] = {}
 
     async def handler(client: Client) -> None:
@@ -352,7 +352,7 @@ async def test_wrong_arguments_raise_at_once(error: type[Exception], arguments: 
 
 
 async def test_the_same_endpoint_twice_closes_all() -> None:
-    """An endpoint that is given twice raises at the call, and all endpoints are closed: the server owned them."""
+    """A duplicate endpoint raises at the call, and closes all endpoints, because the server owned them."""
     first, last = in_memory().endpoint, in_memory().endpoint
     with pytest.raises(ValueError, match="twice"):
         await serve_endpoints(echo, [first, first, last])
@@ -371,7 +371,7 @@ async def test_endpoints_beside_something_else_are_closed() -> None:
 
 
 async def test_an_endpoint_that_is_received_from_stays_open(nursery: trio.Nursery) -> None:
-    """serve_endpoints raises BusyResourceError where something else receives; that endpoint alone stays open."""
+    """serve_endpoints raises BusyResourceError for an endpoint in use, and closes all endpoints but that one."""
     free, busy = in_memory(), in_memory()
     nursery.start_soon(busy.endpoint.receive)
     await busy.settle()
@@ -454,7 +454,7 @@ async def test_a_closed_handler_nursery_is_the_callers_mistake() -> None:
 
 
 async def test_a_cancelled_handler_nursery_leaves_the_server_alone() -> None:
-    """Handlers cancelled by their own nursery are forgotten; what waited for them is counted."""
+    """A server forgets handlers that their own nursery cancels, and counts their waiting datagrams."""
     run = in_memory()
     async with trio.open_nursery() as nursery:
         async with trio.open_nursery() as handler_nursery:
@@ -471,7 +471,7 @@ async def test_a_cancelled_handler_nursery_leaves_the_server_alone() -> None:
 
 
 async def test_what_is_in_hand_when_the_server_crashes_is_counted() -> None:
-    """If accept raises a KeyboardInterrupt, or the nursery for handlers is over, the counters still add up."""
+    """The counters add up even if accept raises KeyboardInterrupt or handler_nursery is closed."""
 
     def accept(datagram: Datagram) -> bool:
         if datagram.payload == b"crash":
@@ -498,7 +498,7 @@ async def test_what_is_in_hand_when_the_server_crashes_is_counted() -> None:
 async def test_an_accept_that_turns_out_to_be_async_accepts_nobody(
     start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A plain function as accept that returns a coroutine accepts nobody; that is logged."""
+    """An accept that returns a coroutine accepts no stranger, and the log says so."""
     accept: Any = lambda datagram: _async_accept(datagram)  # noqa: E731
     run = await start_in_memory(echo, accept=accept)
     run.put(b"x")
@@ -508,7 +508,7 @@ async def test_an_accept_that_turns_out_to_be_async_accepts_nobody(
 
 
 async def test_the_counters_add_up_inside_accept(start_in_memory: StartInMemory) -> None:
-    """In the middle of a batch, no datagram is counted as received before its fate is known."""
+    """No datagram of a batch counts as received before its fate is known."""
     checked = []
 
     def accept(datagram: Datagram) -> bool:
@@ -529,7 +529,7 @@ async def test_the_counters_add_up_inside_accept(start_in_memory: StartInMemory)
 async def test_strangers_cannot_make_the_server_pause(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """Datagrams that poll as readable and then are not there, because their checksum is wrong, cost no time."""
+    """Datagrams with a wrong checksum, which poll as readable and are then dropped, do not delay the server."""
     run = await start_in_memory(echo)
     for _ in range(100):
         run.network.fail_next_receive(SERVER, errno.EAGAIN)
@@ -541,7 +541,7 @@ async def test_strangers_cannot_make_the_server_pause(
 
 
 async def test_errors_beside_the_one_that_ends_the_program_are_its_cause() -> None:
-    """A KeyboardInterrupt leaves serve bare though another task of the handler failed too; that error is its cause."""
+    """A KeyboardInterrupt leaves serve bare even if another task of the handler fails; that error is its cause."""
     run = in_memory()
 
     async def fail(error: BaseException) -> None:

@@ -148,7 +148,7 @@ APP = App.__new__(App)
     ],
 )
 async def test_what_is_no_handler(handler: Any, message: str) -> None:
-    """What cannot be a handler is refused before anything is bound, in one line that says how a handler looks."""
+    """serve refuses an invalid handler before it binds a socket, in one line that shows a valid handler."""
 
     def bound(sock: socket.socket) -> None:
         raise AssertionError("a socket was opened")
@@ -160,7 +160,7 @@ async def test_what_is_no_handler(handler: Any, message: str) -> None:
 
 
 async def test_a_handler_that_was_called_already() -> None:
-    """``serve(handler(client), ...)`` is refused too: a coroutine is no function."""
+    """serve refuses a coroutine object, as in ``serve(handler(client), ...)``."""
     coroutine = with_default(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="cannot be called"):
         await serve(coroutine, 0)  # type: ignore[arg-type]
@@ -179,7 +179,7 @@ async def test_a_handler_that_was_called_already() -> None:
     ],
 )
 async def test_what_is_a_handler(start_in_memory: StartInMemory, handler: Callable[[Client], Any]) -> None:
-    """A method, an object with an async __call__, a partial and a plain function that returns a coroutine all do."""
+    """A handler may be a method, an object with async __call__, a partial, or a function that returns a coroutine."""
     run = await start_in_memory(handler)
     run.put(b"x")
     await run.settle()
@@ -219,19 +219,19 @@ async def test_a_port_in_use_is_named(engine: str, host: str) -> None:
 
 
 async def test_an_address_that_is_not_ours_is_named() -> None:
-    """A bind to an address of another machine says which."""
+    """A failed bind to an address of another machine names the address."""
     with pytest.raises(OSError, match=r"192\.0\.2\.1.*5353"):
         await serve(echo, 5353, host="192.0.2.1")
 
 
 @pytest.mark.parametrize("port", ["9999", None, 1.5, -1, 65_536])
 async def test_a_wrong_port_is_named(port: Any) -> None:
-    """A port that is no number from 0 to 65,535 raises with the value in the message."""
+    """A port that is not an int from 0 to 65,535 raises with the value in the message."""
     with pytest.raises((TypeError, ValueError), match=str(port)):
         await serve(echo, port)
 
 
-# What help() and type checkers see.
+# help() and type checkers.
 
 
 def public_members() -> Iterator[tuple[str, object]]:

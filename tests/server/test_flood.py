@@ -56,7 +56,7 @@ async def all_read(server: Server, count: int) -> None:
 
 
 async def test_ten_thousand_clients_each_in_order(nursery: trio.Nursery, forgers: list[Forger]) -> None:
-    """10,000 clients whose datagrams are mixed get each their own, complete and in order."""
+    """Each of 10,000 clients with mixed datagrams gets its own, complete and in order."""
     taken: dict[object, list[bytes]] = {}
 
     async def handler(client: Client) -> None:
@@ -112,9 +112,9 @@ async def test_memory_stays_below_the_worst_case(nursery: trio.Nursery, forgers:
 
 @pytest.mark.parametrize("when_full", ["refuse", "evict_idle"])
 async def test_a_flood_of_forged_addresses(nursery: trio.Nursery, forgers: list[Forger], when_full: str) -> None:
-    """Under datagrams from 100,000 addresses, memory stays flat and a client that is known is served all the while.
+    """Memory stays flat, and an existing client is served, under datagrams from 100,000 addresses.
 
-    This holds under evict_idle too, because that client is never the one that has been waiting the longest.
+    The same holds under evict_idle, because that client is never the one that has waited the longest.
     """
 
     limits = Limits(max_clients=1_000, when_full=when_full)  # type: ignore[arg-type]

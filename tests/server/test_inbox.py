@@ -46,14 +46,14 @@ async def collect(
 
 
 async def test_a_full_inbox_drops_the_newest(start_in_memory: StartInMemory) -> None:
-    """By default what arrives at a full inbox is lost, exactly counted, and what waits is kept."""
+    """A full inbox drops and counts new datagrams by default, and keeps those that wait."""
     run, taken = await collect(start_in_memory, Limits(inbox_datagrams=3), *[b"%d" % i for i in range(10)])
     assert taken == [b"0", b"1", b"2"]
     assert run.server.statistics().dropped_inbox_full == 7
 
 
 async def test_a_full_inbox_drops_the_oldest(start_in_memory: StartInMemory) -> None:
-    """With drop_oldest what has waited the longest makes room."""
+    """A full inbox with drop_oldest drops the datagram that has waited the longest."""
     limits = Limits(inbox_datagrams=3, when_inbox_full="drop_oldest")
     run, taken = await collect(start_in_memory, limits, *[b"%d" % i for i in range(10)])
     assert taken == [b"7", b"8", b"9"]
@@ -61,13 +61,13 @@ async def test_a_full_inbox_drops_the_oldest(start_in_memory: StartInMemory) -> 
 
 
 async def test_an_inbox_is_bounded_in_bytes(start_in_memory: StartInMemory) -> None:
-    """Payload bytes count, not only datagrams; empty datagrams take no bytes."""
+    """An inbox is bounded in payload bytes too; empty datagrams take no bytes."""
     _, taken = await collect(start_in_memory, Limits(inbox_bytes=10), bytes(6), bytes(5), bytes(4), b"", b"x", b"")
     assert taken == [bytes(6), bytes(4), b"", b""]
 
 
 async def test_dropping_the_oldest_stops_when_there_is_room(start_in_memory: StartInMemory) -> None:
-    """With drop_oldest no more is dropped than needed, and nothing for a datagram that can never fit."""
+    """drop_oldest drops no more than needed, and nothing for a datagram that can never fit."""
     limits = Limits(inbox_bytes=10, when_inbox_full="drop_oldest")
     run, taken = await collect(start_in_memory, limits, bytes(3), bytes(3), bytes(4), bytes(5), bytes(11))
     assert taken == [bytes(4), bytes(5)]
@@ -75,7 +75,7 @@ async def test_dropping_the_oldest_stops_when_there_is_room(start_in_memory: Sta
 
 
 async def test_all_inboxes_are_bounded_together(start_in_memory: StartInMemory) -> None:
-    """total_bytes bounds what waits for all clients; a stranger for whom there is no room does not become one."""
+    """total_bytes bounds the payloads of all inboxes; a stranger whose datagram does not fit is no client."""
 
     async def handler(client: Client) -> None:
         await trio.sleep_forever()
@@ -95,7 +95,7 @@ async def test_all_inboxes_are_bounded_together(start_in_memory: StartInMemory) 
 
 
 async def test_one_client_does_not_drop_anothers_datagrams(start_in_memory: StartInMemory) -> None:
-    """With drop_oldest and no room in total, a client gives up its own datagrams only, and only if that is enough."""
+    """drop_oldest at total_bytes drops only the client's own datagrams, and only if that makes enough room."""
 
     async def handler(client: Client) -> None:
         await trio.sleep_forever()
@@ -161,7 +161,7 @@ async def test_a_slow_client_holds_nobody_up(start_in_memory: StartInMemory) -> 
 async def test_an_echo_keeps_up_with_any_burst(
     start_in_memory: StartInMemory, policy: Literal["drop_newest", "drop_oldest"]
 ) -> None:
-    """A handler that only receives and sends loses nothing, however long the burst."""
+    """A handler that only receives and sends loses no datagram of any burst."""
 
     async def echo(client: Client) -> None:
         async for payload in client:
@@ -176,7 +176,7 @@ async def test_an_echo_keeps_up_with_any_burst(
 
 
 class InboxModel(RuleBasedStateMachine):
-    """Two inboxes with common totals behave as two lists would, whatever happens in whatever order."""
+    """Two inboxes that share totals behave like a model of two lists, under any sequence of events."""
 
     def __init__(self, policy: Literal["drop_newest", "drop_oldest"] = "drop_newest") -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""A whole server beside a model of it: whatever happens in whatever order, both do the same.
+"""A whole server and a model of it agree under any sequence of events.
 
-Each event of ``Model`` says in lists what a server does, and notes how to bring the same about at the real one. That,
-on a simulated network in virtual time, is then taken through the same steps, and has to agree after each of them.
+Each event of ``Model`` changes its lists as a server would, and records the same step for the real server. That server,
+on a simulated network in virtual time, then performs the same steps, and must agree with the model after each of them.
 
-(Not a ``RuleBasedStateMachine``: that leaves out half of its rules in each run, and seldom gets as far as a client that
-waits while the server stops.)
+(Not a ``RuleBasedStateMachine``: each run of one omits half of its rules, and rarely reaches a client that waits while
+the server stops.)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DRAIN_TIMEOUT = 6.5
 
 @attrs.define(eq=False)
 class Conversation:
-    """What the model knows of one client."""
+    """The model of one client."""
 
     peer: Address
     number: int  # of this peer's
@@ -58,7 +58,7 @@ def choose(conversations: list[Conversation], which: int) -> Conversation | None
 
 
 class Model:
-    """What a server does, said in lists."""
+    """The model of a server: plain lists and counters."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -72,10 +72,10 @@ class Model:
         self.is_over = False
         self.steps: list[tuple[Step, Snapshot]] = []
 
-    # What strangers do.
+    # Events of strangers.
 
     def arrive(self, arrivals: list[tuple[Address, bytes]], eager: bool) -> None:
-        """Together, and then perhaps handlers take what they can get and wait for more."""
+        """Datagrams of several peers arrive together; then handlers may take what waits, and wait for more."""
         self._put(arrivals)
         self._note(lambda real: real.put(arrivals))
         for conversation in self._at_work() if eager else ():
@@ -116,7 +116,7 @@ class Model:
         self._end(min(evictable, key=self._silence_began), "evicted")
         return True
 
-    # What handlers do.
+    # Events of handlers.
 
     def receive(self, which: int) -> None:
         if conversation := choose(self._at_work(), which):
@@ -168,7 +168,7 @@ class Model:
             del self.known[conversation.peer]
 
     def give_up_receiving(self, which: int, meanwhile: list[bytes]) -> None:
-        """It is cancelled; what arrives just then stays in the inbox, and the silence lasts if nothing does."""
+        """A waiting receive is cancelled: a datagram of that instant stays in the inbox; otherwise silence goes on."""
         if conversation := choose(self._waiting(), which):
             self._give_up(conversation, meanwhile)
 
@@ -185,7 +185,7 @@ class Model:
         self._note(step)
 
     def poll(self, which: int, patience: int, pause: int) -> None:
-        """It waits for so many seconds at most, and then does something else, as one that sends pings does."""
+        """A handler waits for a number of seconds at most, and then does something else, such as sending a ping."""
         if conversation := choose(self._at_work(), which):
             self._receive(conversation, 1)
             self.time_passes(patience)
@@ -254,7 +254,7 @@ class Model:
         conversation.inbox = []
 
     def end_handler(self, which: int, how: str) -> None:
-        """While it leaves datagrams behind, it is called again for the same client, if this call has taken any."""
+        """A handler ends. It is called again if datagrams wait and this call has taken any."""
         conversation = choose(self._at_work(), which)
         if conversation is None:
             return
@@ -272,7 +272,7 @@ class Model:
         self.running.remove(conversation)
         self.is_over = self.drains_until is not None and not self.running
 
-    # What the clock and the caller do.
+    # Events of the clock and the caller.
 
     def time_passes(self, seconds: int) -> None:
         for _ in range(seconds):
@@ -285,7 +285,7 @@ class Model:
         self._note(lambda real: None)  # the snapshot says when it is to be
 
     def stop(self, arrivals: list[tuple[Address, bytes]]) -> None:
-        """What has arrived by then is handed out first. Then those who wait are told, except in transactions."""
+        """The server stops: it hands out datagrams that have arrived, then ends the waits outside of transactions."""
         self._put(arrivals)
         if self.drains_until is None:
             self.drains_until = self.now + DRAIN_TIMEOUT
@@ -322,7 +322,7 @@ class Model:
         assert conversation.silent_since is not None
         return conversation.silent_since
 
-    # The real one.
+    # The real server.
 
     def _note(self, step: Step) -> None:
         logs: dict[Address, list[list[object]]] = {}
@@ -342,7 +342,7 @@ COUNTS = (
 
 @attrs.frozen
 class Snapshot:
-    """What can be seen of a server, and must be the same for both."""
+    """The observable state of a server, which must be the same for both."""
 
     now: float
     logs: dict[Address, list[list[object]]]  # of each peer's conversations
@@ -354,7 +354,7 @@ class Snapshot:
 
 
 class Puppet:
-    """A handler that does as it is told, and all calls of it for one client."""
+    """A handler that follows orders, and all of its calls for one client."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -364,7 +364,7 @@ class Puppet:
         self._to_do, self._orders = trio.open_memory_channel[str](math.inf)
 
     def tell(self, *orders: str) -> None:
-        """Let it carry these out one after the other: "receive", and at last perhaps "return" or "raise"."""
+        """Make the handler follow these orders in turn: "receive", and finally perhaps "return" or "raise"."""
         for order in orders:
             self._to_do.send_nowait(order)
 
@@ -458,7 +458,7 @@ Step: TypeAlias = Callable[[RealServer], object]
 
 
 async def play(steps: list[tuple[Step, Snapshot]], limits: Limits) -> None:
-    """Take the real one through the steps, as far as it agrees."""
+    """Perform the steps on the real server until it disagrees with the model."""
     async with trio.open_nursery() as nursery:
         real = RealServer(in_memory())
         real.server = await nursery.start(real.serve, limits)
@@ -546,7 +546,7 @@ CHANGES_TIMEOUT = [
 def test_a_server_does_what_its_model_does(
     before: list[tuple[Any, ...]], end: tuple[Any, ...], after: list[tuple[Any, ...]], limits: Limits
 ) -> None:
-    """A server and its model agree on who is known, what each receive has come to, what was sent, and every count."""
+    """A server and its model agree on clients, results of each receive, sent datagrams, and every counter."""
     model = Model(limits)
     for name, *arguments in [*before, end, *after, ("cancel_serve",)]:
         getattr(model, name)(*arguments)

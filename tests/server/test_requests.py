@@ -86,6 +86,6 @@ def test_a_timeout_must_be_positive(timeout: float) -> None:
 
 
 def test_it_takes_a_function() -> None:
-    """request_handler(2), a timeout given by position, raises TypeError."""
+    """A timeout given by position, as in request_handler(2), raises TypeError."""
     with pytest.raises(TypeError, match="2"):
         trio_udp.request_handler(2)  # type: ignore[call-overload]

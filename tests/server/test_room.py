@@ -1,4 +1,4 @@
-"""Room in the table of clients: who gets a place, who is evicted for whom, and what is said about it."""
+"""The table of clients: places, eviction, limits for each host, and log lines."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def evicting(max_clients: int, **options: Any) -> Limits:
 
 
 async def test_a_validated_client_is_not_evicted(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """Of clients that wait, one that is validated stays, however long it has been waiting."""
+    """A validated client is not evicted, even if it has waited the longest."""
     run = await start_in_memory(log_in, limits=evicting(2), idle_timeout=1_000)
     run.put(b"token", ALICE)
     await trio.sleep(1)
@@ -83,7 +83,7 @@ async def test_players_under_a_flood(start_in_memory: StartInMemory, autojump_cl
 
 
 async def test_strangers_are_refused_when_all_are_validated(start_in_memory: StartInMemory) -> None:
-    """Where every client is validated there is nobody to evict, so strangers are refused."""
+    """Strangers are refused if every client is validated, because none can be evicted."""
     run = await start_in_memory(log_in, limits=evicting(2))
     run.put(b"token", ALICE)
     run.put(b"token", BOB)
@@ -217,7 +217,7 @@ async def test_a_host_may_begin_again(start_in_memory: StartInMemory, autojump_c
 
 
 async def test_a_host_of_ipv6_is_a_64(start_in_memory: StartInMemory) -> None:
-    """In IPv6 a /64 is one host, since whoever has one of its addresses has all of them."""
+    """An IPv6 /64 is one host, because the owner of one of its addresses owns all of them."""
     network = SimulatedNetwork()
     server = ("2001:db8::53", 53, 0, 0)
     on = InMemory(network, network.endpoint("2001:db8::53", 53, receive_buffer=PLENTY))
@@ -259,13 +259,13 @@ async def test_one_real_host_cannot_hold_the_table(start_in_memory: StartInMemor
     assert (s.clients, s.refused_full, s.clients_evicted) == (100, 4_990, 0)
 
 
-# What is said
+# Log lines
 
 
 async def test_a_full_table_is_a_warning_once_a_minute(
     start_in_memory: StartInMemory, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """That strangers are refused because the table is full is a warning, at most once a minute."""
+    """The log warns, at most once a minute, that strangers are refused because the table is full."""
     run = await start_in_memory(echo, idle_timeout=10_000, limits=Limits(max_clients=1))
     run.put(b"x", ALICE)
     when = []
@@ -285,7 +285,7 @@ async def test_a_full_table_is_a_warning_once_a_minute(
 async def test_a_stranger_who_takes_a_place_is_no_warning(
     start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A table that is full is no warning while clients can be evicted."""
+    """The log does not warn about a full table while clients can be evicted."""
     run = await start_in_memory(echo, limits=evicting(1))
     for source in (ALICE, BOB, CAROL):
         run.put(b"x", source)
@@ -365,7 +365,7 @@ def test_wrong_limits_say_so_in_one_line(name: str, value: Any) -> None:
     ],
 )
 def test_wrong_rate_limits_say_so_in_one_line(name: str, value: Any) -> None:
-    """The same holds for the values of a RateLimit."""
+    """A RateLimit value that makes no sense raises TypeError or ValueError, in one line that names it."""
     with pytest.raises((TypeError, ValueError)) as caught:
         RateLimit(**{"per_second": 1, name: value})
     message = str(caught.value)

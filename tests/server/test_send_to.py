@@ -114,7 +114,7 @@ async def test_a_local_address_that_is_not_ours(start: StartServer) -> None:
 
 @pytest.mark.skipif(not can_make_namespaces(), reason="needs root and network namespaces")
 async def test_no_route_is_raised(engine: str, nursery: trio.Nursery) -> None:
-    """A machine with nothing but loopback has no route to other addresses and groups, and send_to says so."""
+    """send_to raises the kernel's error on a machine that has no route to an address or a group."""
     with machines("alone") as [alone]:
         sockets = [alone.socket("0.0.0.0"), alone.socket("::", family=socket.AF_INET6)]
         server: Server = await nursery.start(serve_endpoints, echo, [Endpoint.from_socket(s) for s in sockets])
@@ -126,7 +126,7 @@ async def test_no_route_is_raised(engine: str, nursery: trio.Nursery) -> None:
 
 
 async def test_a_broadcast_that_the_socket_allows(start: StartServer) -> None:
-    """With SO_BROADCAST, set by configure, a broadcast leaves."""
+    """send_to sends a broadcast if configure has set SO_BROADCAST."""
     server = await start("0.0.0.0", configure=lambda sock: sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1))
     with receiver("127.255.255.255") as sock:
         await server.send_to(b"x", sock.getsockname())
@@ -224,7 +224,7 @@ async def test_it_leaves_after_replies_that_were_sent_before(start_in_memory: St
 
 
 async def test_it_waits_for_room(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """While the send buffer is full, send_to waits, send_to_nowait raises WouldBlock, and a cancelled one is unsent."""
+    """At a full send buffer send_to waits, send_to_nowait raises WouldBlock, and a cancelled send_to sends nothing."""
     run = await start_in_memory(echo, on=narrow())
     await run.server.send_to(b"1", ALICE)
     with pytest.raises(trio.WouldBlock):
@@ -238,7 +238,7 @@ async def test_it_waits_for_room(start_in_memory: StartInMemory, autojump_clock:
 
 
 async def test_it_is_a_checkpoint(start_in_memory: StartInMemory) -> None:
-    """A cancelled send_to sends nothing, also where there is room."""
+    """A cancelled send_to sends nothing, even if the send buffer has room."""
     run = await start_in_memory(echo)
     with trio.CancelScope() as scope:
         scope.cancel()

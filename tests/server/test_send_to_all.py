@@ -31,7 +31,7 @@ def client_of(server: Server, address: Address) -> Client:
 
 
 async def test_all_clients_or_some(start_in_memory: StartInMemory) -> None:
-    """Without a choice every client gets the payload, else those that are named, in that order."""
+    """send_to_all sends to every client, or to the given ones in their order."""
     run = await start_in_memory(listen)
     for address in (ALICE, BOB, CAROL):
         run.put(b"hello", address)
@@ -135,7 +135,7 @@ async def test_clients_that_have_ended_are_skipped(start_in_memory: StartInMemor
 
 
 async def test_a_client_of_another_server(start_in_memory: StartInMemory) -> None:
-    """Another server's client is a mistake: ValueError, and nobody is sent anything."""
+    """A client of another server raises ValueError, and nothing is sent."""
     run, other = await start_in_memory(listen), await start_in_memory(listen)
     run.put(b"x")
     other.put(b"x")
@@ -146,7 +146,7 @@ async def test_a_client_of_another_server(start_in_memory: StartInMemory) -> Non
 
 
 async def test_what_finds_no_room_is_counted(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """Where the send buffer is full the datagram is lost for that client, and counted as its send error."""
+    """A client whose datagram finds the send buffer full does not get it, and counts a send error."""
     run = await start_in_memory(listen, on=narrow())
     for address in (ALICE, BOB, CAROL):
         run.put(b"x", address)
@@ -164,7 +164,7 @@ async def test_what_finds_no_room_is_counted(start_in_memory: StartInMemory, aut
 
 
 async def test_amplification_holds_for_each(start_in_memory: StartInMemory) -> None:
-    """A client that has sent too little is left out and counted; the others get the payload."""
+    """A client at its amplification limit is skipped and counted; the others get the payload."""
     run = await start_in_memory(listen, limits=Limits(amplification=3))
     run.put(b"long enough", ALICE)
     run.put(b"x", BOB)
@@ -195,7 +195,7 @@ async def test_what_found_no_room_uses_up_no_allowance(
 
 
 async def test_payloads_that_cannot_be_sent(start_in_memory: StartInMemory) -> None:
-    """A payload that is too long, or is no bytes, raises before anybody is sent anything."""
+    """A payload that is too long or not bytes-like raises before anything is sent."""
     run = await start_in_memory(listen)
     run.put(b"x")
     await run.settle()

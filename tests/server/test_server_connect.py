@@ -54,7 +54,7 @@ async def converse(client: Client, sock: socket.socket) -> Address:
 
 @pytest.mark.parametrize("host", [None, "127.0.0.1", "::1"])
 async def test_answers_reach_the_client(start: StartServer, host: str | None) -> None:
-    """What the peer answers reaches the client, not a handler, whatever address the server is bound to."""
+    """The peer's answer reaches the Server.connect client, not a handler, on an endpoint bound to any address."""
     server = await start(host)
     for other in ["127.0.0.9", "::1"] if host is None else [host]:
         with peer(other) as sock:
@@ -105,7 +105,7 @@ async def test_a_dual_stack_socket(engine: str, nursery: trio.Nursery, host: str
 @pytest.mark.skipif(not can_make_namespaces(), reason="needs root and network namespaces")
 @pytest.mark.parametrize("bound_to", ["::", "fe80::1%wire"])
 async def test_a_link_local_peer(engine: str, nursery: trio.Nursery, bound_to: str) -> None:
-    """A peer with a scope is conversed with over its link."""
+    """Server.connect reaches a link-local peer over the link of its scope."""
     with machines("ours", "theirs") as [ours, theirs]:
         ours.ip(f"link add wire type veth peer name wire netns {theirs.name}")
         for machine, host in ((ours, "fe80::1"), (theirs, "fe80::2")):
@@ -187,7 +187,7 @@ async def test_no_route(engine: str, nursery: trio.Nursery) -> None:
 
 
 async def test_an_address_is_one_client(start_in_memory: StartInMemory) -> None:
-    """A peer that has a conversation cannot have another one, whoever began it, until that is closed."""
+    """Server.connect raises BusyResourceError for a peer that is a client already, until that client is closed."""
     run = await start_in_memory(echo)
     run.put(b"x", ALICE)
     await run.settle()
@@ -201,7 +201,7 @@ async def test_an_address_is_one_client(start_in_memory: StartInMemory) -> None:
 
 
 async def test_it_counts_as_a_client(start_in_memory: StartInMemory) -> None:
-    """It is in clients and takes a place of max_clients until its owner closes it."""
+    """A Server.connect client is in clients, and takes a place of max_clients, until its owner closes it."""
     run = await start_in_memory(echo, limits=Limits(max_clients=1))
     client = run.server.connect(ALICE)
     assert list(run.server.clients) == [client]
@@ -235,7 +235,7 @@ async def test_it_is_validated(start_in_memory: StartInMemory) -> None:
 
 
 async def test_it_evicts_where_strangers_do(start_in_memory: StartInMemory) -> None:
-    """At max_clients it makes room as a stranger does, where the policy is to evict."""
+    """Server.connect evicts at max_clients if the policy is to evict, as a stranger does."""
     ends: list[str | None] = []
 
     async def handler(client: Client) -> None:
@@ -254,7 +254,7 @@ async def test_it_evicts_where_strangers_do(start_in_memory: StartInMemory) -> N
 
 
 async def test_it_is_not_counted_for_its_host(start_in_memory: StartInMemory) -> None:
-    """clients_per_host counts strangers only."""
+    """clients_per_host does not count Server.connect clients."""
     run = await start_in_memory(echo, limits=Limits(clients_per_host=1))
     for port in (1, 2):
         run.server.connect((ALICE[0], port))
@@ -269,7 +269,7 @@ async def test_it_is_not_counted_for_its_host(start_in_memory: StartInMemory) ->
 
 
 async def test_no_handler_runs(start_in_memory: StartInMemory) -> None:
-    """Its datagrams wait for the owner; after close() the next one from there is a stranger's."""
+    """Datagrams of a Server.connect client wait for its owner; after close() the next one is a stranger's."""
     handled: list[bytes] = []
 
     async def handler(client: Client) -> None:
@@ -304,7 +304,7 @@ async def test_a_handler_may_be_run_for_it(start_in_memory: StartInMemory, nurse
 
 
 async def test_silence_ends_its_receive(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """The idle timeout holds for it too; it stays a client until its owner closes it."""
+    """A Server.connect client ends by its idle timeout, but stays in clients until its owner closes it."""
     run = await start_in_memory(echo, idle_timeout=8)
     client = run.server.connect(ALICE)
     with pytest.raises(trio.EndOfChannel):
@@ -319,7 +319,7 @@ async def test_silence_ends_its_receive(start_in_memory: StartInMemory, autojump
 
 
 async def test_a_drain_waits_for_its_owner(autojump_clock: MockClock) -> None:
-    """During a drain its channel ends, and the server ends once the owner has closed it."""
+    """A drain ends the channel of a Server.connect client, and waits until its owner closes it."""
     run = in_memory()
     async with trio.open_nursery() as nursery:
         server: Server = await nursery.start(serve_endpoints, echo, [run.endpoint])
@@ -339,7 +339,7 @@ async def test_a_drain_waits_for_its_owner(autojump_clock: MockClock) -> None:
 
 
 async def test_a_drain_closes_what_its_owner_does_not(autojump_clock: MockClock) -> None:
-    """After drain_timeout it is closed; no handler was cancelled for it, and its owner's task goes on."""
+    """drain_timeout closes a Server.connect client; no handler is cancelled, and its owner's task goes on."""
     run = in_memory()
     async with trio.open_nursery() as nursery:
         server: Server = await nursery.start(partial(serve_endpoints, echo, [run.endpoint], drain_timeout=3))
@@ -356,7 +356,7 @@ async def test_a_drain_closes_what_its_owner_does_not(autojump_clock: MockClock)
 
 
 async def test_no_conversation_begins_once_the_server_stops(start_in_memory: StartInMemory) -> None:
-    """While it stops, a server raises ClosedResourceError."""
+    """Server.connect raises ClosedResourceError while the server stops."""
 
     async def handler(client: Client) -> None:
         await client.receive()

@@ -1,4 +1,4 @@
-"""Silence: when it begins, who notices it, and what never counts as silence."""
+"""Idle timeouts: when silence begins, and when it ends a client."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..conftest import ALICE, BOB, StartInMemory, check_adds_up, echo
 async def test_a_handler_that_polls_notices_a_dead_peer(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """Waits that are cut short and begun again are one silence: a handler that pings in between ends in time."""
+    """Cancelled and repeated waits are one silence: a handler that sends pings in between ends in time."""
     log: list[Any] = []
 
     async def handler(client: Client) -> None:

@@ -77,7 +77,7 @@ async def start(request: pytest.FixtureRequest, nursery: trio.Nursery) -> StartM
 async def test_our_own_address_with_a_port_of_ours(start: StartMachine) -> None:
     """A datagram to our own address is refused if it comes from an address of this machine and any port of the server.
 
-    Such a datagram would make the server answer itself, for ever.
+    The server would otherwise answer itself for ever.
     """
     machine = await start()
     for host in (OWN, OTHER_OWN):
@@ -160,7 +160,7 @@ async def test_an_endpoint_that_is_added_later(start: StartMachine) -> None:
 
 
 async def test_an_endpoint_that_is_closed(start: StartMachine) -> None:
-    """The port of an endpoint that was closed is a port of ours no more: another program may have it now."""
+    """A closed endpoint's port is no longer a port of ours: another program may have it."""
     machine = await start()
     assert await machine.refuses((OWN, 6000), (OWN, 5000))
     await machine.endpoints[1].aclose()
@@ -181,7 +181,7 @@ async def test_port_zero_and_the_unspecified_address(
 
 
 async def test_the_unspecified_address_of_ipv6(start: StartMachine) -> None:
-    """The unspecified address of IPv6 is heard and not answered either."""
+    """A datagram from the unspecified IPv6 address is delivered; an answer to it is a send error."""
     machine = await start()
     assert not await machine.refuses(("::", 546, 0, 0), (OWN_IPV6, 7000, 0, 0))
     s = machine.server.statistics()
@@ -200,11 +200,11 @@ async def test_a_million_hosts_with_our_port_are_forgotten(start: StartMachine, 
     assert (s.delivered, s.refused_source) == (3_000, 30)
 
 
-# Clients that cannot be answered
+# Unanswerable clients
 
 
 async def test_a_client_that_cannot_be_answered(start_in_memory: StartInMemory) -> None:
-    """No way to send reaches a client with port 0, validated or not; each send is an error of this client."""
+    """Every kind of send to a client with port 0, validated or not, counts as its send error."""
 
     async def handler(client: Client) -> None:
         await client.receive()
@@ -254,7 +254,7 @@ async def test_two_servers_may_answer_each_other(nursery: trio.Nursery, autojump
 
 
 async def test_an_own_source_takes_nothing(start_in_memory: StartInMemory) -> None:
-    """A refused source takes no place, is not shown to accept, and evicts nobody."""
+    """A refused source takes no place, evicts no client, and does not reach accept."""
     asked: list[Address] = []
 
     def accept(datagram: Datagram) -> bool:

@@ -1,4 +1,4 @@
-"""Stopping: the drain, signals, cancellation, and what happens to those who are still talking."""
+"""Stopping: the drain, signals, cancellation, and conversations in progress."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ async def test_a_handler_can_learn_of_the_stop(start_in_memory: StartInMemory, a
 
 
 async def test_stop_without_clients_ends_at_once(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A server that nobody has talked to stops without waiting."""
+    """A server without clients stops without waiting."""
     run = await start_in_memory(echo, drain_timeout=math.inf)
     run.server.stop()
     await run.settle()
@@ -330,7 +330,7 @@ async def test_closing_one_of_two_endpoints_ends_its_clients(autojump_clock: Moc
 
 
 async def test_closing_the_endpoint_during_the_drain_is_no_error(autojump_clock: MockClock) -> None:
-    """A server that is stopping anyway returns normally when its endpoint is closed meanwhile."""
+    """A draining server returns normally if its endpoint is closed meanwhile."""
     run = in_memory()
 
     async def handler(client: Client) -> None:

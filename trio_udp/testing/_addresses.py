@@ -1,7 +1,7 @@
 """Addresses of a simulated network: their normal form, and those that stand for several endpoints.
 
-Addresses are tuples as the ``socket`` module gives them. Here two that mean the same are made equal, once, at the edge of
-the network; all other files compare them with ``==``.
+Addresses are tuples as the ``socket`` module gives them. Here two that mean the same are made equal, once, at the edge
+of the network; all other files compare them with ``==``.
 """
 
 from __future__ import annotations
