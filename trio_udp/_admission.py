@@ -1,4 +1,4 @@
-"""Admission: what becomes of a stranger's datagram. Questions in this order, each with a counter of its own:
+"""Admission: the checks on a stranger's datagram, in this order, each with its own counter:
 
 ============ =============================================================== ==================================
 question     a stranger that fails it                                        counted as
@@ -13,7 +13,7 @@ host         its host has as many clients as it may have                     ``r
 room         the table of clients is full                                    ``refused_full``
 ============ =============================================================== ==================================
 
-A datagram of a known client is asked for its rate only. Nothing is kept of one that is refused.
+A client's datagram is checked for its rate only. Nothing is kept of a refused datagram.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ._seats import Place, Seat, Seats
 # As globals; see the end of _lifecycle.py.
 FINE, REFUSED, UNANSWERABLE = Source
 
-# What a reply of accept() may have at most, in times the bytes of the datagram: RFC 9000 section 8.1.
+# Most bytes of an accept() reply, as a multiple of the datagram's: RFC 9000 section 8.1.
 MOST_AMPLIFICATION = 3
 
 
@@ -72,8 +72,8 @@ class Admission:
         ):
             return None
         if self.accept is not None and (seat := place.known.get(route)) is not None:
-            return seat  # accept itself has made it a client, with Server.connect
-        if seats.phase is DRAINING:  # asked after accept, which may have something to say even then
+            return seat  # accept has called Server.connect for this peer
+        if seats.phase is DRAINING:  # after accept, which may answer even during a drain
             self.refused_stopping += 1
             return None
         if not seats.has_room_for(payload):
@@ -95,7 +95,7 @@ class Admission:
         seats.add(seat, client)
         try:
             self.start_handler(client)
-        except BaseException:  # the caller's nursery is over
+        except BaseException:  # the caller's nursery is closed
             self.refused_stopping += 1
             seat.finish(LOST)
             seats.remove(seat)
@@ -103,7 +103,7 @@ class Admission:
         return seat
 
     def asks_about_all_sources(self, place: Place) -> bool:
-        """Whether every source needs a look, and not only those that are doubtful. Asked anew for each batch."""
+        """Whether every source needs a check, not only doubtful ones. Refreshed once a batch."""
         time = place.outbox.turn.time
         if place.sources_looked_at != time:
             place.sources_looked_at = time
@@ -118,14 +118,14 @@ class Admission:
         return source
 
     def has_rate(self, limiter: RateLimiter, place: Place, route: Route) -> bool:
-        """Whether a stranger's part of the network has not sent too much; otherwise count the datagram."""
+        """Take a token from the bucket of a stranger's network; if it is empty, count the datagram and return False."""
         if limiter.take(limiter.bucket_of(place.outbox.engine.host(route)), place.outbox.turn.now()):
             return True
         self.refused_by_rate += 1
         return False
 
     def new_client(self, place: Place, route: Route, *, has_handler: bool = True) -> tuple[Seat, Client]:
-        """Make the record of a client, and what users see of it. The caller adds it to the seats."""
+        """Make a client: its seat and its public face. The caller adds it to the seats."""
         seat = Seat(place.outbox, route, self.idle_timeout, self.seats, place, has_handler)
         seat.limited = place.amplification is not None
         return seat, make_client(seat)
@@ -160,7 +160,7 @@ class Admission:
         return False
 
     def _send_back(self, place: Place, datagram: Datagram, route: Route, reply: bytes, source: Source) -> None:
-        """Send what accept answered, unless a limit or a full send buffer withholds it."""
+        """Send the reply of accept, unless a limit withholds it or the send buffer is full."""
         limit = self.seats.limits.amplification
         if source is UNANSWERABLE:
             place.outbox.count_unanswerable(place.outbox.own)

@@ -13,13 +13,13 @@ from ._endpoints import BATCH, MAX_PAYLOAD_IPV4, YIELD_EVERY, Address, Outbox, O
 from ._lifecycle import CLOSED, LOST, OPEN, End
 from ._trio import is_cancelled
 
-# Replies that a held outbox collects: one less than a batch, so that what comes next sends them all.
+# Most replies in a held outbox: one less than BATCH, so that the next one sends them all.
 ROOM = BATCH - 1
 
 
 @attrs.define(eq=False)
 class ChannelState(Sender):
-    """What both ends of a conversation know of it.
+    """The state that Client and Connection share.
 
     Attributes:
       route: Peer address and local address, as the engine has them.
@@ -53,17 +53,17 @@ class ChannelState(Sender):
             try:
                 raise error
             finally:
-                del error  # or it would keep this frame, and this frame it: a cycle for the collector
+                del error  # its traceback refers to this frame: avoid a reference cycle
 
     def reserve(self, size: int) -> bool:
-        """Whether so many bytes may be sent now. They count as sent then, unless they are given back."""
+        """Reserve bytes against the amplification limit; False if they may not be sent."""
         return True
 
     def give_back(self, size: int) -> None:
-        """Take back bytes that were reserved and have not been sent."""
+        """Release reserved bytes that were not sent."""
 
     def push(self, outgoing: list[Outgoing]) -> int:
-        """Send datagrams as many as there is room for; return how many."""
+        """Send as many datagrams as there is room for; return how many."""
         return self.outbox.send(outgoing)
 
     async def push_when_there_is_room(self, outgoing: Outgoing) -> None:
@@ -114,8 +114,8 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         """Send one datagram to the peer, after those sent before it.
 
         Waits while the kernel's send buffer is full, first come first served. A client's network errors (unreachable,
-        refused, filtered) are counted in :meth:`statistics` and not raised: UDP promises no delivery, and one client's
-        trouble is not its handler's mistake. A connection has only one peer: there they are raised.
+        refused, filtered) are counted in :meth:`statistics` and not raised: UDP promises no delivery, and an
+        unreachable client is not the handler's error. A connection has only one peer: there they are raised.
 
         Args:
           value: The payload: any bytes-like object, copied now. ``b""`` is a datagram like any other. (The name is that
@@ -135,7 +135,7 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         state = self._state
         outbox = state.outbox
         if type(value) is bytes and len(value) <= MAX_PAYLOAD_IPV4:
-            payload = value  # nearly always: spare the call
+            payload = value  # the usual case: avoid a call
         else:
             payload = outbox.copy(value, state.route)
         if is_cancelled():
@@ -145,7 +145,7 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         if not state.limited or state.reserve(len(payload)):
             outgoing = (payload, state.route, state)
             if outbox.held and len(outbox.queue) < ROOM:
-                outbox.queue.append(outgoing)  # as push() would, nearly always: spare the call
+                outbox.queue.append(outgoing)  # the usual case of push(): avoid a call
             else:
                 try:
                     if not state.push([outgoing]):
@@ -157,7 +157,7 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         turn = outbox.turn
         turn.sent += 1
         if turn.sent >= YIELD_EVERY:
-            # Only now, and not to be cancelled: what is called first is sent first, and what was sent has not failed.
+            # After sending, and shielded: calls send in order, and a sent datagram must not raise Cancelled.
             turn.sent = 0
             await trio.lowlevel.cancel_shielded_checkpoint()
 

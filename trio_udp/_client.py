@@ -1,4 +1,4 @@
-"""The server's side of the conversation with one peer address, as its handler sees it."""
+"""Client: the server's side of a conversation with one peer address."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import trio
 
 from ._channel import DatagramChannel
-from ._endpoints import Address, Endpoint
+from ._endpoints import BATCH, Address, Endpoint
 from ._lifecycle import CLOSED, EVICTED, IDLE, STOPPING, End
 from ._limits import check_seconds
 from ._seats import Seat
@@ -18,9 +18,6 @@ from ._statistics import ClientStatistics
 
 if TYPE_CHECKING:
     import trio_udp
-
-# The most that receive_many() returns at once: as many as may be taken between two turns of other tasks.
-MANY = 64
 
 REASONS: dict[End, Literal["idle", "evicted", "stopping"]] = {
     IDLE: "idle",
@@ -154,7 +151,7 @@ class Client(DatagramChannel):
         The twin of :meth:`send_many`. Errors and cancellation are as for :meth:`receive`.
         """
         first = await self._state.__anext__(trio.EndOfChannel)
-        return [first, *self._state.take_many(MANY - 1)]
+        return [first, *self._state.take_many(BATCH - 1)]
 
     def close(self) -> None:
         """End this conversation; what waits in the inbox is dropped and counted. Idempotent.
@@ -184,13 +181,13 @@ class Client(DatagramChannel):
         """Mark the peer's address as verified, for example after it echoed a token.
 
         From then on the client is not evicted, ``Limits.amplification`` does not apply to it, and ``Limits.rate_limit``
-        counts its host by itself (an address of IPv4, a /64 of IPv6): strangers in its part of the network, and those
-        who forge their addresses, cannot use up its share.
+        counts its host by itself (an address of IPv4, a /64 of IPv6): strangers in its network, and forged addresses,
+        cannot use up its share.
         """
         self._state.validate()
 
 
-# Without a call of ours in between: one is made for every stranger.
+# Calls the constructor in C: one is made for every stranger.
 make_client: Callable[[Seat], Client] = partial(type.__call__, Client)
 
 

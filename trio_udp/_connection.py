@@ -15,9 +15,6 @@ from ._endpoints import BATCH, Address, Endpoint, OneByOne, Outgoing, open_conne
 from ._lifecycle import CLOSED
 from ._statistics import ConnectionStatistics
 
-# The most that receive_many() returns at once; a batch is never more.
-MANY = 64
-
 
 async def connect(
     host: str | bytes,
@@ -59,7 +56,7 @@ async def connect(
 
 @attrs.define(eq=False)
 class ConnectionState(ChannelState):
-    """What a connection knows. Its sends are the program's own doing, so their errors are raised."""
+    """What a connection knows. Send errors are raised, because there is only one peer."""
 
     incoming: OneByOne
     delivered: int = attrs.field(default=0, init=False)
@@ -94,7 +91,7 @@ class Connection(DatagramChannel):
 
     @classmethod
     def from_socket(cls, sock: stdlib_socket.socket | trio.socket.SocketType) -> Connection:
-        """Make a connection of a connected datagram socket that someone else opened; it owns the socket from now on.
+        """Make a connection of a connected datagram socket that other code opened; it owns the socket from now on.
 
         Raises:
           TypeError, ValueError: It is not a connected datagram socket.
@@ -122,7 +119,7 @@ class Connection(DatagramChannel):
         """Wait for the server's next datagram and return its payload; ``b""`` is a datagram like any other.
 
         Raises:
-          ConnectionRefusedError: Nobody listens at the server's port, says an ICMP answer to something sent earlier.
+          ConnectionRefusedError: The server's port is closed (an ICMP answer to an earlier datagram).
             Raised once for it, here or by a send; the connection stays usable.
           trio.ClosedResourceError: After :meth:`close`.
           trio.BusyResourceError: Another task is receiving.
@@ -151,7 +148,7 @@ class Connection(DatagramChannel):
         The twin of :meth:`send_many`. Errors and cancellation are as for :meth:`receive`.
         """
         many = [await self.receive()]
-        many += [payload for payload, _, _ in self._state.incoming.reader.take_ahead(MANY - 1)]
+        many += [payload for payload, _, _ in self._state.incoming.reader.take_ahead(BATCH - 1)]
         self._state.delivered += len(many) - 1
         return many
 

@@ -1,4 +1,4 @@
-"""The user's functions: their types, the checks on them, how a handler is called, and what its errors come to."""
+"""Handlers: their types, the checks on them, how they are called, and how their errors are handled."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup, ExceptionGroup
 
 Accept: TypeAlias = Callable[[Datagram], bool | bytes]
-"""What a server asks about every stranger; see :func:`serve`."""
+"""The type of ``accept``, which is called for every stranger; see :func:`serve`."""
 
 OnError: TypeAlias = (
     Callable[[Client, Exception], object]
     | Callable[[Datagram, Exception], object]
     | Callable[[Client | Datagram, Exception], object]
 )
-"""What a server calls with the client (for a ``datagram_handler`` the datagram) and an error of its handler."""
+"""The type of ``on_error``: called with the client (for a ``datagram_handler`` the datagram) and the exception."""
 
 LOOKS_LIKE = "a handler is an async function with one argument: async def handler(client)"
 
@@ -58,7 +58,8 @@ Handler: TypeAlias = Callable[[Client], Awaitable[object]] | DatagramHandler
 def datagram_handler(function: Callable[[Datagram], Payload | None]) -> DatagramHandler:
     """Make a handler of a plain function that answers one datagram at a time: ``@datagram_handler``.
 
-    For what a single datagram can answer (DNS, NTP, STUN) and for collectors (syslog, StatsD, NetFlow)::
+    For protocols in which each datagram is answered alone (DNS, NTP, STUN), and for collectors (syslog, StatsD,
+    NetFlow)::
 
         @trio_udp.datagram_handler
         def time(datagram):
@@ -71,8 +72,8 @@ def datagram_handler(function: Callable[[Datagram], Payload | None]) -> Datagram
     reply alone. The limits on clients and inboxes do not, nor does ``idle_timeout``.
 
     Errors:
-      What the function raises goes to ``on_error(datagram, exception)``, and the next datagram follows. A reply that
-      finds the send buffer full is dropped and counted under ``EAGAIN``.
+      An exception in the function goes to ``on_error(datagram, exception)``, and the next datagram follows. A reply
+      that finds the send buffer full is dropped and counted under ``EAGAIN``.
     """
     if not callable(function) or is_async(function):
         raise TypeError(f"a datagram_handler is a plain function with one argument, def f(datagram), not {function!r}")
@@ -82,7 +83,7 @@ def datagram_handler(function: Callable[[Datagram], Payload | None]) -> Datagram
 
 
 class NotAwaitable(TypeError):
-    """The handler is a plain function, and what it returned cannot be awaited: the program's mistake."""
+    """The handler is a plain function, and returned something that is not awaitable."""
 
 
 async def run_handler(
@@ -90,7 +91,7 @@ async def run_handler(
 ) -> None:
     """Call a handler for a client, and again while it leaves datagrams behind; then let go of the client.
 
-    A call that took no datagram is the last: the handler would be called for ever.
+    A call that took no datagram is the last one; otherwise the handler might be called for ever.
     """
     seat = seat_of(client)
     try:
@@ -106,8 +107,8 @@ async def run_handler(
             except Exception as error:
                 handler_failed(client, error)
             except BaseExceptionGroup as group:
-                # From a nursery of the handler's. If some of its tasks were cancelled and others failed, errors are
-                # errors all the same; if one of them is to end the program, let all of it be seen.
+                # From a nursery in the handler. Report its Exceptions and re-raise Cancelled; if it holds another
+                # BaseException, raise the whole group.
                 errors, others = group.split(Exception)
                 if errors is None or others is None or others.split(trio.Cancelled)[1] is not None:
                     raise
@@ -124,7 +125,7 @@ async def run_handler(
 def handler_failed(client: Client, error: Exception) -> None:
     """Count an error of a client's handler and tell ``on_error``, unless it only says that the conversation is over."""
     seat = seat_of(client)
-    if seat.shared.crashing:  # it comes from on_error, through a nursery of the handler's
+    if seat.shared.crashing:  # raised by on_error, through a nursery in the handler
         raise error
     if not is_normal_end(error, seat):
         seat.shared.handler_errors += 1
@@ -145,7 +146,7 @@ def is_normal_end(error: Exception, seat: Seat) -> bool:
 
 
 def check_handler(handler: object) -> None:
-    """Raise ``TypeError`` for what cannot be a handler, rather than fail at the first datagram."""
+    """Raise ``TypeError`` for an invalid handler now, rather than fail at the first datagram."""
     if isinstance(handler, DatagramHandler):
         return
     if inspect.isclass(handler):
@@ -169,7 +170,7 @@ def is_async(function: object) -> bool:
 def accepts_one_argument(function: Callable[..., object]) -> bool:
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some that are written in C do not tell
+    except (TypeError, ValueError):  # some C functions have no signature
         return True
     try:
         signature.bind(None)
@@ -179,9 +180,9 @@ def accepts_one_argument(function: Callable[..., object]) -> bool:
 
 
 def _unwrapped(function: object) -> object:
-    """Return what is called in the end: through ``partial``, and for an object with ``__call__`` that method."""
+    """Unwrap ``partial``, and return ``__call__`` of a callable object."""
     while isinstance(function, functools.partial):
         function = function.func
     if not (inspect.isfunction(function) or inspect.ismethod(function) or inspect.isbuiltin(function)):
-        return getattr(type(function), "__call__", function)  # noqa: B004  # not whether, but which
+        return getattr(type(function), "__call__", function)  # noqa: B004  # needs the method, not a test
     return function

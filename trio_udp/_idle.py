@@ -1,9 +1,9 @@
 """Idle expiry: ends conversations whose peer has been silent for too long, with one task for all of them.
 
-Each inbox is *due* at one moment, when its timeout could be over; only then is it looked at. Either its handler has
-been waiting for long enough, or the next moment is known. Moments are rounded up to multiples of an eighth of the
-timeout (*ticks*), so that conversations that began at about the same time are looked at together, and an inbox costs no
-timer.
+Each inbox whose handler has begun to wait has one *due* time, at which its timeout may have passed, and is checked only
+then. A handler that has waited long enough ends; one that has waited anew gets a new due time; one that is at work gets
+none until its next wait. Due times are rounded up to multiples of an eighth of the timeout (*ticks*), so that
+conversations that began at about the same time are checked together, and no inbox needs a timer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ._endpoints import BATCH
 from ._inbox import Inbox
 from ._lifecycle import IDLE
 
-# The part of an idle timeout that moments are rounded up to. It is also how late a timeout can be.
+# Due times are rounded up to this fraction of the timeout.
 COARSENESS = 1 / 8
 
 NOBODY: set[Inbox] = set()
@@ -38,7 +38,7 @@ class IdleExpiry:
         inbox.due = when
         if when == math.inf:
             return
-        if step := inbox.idle_timeout * COARSENESS:  # 0 where that is less than the least number
+        if step := inbox.idle_timeout * COARSENESS:  # 0 if it underflows
             inbox.due = when = when + -when % step
         inboxes = self._inboxes.get(when)
         if inboxes is None:
@@ -51,7 +51,7 @@ class IdleExpiry:
     def forget(self, inbox: Inbox) -> None:
         """Let go of an inbox."""
         if inbox.due is not None:
-            inboxes = self._inboxes.get(inbox.due)  # none where it is due at no time
+            inboxes = self._inboxes.get(inbox.due)  # None if due is math.inf
             if inboxes is not None:
                 inboxes.discard(inbox)
                 if not inboxes:
@@ -62,7 +62,7 @@ class IdleExpiry:
         """Look at an inbox in time for another idle timeout."""
         if inbox.due is not None:
             self.forget(inbox)
-            self.watch(inbox, inbox.waiting_since)  # in the past where no silence lasts: then look at it now
+            self.watch(inbox, inbox.waiting_since)  # may be in the past: then it is checked at once
 
     async def run(self) -> None:
         """End conversations when their idle timeout is over; runs for ever."""
@@ -79,23 +79,23 @@ class IdleExpiry:
             if looked_at == BATCH:  # more may be due: let others run first
                 await trio.lowlevel.checkpoint()
                 continue
-            # An alarm clock: watch() puts it forward.
+            # watch() moves the deadline forward.
             with trio.CancelScope(deadline=self._ticks[0] if self._ticks else math.inf) as self._alarm:
                 await trio.sleep_forever()
 
     def _drop_tick(self, when: float) -> None:
         del self._inboxes[when]
-        # The heap lets go of a tick when its time has come. Handlers may set many timeouts that are far away.
+        # Dropped ticks stay in the heap until their time. Rebuild it if distant ones accumulate.
         if len(self._ticks) > 2 * len(self._inboxes) + BATCH:
             self._ticks = list(self._inboxes)
             heapq.heapify(self._ticks)
 
     def _look_at(self, inbox: Inbox, now: float) -> None:
         if not inbox.may_expire:
-            inbox.due = None  # at work: it is watched again when the next wait begins
+            inbox.due = None  # at work: the next wait registers it again
         elif inbox.waiting_since + inbox.idle_timeout <= now:
             inbox.due = None
             inbox.finish(IDLE)
         else:
-            inbox.shrink()  # here because it is seldom: about once in an idle timeout
+            inbox.shrink()  # here because this runs only about once per idle timeout
             self.watch(inbox, inbox.waiting_since)

@@ -1,7 +1,7 @@
 """The bounded memory channel of one client: filled by the receive loop, emptied by one handler.
 
-Not ``trio.open_memory_channel``: an inbox is bounded in bytes too, alone and together with all others; it chooses what
-to drop; and it hands out what waits without letting other tasks run each time.
+Not ``trio.open_memory_channel``: an inbox is bounded in bytes too, alone and together with all others; it drops by
+policy; and receiving a waiting datagram does not checkpoint each time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ._lifecycle import DRAINING, IDLE, OPEN, RUNNING, STOPPING, End, Phase
 from ._limits import Limits
 from ._trio import SLEEP, is_cancelled
 
-# In place of a deque, which is 620 bytes, until two datagrams wait at once.
+# Stands for an empty deque (620 bytes) until the first datagram has to wait.
 NOTHING: Any = ()
 
 # What wakes a sleeping receiver without a payload.
@@ -102,7 +102,7 @@ class Inbox(ChannelState):
         shared = self.shared
         self.bytes_received += size
         receiver = self.receiver
-        if receiver is not None and receiver.custom_sleep_data is self:  # is_awaited; then nothing waits here
+        if receiver is not None and receiver.custom_sleep_data is self:  # is_awaited, inlined; the inbox is then empty
             self.delivered += 1
             shared.handed_over += 1
             reschedule(receiver, cast("Any", payload))
@@ -123,14 +123,13 @@ class Inbox(ChannelState):
         shared.kept += 1
         shared.waiting_bytes += size
 
-    @types.coroutine  # in which "yield from" is what "await" is in others
+    @types.coroutine  # "yield from" here means "await"
     def __anext__(self, over: type[Exception] = StopAsyncIteration) -> Generator[Any, Any, bytes]:
         """Wait for the next payload and take it; raise ``over`` where the channel has ended.
 
-        This is the one place where payloads are waited for; ``async for`` comes here directly. It is a generator, and
+        All receiving waits here; ``async for`` calls it directly. It is a generator, and
         yields to Trio's loop itself, because a task that wakes resumes every coroutine on its stack. A payload that
-        arrives while a task sleeps here is what the task is resumed with: from then on cancellation cannot take it
-        away.
+        arrives while the task sleeps resumes it, so cancellation cannot lose that payload.
         """
         if self.receiver is not None:
             raise trio.BusyResourceError("another task is already receiving from this client")
@@ -142,7 +141,7 @@ class Inbox(ChannelState):
                 turn.taken += 1
                 turn.sent = 0
                 return self.take()
-            self.receiver = current_task()  # so that no other task takes what this one is about to
+            self.receiver = current_task()  # reserve the datagram for this task
             try:
                 turn.taken = 1
                 yield from trio.lowlevel.checkpoint()  # noqa: ASYNC105
@@ -152,7 +151,7 @@ class Inbox(ChannelState):
         while not self.payloads:
             if self.end is not OPEN or shared.phase is DRAINING or self.delivered == self._silent_at:
                 if self._is_over(turn.now()):
-                    turn.taken += 1  # or a handler that ignores the end would keep all others from running
+                    turn.taken += 1  # so that a handler that ignores the end lets other tasks run
                     if turn.taken < YIELD_EVERY:
                         yield from trio.lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105
                     else:
@@ -180,7 +179,7 @@ class Inbox(ChannelState):
                 try:
                     outcome.unwrap()  # raises Cancelled
                 finally:
-                    del outcome  # or its error would keep this frame, and this frame it: a cycle for the collector
+                    del outcome  # the error's traceback refers to this frame: avoid a reference cycle
         turn.sent = 0
         return self.take()
 
@@ -219,7 +218,7 @@ class Inbox(ChannelState):
 
     def wake(self) -> None:
         """Let the receiver, if there is one, look again."""
-        if self.receiver is not None and self.is_awaited:
+        if self.receiver is not None and self.receiver.custom_sleep_data is self:
             reschedule(self.receiver, LOOK_AGAIN)
 
     def finish(self, end: End) -> None:
@@ -230,7 +229,7 @@ class Inbox(ChannelState):
             self.wake()
 
     def drop_all(self) -> None:
-        """Drop what waits here: nobody will take it."""
+        """Drop and count all waiting payloads."""
         while self.payloads:
             self._remove_oldest()
             self.dropped_at_end += 1
@@ -242,19 +241,19 @@ class Inbox(ChannelState):
             self.payloads = NOTHING
 
     def _watch(self) -> None:
-        """Have the idle timeout noticed. Called when a wait begins that nothing watches yet: seldom."""
+        """Register with idle expiry. Called when a wait begins and ``due`` is ``None``."""
 
     def _is_over(self, now: float) -> bool:
-        """Whether the channel has ended, or ends now that nothing waits here; in the latter case notes why."""
+        """Whether the channel has ended. Ends it first if the drain or the idle timeout is due."""
         if self.end is OPEN:
             if self.shared.phase is DRAINING and not self.transactions:
                 self.finish(STOPPING)
             elif self.delivered == self._silent_at and now >= self.waiting_since + self.idle_timeout:
-                self.finish(IDLE)  # a handler that never waits for as long in one go
+                self.finish(IDLE)  # several cancelled waits together lasted the timeout
         return self.end is not OPEN
 
     def _make_room(self, size: int) -> bool:
-        """Drop what has waited the longest for one of ``size`` bytes, if that is the policy and is of any use."""
+        """Drop the oldest payloads until ``size`` bytes fit; False if the policy forbids it or it cannot help."""
         limits, shared = self.shared.limits, self.shared
         elsewhere = shared.waiting_bytes - self._waiting_bytes
         bytes_allowed = min(limits.inbox_bytes, limits.total_bytes - elsewhere)

@@ -39,8 +39,8 @@ def request_handler(
     ``max_clients`` it makes room for a stranger whatever ``Limits.when_full`` says, unless it is validated.
 
     Args:
-      function: Returns the reply (``b""`` is an empty one) or ``None`` for no reply, as it must once it has closed the
-        client. For a method, wrap the bound one: ``request_handler(app.answer)``.
+      function: Returns the reply (``b""`` is an empty one) or ``None`` for no reply, and must return ``None`` once it
+        has closed the client. For a method, wrap the bound one: ``request_handler(app.answer)``.
       timeout: Seconds that each request may take. One that takes longer is cancelled (``trio.move_on_after``, so only
         where ``function`` awaits something), counted in ``requests_timed_out`` and not answered; the next one follows.
       concurrency: Requests of one client at once, for clients such as proxies that stand for many users. If it is more
@@ -101,12 +101,12 @@ def request_handler(
                     payload = await client.receive()
                 except (trio.EndOfChannel, trio.ClosedResourceError):
                     return
-                seat.requests += 1
+                seat.begin_request()
                 nursery.start_soon(answer_one, payload)
 
     handler = one_by_one if concurrency == 1 else side_by_side
     functools.update_wrapper(handler, function)
-    del handler.__wrapped__  # type: ignore[attr-defined]  # or its signature would be the function's
+    del handler.__wrapped__  # type: ignore[attr-defined]  # otherwise inspect.signature() would show the function's
     setattr(handler, KEEPS_NOTHING, True)
     return handler
 

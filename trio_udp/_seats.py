@@ -1,4 +1,4 @@
-"""Who is known: one record for the life of each client, the bound on their number, and eviction."""
+"""The clients of a server: one record for each, the bound on their number, and eviction."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ._statistics import EndpointStatistics
 # Counts of a server, which begin when it takes over an endpoint. (What the kernel drops is counted for the socket.)
 COUNTED = "received", "bytes_received", "truncated", "sent", "bytes_sent", "receive_errors", "send_errors"
 
-# Looks at clients to find one to evict. A flood of strangers must not make each of them expensive.
+# Most clients examined for one eviction, so that a flood of strangers stays cheap.
 MOST_LOOKS = 64
 
 
@@ -33,8 +33,8 @@ class Place(Origin):
       known: The client that a route leads to. One that has ended is not known any more, even while its handler still
         runs: its address is free for a new client.
       until_stop: Cancelled when the server stops, to wake the receive loop.
-      rest: What of the current batch was not handed out yet.
-      sources_looked_at: The batch for which admission last looked whether it ``asks_about_all`` sources.
+      rest: The datagrams of the current batch that are not yet handed out.
+      sources_looked_at: Time of the batch for which ``asks_about_all`` was computed.
       before: The endpoint's counts when the server took over.
     """
 
@@ -51,7 +51,7 @@ class Place(Origin):
         return self._less_ahead(self.endpoint.statistics())
 
     def _less_ahead(self, counts: EndpointStatistics) -> EndpointStatistics:
-        """Take off what was read before the server took over and is still to be handed out: that is the server's."""
+        """Subtract datagrams read ahead but not yet handed out: they count for the server."""
         ahead = self.reader.ahead
         return attrs.evolve(
             counts,
@@ -60,7 +60,7 @@ class Place(Origin):
         )
 
     def statistics(self) -> EndpointStatistics:
-        """Return what has passed through the endpoint since the server took over."""
+        """Return the endpoint's counts since the server took over."""
         now, before = self.endpoint.statistics(), self.before
         since = {name: getattr(now, name) - getattr(before, name) for name in COUNTED}
         return attrs.evolve(now, errors=Counter(now.errors) - Counter(before.errors), **since)
@@ -84,7 +84,7 @@ class Seat(Inbox):
       answerable: Its source address is one that can be sent to.
       validated: Its handler has called ``Client.validate``.
       requests: Requests that a ``request_handler`` with ``concurrency`` is at work on.
-      bucket: Of its part of the network, or once validated of its host.
+      bucket: The rate limit's bucket: its network's, or once validated its host's.
     """
 
     shared: Seats
@@ -159,6 +159,9 @@ class Seat(Inbox):
     def give_back(self, size: int) -> None:
         self._amplified -= size
 
+    def begin_request(self) -> None:
+        self.requests += 1
+
     def end_request(self) -> None:
         """A running request has ended; after the last of them silence begins anew."""
         self.requests -= 1
@@ -188,7 +191,7 @@ class Seat(Inbox):
 
     def _is_over(self, now: float) -> bool:
         if self.end is OPEN and self.place.reader.shared and self.shared.phase is DRAINING:
-            self.finish(STOPPING)  # not read any more, so waiting in a transaction would be in vain
+            self.finish(STOPPING)  # the endpoint is not read any more, so no datagram can come
         return super()._is_over(-math.inf if self.requests else now)
 
 
@@ -198,7 +201,7 @@ class Seats(Shared):
 
     Attributes:
       running: Those whose handlers run, with the ``Client`` that users see of each; and those that ``Server.connect``
-        made and nobody has closed.
+        made and that are not closed.
       all_gone: Set once the server drains and no client is left.
       of_host: Clients of each host, where ``Limits.clients_per_host`` asks for that.
     """
@@ -218,7 +221,7 @@ class Seats(Shared):
     handler_errors: int = attrs.field(default=0, init=False)
     requests_timed_out: int = attrs.field(default=0, init=False)
     sends_withheld: int = attrs.field(default=0, init=False)
-    # Who may be evicted, first the one to look at first; kept only where clients are evicted at all.
+    # Candidates for eviction, next one first; empty if this server never evicts.
     _queue: OrderedDict[Seat, None] = attrs.field(factory=OrderedDict, init=False)
     _evicts: bool = attrs.field(init=False)
 
@@ -238,8 +241,7 @@ class Seats(Shared):
 
     def has_room_on_host(self, key: bytes) -> bool:
         """Whether one more client of a host may begin."""
-        most = self.limits.clients_per_host
-        return most is None or self.of_host.get(key, 0) < most
+        return self.of_host.get(key, 0) < (self.limits.clients_per_host or math.inf)
 
     def make_room(self) -> bool:
         """Whether one more client may begin; evicts another one for it where that is the policy."""
@@ -284,10 +286,10 @@ class Seats(Shared):
                 self.all_gone.set()
 
     def begin_drain(self, places: list[Place]) -> None:
-        """Know nobody any more, except in a transaction; from now on channels end once their inbox is empty."""
+        """Forget all routes except those of transactions; from now on a channel ends when its inbox is empty."""
         self.phase = DRAINING
         for place in places:
-            # What arrives from now on is a stranger's, and so refused: the receive loop needs no case for it.
+            # Later datagrams are strangers' and refused, so the receive loop needs no special case.
             place.known = {}
         for seat in self.in_transaction:
             if seat.end is OPEN and not seat.place.reader.shared:
@@ -315,8 +317,8 @@ class Seats(Shared):
     def _longest_waiting(self) -> Seat | None:
         """Find a client to evict: about the one that has been waiting the longest.
 
-        Nothing is done for the queue at each wait. So the seat at its head may have waited anew since it was put there:
-        then it goes to the end. One that has not is old enough; otherwise the oldest of those looked at will do.
+        A second-chance queue: waits do not update it. A seat at the head that has begun a new wait since it was queued
+        goes to the end; one that has not is evicted. After ``MOST_LOOKS`` seats the oldest of them is.
         """
         if len(self._queue) <= MOST_LOOKS:
             waiting = (seat for seat in self._queue if seat.may_be_evicted)

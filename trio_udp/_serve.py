@@ -3,10 +3,9 @@
     kernel -> engine -> Reader -> receive_loop() -> known[route], or admission -> inbox -> handler task
     kernel <- engine <- Outbox <---------------------------------------------------------- client.send()
 
-One receive loop for each endpoint puts every datagram into the inbox of the client it belongs to. A *route* says which
-client that is: it stands for a peer address and the local address that was written to. A stranger goes through
-admission, which may start a handler task for it. The loop never waits for a client, and everything that grows is
-bounded by :class:`Limits`.
+One receive loop for each endpoint puts every datagram into the inbox of the client it belongs to. A *route* (peer
+address and local address) identifies the client. A stranger goes through admission, which may start a handler task for
+it. The loop never waits for a client, and everything that grows is bounded by :class:`Limits`.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ from ._server import Server, ServerState, log_error, most_queued
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
-# One name for all tasks: Trio would make it anew for each, 80 bytes and half a microsecond.
+# One shared name: Trio would build a new string for each task, 80 bytes and half a microsecond.
 TASK_NAME = "trio_udp handler"
 
 
@@ -67,10 +66,10 @@ async def receive_loop(hand_out: Callable[[Place, list[Received]], None], server
             while True:
                 hand_out(place, await reader.receive_batch())
                 if seats.overfull:
-                    # Let evicted handlers take their leave before the next strangers come. (receive_batch lets tasks
-                    # run too, but in a random order: once may be too early for them.)
+                    # Let evicted handlers end before the next batch. (receive_batch lets tasks run too, but in random
+                    # order, so one checkpoint may not be enough.)
                     await trio.lowlevel.checkpoint()
-        # Catch up with what had arrived when the stop began. If more keeps arriving, the size of the buffer is the end.
+        # Read the datagrams that had arrived when the stop began: at most as many messages as the buffer can hold.
         last = counts.messages + (0 if reader.shared else most_queued(place))
         while reader.ahead or reader.engine.read_ahead or counts.messages < last:
             batch = await reader.receive_batch(wait=False)
@@ -83,15 +82,15 @@ async def receive_loop(hand_out: Callable[[Place, list[Received]], None], server
         while not reader.shared:
             hand_out(place, await reader.receive_batch())
     except trio.ClosedResourceError:
-        if not place.endpoint.closed:  # not from the endpoint, but from a function of the user's
+        if not place.endpoint.closed:  # raised by a user's function, not by the endpoint
             raise
         server.lose(place)
     finally:
-        # If a function of the user's has failed, and the server with it, the rest of the batch comes too late.
+        # If a user's function has crashed the server, the rest of the batch is refused.
         server.admission.refused_stopping += len(list(place.rest)) + len(reader.take_ahead(len(reader.ahead)))
-        # What cancelled handlers still send must not wait for a loop that is gone.
+        # Datagrams that cancelled handlers still send must not wait for this loop, which has ended.
         place.outbox.release()
-        place.outbox.turn.time = 0.0  # nor must others take this loop's last batch for the present
+        place.outbox.turn.time = 0.0  # the last batch's time is no longer the current time
 
 
 def to_clients(admission: Admission, place: Place, batch: list[Received]) -> None:
@@ -120,7 +119,7 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
     function, seats, outbox, limiter = handler.function, admission.seats, place.outbox, admission.seats.limiter
     amplification, own = place.amplification, outbox.own
     outbox.turn.begin_batch()
-    known = place.known  # by Server.connect only
+    known = place.known  # only clients of Server.connect
     if seats.phase is DRAINING and not known:
         admission.refused_stopping += len(batch)
         return
@@ -201,10 +200,10 @@ async def serve(
 
     Args:
       handler: Async function, called with a :class:`Client`; or a :func:`datagram_handler`, or a
-        :func:`request_handler`. A plain function that returns an awaitable will do. ``trio.EndOfChannel`` leaving it is
-        a normal end.
-      port: UDP port; 0 lets the kernel choose one that is free in every family (see ``Server.endpoints``).
-      host: Name or address to bind. ``None`` binds every interface, IPv4 and IPv6, with one endpoint for each; a family
+        :func:`request_handler`. A plain function that returns an awaitable works too. A ``trio.EndOfChannel`` that
+      leaves the handler is a normal end. port: UDP port; 0 lets the kernel choose one that is free in every family (see
+      ``Server.endpoints``). host: Name or address to bind. ``None`` binds every interface, IPv4 and IPv6, with one
+      endpoint for each; a family
         that the machine lacks is skipped.
       reuse_port: Let other processes of the same user bind the port too (``SO_REUSEPORT``); the kernel then spreads
         clients over them. Without it a second bind fails.
@@ -216,22 +215,22 @@ async def serve(
         for any other socket option (``SO_BROADCAST``, ``SO_BINDTODEVICE``, ...).
       idle_timeout: Seconds of silence after which a waiting handler's ``async for`` ends; ``math.inf`` for never. See
         :attr:`Client.idle_timeout`.
-      limits: What may be held in memory for strangers, how many datagrams they may send, and how much they may be sent.
-      accept: ``accept(datagram)`` is asked about every stranger's :class:`Datagram` before anything is kept of it and
-        before ``max_clients`` is looked at. ``True``: it becomes a client. ``False``: it is refused. Bytes: they are
+      limits: Bounds on memory, on the rate of strangers, and on the bytes sent to them.
+      accept: ``accept(datagram)`` is called for every stranger's :class:`Datagram`, before the server keeps anything
+        and before it checks ``max_clients``. ``True``: it becomes a client. ``False``: it is refused. Bytes: they are
         sent back at once, from where the datagram was sent to, and nothing is kept (cookies, QUIC Retry, "server
-        full"); at most 3 times the datagram's bytes, or ``Limits.amplification`` times if that is set. Anything else is
-        a mistake: the datagram is refused and the error logged, also if it raises. It is a plain function, run in the
-        receive loop, so it should be quick. While the server drains it is still asked, and only bytes count. Answer
-        only what parses as a request, and with something that does not, or two servers may answer each other for ever
+        full"); at most 3 times the datagram's bytes, or ``Limits.amplification`` times if that is set. Any other value,
+        or an exception, refuses the datagram and is logged as an error. It is a plain function, run in the receive
+        loop, so it should be quick. While the server drains it is still called, and only bytes count. Answer only
+        datagrams that parse as requests, with bytes that do not, or two servers may answer each other for ever
         (CVE-2024-2169).
       on_error: Called with the client (or, for a ``datagram_handler``, the datagram) and the exception when a handler
         raises. That ends this client only, unless ``on_error`` itself raises: then the server ends with that exception.
         :func:`log_error` by default; :func:`raise_error` for tests.
-      drain_timeout: Seconds that handlers have to finish once the server stops. What is left then is cancelled.
+      drain_timeout: Seconds that handlers have to finish once the server stops. Handlers that still run are cancelled.
       stop_signals: Signals that stop the server as :meth:`Server.stop` does; the second one stops it at once.
-      handler_nursery: Run handlers there rather than in a nursery of the server's own. They are then the caller's to
-        cancel, also after ``drain_timeout``, and what they raise goes there; a client used after its server has ended
+      handler_nursery: Run handlers there rather than in a nursery of the server's own. The caller cancels them, even
+        after ``drain_timeout``, and their exceptions go to that nursery; a client used after its server has ended
         raises ``trio.ClosedResourceError``.
       task_status: With ``nursery.start``, gives the running :class:`Server`.
 
@@ -243,7 +242,7 @@ async def serve(
       TypeError, ValueError: An argument makes no sense. A plain-function handler that returns no awaitable ends the
         server with a ``TypeError`` too.
       trio.ClosedResourceError: Every endpoint was closed under the running server.
-      KeyboardInterrupt, SystemExit: As such, not in a group; other errors of the group become the ``__cause__``.
+      KeyboardInterrupt, SystemExit: Bare, not in a group; other errors of the group become the ``__cause__``.
       BaseExceptionGroup: ``on_error`` raised, or a handler raised something that is not an ``Exception``.
 
       Nothing that a stranger sends raises here: see :class:`ServerStatistics`.
@@ -292,7 +291,7 @@ async def serve_endpoints(
 
     Args:
       endpoints: From :func:`open_endpoints` or :meth:`Endpoint.from_socket`. The server owns them: they are closed when
-        this function ends, also if it raises. Only an endpoint that something else receives from stays open.
+        this function ends, also if it raises. An endpoint that another server or task receives from stays open.
 
     Everything else is as for :func:`serve`.
 
@@ -337,7 +336,7 @@ async def serve_endpoints(
                 await state.drain(drain_timeout)
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            # A program that ends, by Ctrl-C for instance, ends as any other does.
+            # Raise KeyboardInterrupt and SystemExit bare, so that the program ends as usual.
             ends, rest = group.split((KeyboardInterrupt, SystemExit))
             if ends is None:
                 raise
@@ -375,7 +374,7 @@ def _assemble(
     else:
         hand_out = partial(to_clients, admission)
     state = ServerState(seats, admission, errors, nursery, handler_nursery is None, partial(receive_loop, hand_out))
-    crash = state.crash  # once: a method that is bound anew for each client would stay with it
+    crash = state.crash  # bind the method once, not for each client
     return state
 
 

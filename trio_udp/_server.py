@@ -1,10 +1,11 @@
-"""A running server: its parts, its phases, and what users can do with it."""
+"""A running server: ServerState (its parts and phases) and Server (its public face)."""
 
 from __future__ import annotations
 
 import errno
 import os
 import signal
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from operator import length_hint
@@ -49,11 +50,11 @@ class ServerState:
     Attributes:
       places: Its endpoints, those that were closed under it included.
       nursery: Where its own tasks run.
-      own_handlers: Handlers run in that nursery too, not in one of the caller's.
+      own_handlers: Handlers run in ``nursery``, not in the caller's.
       receive_loop: Runs for each endpoint.
       stop_requested: Set by ``stop``.
       draining: Set once all receive loops have caught up.
-      failure: A mistake of the program's that ends the server.
+      failure: The exception that ends the server, for example an invalid handler.
     """
 
     seats: Seats
@@ -93,7 +94,7 @@ class ServerState:
             place.until_stop.cancel()
         self.stop_requested.set()
         for place in self.places:
-            if place.has_nothing_to_read:  # nearly always: then nobody has to wait for its loop
+            if place.has_nothing_to_read:  # nearly always true: do not wait for its loop
                 self._behind.discard(place)
         self._drain_if_caught_up()
 
@@ -108,7 +109,7 @@ class ServerState:
             self.draining.set()
 
     async def drain(self, drain_timeout: float) -> None:
-        """Once the server drains, end every channel, and wait for the handlers for so many seconds at most."""
+        """Wait until the server drains, end every channel, and wait for the handlers until the timeout."""
         await self.draining.wait()
         with trio.move_on_after(drain_timeout):
             await self.seats.wake_all()
@@ -118,7 +119,7 @@ class ServerState:
         self._take_stock()
 
     def _take_stock(self) -> None:
-        """Count what is lost now that the server ends, and say how it ended."""
+        """Count late datagrams and unfinished handlers, and log the result."""
         for place in self.places:
             with suppress(trio.ClosedResourceError):
                 self._read_once_more(place)
@@ -143,15 +144,15 @@ class ServerState:
     def end(self) -> None:
         """Close every client: using one after the server has ended raises ``trio.ClosedResourceError``."""
         if self.seats.phase is RUNNING:
-            self.stop_requested.set()  # for those who wait for it
+            self.stop_requested.set()  # wake wait_stopping()
         else:
-            for place in self.places:  # cancelled handlers may have taken their time
+            for place in self.places:  # datagrams may have arrived while cancelled handlers ended
                 with suppress(trio.ClosedResourceError):
                     self._read_once_more(place)
         self.seats.phase = ENDED
         self.seats.lose()
         self.errors.write_suppressed()
-        for place in self.places:  # those that were added too
+        for place in self.places:  # including added ones
             place.endpoint.close()
 
     def crash(self, error: Exception) -> None:
@@ -161,7 +162,7 @@ class ServerState:
 
     @property
     def has_lost_its_endpoints(self) -> bool:
-        """Whether there is nothing left to serve on, though nobody has stopped the server."""
+        """Whether every endpoint is closed although ``stop`` was not called."""
         return not self.stop_requested.is_set() and all(place.endpoint.closed for place in self.places)
 
     async def stop_at_signals(
@@ -178,7 +179,7 @@ class ServerState:
             self.nursery.cancel_scope.cancel()
 
     def _read_once_more(self, place: Place) -> None:
-        """Count what has arrived since the loop last read: true up to the moment in which the socket is closed."""
+        """Count datagrams that arrived since the loop last read, so that ``refused_stopping`` is exact at closing."""
         if place.reader.shared or place.reader.engine.closed:
             return
         counts, may_have_more = place.reader.engine.counts, True
@@ -252,9 +253,9 @@ class Server(metaclass=NoPublicConstructor):
         self._state.stop()
 
     async def send_to(self, payload: Payload, address: Address, *, local_address: Address | None = None) -> None:
-        """Send one datagram to any address, whether it has ever written to us or not. It makes nobody a client.
+        """Send one datagram to any address, whether it has ever written to us or not.
 
-        Waits while the send buffer is full, first come first served.
+        It does not make the receiver a client. Waits while the send buffer is full, first come first served.
 
         Args:
           payload: Any bytes-like object, copied now.
@@ -263,7 +264,7 @@ class Server(metaclass=NoPublicConstructor):
             endpoint of the address's family sends it, from the address of the kernel's choice.
 
         Raises:
-          OSError: The kernel's own about this datagram, since it is the program's own doing: no route, a broadcast that
+          OSError: The kernel's error about this datagram: no route, a broadcast that
             the socket does not allow (``SO_BROADCAST``), port 0, ``local_address`` is not ours, too long.
           TypeError, ValueError: It is not a numeric address, or no endpoint can send to it from ``local_address``.
           trio.ClosedResourceError: The server has ended.
@@ -337,7 +338,7 @@ class Server(metaclass=NoPublicConstructor):
           ValueError: A group, a broadcast address, port 0, or our own address; or no endpoint can send to it.
           OSError: There is no route to it.
           trio.BusyResourceError: That address is a client already.
-          trio.WouldBlock: The table of clients is full, and nobody in it may be evicted.
+          trio.WouldBlock: The table of clients is full, and no client in it may be evicted.
           trio.ClosedResourceError: The server is stopping or has ended.
         """
         state = self._state
@@ -379,13 +380,9 @@ class Server(metaclass=NoPublicConstructor):
         state.add_place(self, endpoint)
 
     def statistics(self) -> ServerStatistics:
-        """What has happened so far to every datagram; also available once the server has ended."""
+        """Counts of every datagram so far; also available once the server has ended."""
         state, seats, admission = self._state, self._state.seats, self._state.admission
         sockets = [place.statistics() for place in state.places]
-        errors: dict[str, int] = {}
-        for of_socket in sockets:
-            for name, count in of_socket.errors.items():
-                errors[name] = errors.get(name, 0) + count
         return ServerStatistics(
             received=sum(s.received for s in sockets) - sum(map(_in_hand, state.places)),
             bytes_received=sum(s.bytes_received for s in sockets),
@@ -412,7 +409,7 @@ class Server(metaclass=NoPublicConstructor):
             sends_withheld=seats.sends_withheld + sum(place.withheld for place in state.places),
             receive_errors=sum(s.receive_errors for s in sockets),
             send_errors=sum(s.send_errors for s in sockets),
-            errors=errors,
+            errors=sum((Counter(s.errors) for s in sockets), Counter()),
             kernel_dropped=sum(s.kernel_dropped for s in sockets),
         )
 
@@ -443,15 +440,15 @@ def _route_to_peer(
     if local_address is not None and not engine.is_own_host(source):
         raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
     if len(target) == 4:
-        target = (target[0], target[1], 0, target[3])  # flow information is no part of who a peer is
+        target = (target[0], target[1], 0, target[3])  # flow information does not identify a peer
     return engine.route(target, source)
 
 
 def _in_hand(place: Place) -> int:
-    """Datagrams that were read and are in no counter yet.
+    """Datagrams that were read and are not yet counted.
 
-    Not 0 only while ``accept`` or a ``datagram_handler`` looks, and right after the server has taken over an endpoint
-    that something else had received from.
+    Non-zero only during ``accept`` or a ``datagram_handler``, and right after the server took over an endpoint that had
+    read ahead.
     """
     return length_hint(place.rest) + place.in_accept + len(place.reader.ahead)
 

@@ -1,6 +1,6 @@
 """Everything in this package that relies on Trio's internals.
 
-Trio has no public way for these, and each is on the way of every datagram or decides whether a test can be repeated.
+Trio has no public way for these, and each is on the path of every datagram or makes tests repeatable.
 Checked on Trio 0.27 to 0.35; ``tests/project/test_trio_internals.py`` has a canary for each name here.
 """
 

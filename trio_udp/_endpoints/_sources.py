@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import attrs
 
@@ -77,15 +77,6 @@ class Sources:
 
     _watches: dict[Engine, Watch] = attrs.field(factory=dict, init=False)
     _ports: frozenset[int] = attrs.field(default=frozenset((0,)), init=False)  # of all endpoints, and 0
-
-    @classmethod
-    def of(cls, engines: Iterable[Engine]) -> Sources:
-        """Watch the ports of these endpoints."""
-        sources = cls()
-        for engine in engines:
-            sources._watches[engine] = Watch(engine)
-        sources._watch_ports()
-        return sources
 
     def add(self, engine: Engine) -> None:
         """Watch the port of one more endpoint, on all endpoints."""
