@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from trio_udp import Client, Endpoint, Server, ServerStatistics, serve_endpoints
+from trio_udp import Client, Endpoint, Server, ServerStatistics, serve, serve_endpoints
 from trio_udp._endpoints import Address
 from trio_udp.testing import SimulatedNetwork
 
@@ -102,6 +104,34 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         pytest.skip("needs Linux")
     monkeypatch.setenv("TRIO_UDP_ENGINE", "" if request.param == "linux" else "portable")
     return str(request.param)
+
+
+StartServer = Callable[..., Awaitable[Server]]
+
+
+@pytest.fixture
+def start_on_loopback(engine: str, nursery: trio.Nursery) -> StartServer:
+    """Start a server on 127.0.0.1 with each engine; keywords are those of ``serve``."""
+
+    async def start(handler: Callable[[Client], Awaitable[object]] = echo, **options: Any) -> Server:
+        options.setdefault("host", "127.0.0.1")
+        server: Server = await nursery.start(partial(serve, handler, 0, **options))
+        return server
+
+    return start
+
+
+def port_of(server: Server) -> int:
+    return server.endpoints[0].local_address[1]
+
+
+@contextmanager
+def plain_socket(host: str = "127.0.0.9") -> Iterator[socket.socket]:
+    """Open a UDP socket of the standard library on a free port; its calls fail after 5 seconds."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind((host, 0))
+        sock.settimeout(5)
+        yield sock
 
 
 class Bystander:

@@ -12,9 +12,11 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import attrs
+import pytest
 
 CLONE_NEWNET = 0x40000000
 
@@ -40,6 +42,7 @@ def inside(namespace: str) -> Iterator[None]:
                 raise OSError(ctypes.get_errno(), "cannot leave again")
 
 
+@cache
 def can_make_namespaces() -> bool:
     """Whether this process may make them; root in a container often may not."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
@@ -65,6 +68,10 @@ class Machine:
     def index(self, interface: str) -> int:
         with inside(self.name):
             return socket.if_nametoindex(interface)
+
+    def wire_to(self, other: Machine, name: str = "wire") -> None:
+        """Join two machines by a wire; its interface has the same name on both, and is down."""
+        self.ip(f"link add {name} type veth peer name {name} netns {other.name}")
 
     def socket(self, host: str, port: int = 0, family: int = socket.AF_INET) -> socket.socket:
         """Open a socket on this machine; the host may have a scope, as in ``fe80::1%wire``."""
@@ -93,3 +100,18 @@ def machines(*names: str) -> Iterator[list[Machine]]:
     finally:
         for machine in made:
             run("ip", "netns", "delete", machine.name)
+
+
+@contextmanager
+def link_local_machines() -> Iterator[tuple[Machine, Machine]]:
+    """Make two machines joined by a wire, where they have the addresses fe80::1 and fe80::2."""
+    with machines("ours", "theirs") as (ours, theirs):
+        ours.wire_to(theirs)
+        for machine, host in ((ours, "fe80::1"), (theirs, "fe80::2")):
+            machine.ip("link set wire addrgenmode none")
+            machine.ip("link set wire up")
+            machine.ip(f"addr add {host}/64 dev wire nodad")
+        yield ours, theirs
+
+
+needs_namespaces = pytest.mark.skipif(not can_make_namespaces(), reason="needs root and network namespaces")

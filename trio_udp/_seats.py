@@ -120,7 +120,7 @@ class Seat(Inbox):
             self.shared.remove(self)
 
     def enter_transaction(self) -> None:
-        self.transactions += 1
+        self.transactions: int = self.transactions + 1
         self.shared.in_transaction.add(self)
         if self.shared.phase is DRAINING and self.end is OPEN and not self.place.reader.shared:
             self.place.known.setdefault(self.route, self)
@@ -138,7 +138,7 @@ class Seat(Inbox):
         self.shared.idle.timeout_changed(self)
 
     def validate(self) -> None:
-        self.limited = not self.answerable
+        self.limited: bool = not self.answerable
         if not self.validated:
             self.validated = True
             if self.shared.limiter is not None:
@@ -166,7 +166,7 @@ class Seat(Inbox):
         """A running request has ended; after the last of them silence begins anew."""
         self.requests -= 1
         if not self.requests and self.is_awaited:
-            self.waiting_since = self.outbox.turn.now()
+            self.waiting_since: float = self.outbox.turn.now()
             self.shared.idle.forget(self)
             self.shared.idle.watch(self, self.waiting_since)
 

@@ -201,9 +201,9 @@ async def serve(
     Args:
       handler: Async function, called with a :class:`Client`; or a :func:`datagram_handler`, or a
         :func:`request_handler`. A plain function that returns an awaitable works too. A ``trio.EndOfChannel`` that
-      leaves the handler is a normal end. port: UDP port; 0 lets the kernel choose one that is free in every family (see
-      ``Server.endpoints``). host: Name or address to bind. ``None`` binds every interface, IPv4 and IPv6, with one
-      endpoint for each; a family
+        leaves the handler is a normal end.
+      port: UDP port; 0 lets the kernel choose one that is free in every family (see ``Server.endpoints``).
+      host: Name or address to bind. ``None`` binds every interface, IPv4 and IPv6, with one endpoint for each; a family
         that the machine lacks is skipped.
       reuse_port: Let other processes of the same user bind the port too (``SO_REUSEPORT``); the kernel then spreads
         clients over them. Without it a second bind fails.

@@ -47,6 +47,15 @@ def is_cancelled() -> bool:
     return cancelled
 
 
+def is_in_trio() -> bool:
+    """Whether Trio runs in this thread. ``trio.lowlevel.in_trio_run`` says so since Trio 0.29."""
+    try:
+        trio.lowlevel.current_trio_token()
+    except RuntimeError:
+        return False
+    return True
+
+
 _stdlib_socket = attrgetter("_sock")
 
 

@@ -150,7 +150,7 @@ async def network() -> AsyncIterator[Network]:
         icmp.setblocking(False)
         network = Network(ours, theirs, icmp)
         closing.callback(network.close)
-        run(*f"ip link add wire netns {ours.name} type veth peer name wire netns {theirs.name}".split())
+        ours.wire_to(theirs)
         # Let the server's machine take datagrams from where it has no route to.
         for setting in ("all", "wire"):
             ours.set(f"ipv4/conf/{setting}/rp_filter", 0)

@@ -616,30 +616,15 @@ Link = Callable[[str], object]
 @pytest.fixture
 def link() -> Iterator[Link]:
     """Two network namespaces with a wire; run ``ip`` in the first, in which this thread opens its sockets."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("needs Linux and root, for network namespaces")
-    from ..namespaces import Machine, inside, run
-
-    ours, theirs = (Machine(f"trio-udp-{os.getpid()}-opening-{whose}") for whose in ("ours", "theirs"))
-    made = []
-    try:
+    with machines("ours", "theirs") as (ours, theirs):
+        ours.wire_to(theirs)
         for machine in (ours, theirs):
-            try:
-                run("ip", "netns", "add", machine.name)
-            except OSError as error:  # root in a container may not be allowed to
-                pytest.skip(str(error))
-            made.append(machine)
-        run(*f"ip link add wire netns {ours.name} type veth peer name wire netns {theirs.name}".split())
-        for machine in made:
-            machine.ip("link set lo up")
             machine.ip("link set wire up")
         with inside(ours.name):
             yield ours.ip
-    finally:
-        for machine in made:
-            run("ip", "netns", "delete", machine.name)
 
 
+@needs_namespaces
 async def test_an_address_that_is_still_tentative(
     link: Link, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -653,6 +638,7 @@ async def test_an_address_that_is_still_tentative(
     assert (record.levelno, "2001:db8::1" in record.getMessage()) == (logging.WARNING, True)
 
 
+@needs_namespaces
 async def test_connecting_from_a_link_local_address(link: Link) -> None:
     """A local address without a scope is on the link of the peer."""
     link("address add fe80::99/64 dev wire nodad")

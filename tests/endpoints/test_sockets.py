@@ -24,7 +24,7 @@ from trio_udp import Client, Endpoint, Server, serve, serve_endpoints
 from trio_udp._endpoints import numeric_address
 from trio_udp._endpoints.engines.pktinfo import IP_PKTINFO
 
-from ..conftest import check_adds_up, echo, steps_in
+from ..conftest import StartServer, check_adds_up, echo, port_of, steps_in
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -34,25 +34,6 @@ needs_pktinfo = pytest.mark.skipif(IP_PKTINFO is None, reason="platform has no I
 async def tell_addresses(client: Client) -> None:
     async for _ in client:
         await client.send(f"{client.peer_address} to {client.local_address}".encode())
-
-
-StartServer = Callable[..., Awaitable[Server]]
-
-
-@pytest.fixture
-def start(nursery: trio.Nursery) -> StartServer:
-    """Start a server on loopback; keywords are those of ``serve``."""
-
-    async def start(handler: Callable[[Client], Awaitable[object]] = echo, **options: Any) -> Server:
-        options.setdefault("host", "127.0.0.1")
-        server: Server = await nursery.start(partial(serve, handler, 0, **options))
-        return server
-
-    return start
-
-
-def port_of(server: Server) -> int:
-    return server.endpoints[0].local_address[1]
 
 
 @contextmanager
@@ -72,9 +53,9 @@ async def ask(sock: socket.socket, payload: bytes) -> bytes:
     return await trio.to_thread.run_sync(sock.recv, 65_536)
 
 
-async def test_echo(start: StartServer) -> None:
+async def test_echo(start_on_loopback: StartServer) -> None:
     """Datagrams of any length come back whole: empty, short, and the longest that UDP can carry."""
-    server = await start()
+    server = await start_on_loopback()
     with peer(server) as sock:
         for payload in (b"hello", b"", bytes(range(256)) * 200, bytes(65_507)):
             assert await ask(sock, payload) == payload
@@ -95,9 +76,9 @@ async def test_echo(start: StartServer) -> None:
     )
 
 
-async def test_server_statistics(start: StartServer) -> None:
+async def test_server_statistics(start_on_loopback: StartServer) -> None:
     """The server's counters say what happened to each datagram."""
-    server = await start()
+    server = await start_on_loopback()
     with peer(server) as sock:
         await ask(sock, b"hello")
     nothing: Any = dict.fromkeys([field.name for field in attrs.fields(trio_udp.ServerStatistics)], 0)
@@ -106,9 +87,9 @@ async def test_server_statistics(start: StartServer) -> None:
     assert server.statistics() == expected
 
 
-async def test_all_interfaces(start: StartServer) -> None:
+async def test_all_interfaces(start_on_loopback: StartServer) -> None:
     """host=None serves IPv4 and IPv6, on the same port, from one endpoint each."""
-    server = await start(tell_addresses, host=None)
+    server = await start_on_loopback(tell_addresses, host=None)
     addresses = [endpoint.local_address for endpoint in server.endpoints]
     assert addresses == [("0.0.0.0", port_of(server)), ("::", port_of(server), 0, 0)]
     for host in ("127.0.0.1", "::1"):
@@ -119,17 +100,17 @@ async def test_all_interfaces(start: StartServer) -> None:
 
 @needs_pktinfo
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "127.4.5.6"])
-async def test_replies_leave_from_the_address_that_was_written_to(start: StartServer, host: str) -> None:
+async def test_replies_leave_from_the_address_that_was_written_to(start_on_loopback: StartServer, host: str) -> None:
     """A server bound to all addresses answers from the address that was written to, so a connected client hears it."""
-    server = await start(tell_addresses, host=None)
+    server = await start_on_loopback(tell_addresses, host=None)
     with peer(server, host) as sock:
         assert (await ask(sock, b"x")).decode() == f"{sock.getsockname()} to {(host, port_of(server))}"
 
 
 @needs_pktinfo
-async def test_one_stranger_at_two_of_our_addresses_is_two_clients(start: StartServer) -> None:
+async def test_one_stranger_at_two_of_our_addresses_is_two_clients(start_on_loopback: StartServer) -> None:
     """A client is a pair of addresses: the same peer writing to another of ours is another conversation."""
-    server = await start(tell_addresses, host="0.0.0.0")
+    server = await start_on_loopback(tell_addresses, host="0.0.0.0")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         sock.settimeout(5)
@@ -186,9 +167,9 @@ async def test_the_longest_payload_depends_on_the_peer(nursery: trio.Nursery) ->
 
 @needs_pktinfo
 @pytest.mark.skipif(sys.platform != "linux", reason="option numbers of Linux")
-async def test_other_control_messages_do_not_mislead(start: StartServer) -> None:
+async def test_other_control_messages_do_not_mislead(start_on_loopback: StartServer) -> None:
     """With options that bring other control messages, each datagram is answered from where it was sent to."""
-    server = await start(tell_addresses, host="0.0.0.0")
+    server = await start_on_loopback(tell_addresses, host="0.0.0.0")
     sock = server.endpoints[0].socket
     for level, option in ((socket.SOL_SOCKET, 75), (socket.SOL_SOCKET, 29), (socket.IPPROTO_IP, 12)):
         sock.setsockopt(level, option, 1)  # SO_RCVMARK, SO_TIMESTAMP, IP_RECVTTL
@@ -214,9 +195,9 @@ async def test_datagrams_that_came_before_the_server(nursery: trio.Nursery) -> N
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="IP_RECVERR is Linux's")
-async def test_an_error_queue_that_nobody_reads_is_no_busy_loop(start: StartServer) -> None:
+async def test_an_error_queue_that_nobody_reads_is_no_busy_loop(start_on_loopback: StartServer) -> None:
     """A user who asks the socket for IP_RECVERR does not make the server spin."""
-    server = await start()
+    server = await start_on_loopback()
     server.endpoints[0].socket.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR
     with peer(server) as gone:
         gone.send(b"x")
@@ -226,10 +207,10 @@ async def test_an_error_queue_that_nobody_reads_is_no_busy_loop(start: StartServ
         assert await ask(sock, b"still there?") == b"still there?"
 
 
-async def test_truncated_datagrams_are_never_delivered(start: StartServer) -> None:
+async def test_truncated_datagrams_are_never_delivered(start_on_loopback: StartServer) -> None:
     """A datagram longer than max_datagram_size is counted and dropped whole; one as long as that is delivered."""
     for host in ("127.0.0.1", "0.0.0.0"):
-        server = await start(host=host, max_datagram_size=100)
+        server = await start_on_loopback(host=host, max_datagram_size=100)
         with peer(server) as sock:
             sock.send(bytes(101))
             sock.send(bytes(5_000))
@@ -240,9 +221,9 @@ async def test_truncated_datagrams_are_never_delivered(start: StartServer) -> No
         check_adds_up(server)
 
 
-async def test_many_at_once_arrive_in_order(start: StartServer) -> None:
+async def test_many_at_once_arrive_in_order(start_on_loopback: StartServer) -> None:
     """A burst from many clients, longer than a batch, comes back complete and in order."""
-    server = await start(receive_buffer=4_000_000)
+    server = await start_on_loopback(receive_buffer=4_000_000)
     wanted = [b"%d" % number for number in range(20)]
     with trio.fail_after(10), ExitStack() as sockets:
         opened = [sockets.enter_context(peer(server)) for _ in range(10)]
@@ -254,51 +235,9 @@ async def test_many_at_once_arrive_in_order(start: StartServer) -> None:
     check_adds_up(server)
 
 
-async def test_send_to_any_address(start: StartServer) -> None:
-    """send_to reaches an address that has never written to the server, from the endpoint of its family."""
-    server = await start(host=None)
-    for host in ("127.0.0.1", "::1"):
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.bind((host, 0))
-            sock.settimeout(5)
-            await server.send_to(bytearray(b"news"), sock.getsockname())
-            payload, source = await trio.to_thread.run_sync(sock.recvfrom, 100)
-            assert (payload, source[:2]) == (b"news", (host, port_of(server)))
-    assert server.statistics().sent == 2
-
-
-async def test_send_to_takes_addresses_only(start: StartServer) -> None:
-    """send_to refuses names, which would have to be looked up, families that no endpoint has, and nonsense."""
-    server = await start(host=None)
-    wrong: list[Any] = [(host, 9) for host in ("localhost", "", "1.2.3.4\0", "fe80::1%none", "::g", None, 5)]
-    wrong += [("127.0.0.1", port) for port in (-1, 65_536, 10**30, "80", None, 1.5)]
-    wrong += [("127.0.0.1",), ("127.0.0.1", 9, 0, 0), ("::1", 9, 0), ("::1", 9, "a", 0), ("::1", 9, 0, 0, 0), None]
-    wrong += [("::1", 9, 1 << 20, 0), ("::1", 9, 0, 1 << 32), ("::1", 9, -1, 0)]
-    for address in wrong:
-        with pytest.raises((TypeError, ValueError)):
-            await server.send_to(b"x", address)
-    with peer(server) as sock:
-        assert await ask(sock, b"still there?") == b"still there?"
-    assert server.statistics().send_errors == 0
-
-
-async def test_send_to_needs_an_endpoint_of_the_family(start: StartServer) -> None:
-    """send_to rejects an IPv6 address on an IPv4 server, a payload that is too long, and calls after the end."""
-    server = await start()
-    with pytest.raises(ValueError, match="endpoint"):
-        await server.send_to(b"x", ("::1", 9))
-    with pytest.raises(OSError, match="too long") as info:
-        await server.send_to(bytes(65_508), ("127.0.0.1", 9))
-    assert info.value.errno == errno.EMSGSIZE
-    server.stop()
-    await trio.testing.wait_all_tasks_blocked()
-    with pytest.raises(trio.ClosedResourceError):
-        await server.send_to(b"x", ("127.0.0.1", 9))
-
-
-async def test_a_client_that_is_gone_disturbs_nobody(start: StartServer) -> None:
+async def test_a_client_that_is_gone_disturbs_nobody(start_on_loopback: StartServer) -> None:
     """Replies to a closed port end neither the server nor another conversation."""
-    server = await start()
+    server = await start_on_loopback()
     with peer(server) as stays:
         for _ in range(20):
             with peer(server) as leaves:
@@ -314,9 +253,9 @@ def send_forged(server: Server, source: tuple[str, int], payload: bytes) -> None
         raw.sendto(header + payload, ("127.0.0.1", 0))
 
 
-async def test_source_port_zero_is_survived(start: StartServer) -> None:
+async def test_source_port_zero_is_survived(start_on_loopback: StartServer) -> None:
     """A datagram from port 0 is delivered; its reply is counted as a send error, and other clients are not affected."""
-    server = await start()
+    server = await start_on_loopback()
     try:
         send_forged(server, ("127.0.0.1", 0), b"x")
     except PermissionError:
@@ -329,39 +268,26 @@ async def test_source_port_zero_is_survived(start: StartServer) -> None:
     check_adds_up(server)
 
 
-async def test_errors_of_the_kernel_are_raised_by_send_to(start: StartServer) -> None:
-    """send_to raises the kernel's error and counts it by errno; clients are not affected."""
-    server = await start()
-    with pytest.raises(PermissionError):
-        await server.send_to(b"x", ("255.255.255.255", 9))
-    with pytest.raises(PermissionError):
-        server.send_to_nowait(b"x", ("255.255.255.255", 9))
-    assert server.statistics().errors == {"EACCES": 2}
-    assert (server.statistics().sent, server.statistics().send_errors) == (0, 2)
-    with peer(server) as sock:
-        assert await ask(sock, b"y") == b"y"
-
-
-async def test_port_in_use(start: StartServer) -> None:
+async def test_port_in_use(start_on_loopback: StartServer) -> None:
     """A second server on the same port fails with the kernel's error, and leaves nothing open."""
-    server = await start()
+    server = await start_on_loopback()
     with pytest.raises(OSError, match="in use") as info:
         await serve(echo, port_of(server), host="127.0.0.1")
     assert info.value.errno == errno.EADDRINUSE
 
 
-async def test_a_failed_bind_closes_what_was_opened(start: StartServer) -> None:
+async def test_a_failed_bind_closes_what_was_opened(start_on_loopback: StartServer) -> None:
     """When one family's port is taken, the other family's socket does not stay bound."""
-    taken = await start(host="::1")
+    taken = await start_on_loopback(host="::1")
     with pytest.raises(OSError, match="in use"):
         await trio_udp.open_endpoints(port_of(taken), host=None)
     (free,) = await trio_udp.open_endpoints(port_of(taken), host="127.0.0.1")
     await free.aclose()
 
 
-async def test_reuse_port(start: StartServer, nursery: trio.Nursery) -> None:
+async def test_reuse_port(start_on_loopback: StartServer, nursery: trio.Nursery) -> None:
     """Two servers share a port with reuse_port, and together they answer every client."""
-    first = await start(reuse_port=True)
+    first = await start_on_loopback(reuse_port=True)
     endpoints = await trio_udp.open_endpoints(port_of(first), host="127.0.0.1", reuse_port=True)
     second = await nursery.start(partial(serve_endpoints, echo, endpoints))
     for i in range(30):
@@ -370,9 +296,9 @@ async def test_reuse_port(start: StartServer, nursery: trio.Nursery) -> None:
     assert first.statistics().received + second.statistics().received == 30
 
 
-async def test_buffers(start: StartServer) -> None:
+async def test_buffers(start_on_loopback: StartServer) -> None:
     """receive_buffer and send_buffer set the socket's options."""
-    server = await start(receive_buffer=20_000, send_buffer=30_000)
+    server = await start_on_loopback(receive_buffer=20_000, send_buffer=30_000)
     sock = server.endpoints[0].socket
     # Linux doubles what it is asked for; see socket(7).
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) in (20_000, 40_000)
@@ -555,7 +481,7 @@ async def expect_closed(serving: Callable[[], Awaitable[None]]) -> None:
         await serving()
 
 
-async def test_a_receive_that_waits_when_the_endpoint_is_closed(start: StartServer) -> None:
+async def test_a_receive_that_waits_when_the_endpoint_is_closed(start_on_loopback: StartServer) -> None:
     """Closing an endpoint on which nothing arrives wakes its loop."""
     (endpoint,) = await trio_udp.open_endpoints(0, host="127.0.0.1")
     async with trio.open_nursery() as nursery:

@@ -16,7 +16,7 @@ from trio_udp._endpoints import reader_of
 from trio_udp._inbox import Inbox, Shared
 from trio_udp._lifecycle import End
 
-from ..conftest import ALICE, BOB, RunningInMemory, StartInMemory, check_adds_up, in_memory
+from ..conftest import ALICE, BOB, RunningInMemory, StartInMemory, check_adds_up, echo, in_memory
 
 
 async def collect(
@@ -162,11 +162,6 @@ async def test_an_echo_keeps_up_with_any_burst(
     start_in_memory: StartInMemory, policy: Literal["drop_newest", "drop_oldest"]
 ) -> None:
     """A handler that only receives and sends loses no datagram of any burst."""
-
-    async def echo(client: Client) -> None:
-        async for payload in client:
-            await client.send(payload)
-
     run = await start_in_memory(echo, limits=Limits(when_inbox_full=policy))
     wanted = [b"%d" % i for i in range(20_000)]
     for payload in wanted:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,34 +14,8 @@ from trio.testing import MockClock
 
 from trio_udp import Address, Client, Endpoint, Server, open_endpoints, serve, serve_endpoints
 
-from ..conftest import ALICE, BOB, StartInMemory, echo, narrow
-from ..namespaces import can_make_namespaces, machines
-
-StartServer = Callable[..., Awaitable[Server]]
-
-
-@pytest.fixture
-def start(engine: str, nursery: trio.Nursery) -> StartServer:
-    """Start an echo server with each engine; keywords are those of ``serve``."""
-
-    async def start(host: str | None = "127.0.0.1", **options: Any) -> Server:
-        server: Server = await nursery.start(partial(serve, echo, 0, host=host, **options))
-        return server
-
-    return start
-
-
-@contextmanager
-def receiver(host: str = "127.0.0.9") -> Iterator[socket.socket]:
-    """Open a plain socket that datagrams can be sent to."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind((host, 0))
-        sock.settimeout(5)
-        yield sock
-
-
-def port_of(server: Server) -> int:
-    return server.endpoints[0].local_address[1]
+from ..conftest import ALICE, BOB, StartInMemory, StartServer, echo, narrow, plain_socket, port_of
+from ..namespaces import machines, needs_namespaces
 
 
 async def send(server: Server, nowait: bool, address: Address, **options: Any) -> None:
@@ -53,12 +25,23 @@ async def send(server: Server, nowait: bool, address: Address, **options: Any) -
         await server.send_to(b"x", address, **options)
 
 
+async def test_any_address(start_on_loopback: StartServer) -> None:
+    """send_to reaches an address that has never written to the server, from the endpoint of its family."""
+    server = await start_on_loopback(host=None)
+    for host in ("127.0.0.1", "::1"):
+        with plain_socket(host) as sock:
+            await server.send_to(bytearray(b"news"), sock.getsockname())
+            payload, source = sock.recvfrom(100)
+            assert (payload, source[:2]) == (b"news", (host, port_of(server)))
+    assert server.statistics().sent == 2
+
+
 @pytest.mark.parametrize("nowait", [False, True])
-async def test_a_datagram_leaves_from_local_address(start: StartServer, nowait: bool) -> None:
+async def test_a_datagram_leaves_from_local_address(start_on_loopback: StartServer, nowait: bool) -> None:
     """A server on every interface sends from the address of its own that the program names, port or not."""
-    server = await start("0.0.0.0")
+    server = await start_on_loopback(host="0.0.0.0")
     port = port_of(server)
-    with receiver() as sock:
+    with plain_socket() as sock:
         await send(server, nowait, sock.getsockname(), local_address=("127.0.0.2", port))
         assert sock.recvfrom(100) == (b"x", ("127.0.0.2", port))
         await send(server, nowait, sock.getsockname(), local_address=("127.0.0.3", 0))
@@ -69,7 +52,7 @@ async def test_local_address_chooses_the_endpoint(engine: str, nursery: trio.Nur
     """Of several endpoints the one that has local_address sends; without it the first of the family."""
     endpoints = [(await open_endpoints(0, host=host))[0] for host in ("::1", "127.0.0.1", "127.0.0.2")]
     server: Server = await nursery.start(serve_endpoints, echo, endpoints)
-    with receiver() as sock:
+    with plain_socket() as sock:
         for chosen in endpoints[1:]:
             await server.send_to(b"x", sock.getsockname(), local_address=chosen.local_address)
             assert sock.recvfrom(100) == (b"x", chosen.local_address)
@@ -89,30 +72,32 @@ async def test_local_address_chooses_the_endpoint(engine: str, nursery: trio.Nur
 )
 @pytest.mark.parametrize("nowait", [False, True])
 @pytest.mark.skipif(sys.platform != "linux", reason="the numbers of Linux")
-async def test_the_kernels_error_is_raised(start: StartServer, nowait: bool, code: int, options: Any) -> None:
+async def test_the_kernels_error_is_raised(
+    start_on_loopback: StartServer, nowait: bool, code: int, options: Any
+) -> None:
     """An error about a datagram of the program's own is raised at the call, and counted once; the server goes on."""
-    server = await start("0.0.0.0")
+    server = await start_on_loopback(host="0.0.0.0")
     with pytest.raises(OSError, match=r".+") as info:
         await send(server, nowait, **options)
     assert info.value.errno == code
     statistics = server.statistics()
     assert (statistics.sent, statistics.send_errors, statistics.receive_errors) == (0, 1, 0)
     assert statistics.errors == {errno.errorcode[code]: 1}
-    with receiver() as sock:
+    with plain_socket() as sock:
         await server.send_to(b"x", sock.getsockname())
         assert sock.recv(100) == b"x"
 
 
-async def test_a_local_address_that_is_not_ours(start: StartServer) -> None:
+async def test_a_local_address_that_is_not_ours(start_on_loopback: StartServer) -> None:
     """A server on every interface tries to send from any address; the kernel refuses one that is not ours."""
-    server = await start("0.0.0.0")
+    server = await start_on_loopback(host="0.0.0.0")
     with pytest.raises(OSError, match=r".+") as info:
         await server.send_to(b"x", ("127.0.0.1", 9), local_address=("192.0.2.1", 0))
     assert info.value.errno in (errno.EINVAL, errno.ENETUNREACH, errno.EADDRNOTAVAIL)
     assert (server.statistics().sent, server.statistics().send_errors) == (0, 1)
 
 
-@pytest.mark.skipif(not can_make_namespaces(), reason="needs root and network namespaces")
+@needs_namespaces
 async def test_no_route_is_raised(engine: str, nursery: trio.Nursery) -> None:
     """send_to raises the kernel's error on a machine that has no route to an address or a group."""
     with machines("alone") as [alone]:
@@ -125,10 +110,12 @@ async def test_no_route_is_raised(engine: str, nursery: trio.Nursery) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_a_broadcast_that_the_socket_allows(start: StartServer) -> None:
+async def test_a_broadcast_that_the_socket_allows(start_on_loopback: StartServer) -> None:
     """send_to sends a broadcast if configure has set SO_BROADCAST."""
-    server = await start("0.0.0.0", configure=lambda sock: sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1))
-    with receiver("127.255.255.255") as sock:
+    server = await start_on_loopback(
+        host="0.0.0.0", configure=lambda sock: sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+    )
+    with plain_socket("127.255.255.255") as sock:
         await server.send_to(b"x", sock.getsockname())
         assert sock.recv(100) == b"x"
 
@@ -149,10 +136,10 @@ async def test_a_broadcast_that_the_socket_allows(start: StartServer) -> None:
     ids=repr,
 )
 async def test_addresses_that_no_endpoint_can_use(
-    start: StartServer, error: type[Exception], options: dict[str, Any]
+    start_on_loopback: StartServer, error: type[Exception], options: dict[str, Any]
 ) -> None:
     """A name, another family, or a local address that no endpoint is bound to raises at the call; nothing is sent."""
-    server = await start("127.0.0.1")
+    server = await start_on_loopback()
     with pytest.raises(error):
         await server.send_to(b"x", **options)
     with pytest.raises(error):
@@ -160,9 +147,25 @@ async def test_addresses_that_no_endpoint_can_use(
     assert server.statistics().send_errors == 0
 
 
-async def test_a_payload_that_is_too_long(start: StartServer) -> None:
+async def test_nonsense_is_no_address(start_on_loopback: StartServer) -> None:
+    """Names, ports out of range and tuples of the wrong length or types raise at the call, and the server goes on."""
+    server = await start_on_loopback(host=None)
+    wrong: list[Any] = [(host, 9) for host in ("localhost", "", "1.2.3.4\0", "fe80::1%none", "::g", None, 5)]
+    wrong += [("127.0.0.1", port) for port in (-1, 65_536, 10**30, "80", None, 1.5)]
+    wrong += [("127.0.0.1",), ("127.0.0.1", 9, 0, 0), ("::1", 9, 0), ("::1", 9, "a", 0), ("::1", 9, 0, 0, 0), None]
+    wrong += [("::1", 9, 1 << 20, 0), ("::1", 9, 0, 1 << 32), ("::1", 9, -1, 0)]
+    for address in wrong:
+        with pytest.raises((TypeError, ValueError)):
+            await server.send_to(b"x", address)
+    with plain_socket() as sock:
+        await server.send_to(b"still there", sock.getsockname())
+        assert sock.recv(100) == b"still there"
+    assert server.statistics().send_errors == 0
+
+
+async def test_a_payload_that_is_too_long(start_on_loopback: StartServer) -> None:
     """A payload over 65,507 bytes raises EMSGSIZE before anything is sent; an object that is not bytes, TypeError."""
-    server = await start()
+    server = await start_on_loopback()
     with pytest.raises(OSError, match=r".+") as info:
         await server.send_to(bytes(65_508), ("127.0.0.1", 9))
     assert info.value.errno == errno.EMSGSIZE
@@ -170,10 +173,10 @@ async def test_a_payload_that_is_too_long(start: StartServer) -> None:
         await server.send_to("x", ("127.0.0.1", 9))  # type: ignore[arg-type]
 
 
-async def test_mapped_addresses(start: StartServer) -> None:
+async def test_mapped_addresses(start_on_loopback: StartServer) -> None:
     """An IPv4 address that is written as mapped into IPv6 is sent to by the IPv4 endpoint."""
-    server = await start(None)
-    with receiver() as sock:
+    server = await start_on_loopback(host=None)
+    with plain_socket() as sock:
         host, port = sock.getsockname()
         await server.send_to(b"x", (f"::ffff:{host}", port), local_address=("::ffff:127.0.0.2", 0))
         assert sock.recvfrom(100) == (b"x", ("127.0.0.2", port_of(server)))
@@ -185,7 +188,7 @@ async def test_a_dual_stack_socket(engine: str, nursery: trio.Nursery) -> None:
         dual.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         dual.bind(("::", 0))
         server: Server = await nursery.start(serve_endpoints, echo, [Endpoint.from_socket(dual.dup())])
-    with receiver() as sock, receiver("::1") as sock6:
+    with plain_socket() as sock, plain_socket("::1") as sock6:
         host, port = sock.getsockname()
         for target in (host, f"::ffff:{host}"):
             await server.send_to(b"x", (target, port), local_address=("127.0.0.2", 0))
@@ -194,10 +197,10 @@ async def test_a_dual_stack_socket(engine: str, nursery: trio.Nursery) -> None:
         assert sock6.recv(100) == b"x"
 
 
-async def test_it_makes_nobody_a_client(start: StartServer) -> None:
+async def test_it_makes_nobody_a_client(start_on_loopback: StartServer) -> None:
     """The receiver of a send_to is a stranger as before; its answer makes it a client."""
-    server = await start()
-    with receiver() as sock:
+    server = await start_on_loopback()
+    with plain_socket() as sock:
         await server.send_to(b"x", sock.getsockname())
         assert (len(server.clients), server.statistics().clients_started) == (0, 0)
         _, server_address = sock.recvfrom(100)

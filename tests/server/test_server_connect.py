@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import pytest
 import trio
 import trio.testing
 from trio.testing import MockClock
 
-from trio_udp import Address, Client, Endpoint, Limits, Server, serve, serve_endpoints
+from trio_udp import Address, Client, Endpoint, Limits, Server, serve_endpoints
 
-from ..conftest import ALICE, BOB, SERVER, StartInMemory, check_adds_up, echo, in_memory
-from ..namespaces import can_make_namespaces, inside, machines
-
-StartServer = Callable[..., Awaitable[Server]]
-
-
-@pytest.fixture
-def start(engine: str, nursery: trio.Nursery) -> StartServer:
-    """Start an echo server with each engine; keywords are those of ``serve``."""
-
-    async def start(host: str | None = "127.0.0.1", **options: Any) -> Server:
-        server: Server = await nursery.start(partial(serve, echo, 0, host=host, **options))
-        return server
-
-    return start
-
-
-@contextmanager
-def peer(host: str = "127.0.0.9") -> Iterator[socket.socket]:
-    """Open a plain socket to be connected to."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind((host, 0))
-        sock.settimeout(5)
-        yield sock
+from ..conftest import ALICE, BOB, SERVER, StartInMemory, StartServer, check_adds_up, echo, in_memory, plain_socket
+from ..namespaces import inside, link_local_machines, machines, needs_namespaces
 
 
 async def converse(client: Client, sock: socket.socket) -> Address:
@@ -53,11 +28,11 @@ async def converse(client: Client, sock: socket.socket) -> Address:
 
 
 @pytest.mark.parametrize("host", [None, "127.0.0.1", "::1"])
-async def test_answers_reach_the_client(start: StartServer, host: str | None) -> None:
+async def test_answers_reach_the_client(start_on_loopback: StartServer, host: str | None) -> None:
     """The peer's answer reaches the Server.connect client, not a handler, on an endpoint bound to any address."""
-    server = await start(host)
+    server = await start_on_loopback(host=host)
     for other in ["127.0.0.9", "::1"] if host is None else [host]:
-        with peer(other) as sock:
+        with plain_socket(other) as sock:
             client = server.connect(sock.getsockname())
             assert client.peer_address == sock.getsockname()
             assert client.local_address == await converse(client, sock)
@@ -68,20 +43,20 @@ async def test_answers_reach_the_client(start: StartServer, host: str | None) ->
     check_adds_up(server)
 
 
-async def test_a_local_address_of_our_choice(start: StartServer) -> None:
+async def test_a_local_address_of_our_choice(start_on_loopback: StartServer) -> None:
     """A server on every interface converses from the address that the program names."""
-    server = await start("0.0.0.0")
-    with peer() as sock:
+    server = await start_on_loopback(host="0.0.0.0")
+    with plain_socket() as sock:
         client = server.connect(sock.getsockname(), local_address=("127.0.0.2", 0))
         assert client.local_address == ("127.0.0.2", server.endpoints[0].local_address[1])
         assert await converse(client, sock) == client.local_address
         client.close()
 
 
-async def test_ipv6_flow_labels_do_not_tell_clients_apart(start: StartServer) -> None:
+async def test_ipv6_flow_labels_do_not_tell_clients_apart(start_on_loopback: StartServer) -> None:
     """An address with a flow label is the same peer as the one without."""
-    server = await start("::")
-    with peer("::1") as sock:
+    server = await start_on_loopback(host="::")
+    with plain_socket("::1") as sock:
         client = server.connect(("::1", sock.getsockname()[1], 7, 0))
         await converse(client, sock)
         with pytest.raises(trio.BusyResourceError):
@@ -96,22 +71,17 @@ async def test_a_dual_stack_socket(engine: str, nursery: trio.Nursery, host: str
         dual.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         dual.bind(("::", 0))
         server: Server = await nursery.start(serve_endpoints, echo, [Endpoint.from_socket(dual.dup())])
-    with peer() as sock:
+    with plain_socket() as sock:
         client = server.connect((host, sock.getsockname()[1]))
         await converse(client, sock)
         client.close()
 
 
-@pytest.mark.skipif(not can_make_namespaces(), reason="needs root and network namespaces")
+@needs_namespaces
 @pytest.mark.parametrize("bound_to", ["::", "fe80::1%wire"])
 async def test_a_link_local_peer(engine: str, nursery: trio.Nursery, bound_to: str) -> None:
     """Server.connect reaches a link-local peer over the link of its scope."""
-    with machines("ours", "theirs") as [ours, theirs]:
-        ours.ip(f"link add wire type veth peer name wire netns {theirs.name}")
-        for machine, host in ((ours, "fe80::1"), (theirs, "fe80::2")):
-            machine.ip("link set wire addrgenmode none")
-            machine.ip("link set wire up")
-            machine.ip(f"addr add {host}/64 dev wire nodad")
+    with link_local_machines() as (ours, theirs):
         endpoint = Endpoint.from_socket(ours.socket(bound_to, family=socket.AF_INET6))
         server: Server = await nursery.start(serve_endpoints, echo, [endpoint])
         with theirs.socket("fe80::2%wire", family=socket.AF_INET6) as sock:
@@ -139,25 +109,25 @@ async def test_a_link_local_peer(engine: str, nursery: trio.Nursery, bound_to: s
     ],
     ids=str,
 )
-async def test_addresses_that_are_no_single_peer(start: StartServer, address: Address) -> None:
+async def test_addresses_that_are_no_single_peer(start_on_loopback: StartServer, address: Address) -> None:
     """A group, a broadcast address, the unspecified address and port 0 are the caller's mistake."""
-    server = await start(None)
+    server = await start_on_loopback(host=None)
     with pytest.raises(ValueError, match=r".+"):
         server.connect(address)
     assert len(server.clients) == 0
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
-async def test_our_own_address(start: StartServer, host: str) -> None:
+async def test_our_own_address(start_on_loopback: StartServer, host: str) -> None:
     """A server cannot converse with itself, by any address of its machine."""
-    server = await start(None)
+    server = await start_on_loopback(host=None)
     with pytest.raises(ValueError, match="itself"):
         server.connect((host, server.endpoints[0].local_address[1]))
 
 
-async def test_addresses_that_no_endpoint_can_use(start: StartServer) -> None:
+async def test_addresses_that_no_endpoint_can_use(start_on_loopback: StartServer) -> None:
     """A name, another family, or a local address that no endpoint is bound to raises."""
-    server = await start("127.0.0.1")
+    server = await start_on_loopback()
     for options in ({"address": ("localhost", 9)}, {"address": ("::1", 9)}):
         with pytest.raises(ValueError, match=r".+"):
             server.connect(**options)
@@ -167,15 +137,15 @@ async def test_addresses_that_no_endpoint_can_use(start: StartServer) -> None:
         server.connect("127.0.0.1")  # type: ignore[arg-type]
 
 
-async def test_a_local_address_that_is_not_ours(start: StartServer) -> None:
+async def test_a_local_address_that_is_not_ours(start_on_loopback: StartServer) -> None:
     """A server on every interface cannot converse from an address that its machine does not have."""
-    server = await start("0.0.0.0")
+    server = await start_on_loopback(host="0.0.0.0")
     with pytest.raises(OSError, match=r".+"):
         server.connect(("127.0.0.1", 9), local_address=("192.0.2.1", 0))
     assert len(server.clients) == 0
 
 
-@pytest.mark.skipif(not can_make_namespaces(), reason="needs root and network namespaces")
+@needs_namespaces
 async def test_no_route(engine: str, nursery: trio.Nursery) -> None:
     """The kernel's error is raised where it has no address to send from."""
     with machines("alone") as [alone]:

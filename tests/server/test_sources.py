@@ -19,7 +19,7 @@ from trio_udp._endpoints import Address
 from trio_udp.testing import SimulatedNetwork
 
 from ..conftest import ALICE, SERVER, StartInMemory, check_adds_up, echo
-from ..namespaces import can_make_namespaces, inside, machines
+from ..namespaces import inside, machines, needs_namespaces
 
 OWN, OTHER_OWN, ELSEWHERE = "192.0.2.53", "192.0.2.54", "192.0.2.99"
 OWN_IPV6 = "2001:db8::53"
@@ -311,7 +311,7 @@ async def test_an_innocent_program_of_this_machine(nursery: trio.Nursery) -> Non
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a broadcast address on loopback")
-@pytest.mark.skipif(not can_make_namespaces(), reason="needs root and network namespaces")
+@needs_namespaces
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("allowed", [True, False])
 async def test_a_directed_broadcast_source(nursery: trio.Nursery, allowed: bool) -> None:
@@ -320,7 +320,7 @@ async def test_a_directed_broadcast_source(nursery: trio.Nursery, allowed: bool)
     Where it is not set the kernel itself refuses to send the answer.
     """
     with machines("here", "there") as (here, there):
-        here.ip(f"link add wire type veth peer name wire netns {there.name}")
+        here.wire_to(there)
         for machine, host in ((here, "10.77.0.1"), (there, "10.77.0.2")):
             machine.ip(f"address add {host}/24 broadcast 10.77.0.255 dev wire")
             machine.ip("link set wire up")

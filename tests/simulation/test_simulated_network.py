@@ -29,16 +29,11 @@ from trio_udp.testing._packets import SimulatedRoute
 from trio_udp.testing._sockets import SimulatedSocket, SocketTable
 from trio_udp.testing._wire import Wire
 
-from ..conftest import ALICE, BOB, CAROL, SERVER, check_adds_up
+from ..conftest import ALICE, BOB, CAROL, SERVER, check_adds_up, echo
 
 ROOT = Path(__file__).parents[2]
 
 BAD_CONDITIONS: Any = {"loss": 0.3, "duplicate": 0.2, "reorder": 0.2, "latency": (0.01, 0.2), "bandwidth": 10_000}
-
-
-async def echo(client: Client) -> None:
-    async for payload in client:
-        await client.send(payload)
 
 
 async def drain(connection: Connection) -> None:

@@ -19,6 +19,7 @@ import attrs
 import trio
 
 from .._endpoints import Address
+from .._trio import is_in_trio
 from ._addresses import interface_of, is_beyond, reaches_many
 from ._conditions import Conditions
 from ._packets import Packet, SimulatedRoute
@@ -107,7 +108,7 @@ class Wire:
 
     def catch_up_if_any(self) -> None:
         """Deliver the packets that are due, before the network changes. Does nothing outside of Trio."""
-        if self._under_way and trio.lowlevel.in_trio_run():
+        if self._under_way and is_in_trio():
             self.catch_up()
 
     def _arrive(self, now: float, packet: Packet) -> None:
