@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -45,7 +46,7 @@ def inside(namespace: str) -> Iterator[None]:
 @cache
 def can_make_namespaces() -> bool:
     """Whether this process may make them; root in a container often may not."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
+    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
         return False
     with suppress(OSError), machines("try"):
         return True

@@ -141,6 +141,7 @@ class Seat(Inbox):
         self.limited: bool = not self.answerable
         if not self.validated:
             self.validated = True
+            self.shared.spare(self)
             if self.shared.limiter is not None:
                 self.bucket = self.shared.limiter.bucket_of_host(self.outbox.engine.host(self.route))
 
@@ -262,10 +263,14 @@ class Seats(Shared):
         self.started += 1
         if self.phase is RUNNING or self.phase is CATCHING_UP:
             seat.place.known[seat.route] = seat
-        if self._evicts:
+        if self._evicts and not seat.validated:
             self._queue[seat] = None
         if self.limits.clients_per_host is not None and seat.has_handler:
             seat.count_for_host()
+
+    def spare(self, seat: Seat) -> None:
+        """Never evict a client from now on. So many validated clients do not make the search for one longer."""
+        self._queue.pop(seat, None)
 
     def forget(self, seat: Seat) -> None:
         """Let the next datagram from a client's address be a stranger's."""
@@ -282,6 +287,8 @@ class Seats(Shared):
         if self.running.pop(seat, None) is not None:
             if self.of_host:
                 seat.leave_host()
+            if self.in_transaction:  # in another task's block
+                self.in_transaction.discard(seat)
             if not self.running and self.phase is DRAINING:
                 self.all_gone.set()
 

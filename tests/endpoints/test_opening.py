@@ -19,6 +19,8 @@ import trio_udp
 import trio_udp._endpoints._open as opening
 from trio_udp import Endpoint
 
+from ..namespaces import inside, machines, needs_namespaces
+
 FOUR_MIB = 4_194_304
 
 needs_reuse_port = pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="platform has no SO_REUSEPORT")

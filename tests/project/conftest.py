@@ -65,7 +65,7 @@ class Example:
         return lines
 
     def finish(self) -> None:
-        """Stop the server if the test has not. That it has ended by itself does not pass for a success."""
+        """Stop the server if the test has not. A server that has ended by itself fails the test."""
         if self._process.poll() is None:
             self.signal(SIGTERM)
         self.wait()
@@ -113,7 +113,7 @@ def ask(peer: socket.socket, payload: bytes) -> bytes:
 
 
 def waiting(peer: socket.socket) -> list[bytes]:
-    """What has arrived at a socket and was not received yet."""
+    """Return all datagrams that have arrived at a socket and were not received yet."""
     peer.setblocking(False)
     payloads = []
     try:

@@ -1,4 +1,4 @@
-"""A server under bad network conditions, for as long as you like: ``python tests/project/soak.py --seconds 3600``.
+"""Run a server under bad network conditions for any time: ``python tests/project/soak.py --seconds 3600``.
 
     Peer -> network -> socket -> kernel -> server -> Handlers
     '--- Traffic, a process ---'           '--- Soak, this ---'
@@ -56,7 +56,7 @@ SERVER = "127.4.0.1"  # nobody else's, so that the port is still free after a re
 MAX_DATAGRAM_SIZE = 1_000
 PATIENCE = 120  # seconds for what should take a moment: a machine may be busy, but a run must end
 
-# What peers and their handlers are like, by the peer's number. The regulars are those who must not suffer from a flood.
+# Kinds of peers and their handlers, by the peer's number. A flood must not affect the regulars.
 KINDS = ("regular", "regular", "brief", "careful", "closing", "slow", "transacting", "asking", "impatient", "vandal")
 
 
@@ -65,7 +65,7 @@ def kind_of(number: int) -> str:
 
 
 def number_of(peer: Address) -> int | None:
-    """The number of the peer at an address 127.2.x.y; None for a forged address."""
+    """Return the number of the peer at an address 127.2.x.y; None for a forged address."""
     raw = socket.inet_aton(peer[0])
     return int.from_bytes(raw[2:], "big") if raw[1] == 2 else None
 
@@ -110,7 +110,7 @@ def checksum_is_right(data: bytes) -> bool:
 
 
 def travel(letter: bytes, random_: random.Random) -> Iterator[tuple[float, bytes, bool]]:
-    """What becomes of a letter: for each copy how long it takes, what it has become, and whether that is the letter."""
+    """Yield each copy of a letter that arrives: its delay, its bytes, and whether they are still the letter's."""
     if random_.random() < 0.05:
         return
     for _ in range(2 if random_.random() < 0.05 else 1):
@@ -139,7 +139,7 @@ class Peer:
 
 @attrs.frozen
 class Report:
-    """What the traffic has been so far: how much was sent, what regulars got in answer by phase; and what is wrong."""
+    """The traffic so far: datagrams sent, answers to regulars by phase, and complaints."""
 
     sent: int
     answers: Counter[int]
@@ -147,7 +147,7 @@ class Report:
 
 
 class Traffic:
-    """All peers, the network, and the flood: one thread that does what is next on its agenda."""
+    """All peers, the network, and the flood, in one thread that works through an agenda."""
 
     def __init__(self, pipe: Pipe, destination: Address, peers: int, seed: int) -> None:
         self.pipe = pipe
@@ -171,7 +171,7 @@ class Traffic:
             self.later(self.random.uniform(0, 0.1), partial(self.write, peer))
 
     def run(self) -> None:
-        """Until the other process closes its end of the pipe, or ends."""
+        """Run the agenda until the other process closes its end of the pipe, or ends."""
         try:
             while True:
                 while self.agenda and self.agenda[0][0] <= time.monotonic():
@@ -192,7 +192,7 @@ class Traffic:
         heapq.heappush(self.agenda, (time.monotonic() + seconds, next(self.order), do))
 
     def obey(self) -> None:
-        """Do as the other process says; each command is answered with a report, once it has been carried out."""
+        """Carry out a command of the other process, and answer it with a report."""
         command, *arguments = self.pipe.recv()
         getattr(self, command)(*arguments)
 
@@ -204,7 +204,7 @@ class Traffic:
         self.complaints = []
 
     def pause(self) -> None:
-        """Let nobody write any more, and what is under way arrive."""
+        """Stop all peers from writing, and report when no letter is under way."""
         self.paused = True
         if self.under_way:
             self.later(0.01, self.pause)
@@ -217,7 +217,7 @@ class Traffic:
         self.report()
 
     def flood(self, forged: int) -> None:
-        """Send from one forged address after the other, as fast as it goes beside the rest of the traffic."""
+        """Send from one forged address after the other, as fast as the rest of the traffic allows."""
         for number in range(forged, max(0, forged - 100), -1):
             # struct in_pktinfo: the middle is the address to send from; 127.16.0.0 and up, by number.
             source = bytes(4) + (0x7F100000 + number).to_bytes(4, "big") + bytes(4)
@@ -288,7 +288,7 @@ def traffic(*arguments: Any) -> None:
 
 
 class Handlers:
-    """The handlers of one life of the server, one for each kind of peer, and what they have seen."""
+    """The handlers of one life of the server, one for each kind of peer, and their counts and complaints."""
 
     def __init__(self, last_taken: dict[int, int], random_: random.Random) -> None:
         self.last_taken = last_taken  # number on the wire, by peer
@@ -326,7 +326,7 @@ class Handlers:
             self.complaints.append(f"handler of {client.peer_address} failed: {error!r}")
 
     def take(self, client: Client, payload: bytes) -> Datagram:
-        """Look at what a handler has just received."""
+        """Check and count a datagram that a handler has just received."""
         self.taken += 1
         datagram = Datagram.unseal(payload)
         last = self.last_taken.get(datagram.peer, 0)
@@ -371,7 +371,7 @@ class Handlers:
             await self.answer(client, await client.receive())
 
     async def careful(self, client: Client) -> None:
-        """Raise at what is corrupted."""
+        """Answer whole datagrams; raise at a corrupted one."""
         async for payload in client:
             datagram = self.take(client, payload)
             if not checksum_is_right(datagram.letter):
@@ -420,7 +420,7 @@ class Handlers:
 
 @attrs.frozen
 class Life:
-    """What a server is to meet."""
+    """The settings of one life of the server, and how it ends."""
 
     when_full: Literal["refuse", "evict_idle"]
     forged: int  # addresses that flood it
@@ -468,7 +468,7 @@ class Soak:
             print("FAILED", what)
 
     async def run(self, rounds: int, seconds: float) -> None:
-        """Live so many rounds of all lives; what is left after the first life must not become more."""
+        """Run all lives this many times; memory must not grow after the first life."""
         blocks = []
         for life in LIVES * rounds:
             await self.live(life, seconds / rounds / len(LIVES))
@@ -486,7 +486,7 @@ class Soak:
         return report
 
     async def live(self, life: Life, seconds: float) -> None:
-        """One life of the server, after which nothing of it is left."""
+        """Run one life of the server, and check that it leaves no file, task or client behind."""
         files, tasks = open_files(), living_tasks()
         await self.serve(life, seconds)
         gc.collect()
@@ -537,7 +537,7 @@ class Soak:
         self.check_answers((await self.command("report")).answers, handlers, calm, flood)
 
     async def quiet(self, server: Server) -> tuple[int, int]:
-        """Let the traffic rest and the server read all there is; return how many were sent, and how many arrived."""
+        """Pause the traffic until the server has read everything; return how many were sent, and how many arrived."""
         sent = (await self.command("pause")).sent
         (endpoint,) = server.endpoints
         await until("all is read", lambda: not endpoint.statistics().kernel_queued)
@@ -545,12 +545,12 @@ class Soak:
         return sent, s.received + s.kernel_dropped
 
     def check(self, life: Life, s: ServerStatistics, handlers: Handlers) -> None:
-        """What the counters of a server that has ended must say."""
+        """Check the counters of a server that has ended."""
         print(f"{life.when_full}, then {life.end}:", *(f"{k}={v}" for k, v in attrs.asdict(s).items() if v))
         dropped = s.dropped_inbox_full + s.dropped_at_end + s.truncated
         refused = s.refused_by_rate + s.refused_by_accept + s.refused_full + s.refused_stopping
         self.expect("received is not delivered and all drops", s.received == s.delivered + dropped + refused)
-        self.expect("somebody or something still waits", s.waiting == s.clients == 0)
+        self.expect("a client or a datagram still waits", s.waiting == s.clients == 0)
         self.expect(f"handlers have taken {handlers.taken}", s.delivered == handlers.taken)
         self.expect(f"handlers have seen {handlers.clients} clients", s.clients_started == handlers.clients)
         self.expect(f"handlers have raised {handlers.errors} times", s.handler_errors == handlers.errors)
@@ -566,7 +566,7 @@ class Soak:
             self.expect("nobody was evicted", s.clients_evicted > 0)
 
     def check_answers(self, answers: Counter[int], handlers: Handlers, calm: int, flood: int) -> None:
-        """Regulars are answered as before when there is a flood: of what the kernel gave us, that is."""
+        """Check that a flood does not lower the share of answers among the regulars' datagrams that reached the server."""
         reached = handlers.reached
         before, during = (answers[phase] / max(1, reached[phase]) for phase in (calm, flood))
         print(f"    regulars answered: {before:.1%} of {reached[calm]}, in the flood {during:.1%} of {reached[flood]}")
@@ -577,9 +577,9 @@ class Soak:
 
 
 async def back_pressure(seed: int) -> list[str]:
-    """Readers behind Unix-domain sockets, which hold few datagrams: sending waits again and again.
+    """Serve readers behind Unix-domain sockets, which hold few datagrams, so that sending waits again and again.
 
-    Whoever reads to the end gets everything, in order; some go away in the middle.
+    A reader that stays gets everything, in order; some leave in the middle.
     """
     random_ = random.Random(seed)
     failures: list[str] = []
@@ -651,7 +651,7 @@ def main() -> int:
     return bool(failures) or process.exitcode != 0
 
 
-# That a flood fills the table of clients is no news here.
+# The warning that a flood has filled the table of clients is expected here.
 logging.getLogger("trio_udp").setLevel(logging.ERROR)
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ def test_answer(case: str) -> None:
 
 
 def test_question_keeps_its_case() -> None:
-    """Names match whatever their case, and the reply repeats the question to the bit."""
+    """Names match in any letter case, and the reply repeats the question bit by bit."""
     query = dns.message.make_query("wWw.eXaMPLe.cOm", "A")
     reply = dns_server.answer(ZONE, query.to_wire())
     assert reply[12:33] == query.to_wire()[12:33]
@@ -303,7 +303,7 @@ def test_longest_name() -> None:
 
 
 def test_negative_ttl_is_the_lower_of_two(tmp_path: Path) -> None:
-    """That there is nothing is remembered for the SOA's TTL or its last field, whichever is lower (RFC 2308)."""
+    """A negative answer has a TTL of the SOA's TTL or its last field, whichever is lower (RFC 2308)."""
     zone = load(tmp_path, "@ 60 SOA ns.example.net. hostmaster 1 2 3 4 900\n@ 60 NS ns.example.net.\n", "example.com.")
     assert ask("nowhere", zone=zone).authority == records("@ 60 SOA ns.example.net. hostmaster 1 2 3 4 900")
 
@@ -326,7 +326,7 @@ def test_ds_comes_from_the_parent(tmp_path: Path) -> None:
 
 
 def test_zone_file_without_origin(tmp_path: Path) -> None:
-    """Without $ORIGIN or an origin given, loading fails with dnspython's own error."""
+    """Loading a zone file without $ORIGIN and without an origin fails with dnspython's own error."""
     with pytest.raises(dns.exception.DNSException, match="origin"):
         load(tmp_path, "@ 60 SOA ns.example.net. hostmaster 1 2 3 4 5\n@ 60 NS ns.example.net.\n")
 
@@ -344,7 +344,7 @@ def test_edns() -> None:
 
 
 def test_unknown_edns_flags() -> None:
-    """Of the query's EDNS flags only DO is repeated; those without a meaning yet are zero (RFC 6891, 6.1.4)."""
+    """The reply repeats only DO of the query's EDNS flags; undefined flags are zero (RFC 6891, 6.1.4)."""
     query = dns.message.make_query("web.example.com", "A", want_dnssec=True, ednsflags=0x7FFF)
     assert dns.message.from_wire(dns_server.answer(ZONE, query.to_wire())).ednsflags == dns.flags.DO
 
@@ -386,7 +386,7 @@ def test_padding_option_is_not_answered_with_padding() -> None:
     ],
 )
 def test_truncation(name: str, payload: int | None, truncated: bool) -> None:
-    """What exceeds the client's size, or 512 without EDNS, or 1232 in any case, is left out whole, with TC set."""
+    """A reply longer than the client's size (512 bytes without EDNS, 1232 at most) omits whole records and sets TC."""
     reply = ask(name, "TXT", use_edns=None if payload is None else 0, payload=payload)
     assert (reply.flags, len(reply.answer)) == (("qr aa tc rd", 0) if truncated else ("qr aa rd", 1))
 
@@ -401,7 +401,7 @@ $TTL 60
 
 
 def test_additional_addresses_are_left_out_without_truncation(tmp_path: Path) -> None:
-    """Mail hosts' addresses that do not fit are left out in silence: the answer is whole without them."""
+    """Addresses of mail hosts that do not fit are omitted without TC, because the answer is whole without them."""
     zone = load(tmp_path, BIG_ZONE, "example.com.")
     small, large = ask("@", "MX", zone=zone), ask("@", "MX", zone=zone, use_edns=0)
     assert (small.flags, len(small.answer), len(small.additional)) == ("qr aa rd", 12, 0)
@@ -522,18 +522,18 @@ MALFORMED_REPLIES = {name: wire[:2] + b"\x81\x01" + bytes(8) for name, wire in M
 
 @pytest.mark.parametrize("name", UNANSWERED)
 def test_unanswered(name: str) -> None:
-    """What is too short, or is a response, gets no reply."""
+    """A payload shorter than a header, and a response, get no reply."""
     assert dns_server.answer(ZONE, UNANSWERED[name]) is None
 
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed(name: str) -> None:
-    """What has a header but cannot be parsed gets a header with FORMERR, the query's ID and its RD bit."""
+    """A payload that cannot be parsed beyond its header gets a header with FORMERR, the query's ID and its RD bit."""
     assert dns_server.answer(ZONE, MALFORMED[name]) == MALFORMED_REPLIES[name]
 
 
 def check_reply(payload: bytes) -> None:
-    """Whatever the payload: silence where it is due, else a reply that fits, parses, and does not amplify garbage."""
+    """Check the reply to any payload: none where none is due, else one that fits, parses, and amplifies no garbage."""
     reply = dns_server.answer(ZONE, payload)
     if len(payload) < 12 or payload[2] & 0x80:
         assert reply is None
@@ -549,7 +549,7 @@ def check_reply(payload: bytes) -> None:
 @settings(max_examples=400, deadline=None, database=None)
 @given(st.binary(max_size=1300))
 def test_random_bytes(payload: bytes) -> None:
-    """Random bytes never make it raise."""
+    """Random bytes get a valid reply or none, and raise nothing."""
     check_reply(payload)
 
 
@@ -577,7 +577,7 @@ def test_random_bytes(payload: bytes) -> None:
     ),
 )
 def test_random_bodies(ident: bytes, flags: bytes, counts: list[bytes], body: list[bytes]) -> None:
-    """Nor do pieces of messages in random order, behind a header that announces a few of them."""
+    """Pieces of messages in random order behind a valid header get a valid reply or none, and raise nothing."""
     check_reply(ident + flags + b"".join(counts + body))
 
 
@@ -595,7 +595,7 @@ SEEDS = [
     st.lists(st.tuples(st.integers(0, 150), st.integers(0, 4), st.binary(max_size=4)), max_size=4),
 )
 def test_mutated_queries(query: bytes, mutations: list[tuple[int, int, bytes]]) -> None:
-    """Nor do queries in which bytes have been overwritten, inserted and removed."""
+    """Queries with overwritten, inserted and removed bytes get a valid reply or none, and raise nothing."""
     for position, removed, inserted in mutations:
         query = query[:position] + inserted + query[position + removed :]
     check_reply(query)
@@ -604,7 +604,7 @@ def test_mutated_queries(query: bytes, mutations: list[tuple[int, int, bytes]]) 
 @settings(max_examples=300, deadline=None, database=None)
 @given(st.sampled_from(sorted(CASES)), st.none() | st.integers(0, 65535))
 def test_size_limit(case: str, payload: int | None) -> None:
-    """For every question and size: the reply fits, and is either whole or marked as truncated."""
+    """The reply to any question at any size fits, and is either whole or marked as truncated."""
     name, rdtype = question(case)
     query = dns.message.make_query(name, rdtype, use_edns=None if payload is None else 0, payload=payload)
     reply = dns_server.answer(ZONE, query.to_wire())
@@ -729,7 +729,7 @@ def test_dig_oddities(start: Start, dig: str) -> None:
 
 @without_signals
 def test_answers_in_order_and_ignores_the_rest(start: Start) -> None:
-    """Of many datagrams from one client, those that deserve an answer get it, in order; the others get nothing."""
+    """Queries among a client's many datagrams are answered in order; the other datagrams get no reply."""
     example = start_dns(start)
     peer = example.peer()
     assert exchange(peer, *UNANSWERED.values()) == []

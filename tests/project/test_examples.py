@@ -39,7 +39,7 @@ pytestmark = without_signals
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_listens_on_all_interfaces_and_stops_at_sigint(start: Start, name: str) -> None:
-    """Without options an example listens on every interface, and ends well when interrupted."""
+    """An example without options listens on every interface, and exits with status 0 when interrupted."""
     example = start(name)
     printed = [example.listening, *example.stop(SIGINT)]
     hosts = ["0.0.0.0", "::"] if socket.has_dualstack_ipv6() else ["0.0.0.0"]
@@ -48,7 +48,7 @@ def test_listens_on_all_interfaces_and_stops_at_sigint(start: Start, name: str) 
 
 
 def test_uppercase(start: Start) -> None:
-    """The uppercase server shouts back what two clients send, each to its sender, and prints it."""
+    """The uppercase server answers two clients each with its own datagram in upper case, and prints it."""
     example = start("uppercase", "--host", "127.0.0.1")
     assert example.listening == f"listening on 127.0.0.1:{example.port}"
     one, two = example.peer(), example.peer()
@@ -94,7 +94,7 @@ def test_echo_options_shares_its_port(start: Start) -> None:
 
 @pytest.mark.parametrize("payload", [b"", b"what time is it?", bytes(range(256))], ids=["empty", "text", "garbage"])
 def test_time_server(start: Start, payload: bytes) -> None:
-    """The time server answers any datagram with the time, and so the next one."""
+    """The time server answers every datagram with the time."""
 
     def seconds(text: str) -> int:
         # Of the clock that the example reads: time.ctime() may lag behind time.time().
@@ -113,7 +113,7 @@ def test_time_server(start: Start, payload: bytes) -> None:
     ids=["in a thread", "in a process"],
 )
 def test_slow_work_lets_others_pass(start: Start, request_: bytes, answer: bytes) -> None:
-    """While slow work goes on for one client another is answered; the slow one's answers come in order."""
+    """A client is answered while slow work goes on for another one, whose answers come in order."""
     example = start("slow_work", "--host", "127.0.0.1")
     slow, quick = example.peer(), example.peer()
     slow.send(request_)
@@ -124,7 +124,7 @@ def test_slow_work_lets_others_pass(start: Start, request_: bytes, answer: bytes
 
 
 def test_slow_work_gives_up(start: Start) -> None:
-    """Work that takes longer than the timeout is not answered, in a thread or in a process; what follows it is."""
+    """Work that takes longer than the timeout, in a thread or in a process, is not answered; the next datagram is."""
     example = start("slow_work", "--host", "127.0.0.1", "--timeout", "0.3")
     in_thread, in_process = example.peer(), example.peer()
     in_thread.send(b"sleep 60")
@@ -134,7 +134,7 @@ def test_slow_work_gives_up(start: Start) -> None:
 
 
 def test_slow_work_says_what_is_wrong(start: Start) -> None:
-    """Numbers that are none get an error as their answer."""
+    """A payload that is not a number is answered with an error."""
     example = start("slow_work", "--host", "127.0.0.1")
     peer = example.peer()
     assert ask(peer, b"sleep long") == b"could not convert string to float: b'long'\n"
@@ -180,7 +180,7 @@ def test_refusing_turns_a_known_client_out(start: Start) -> None:
 
 
 def test_refusing_turns_a_burst_out_once(start: Start) -> None:
-    """However fast it goes on without the prefix, a client is told once."""
+    """A client that sends a burst without the prefix is told once."""
     example = start("refusing", "--host", "127.0.0.1")
     peer, other = example.peer(), example.peer()
     assert ask(peer, b"EX1 hello") == b"hello"
@@ -231,7 +231,7 @@ def log_in(peer: socket.socket) -> None:
 
 
 def test_login(start: Start) -> None:
-    """After the login commands are echoed until "quit" ends the conversation; the next begins with a login again."""
+    """Commands are echoed after the login, until "quit" ends the conversation; the next one begins with a login again."""
     example = start("login", "--host", "127.0.0.1")
     peer = example.peer()
     for _ in range(2):
@@ -264,7 +264,7 @@ def test_login_has_a_time_limit(start: Start) -> None:
 
 
 def test_login_changes_the_idle_timeout(start: Start) -> None:
-    """Who is logged in may be silent for as long as --idle-time says, and is told when that is over."""
+    """A client that has logged in may be silent for --idle-time seconds, and is told when they are over."""
     example = start("login", "--host", "127.0.0.1", "--idle-time", "0.2")
     peer = example.peer()
     log_in(peer)
@@ -272,7 +272,7 @@ def test_login_changes_the_idle_timeout(start: Start) -> None:
 
 
 def test_login_may_be_finished_while_the_server_stops(start: Start) -> None:
-    """A server told to stop says goodbye to who is logged in, and lets a login that has begun come to its end."""
+    """A server told to stop says goodbye to logged-in clients, and lets a login that has begun finish."""
     example = start("login", "--host", "127.0.0.1")
     logged_in, logging_in = example.peer(), example.peer()
     log_in(logged_in)
@@ -286,7 +286,7 @@ def test_login_may_be_finished_while_the_server_stops(start: Start) -> None:
 
 
 def test_service_closes_its_resource_after_the_drain(start: Start, tmp_path: Path) -> None:
-    """What a stopping service has taken in is stored and answered before the database is closed."""
+    """A stopping service stores and answers every datagram that had arrived, and then closes the database."""
     path = tmp_path / "notes.db"
     example = start("service", "--host", "127.0.0.1", "--database", str(path))
     peer = example.peer()
@@ -313,7 +313,7 @@ def test_service_shares_its_resource(start: Start) -> None:
 
 
 def test_lobby(start: Start) -> None:
-    """What one says reaches all, those who come late hear the last lines first, and who quits is told to all."""
+    """A line reaches all members, late comers get the last lines first, and all members are told of one that quits."""
     example = start("lobby", "--host", "127.0.0.1", "--every", "3600")
     ada, bob = example.peer(), example.peer()
     assert ask(ada, b"ada\n") == b"ada joins\n"
@@ -330,7 +330,7 @@ def test_lobby(start: Start) -> None:
 
 
 def test_lobby_notices_silence(start: Start) -> None:
-    """Everyone is told every few seconds who is there. Who answers stays; who does not is said goodbye to."""
+    """The lobby tells its members every few seconds who is there; members that do not answer get a goodbye and are out."""
     example = start("lobby", "--host", "127.0.0.1", "--every", "0.02", "--idle-time", "1")
     ada, bob = example.peer(), example.peer()
     ada.send(b"ada")
@@ -345,7 +345,7 @@ def test_lobby_notices_silence(start: Start) -> None:
 
 
 def test_collector_loses_nothing_when_stopped(start: Start, tmp_path: Path) -> None:
-    """What had reached the machine when the collector is told to stop is in its file, in the order of arrival."""
+    """Datagrams that had arrived when the collector is told to stop are in its file, in arrival order."""
     example = start("collector", "--host", "127.0.0.1", "--file", str(tmp_path / "log"))
     peers = [example.peer() for _ in range(3)]
     # While it stands still, what is sent to it waits in the kernel.
@@ -382,7 +382,7 @@ def test_client_sends_its_arguments(start: Start) -> None:
 
 
 def test_client_sends_its_input(start: Start) -> None:
-    """Without arguments the client sends every line of its input, empty ones too."""
+    """The client sends every line of its input, empty ones too, if it has no arguments."""
     result = run_client(start("uppercase", "--host", "127.0.0.1").port, stdin="hello\n\nworld\n")
     assert (result.stdout, result.stderr, result.returncode) == ("HELLO\n\nWORLD\n", "", 0)
 
@@ -415,7 +415,7 @@ def test_client_tries_again(server: socket.socket) -> None:
 
 
 def test_client_gives_up(server: socket.socket) -> None:
-    """After three tries the client says that there was no answer, and does not go on to the next line."""
+    """The client says that there was no answer after three tries, and does not go on to the next line."""
     result = run_client(server.getsockname()[1], "--timeout", "0.05", "hello", "world")
     assert (result.stdout, result.stderr, result.returncode) == ("", "no answer to 'hello' after 3 tries\n", 1)
     assert waiting(server) == [b"hello"] * 3

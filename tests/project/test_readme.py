@@ -70,7 +70,7 @@ def test_every_name_exists() -> None:
 
 
 def test_every_argument_exists() -> None:
-    """What the README calls by name takes the keywords that it is given."""
+    """Functions that the README calls take the keywords that they are given there."""
     checked = 0
     for node in calls_and_attributes():
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):

@@ -142,7 +142,7 @@ async def test_what_a_server_sends_to_a_group_and_hears_itself(start: StartMachi
 
 
 async def test_two_endpoints_of_one_server_do_not_answer_each_other(start: StartMachine) -> None:
-    """What one endpoint of a server sends to another is refused there."""
+    """A datagram from one endpoint of a server to another is refused."""
     machine = await start()
     await machine.server.send_to(b"hello", (OWN, 5000), local_address=(OWN, 6000))
     await trio.testing.wait_all_tasks_blocked()
@@ -189,7 +189,7 @@ async def test_the_unspecified_address_of_ipv6(start: StartMachine) -> None:
 
 
 async def test_a_million_hosts_with_our_port_are_forgotten(start: StartMachine, autojump_clock: MockClock) -> None:
-    """What is remembered about hosts with a port of ours stays bounded, and verdicts stay right."""
+    """The memory about hosts with a port of ours stays bounded, and verdicts stay right."""
     machine = await start()
     for number in range(3_000):
         machine.network.inject(b"x", (f"198.51.{number // 250}.{number % 250}", 5000), (OWN, 5000))
@@ -280,7 +280,7 @@ async def test_an_own_source_takes_nothing(start_in_memory: StartInMemory) -> No
 @pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1", "::1"])
 @pytest.mark.parametrize("handler", [echo, repeat])
 async def test_two_real_endpoints_of_one_server(nursery: trio.Nursery, host: str, handler: Any) -> None:
-    """Over real sockets, what one endpoint of a server sends to another or to itself is refused, and not answered."""
+    """A datagram from one real endpoint of a server to another, or to itself, is refused and not answered."""
     endpoints = [*await open_endpoints(0, host=host), *await open_endpoints(0, host=host)]
     server: Server = await nursery.start(serve_endpoints, handler, endpoints)
     loopback = "::1" if host == "::1" else "127.0.0.1"

@@ -23,7 +23,7 @@ if sys.version_info < (3, 11):
 
 
 async def test_stop_handles_what_has_arrived(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """After stop(), inboxes are emptied in order, last words are sent, and late datagrams are refused."""
+    """stop() lets handlers empty their inboxes in order and send last replies, and refuses later datagrams."""
     ends = []
 
     async def handler(client: Client) -> None:
@@ -70,7 +70,7 @@ async def test_serve_returns_as_soon_as_the_last_handler_has(autojump_clock: Moc
 async def test_what_is_left_after_drain_timeout_is_cancelled(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """Handlers that do not finish in time are cancelled and counted; what waits for them is counted as dropped."""
+    """Handlers that run after drain_timeout are cancelled and counted; their waiting datagrams count as dropped."""
     cancelled = []
 
     async def handler(client: Client) -> None:
@@ -125,7 +125,7 @@ async def test_stop_without_clients_ends_at_once(start_in_memory: StartInMemory,
 async def test_a_transaction_goes_on_during_the_drain(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """During a drain, datagrams of a client in a transaction arrive until that is over, and then are refused."""
+    """A client in a transaction receives datagrams during a drain until the transaction ends; later ones are refused."""
     seen: list[object] = []
 
     async def handler(client: Client) -> None:
@@ -179,7 +179,7 @@ async def test_a_transaction_can_begin_during_the_drain(
 
 
 async def test_a_transaction_ends_with_drain_timeout(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A transaction that is never finished does not hold the server up for longer than drain_timeout."""
+    """A transaction that never ends delays the server for drain_timeout at most."""
 
     async def handler(client: Client) -> None:
         with client.transaction():
@@ -225,7 +225,7 @@ async def test_leaving_a_transaction_ends_another_tasks_wait(
 async def test_what_an_ended_handler_leaves_is_handled_in_the_drain(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """During a drain a handler that takes one datagram per call is called again for all that had arrived."""
+    """A handler that takes one datagram per call is called again during a drain for each one that had arrived."""
     seen = []
 
     async def handler(client: Client) -> None:
@@ -246,7 +246,7 @@ async def test_what_an_ended_handler_leaves_is_handled_in_the_drain(
 async def test_stop_from_accept(
     start_in_memory: StartInMemory, autojump_clock: MockClock, drain_timeout: float
 ) -> None:
-    """stop() may be called in the middle of a batch: all that had arrived by then is handled, strangers included."""
+    """stop() may be called in the middle of a batch: the rest of it is handled, strangers included."""
 
     def accept(datagram: Datagram) -> bool:
         if datagram.payload == b"stop":
@@ -267,7 +267,7 @@ async def test_stop_from_accept(
 
 
 async def test_cancelling_serve_ends_everything_at_once(autojump_clock: MockClock) -> None:
-    """Cancelling serve cancels its handlers and closes its endpoints; what waits is counted as dropped."""
+    """Cancelling serve cancels its handlers and closes its endpoints; waiting datagrams count as dropped."""
     run = in_memory()
     ended = []
 
@@ -291,7 +291,7 @@ async def test_cancelling_serve_ends_everything_at_once(autojump_clock: MockCloc
 
 
 async def test_closing_the_only_endpoint_ends_the_server(autojump_clock: MockClock) -> None:
-    """serve_endpoints raises ClosedResourceError itself, not a group, when nothing is left to serve on."""
+    """serve_endpoints raises a bare ClosedResourceError, not a group, when its last endpoint is closed."""
     run = in_memory()
     seen = []
 
@@ -309,7 +309,7 @@ async def test_closing_the_only_endpoint_ends_the_server(autojump_clock: MockClo
 
 
 async def test_closing_one_of_two_endpoints_ends_its_clients(autojump_clock: MockClock) -> None:
-    """The clients of a closed endpoint end, which is no error of their handlers; those of the other go on."""
+    """Clients of a closed endpoint end without an error of their handlers; those of the other endpoint go on."""
     network = SimulatedNetwork()
     first, second = network.endpoint(*SERVER), network.endpoint("192.0.2.54", 53)
     async with trio.open_nursery() as nursery:
@@ -345,7 +345,7 @@ async def test_closing_the_endpoint_during_the_drain_is_no_error(autojump_clock:
 
 
 async def test_handlers_in_a_nursery_of_the_callers(autojump_clock: MockClock) -> None:
-    """With handler_nursery, handlers outlive the server, and find their client closed."""
+    """Handlers in handler_nursery outlive the server, and find their client closed."""
     run = in_memory()
     log = []
 
@@ -434,7 +434,7 @@ async def test_the_second_signal_stops_at_once(autojump_clock: MockClock) -> Non
 async def test_a_handler_with_a_nursery_is_cut_off(
     start_in_memory: StartInMemory, autojump_clock: MockClock, drain_timeout: float
 ) -> None:
-    """serve returns normally though a handler's tasks are cut off, and though some raise while they are cancelled."""
+    """serve returns normally even if a handler's tasks are cancelled, and raise meanwhile."""
     errors: list[str] = []
 
     async def read(client: Client) -> None:
@@ -474,14 +474,14 @@ async def test_a_handler_with_a_nursery_is_cut_off(
 
 
 def leaves(error: BaseException) -> list[BaseException]:
-    """Return the exceptions in a group, except those that only say that a channel has ended."""
+    """Return the exceptions in a group, except EndOfChannel and ClosedResourceError."""
     if isinstance(error, BaseExceptionGroup):
         return [leaf for inner in error.exceptions for leaf in leaves(inner)]
     return [] if isinstance(error, trio.EndOfChannel) else [error]
 
 
 async def test_last_words_wait_for_room(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """Replies that still wait for room in the send buffer when all handlers are done leave before serve returns."""
+    """Replies that wait for room in the send buffer when the last handler ends leave before serve returns."""
 
     async def handler(client: Client) -> None:
         async for payload in client:
