@@ -423,14 +423,13 @@ class Life:
     """The settings of one life of the server, and how it ends."""
 
     when_full: Literal["refuse", "evict_idle"]
-    forged: int  # addresses that flood it
     end: Literal["stop", "cancel"]
 
 
 LIVES = (
-    Life("refuse", 100_000, "stop"),
-    Life("evict_idle", 100_000, "stop"),
-    Life("evict_idle", 10_000, "cancel"),
+    Life("refuse", "stop"),
+    Life("evict_idle", "stop"),
+    Life("evict_idle", "cancel"),
 )
 
 
@@ -453,10 +452,11 @@ def living_tasks() -> int:
 class Soak:
     """One server after the other, on the same port, while the traffic goes on."""
 
-    def __init__(self, pipe: Pipe, port: int, peers: int, seed: int) -> None:
+    def __init__(self, pipe: Pipe, port: int, peers: int, forged: int, seed: int) -> None:
         self.pipe = pipe
         self.port = port
         self.peers = peers
+        self.forged = forged
         self.random = random.Random(seed)
         self.phases = itertools.count(1)
         self.last_taken: dict[int, int] = {}
@@ -521,7 +521,7 @@ class Soak:
             await trio.sleep(seconds / 3)
             await until("regulars reach the server", lambda: handlers.reached[calm] >= regulars)
             await self.command("resume", flood)
-            await self.command("flood", life.forged)
+            await self.command("flood", self.forged)
             await trio.sleep(seconds / 3)
             await until("regulars reach the server in the flood", lambda: handlers.reached[flood] >= regulars)
             sent_after, arrived_after = await self.quiet(server)
@@ -566,7 +566,7 @@ class Soak:
             self.expect("nobody was evicted", s.clients_evicted > 0)
 
     def check_answers(self, answers: Counter[int], handlers: Handlers, calm: int, flood: int) -> None:
-        """Check that a flood does not lower the share of answers among the regulars' datagrams that reached the server."""
+        """Check that a flood does not lower the share of answers to the regulars' datagrams that reached the server."""
         reached = handlers.reached
         before, during = (answers[phase] / max(1, reached[phase]) for phase in (calm, flood))
         print(f"    regulars answered: {before:.1%} of {reached[calm]}, in the flood {during:.1%} of {reached[flood]}")
@@ -626,6 +626,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seconds", type=float, default=10, help="of traffic; checks and stops come on top")
     parser.add_argument("--clients", type=int, default=300)
+    parser.add_argument("--forged", type=int, default=100_000, help="addresses that flood each life of the server")
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
     parser.add_argument("--engine", choices=["linux", "portable"], default="linux")
     options = parser.parse_args()
@@ -643,7 +644,7 @@ def main() -> int:
     process.start()
     far_end.close()
     with pipe:
-        soak = Soak(pipe, address[1], options.clients, options.seed)
+        soak = Soak(pipe, address[1], options.clients, options.forged, options.seed)
         trio.run(soak.run, max(1, round(options.seconds / 30)), options.seconds)
     process.join(PATIENCE)
     failures += soak.failures

@@ -589,7 +589,7 @@ SEEDS = [
 ] + [dns.message.make_query("example.com", "MX", use_edns=0, pad=128, id=7).to_wire()]
 
 
-@settings(max_examples=1000, deadline=None, database=None)
+@settings(max_examples=500, deadline=None, database=None)
 @given(
     st.sampled_from(SEEDS),
     st.lists(st.tuples(st.integers(0, 150), st.integers(0, 4), st.binary(max_size=4)), max_size=4),

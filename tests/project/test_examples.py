@@ -231,7 +231,7 @@ def log_in(peer: socket.socket) -> None:
 
 
 def test_login(start: Start) -> None:
-    """Commands are echoed after the login, until "quit" ends the conversation; the next one begins with a login again."""
+    """Commands are echoed after the login, until "quit" ends the conversation; the next begins with a login again."""
     example = start("login", "--host", "127.0.0.1")
     peer = example.peer()
     for _ in range(2):
@@ -330,7 +330,7 @@ def test_lobby(start: Start) -> None:
 
 
 def test_lobby_notices_silence(start: Start) -> None:
-    """The lobby tells its members every few seconds who is there; members that do not answer get a goodbye and are out."""
+    """The lobby tells its members at intervals who is there; members that do not answer get a goodbye and are out."""
     example = start("lobby", "--host", "127.0.0.1", "--every", "0.02", "--idle-time", "1")
     ada, bob = example.peer(), example.peer()
     ada.send(b"ada")

@@ -528,7 +528,7 @@ CHANGES_TIMEOUT = [
 ]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @example(before=POLLS, end=("stop", []), after=[], limits=Limits())
 @example(before=CHANGES_TIMEOUT, end=("stop", []), after=[], limits=Limits())
 @given(

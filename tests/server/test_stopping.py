@@ -125,7 +125,7 @@ async def test_stop_without_clients_ends_at_once(start_in_memory: StartInMemory,
 async def test_a_transaction_goes_on_during_the_drain(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """A client in a transaction receives datagrams during a drain until the transaction ends; later ones are refused."""
+    """A client in a transaction receives datagrams during a drain until the transaction ends; the rest is refused."""
     seen: list[object] = []
 
     async def handler(client: Client) -> None:
@@ -474,7 +474,7 @@ async def test_a_handler_with_a_nursery_is_cut_off(
 
 
 def leaves(error: BaseException) -> list[BaseException]:
-    """Return the exceptions in a group, except EndOfChannel and ClosedResourceError."""
+    """Return the exceptions in a group, at any depth, except EndOfChannel."""
     if isinstance(error, BaseExceptionGroup):
         return [leaf for inner in error.exceptions for leaf in leaves(inner)]
     return [] if isinstance(error, trio.EndOfChannel) else [error]
