@@ -162,7 +162,7 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
             place.withheld += 1
         else:
             replies.append((reply, route, own))
-    outbox.send_or_drop(replies)
+    outbox.collect(replies, more_follow=place.reader.may_have_more)
 
 
 async def serve(

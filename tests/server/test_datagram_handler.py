@@ -687,3 +687,35 @@ async def test_a_collector_of_all_that_a_real_socket_brings(nursery: trio.Nurser
     assert seen == [(endpoint, b"%d" % number) for number, endpoint in enumerate(endpoints * 2)]
     s = server.statistics()
     assert (s.received, s.delivered, s.sent) == (4, 4, 0)
+
+
+async def test_replies_to_many_batches_arrive_in_order(nursery: trio.Nursery, engine: str) -> None:
+    """Each of three peers whose datagrams fill many batches gets all its replies in order, the last ones too."""
+    endpoints = await trio_udp.open_endpoints(0, host="127.0.0.1")
+    address = endpoints[0].local_address
+    peers = [await trio_udp.connect(*address) for _ in range(3)]
+    wanted = [b"%d" % number for number in range(301)]
+    for payload in wanted:
+        for peer in peers:
+            peer.send_nowait(payload)
+    await nursery.start(serve_endpoints, trio_udp.datagram_handler(lambda datagram: datagram.payload), endpoints)
+    for peer in peers:
+        with trio.fail_after(5):
+            assert [await peer.receive() for _ in wanted] == wanted
+        peer.close()
+    nursery.cancel_scope.cancel()
+
+
+async def test_replies_that_are_kept_back_leave_at_a_stop(nursery: trio.Nursery, engine: str) -> None:
+    """A server that is stopped while datagrams fill many batches answers all of them before it closes."""
+    endpoints = await trio_udp.open_endpoints(0, host="127.0.0.1")
+    async with await trio_udp.connect(*endpoints[0].local_address) as peer:
+        wanted = [b"%d" % number for number in range(200)]
+        for payload in wanted:
+            peer.send_nowait(payload)
+        handler = trio_udp.datagram_handler(lambda datagram: datagram.payload)
+        server = await nursery.start(serve_endpoints, handler, endpoints)
+        server.stop()
+        with trio.fail_after(5):
+            assert [await peer.receive() for _ in wanted] == wanted
+        assert server.statistics().sent == len(wanted)

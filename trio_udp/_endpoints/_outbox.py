@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import TYPE_CHECKING, TypeAlias
 
 import attrs
@@ -34,6 +35,21 @@ INTERNET = (socket.AF_INET, socket.AF_INET6)
 FULL_THOUGH_WRITABLE = 0.01
 
 
+# Replies to single datagrams that are kept back at most. An echo of 64 clients with four datagrams each costs 0.61 of
+# uvloop with this, and 0.85 if each batch is answered by itself.
+MOST_COLLECTED = 3 * BATCH
+
+
+def by_peer(replies: list[Outgoing]) -> list[Outgoing]:
+    """Put replies to one peer side by side, in order, if there are peers with several."""
+    of_peer: dict[Route, list[Outgoing]] = {route: [] for _, route, _ in replies}
+    if 2 * len(of_peer) > len(replies):
+        return replies
+    for outgoing in replies:
+        of_peer[outgoing[1]].append(outgoing)
+    return list(chain.from_iterable(of_peer.values()))
+
+
 @attrs.define(eq=False)
 class Outbox:
     """Sends datagrams in the order of the calls.
@@ -42,6 +58,7 @@ class Outbox:
     can. The receive loop holds it from handing out a batch until it comes back for the next.
 
     Attributes:
+      collecting: Replies to single datagrams are kept back; see :meth:`collect`.
       own: Counts the datagrams of no client and no connection: ``send_to``, and replies to single datagrams.
     """
 
@@ -52,6 +69,8 @@ class Outbox:
     own: Sender = attrs.field(factory=Sender, init=False)
     queue: list[Outgoing] = attrs.field(factory=list, init=False)
     held: bool = attrs.field(default=False, init=False)
+    collecting: bool = attrs.field(default=False, init=False)
+    _collected: list[Outgoing] = attrs.field(factory=list, init=False)  # by collect()
 
     # Trio lets only one task wait for a socket to become writable: the holder of this lock. Others queue here.
     _line: trio.StrictFIFOLock = attrs.field(factory=trio.StrictFIFOLock, init=False)
@@ -77,9 +96,11 @@ class Outbox:
         self.held = not self._line.locked()
 
     def release(self) -> None:
-        """Send the collected replies, and every later one at once."""
+        """Send everything that was kept back, and every later datagram at once."""
         self.held = False
         self.send_collected()
+        if self.collecting:
+            self.collect([], more_follow=False)
 
     def send_collected(self) -> None:
         """Send the queue. Datagrams that find no room leave as soon as there is some."""
@@ -111,6 +132,19 @@ class Outbox:
         for dropped in unsent:
             self._count_send_error(dropped, OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
         return unsent
+
+    def collect(self, replies: list[Outgoing], *, more_follow: bool) -> None:
+        """Send replies to single datagrams, perhaps together with those to the next batch.
+
+        While more datagrams wait in the kernel, replies are kept back for up to four batches. Then those to one peer
+        leave side by side, in order, so that the kernel takes them as one message (GSO). Replies that find no room are
+        dropped and counted under ``EAGAIN``.
+        """
+        self._collected += replies
+        self.collecting = more_follow and 0 < len(self._collected) <= MOST_COLLECTED
+        if not self.collecting:
+            collected, self._collected = self._collected, []
+            self.send_or_drop(by_peer(collected))
 
     def send_or_raise(self, outgoing: list[Outgoing]) -> int:
         """Send datagrams that the program itself addresses: like :meth:`send`, but the kernel's error is raised.

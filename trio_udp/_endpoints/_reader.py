@@ -63,6 +63,7 @@ class Reader:
       served: A server runs on the endpoint.
       awaited: A task waits for a datagram in :class:`OneByOne`.
       finished: The kernel is not read any more; datagrams that arrive stay there.
+      may_have_more: The last read gave a whole batch, so that the kernel may have more.
       ahead: Datagrams that were read and not yet handed out: :class:`OneByOne` returns one at a time.
       refusal: The last refusal by the peer of a connected socket, until it is raised.
       back_off: Whether reading should pause.
@@ -77,7 +78,7 @@ class Reader:
     ahead: deque[Received] = attrs.field(factory=deque, init=False)
     refusal: ConnectionRefusedError | None = attrs.field(default=None, init=False)
     back_off: BackOff = attrs.field(factory=BackOff, init=False)
-    _may_have_more: bool = attrs.field(default=False, init=False)  # the last read gave a whole batch
+    may_have_more: bool = attrs.field(default=False, init=False)
 
     async def receive_batch(self, *, wait: bool = True) -> list[Received]:
         """Wait until datagrams have arrived; return at least one, at most ``BATCH``, in arrival order.
@@ -98,7 +99,7 @@ class Reader:
             return self.take_ahead(BATCH)
         # Replies collect for two passes of Trio's scheduler. Trio runs the tasks of one pass in random order, so in the
         # first pass this task may run before the handlers that it has woken.
-        passes = 2 if outbox.held else 1 if self._may_have_more or not wait else 0
+        passes = 2 if outbox.held else 1 if self.may_have_more or not wait else 0
         while True:
             if passes:
                 passes -= 1
@@ -113,17 +114,19 @@ class Reader:
                 outbox.send_collected()
             if self.finished and not engine.read_ahead:
                 return batch
-            self._may_have_more = self.read(batch)
+            self.may_have_more = self.read(batch)
             if batch:
                 outbox.held = False
                 return batch
-            if self.back_off.persists() and (self._may_have_more or engine.is_readable()):
+            if outbox.collecting:
+                outbox.collect([], more_follow=False)
+            if self.back_off.persists() and (self.may_have_more or engine.is_readable()):
                 outbox.release()
                 if not wait:
                     return batch
                 outbox.turn.time = 0.0
                 await trio.sleep(PAUSE)
-            passes = max(passes, self._may_have_more)
+            passes = max(passes, self.may_have_more)
 
     def take_over(self) -> None:
         """Reserve the socket for a server.
