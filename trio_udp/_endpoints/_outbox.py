@@ -144,7 +144,8 @@ class Outbox:
         self.collecting = more_follow and 0 < len(self._collected) <= MOST_COLLECTED
         if not self.collecting:
             collected, self._collected = self._collected, []
-            self.send_or_drop(by_peer(collected))
+            if collected:
+                self.send_or_drop(by_peer(collected))
 
     def send_or_raise(self, outgoing: list[Outgoing]) -> int:
         """Send datagrams that the program itself addresses: like :meth:`send`, but the kernel's error is raised.
@@ -252,7 +253,7 @@ class Outbox:
             return len(outgoing)
         # First in, first out: the datagrams left are the last of ours, perhaps after older ones.
         left = min(len(queue), len(outgoing))
-        del queue[-left:]
+        del queue[len(queue) - left :]
         if queue:
             self._stuck.set()
         self.check_open()
