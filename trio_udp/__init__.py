@@ -58,6 +58,6 @@ __version__ = "0.1.0"
 
 # Tracebacks, documentation and pickles name the public place. Type aliases have none.
 for _name in __all__:
-    if isinstance(globals()[_name], (type, FunctionType)):
+    if issubclass(type(globals()[_name]), (type, FunctionType)):  # isinstance() takes an alias for a class on 3.10
         globals()[_name].__module__ = __name__
 del _name, FunctionType
