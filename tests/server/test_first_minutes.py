@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import typing
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Any
@@ -237,6 +238,8 @@ async def test_a_wrong_port_is_named(port: Any) -> None:
 def public_members() -> Iterator[tuple[str, object]]:
     for name in trio_udp.__all__:
         value = getattr(trio_udp, name)
+        if typing.get_origin(value) is not None:
+            continue  # an alias, which Python 3.10 takes for a class
         if inspect.isclass(value) or inspect.isfunction(value):
             yield name, value
         if inspect.isclass(value):
