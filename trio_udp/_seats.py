@@ -48,11 +48,8 @@ class Place(Origin):
 
     @before.default
     def _(self) -> EndpointStatistics:
-        return self._less_ahead(self.endpoint.statistics())
-
-    def _less_ahead(self, counts: EndpointStatistics) -> EndpointStatistics:
-        """Subtract datagrams read ahead but not yet handed out: they count for the server."""
-        ahead = self.reader.ahead
+        counts, ahead = self.endpoint.statistics(), self.reader.ahead
+        # Datagrams that were read ahead and not yet handed out count for the server.
         return attrs.evolve(
             counts,
             received=counts.received - len(ahead),

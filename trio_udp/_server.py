@@ -306,7 +306,8 @@ class Server(metaclass=NoPublicConstructor):
         chosen = list(seats.running) if clients is None else [seat_of(client) for client in clients]
         if any(seat.shared is not seats for seat in chosen):
             raise ValueError("send_to_all was given a client of another server")
-        copies = {seat.outbox: seat.outbox.copy(payload, seat.route) for seat in {s.outbox: s for s in chosen}.values()}
+        outboxes = {seat.outbox: seat.route for seat in chosen}
+        copies = {outbox: outbox.copy(payload, route) for outbox, route in outboxes.items()}
         await trio.lowlevel.checkpoint()
         for start in range(0, len(chosen), BATCH):
             if start:

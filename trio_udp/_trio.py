@@ -69,6 +69,11 @@ def stdlib_socket(sock: trio.socket.SocketType) -> socket.socket:
     return inner
 
 
+def has_stdlib_socket(sock: object) -> bool:
+    """Whether :func:`stdlib_socket` finds a socket of the operating system in an object."""
+    return isinstance(getattr(sock, "_sock", None), socket.socket)
+
+
 @contextmanager
 def seeded_scheduler(seed: int) -> Iterator[None]:
     """Let a seed decide in which order Trio runs the tasks of one pass.

@@ -10,7 +10,7 @@ import trio
 from .._construction import NoPublicConstructor, create
 from .._log import FaultLog
 from .._statistics import EndpointStatistics
-from .._trio import stdlib_socket as inner_socket
+from .._trio import has_stdlib_socket, stdlib_socket as inner_socket
 from ._address import Address
 from ._addressed import find_way, send_on, send_on_nowait
 from ._buffers import check_max_datagram_size, grant_receive_buffer
@@ -65,7 +65,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         """
         check_max_datagram_size(max_datagram_size)
         # A Trio socket from the user's own socket factory may have no socket inside.
-        if not isinstance(getattr(sock, "_sock", sock), stdlib_socket.socket):
+        if not isinstance(sock, stdlib_socket.socket) and not has_stdlib_socket(sock):
             raise TypeError(f"expected a socket of the operating system, not a {type(sock).__name__}")
         if sock.type != stdlib_socket.SOCK_DGRAM:
             raise ValueError(f"not a datagram socket: {sock!r}")
