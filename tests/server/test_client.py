@@ -161,28 +161,34 @@ async def test_two_tasks_cannot_receive_at_once(start_in_memory: StartInMemory) 
     assert outcome == ["busy", b"y"]
 
 
+class Taker:
+    """A handler that only takes datagrams, and says when all clients together have sent the expected number."""
+
+    def __init__(self, expected: int) -> None:
+        self.taken = 0
+        self.all_taken = trio.Event()
+        self._expected = expected
+
+    async def __call__(self, client: Client) -> None:
+        async for _ in client:
+            self.taken += 1
+            if self.taken == self._expected:
+                self.all_taken.set()
+
+
 async def test_a_busy_handler_lets_others_run(start_in_memory: StartInMemory) -> None:
     """A handler that always finds a datagram yields at least once in 64 of them.
 
     So another task sees at most 128 taken between two of its turns: Trio orders the tasks of each pass at random.
     """
-    taken = 0
-    all_taken = trio.Event()
-
-    async def handler(client: Client) -> None:
-        nonlocal taken
-        async for _ in client:
-            taken += 1
-            if taken == 2_000:
-                all_taken.set()
-
-    bystander = Bystander(lambda: taken)
+    handler = Taker(2_000)
+    bystander = Bystander(lambda: handler.taken)
     run = await start_in_memory(handler)
     for i in range(2_000):
         run.put(b"%d" % i)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(bystander.run)
-        await all_taken.wait()
+        await handler.all_taken.wait()
         nursery.cancel_scope.cancel()
     assert 0 < bystander.most <= 128
 
@@ -671,22 +677,13 @@ async def test_an_old_handler_does_not_take_the_new_client_with_it(
 
 async def test_a_flood_starves_nobody(start_in_memory: StartInMemory) -> None:
     """Under a flood, other tasks run once in a batch of 64 datagrams."""
-    taken = 0
-    all_taken = trio.Event()
-
-    async def handler(client: Client) -> None:
-        nonlocal taken
-        async for _ in client:
-            taken += 1
-            if taken == 10_000:
-                all_taken.set()
-
+    handler = Taker(10_000)
     run = await start_in_memory(handler)
     for i in range(10_000):
         run.put(b"x", ("192.0.2.8", i % 100 + 1))
     bystander = Bystander(lambda: run.server.statistics().received)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(bystander.run)
-        await all_taken.wait()
+        await handler.all_taken.wait()
         nursery.cancel_scope.cancel()
     assert 64 <= bystander.most <= 128  # Trio orders the tasks of each pass at random: two batches may come together
