@@ -9,8 +9,9 @@ import attrs
 import trio
 
 from ._construction import NoPublicConstructor
-from ._endpoints import BATCH, MAX_PAYLOAD_IPV4, YIELD_EVERY, Address, Outbox, Outgoing, Payload, Route, Sender
+from ._endpoints import BATCH, MAX_PAYLOAD_IPV4, YIELD_EVERY, Address, Outbox, Outgoing, Payload, Route
 from ._lifecycle import CLOSED, LOST, OPEN, End
+from ._statistics import Sender
 from ._trio import is_cancelled
 
 # Most replies in a held outbox: one less than BATCH, so that the next one sends them all.

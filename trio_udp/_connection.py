@@ -64,7 +64,7 @@ class ConnectionState(ChannelState):
 
     def push(self, outgoing: list[Outgoing]) -> int:
         self.incoming.raise_refusal()
-        return self.outbox.send_or_raise(outgoing)
+        return self.outbox.send(outgoing, raising=True)
 
     async def _wait_for_room(self, outgoing: Outgoing) -> None:
         await self.outbox.wait_for_room(outgoing, raising=True)

@@ -26,7 +26,7 @@ from trio_udp._endpoints import Address
 from trio_udp._endpoints._address import unpack_address
 from trio_udp._endpoints._faults import TABLE, Fault, fault_of, reason_for
 from trio_udp._endpoints._outbox import FULL_THOUGH_WRITABLE
-from trio_udp._endpoints._reader import FRUITLESS_READS, MANY_ANSWERS, PAUSE
+from trio_udp._endpoints._back_off import FRUITLESS_READS, MANY_ANSWERS, PAUSE
 from trio_udp._log import SECONDS_OF_SILENCE, FaultLog
 
 from ..conftest import ALICE, BOB, SERVER, Bystander, check_adds_up, in_memory

@@ -2,10 +2,9 @@
 
 _endpoint.py    Endpoint, the public face of a bound socket
 _reader.py      receiving for a server: waiting, batches
+_back_off.py    persistent faults of reading, told from passing ones
 _one_by_one.py  receiving without a server: one datagram at a time
-_outbox.py      sending: order, waiting for room
-_counts.py      running counts of sent datagrams and of errors
-_turn.py        how much a task may do before other tasks run
+_outbox.py      sending: order, waiting for room, the turns of tasks
 _datagram.py    Datagram, the public view of one datagram
 _addressed.py   send_to: datagrams that the program itself addresses
 _open.py        from a host and a port to endpoints
@@ -30,7 +29,6 @@ from ._address import (
 )
 from ._addressed import find_way as find_way, send_on as send_on, send_on_nowait as send_on_nowait
 from ._buffers import check_max_datagram_size as check_max_datagram_size, grant_receive_buffer as grant_receive_buffer
-from ._counts import Sender as Sender
 from ._datagram import (
     Datagram as Datagram,
     Origin as Origin,
@@ -40,10 +38,9 @@ from ._datagram import (
 from ._endpoint import Endpoint as Endpoint, make_endpoint as make_endpoint, reader_of as reader_of
 from ._one_by_one import OneByOne as OneByOne
 from ._open import open_connected_endpoint as open_connected_endpoint, open_endpoints as open_endpoints
-from ._outbox import Outbox as Outbox, Payload as Payload
+from ._outbox import YIELD_EVERY as YIELD_EVERY, Outbox as Outbox, Payload as Payload, Turn as Turn
 from ._reader import Reader as Reader
 from ._sources import Source as Source, Sources as Sources
-from ._turn import YIELD_EVERY as YIELD_EVERY, Turn as Turn
 from .engines import (
     BATCH as BATCH,
     Ancillary as Ancillary,

@@ -51,13 +51,13 @@ async def send_on(way: Way, payload: Payload) -> None:
     outbox, _ = way
     outgoing = _outgoing(way, payload)
     await trio.lowlevel.checkpoint()
-    if not outbox.send_or_raise([outgoing]):
+    if not outbox.send([outgoing], raising=True):
         await outbox.wait_for_room(outgoing, raising=True)
 
 
 def send_on_nowait(way: Way, payload: Payload) -> None:
     outbox, _ = way
-    if not outbox.send_or_raise([_outgoing(way, payload)]):
+    if not outbox.send([_outgoing(way, payload)], raising=True):
         raise trio.WouldBlock
 
 

@@ -10,8 +10,7 @@ import trio
 
 from .._construction import NoPublicConstructor
 from ._address import Address, is_answerable
-from ._outbox import Outbox, Payload
-from ._turn import YIELD_EVERY
+from ._outbox import YIELD_EVERY, Outbox, Payload
 from .engines import Ancillary, Received, Route
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import attrs
 import trio
 
-from ._reader import PAUSE, Reader
+from ._back_off import PAUSE
+from ._reader import Reader
 from .engines import Received
 
 

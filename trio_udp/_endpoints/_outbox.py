@@ -14,10 +14,9 @@ import attrs
 import trio
 
 from .._log import FaultLog
+from .._statistics import Sender, SocketCounts
 from ._address import MAX_PAYLOAD_IPV4, describe
-from ._counts import Sender, SocketCounts
 from ._faults import Fault, fault_of, reason_for
-from ._turn import Turn
 from .engines import BATCH, Engine, Outgoing, Route
 
 if TYPE_CHECKING:
@@ -27,6 +26,10 @@ if TYPE_CHECKING:
     """What can be sent: any bytes-like object."""
 else:
     Payload = bytes | bytearray | memoryview  # for readers of annotations
+
+# Sending and receiving do not let other tasks run each time: that would cost more than the datagram itself. A task that
+# only sends, or only takes datagrams that wait, lets other tasks run once in this many calls.
+YIELD_EVERY = 64
 
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 
@@ -48,6 +51,35 @@ def by_peer(replies: list[Outgoing]) -> list[Outgoing]:
     for outgoing in replies:
         of_peer[outgoing[1]].append(outgoing)
     return list(chain.from_iterable(of_peer.values()))
+
+
+@attrs.define(eq=False)
+class Turn:
+    """Datagrams taken and sent since other tasks last ran for certain, and the time of the current batch.
+
+    A server has one Turn for all its clients; a connection has its own. The receive loop renews it at each batch. No
+    handler runs while the loop runs, so a handler that sees a renewed Turn has let other tasks run.
+
+    Attributes:
+      taken: Datagrams taken from inboxes without a pause.
+      sent: Datagrams sent without a pause, and without taking one in between.
+      time: When the current batch arrived, on Trio's clock; 0 while the loop sleeps. It saves handlers a reading of the
+        clock at each wait.
+    """
+
+    taken: int = 0
+    sent: int = 0
+    time: float = 0.0
+
+    def begin_batch(self) -> None:
+        """Renew the turn: a batch has arrived, and other tasks have run since the one before."""
+        self.taken = 1  # put() hands one datagram to a waiting task without counting it
+        self.sent = 0
+        self.time = trio.current_time()
+
+    def now(self) -> float:
+        """Return the time of the current batch, or the current time if there is no batch."""
+        return self.time or trio.current_time()
 
 
 @attrs.define(eq=False)
@@ -109,20 +141,23 @@ class Outbox:
             if self.queue:
                 self._stuck.set()
 
-    def send(self, outgoing: list[Outgoing]) -> int:
+    def send(self, outgoing: list[Outgoing], *, raising: bool = False) -> int:
         """Send as many datagrams as there is room for, after all earlier ones; return how many.
 
-        Errors are counted for each datagram's sender.
+        Args:
+          outgoing: Errors are counted for each datagram's sender.
+          raising: Raise the kernel's error too, as for datagrams that the program itself addresses. The datagrams
+            before the failed one have been sent.
 
         Raises:
           trio.ClosedResourceError: The endpoint is closed.
         """
-        if self.held and len(self.queue) + len(outgoing) < BATCH:
+        if self.held and not raising and len(self.queue) + len(outgoing) < BATCH:
             self.queue += outgoing
             return len(outgoing)
         if self._line.locked() and not self.held:
             return 0
-        return self._send_now(outgoing)
+        return self._send_now(outgoing, raising)
 
     def send_or_drop(self, outgoing: list[Outgoing]) -> list[Outgoing]:
         """Send datagrams, and drop those that find no room, counted under ``EAGAIN``; return the dropped ones."""
@@ -147,30 +182,15 @@ class Outbox:
             if collected:
                 self.send_or_drop(by_peer(collected))
 
-    def send_or_raise(self, outgoing: list[Outgoing]) -> int:
-        """Send datagrams that the program itself addresses: like :meth:`send`, but the kernel's error is raised.
-
-        After an error the datagram is tried once more. An error that goes away was the answer to an earlier datagram
-        and is only counted. A refusal on a connected socket is raised at once. The datagrams before the failed one have
-        been sent.
-        """
-        if self._line.locked() and not self.held:
-            return 0
-        return self._send_now_or_raise(outgoing)
-
     async def wait_for_room(self, outgoing: Outgoing, *, raising: bool = False) -> None:
         """Wait for room, first come first served, and send a datagram.
 
         If the wait is cancelled, the datagram is not sent.
-
-        Args:
-          raising: Raise the kernel's error, as :meth:`send_or_raise` does.
         """
-        send = self._send_now_or_raise if raising else self._send_now
         async with self._line:
             while True:
                 await self.engine.wait_writable()
-                if send([outgoing]):
+                if self._send_now([outgoing], raising):
                     return
                 await trio.sleep(FULL_THOUGH_WRITABLE)
 
@@ -192,10 +212,13 @@ class Outbox:
             await self.empty()
             self._stuck = trio.Event()
 
-    def flush(self) -> None:
-        """Send as much of the queue as the kernel takes now."""
-        queue = self.queue
-        tried_again: Outgoing | None = None
+    def flush(self, *, raising: bool = False) -> None:
+        """Send as much of the queue as the kernel takes now.
+
+        After an error a datagram is tried once more. An error that goes away was the answer to an earlier datagram, see
+        udp(7). One that stays is the datagram's own, which is then dropped.
+        """
+        queue, failed = self.queue, None
         while queue:
             try:
                 count = self.engine.send(queue)
@@ -205,19 +228,30 @@ class Outbox:
                     self.abandon(error)
                 if fault in (Fault.CLOSED, Fault.WAIT):
                     self.held = False  # so that the next sender learns of it at once
-                    return
-                if fault is Fault.ANSWER and queue[0] is not tried_again and self.engine.family in INTERNET:
-                    # The answer to an earlier datagram; this one has not been tried yet. See udp(7).
-                    tried_again = queue[0]
-                    self._count_receive_error(error)
-                else:
-                    self._count_send_error(queue.pop(0), error)
+                    break
+                if raising and self.engine.connected and isinstance(error, ConnectionRefusedError):
+                    self._count_receive_error(error)  # the datagram has not been sent, and the program is told
+                    raise
+                if failed is None and (raising or fault is Fault.ANSWER) and self.engine.family in INTERNET:
+                    failed = error.with_traceback(None)  # or it would keep this frame, and this frame it
+                    if not raising:
+                        self._count_receive_error(error)
+                    continue
+                failed = None
+                self._count_send_error(queue.pop(0), error)
+                if raising:
+                    raise
             except (TypeError, ValueError, OverflowError) as error:
                 # The address cannot be sent to: an unbound Unix-domain socket has none.
                 self._count_send_error(queue.pop(0), OSError(errno.EDESTADDRREQ, str(error)))
             else:
+                if failed is not None and raising:
+                    self._count_receive_error(failed)
+                failed = None
                 self._count_sent(queue if count == len(queue) else queue[:count])
                 del queue[:count]
+        if failed is not None and raising:
+            self._count_receive_error(failed)
 
     def count_unanswerable(self, sender: Sender) -> None:
         """Count a reply to a source that cannot be answered; see ``is_answerable``."""
@@ -245,10 +279,19 @@ class Outbox:
         self.engine.abandon()
         self._stuck.set()
 
-    def _send_now(self, outgoing: list[Outgoing]) -> int:
+    def _send_now(self, outgoing: list[Outgoing], raising: bool = False) -> int:
         queue = self.queue
+        if raising:  # only the errors of these datagrams
+            self.send_collected()
+            self.check_open()
+            if queue:
+                return 0
         queue += outgoing
-        self.flush()
+        try:
+            self.flush(raising=raising)
+        except OSError:
+            queue.clear()
+            raise
         if not queue:
             return len(outgoing)
         # First in, first out: the datagrams left are the last of ours, perhaps after older ones.
@@ -258,44 +301,6 @@ class Outbox:
             self._stuck.set()
         self.check_open()
         return len(outgoing) - left
-
-    def _send_now_or_raise(self, outgoing: list[Outgoing]) -> int:
-        self.send_collected()
-        self.check_open()
-        if self.queue:
-            return 0
-        taken = 0
-        first_error: OSError | None = None  # of the datagram that is tried again
-        try:
-            while taken < len(outgoing):
-                try:
-                    count = self.engine.send(outgoing[taken:])
-                except OSError as error:
-                    fault = fault_of(error)
-                    if fault is Fault.CLOSED:
-                        self.abandon(error)
-                        self.check_open()
-                    if fault is Fault.WAIT:
-                        return taken
-                    if self.engine.connected and isinstance(error, ConnectionRefusedError):
-                        self._count_receive_error(error)
-                        raise
-                    if first_error is not None:
-                        first_error = None
-                        self._count_send_error(outgoing[taken], error)
-                        raise
-                    first_error = error
-                else:
-                    if first_error is not None:  # it has gone away: an answer to an earlier datagram
-                        self._count_receive_error(first_error)
-                        first_error = None
-                    self._count_sent(outgoing[taken : taken + count])
-                    taken += count
-            return taken
-        finally:
-            if first_error is not None:
-                self._count_receive_error(first_error)
-            del first_error  # or it would keep this frame, and this frame it
 
     def _count_sent(self, sent: Sequence[Outgoing]) -> None:
         total = 0

@@ -29,7 +29,7 @@ Ancillary: TypeAlias = "tuple[tuple[int, int, bytes], ...]"
 
 Received: TypeAlias = tuple[bytes, Route, Ancillary]
 
-# A payload, its route, and the Sender that counts it (see _counts.py). Engines ignore the third.
+# A payload, its route, and the Sender that counts it (see _statistics.py). Engines ignore the third.
 Outgoing: TypeAlias = tuple[bytes, Route, Any]
 
 
