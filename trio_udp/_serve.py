@@ -1,11 +1,6 @@
-"""The server. Read this first.
+"""``serve`` and ``serve_endpoints``: check the arguments, put the parts of a server together, and run it.
 
-    kernel -> engine -> Reader -> receive_loop() -> known[route], or admission -> inbox -> handler task
-    kernel <- engine <- Outbox <---------------------------------------------------------- client.send()
-
-One receive loop for each endpoint puts every datagram into the inbox of the client it belongs to. A *route* (peer
-address and local address) identifies the client. A stranger goes through admission, which may start a handler task for
-it. The loop never waits for a client, and everything that grows is bounded by :class:`Limits`.
+What happens to a datagram is in _receive_loop.py.
 """
 
 from __future__ import annotations
@@ -22,17 +17,8 @@ import trio
 from ._admission import Admission
 from ._client import Client
 from ._construction import create
-from ._endpoints import (
-    MAX_PAYLOAD_IPV4,
-    Endpoint,
-    Outgoing,
-    Received,
-    Source,
-    Sources,
-    make_datagram,
-    open_endpoints,
-    reader_of,
-)
+from ._datagram_handler import to_function
+from ._endpoints import Endpoint, Sources, open_endpoints, reader_of
 from ._handlers import (
     Accept,
     DatagramHandler,
@@ -43,126 +29,19 @@ from ._handlers import (
     is_async,
     run_handler,
 )
-from ._lifecycle import DRAINING
 from ._limits import Limits, check_seconds
 from ._log import ErrorLog, WarningLog
 from ._rate import RateLimiter
+from ._receive_loop import receive_loop, to_clients
 from ._requests import makes_room
-from ._seats import Place, Seats
-from ._server import Server, ServerState, log_error, most_queued
+from ._seats import Seats
+from ._server import Server, ServerState, log_error
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
 # One shared name: Trio would build a new string for each task, 80 bytes and half a microsecond.
 TASK_NAME = "trio_udp handler"
-
-
-async def receive_loop(hand_out: Callable[[Place, list[Received]], None], server: ServerState, place: Place) -> None:
-    """Read an endpoint and hand out what arrives, a batch at a time, until the endpoint or the server ends."""
-    reader, counts, seats = place.reader, place.reader.engine.counts, server.seats
-    try:
-        with place.until_stop:
-            while True:
-                hand_out(place, await reader.receive_batch())
-                if seats.overfull:
-                    # Let evicted handlers end before the next batch. (receive_batch lets tasks run too, but in random
-                    # order, so one checkpoint may not be enough.)
-                    await trio.lowlevel.checkpoint()
-        # Read the datagrams that had arrived when the stop began: at most as many messages as the buffer can hold.
-        last = counts.messages + (0 if reader.shared else most_queued(place))
-        while reader.ahead or reader.engine.read_ahead or counts.messages < last:
-            batch = await reader.receive_batch(wait=False)
-            if not batch:
-                break
-            hand_out(place, batch)
-        place.outbox.release()
-        server.caught_up(place)
-        await server.draining.wait()
-        while not reader.shared:
-            hand_out(place, await reader.receive_batch())
-    except trio.ClosedResourceError:
-        if not place.endpoint.closed:  # raised by a user's function, not by the endpoint
-            raise
-        server.lose(place)
-    finally:
-        # If a user's function has crashed the server, the rest of the batch is refused.
-        server.admission.refused_stopping += len(list(place.rest)) + len(reader.take_ahead(len(reader.ahead)))
-        # Datagrams that cancelled handlers still send must not wait for this loop, which has ended.
-        place.outbox.release()
-        place.outbox.turn.time = 0.0  # the last batch's time is no longer the current time
-
-
-def to_clients(admission: Admission, place: Place, batch: list[Received]) -> None:
-    """Put each datagram of a batch into the inbox of its client, if it has one or admission makes one."""
-    known, limiter, turn = place.known, admission.seats.limiter, place.outbox.turn
-    turn.begin_batch()
-    if len(batch) > 1:
-        place.outbox.hold()
-    place.rest = iter(batch)
-    for payload, route, ancillary in place.rest:
-        seat = known.get(route)
-        if seat is None:
-            seat = admission.ask(place, payload, route, ancillary)
-            if seat is None:
-                continue
-        elif limiter is not None and not limiter.take(seat.bucket, turn.time):
-            admission.refused_by_rate += 1
-            continue
-        # Here, in arrival order, rather than in a task per datagram: Trio shuffles tasks that become runnable together,
-        # so spawning would reorder the datagrams of a batch.
-        seat.put(payload)
-
-
-def to_function(handler: DatagramHandler, admission: Admission, place: Place, batch: list[Received]) -> None:
-    """Call a ``datagram_handler`` for each datagram of a batch, in order, and send the replies together."""
-    function, seats, outbox, limiter = handler.function, admission.seats, place.outbox, admission.seats.limiter
-    amplification, own = place.amplification, outbox.own
-    outbox.turn.begin_batch()
-    known = place.known  # only clients of Server.connect
-    if seats.phase is DRAINING and not known:
-        admission.refused_stopping += len(batch)
-        return
-    asks_about_all, is_doubtful = admission.asks_about_all_sources(place), place.reader.engine.doubtful_source
-    replies: list[Outgoing] = []
-    place.rest = iter(batch)
-    for payload, route, ancillary in place.rest:
-        if known and (seat := known.get(route)) is not None:
-            if limiter is None or limiter.take(seat.bucket, outbox.turn.time):
-                seat.put(payload)
-            else:
-                admission.refused_by_rate += 1
-            continue
-        if seats.phase is DRAINING:
-            admission.refused_stopping += 1
-            continue
-        is_answerable = True
-        if asks_about_all or is_doubtful(route):
-            source = admission.look_at_source(place, route)
-            if source is Source.REFUSED:
-                continue
-            is_answerable = source is not Source.UNANSWERABLE
-        if limiter is not None and not admission.has_rate(limiter, place, route):
-            continue
-        seats.handed_over += 1
-        datagram = make_datagram(payload, route, ancillary, place)
-        try:
-            reply = function(datagram)
-            if reply is None:
-                continue
-            if type(reply) is not bytes or len(reply) > MAX_PAYLOAD_IPV4:
-                reply = outbox.copy(reply, route)
-        except Exception as error:
-            seats.handler_errors += 1
-            seats.on_error(datagram, error)
-            continue
-        if not is_answerable:
-            outbox.count_unanswerable(own)
-        elif amplification is not None and len(reply) > amplification * len(payload):
-            place.withheld += 1
-        else:
-            replies.append((reply, route, own))
-    outbox.collect(replies, more_follow=place.reader.may_have_more)
 
 
 async def serve(

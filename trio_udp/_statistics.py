@@ -1,7 +1,5 @@
 """Counters: the snapshots that users read, and the running counts of sockets and senders."""
 
-from __future__ import annotations
-
 import errno
 from collections import Counter
 from collections.abc import Mapping
@@ -166,7 +164,7 @@ class ServerStatistics:
         refused = self.refused_source + self.refused_by_rate + self.refused_by_accept + self.refused_full
         return self.delivered + self.waiting + dropped + refused + self.refused_stopping + self.answered_by_accept
 
-    def __add__(self, other: object) -> ServerStatistics:
+    def __add__(self, other: object) -> "ServerStatistics":
         if not isinstance(other, ServerStatistics):
             return NotImplemented
         sums = {
@@ -176,7 +174,7 @@ class ServerStatistics:
         }
         return ServerStatistics(errors=Counter(self.errors) + Counter(other.errors), **sums)
 
-    def __radd__(self, other: object) -> ServerStatistics:
+    def __radd__(self, other: object) -> "ServerStatistics":
         return self if other == 0 else NotImplemented  # sum() begins with 0
 
 

@@ -24,9 +24,9 @@ from trio.testing import MockClock
 from trio_udp import Client, Endpoint, Server, serve_endpoints
 from trio_udp._endpoints import Address
 from trio_udp._endpoints._address import unpack_address
+from trio_udp._endpoints._back_off import FRUITLESS_READS, MANY_ANSWERS, PAUSE
 from trio_udp._endpoints._faults import TABLE, Fault, fault_of, reason_for
 from trio_udp._endpoints._outbox import FULL_THOUGH_WRITABLE
-from trio_udp._endpoints._back_off import FRUITLESS_READS, MANY_ANSWERS, PAUSE
 from trio_udp._log import SECONDS_OF_SILENCE, FaultLog
 
 from ..conftest import ALICE, BOB, SERVER, Bystander, check_adds_up, in_memory
@@ -109,10 +109,6 @@ class FaultyEndpoint:
         """Make sends to alice fail with an errno from now on; 0 ends that."""
         raise NotImplementedError
 
-    def takes_for_missing(self, code: int) -> bool:
-        """Whether an error of reading makes the engine do without a system call."""
-        return False
-
     def close_what_was_given_up(self) -> None:
         """Close the file descriptor that the endpoint has given up."""
 
@@ -153,10 +149,9 @@ class FaultySocket(FaultyEndpoint):
     def __init__(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self._reading = self._reads_to_fail = self._sending = 0
         engine, _, what = kind.partition(" ")
-        self._in_batches = engine == "linux" and what != "one by one"
         monkeypatch.setenv("TRIO_UDP_ENGINE", engine)
         if engine == "linux":
-            self._patch_linux_engine(monkeypatch, one_by_one=what == "one by one")
+            self._patch_linux_engine(monkeypatch)
         for call in ("recvfrom", "recvmsg"):
             self._patch(monkeypatch, call, self._reading_error)
         for call in ("sendto", "sendmsg"):
@@ -192,9 +187,6 @@ class FaultySocket(FaultyEndpoint):
     def fail_sending_to_alice(self, code: int) -> None:
         self._sending = code
 
-    def takes_for_missing(self, code: int) -> bool:
-        return self._in_batches and code in (errno.EPERM, errno.EINVAL)
-
     def close_what_was_given_up(self) -> None:
         os.close(self.fileno)
 
@@ -222,7 +214,7 @@ class FaultySocket(FaultyEndpoint):
 
         monkeypatch.setattr(socket.socket, call, faulty)
 
-    def _patch_linux_engine(self, monkeypatch: pytest.MonkeyPatch, *, one_by_one: bool) -> None:
+    def _patch_linux_engine(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from trio_udp._endpoints.engines import linux
         from trio_udp._endpoints.engines.linux_structures import MsgHdr
 
@@ -244,16 +236,12 @@ class FaultySocket(FaultyEndpoint):
             header = ctypes.cast(pointer, ctypes.POINTER(MsgHdr)).contents
             return self._sending_error(unpack_address(ctypes.string_at(header.name, header.name_length)))
 
-        if one_by_one:
-            patch("_recvmmsg", lambda *_: errno.ENOSYS)
-            patch("_sendmmsg", lambda *_: errno.ENOSYS)
-        else:
-            patch("_recvmmsg", self._reading_error)
-            patch("_sendmmsg", first_receiver, 1)  # else the kernel would send to alice what is not the first
-            patch("_sendto", lambda payload, size, flags, address, _: self._sending_error(unpack_address(address)))
+        patch("_recvmmsg", self._reading_error)
+        patch("_sendmmsg", first_receiver, 1)  # else the kernel would send to alice what is not the first
+        patch("_sendto", lambda payload, size, flags, address, _: self._sending_error(unpack_address(address)))
 
 
-KINDS = ["simulated", "portable", "portable wildcard", "linux", "linux wildcard", "linux one by one"]
+KINDS = ["simulated", "portable", "portable wildcard", "linux", "linux wildcard"]
 
 
 @pytest.fixture(params=KINDS)
@@ -323,8 +311,6 @@ async def test_reading_that_goes_on_failing(
     faulty: FaultyEndpoint, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
     """Reading that keeps failing is retried a few times, then once in PAUSE; it is logged once a minute."""
-    if faulty.takes_for_missing(code):
-        pytest.skip("means that there is no recvmmsg, and then it is as one by one")
     faulty.fail_reading(code, 30)
     faulty.put(b"x", faulty.alice)
     for _ in range(1_000):  # as another task that never waits

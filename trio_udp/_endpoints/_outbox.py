@@ -7,7 +7,6 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import chain
 from typing import TYPE_CHECKING, TypeAlias
 
 import attrs
@@ -17,7 +16,7 @@ from .._log import FaultLog
 from .._statistics import Sender, SocketCounts
 from ._address import MAX_PAYLOAD_IPV4, describe
 from ._faults import Fault, fault_of, reason_for
-from .engines import BATCH, Engine, Outgoing, Route
+from .engines import BATCH, Engine, Outgoing, Route, by_peer
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -41,16 +40,6 @@ FULL_THOUGH_WRITABLE = 0.01
 # Replies to single datagrams that are kept back at most. An echo of 64 clients with four datagrams each costs 0.61 of
 # uvloop with this, and 0.85 if each batch is answered by itself.
 MOST_COLLECTED = 3 * BATCH
-
-
-def by_peer(replies: list[Outgoing]) -> list[Outgoing]:
-    """Put replies to one peer side by side, in order, if there are peers with several."""
-    of_peer: dict[Route, list[Outgoing]] = {route: [] for _, route, _ in replies}
-    if 2 * len(of_peer) > len(replies):
-        return replies
-    for outgoing in replies:
-        of_peer[outgoing[1]].append(outgoing)
-    return list(chain.from_iterable(of_peer.values()))
 
 
 @attrs.define(eq=False)

@@ -7,9 +7,10 @@ portable.py           for every platform: one system call for each datagram
 linux.py              for Linux: one system call for up to 64 messages
 linux_routes.py       the routes of the Linux engine: raw addresses
 linux_structures.py   the C structures of its system calls
+segmentation.py       which datagrams leave as one message (GSO)
 pktinfo.py            the control messages that tell, and set, our own address
 probes.py             questions to the kernel about addresses
-coalescing.py         UDP_GRO, switched on and off for all engines of a socket
+coalescing.py         UDP_GRO (GRO), switched on and off for all engines of a socket
 """
 
 from ._choice import engine_for as engine_for
@@ -22,3 +23,4 @@ from ._engine import (
     Route as Route,
 )
 from ._socket import is_connected as is_connected
+from .segmentation import by_peer as by_peer

@@ -1,5 +1,7 @@
 """Routes of the engine for Linux: bytes that the kernel wrote, and that a reply gives back to it unchanged.
 
+:class:`RawRoutes` makes them and takes them apart; the engine itself, in linux.py, only moves them.
+
 A route is a socket address. Where the kernel tells destinations, a route also has an *end*: one control message with
 our own address. The end also holds the group that a datagram was sent to. Over IPv4 that is in ``ipi_addr``, which the
 kernel ignores on sending. Over IPv6 a number for the group is in the padding between the address and the control
@@ -10,11 +12,24 @@ from __future__ import annotations
 
 import socket
 from functools import lru_cache
+from typing import Any, cast
 
 import attrs
+import trio
 
-from ._engine import Ancillary
-from .pktinfo import IP_PKTINFO, IPV6_PKTINFO, ReplyControl, pack_control, understand, unpack_control
+from .._address import Address, host_bytes, pack_address, unpack_address
+from ._engine import Ancillary, Route
+from ._socket import SocketEngine, tells_destination
+from .pktinfo import (
+    IP_PKTINFO,
+    IPV6_PKTINFO,
+    MAPPED,
+    ReplyControl,
+    is_doubtful_host,
+    pack_control,
+    understand,
+    unpack_control,
+)
 
 # Size of the cache of decoded control messages. A machine has few addresses, and decoding the same bytes each time
 # would take a tenth of an echo. But a server may answer for a whole IPv6 prefix, and strangers could write to each
@@ -111,3 +126,58 @@ class Ends(dict[bytes, bytes]):
             return ((level, kind, data[:8] + bytes(4)),), data[8:].strip(b"\0") and data[8:]
         number = int.from_bytes(route[layout.name_size : layout.control_offset], "big")
         return ((level, kind, data),), self._groups[number]
+
+
+class RawRoutes(SocketEngine):
+    """The part of the engine for Linux that looks inside routes."""
+
+    def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int) -> None:
+        super().__init__(sock, max_datagram_size)
+        self._tells_destination = tells_destination(sock)
+        if self.connected:
+            self._layout = CONNECTED
+            self._peer_address: Address = sock.getpeername()
+        elif self.family == socket.AF_INET:
+            self._layout = IPV4_WILDCARD if self._tells_destination else IPV4
+        else:
+            self._layout = IPV6_WILDCARD if self._tells_destination else IPV6
+        self._ends = Ends(self._layout)
+        self._ports: frozenset[bytes] = frozenset()
+        self._host = slice(4, 8) if self.family == socket.AF_INET else slice(8, 24)  # in a socket address
+        self._first_byte = self._host.start
+        self._peer_is_doubtful = False  # of a connected socket
+
+    def route(self, address: Address, local_address: Address | None = None) -> Route:
+        reply = self._control_from(address, local_address)
+        if self.connected:
+            return b""
+        name = pack_address(address, self.family)[: self._layout.end_offset]
+        return name + self._ends.pack(reply) if self._tells_destination else name
+
+    def peer_address(self, route: Route) -> Address:
+        return self._peer_address if self.connected else unpack_address(cast("bytes", route))
+
+    def host(self, route: Route) -> bytes:
+        if self.connected:
+            return host_bytes(self._peer_address)
+        host = cast("bytes", route)[self._host]
+        return host[12:] if host.startswith(MAPPED) else host
+
+    def _end_of(self, route: Route) -> tuple[ReplyControl, bytes]:
+        return self._ends.take_apart(cast("bytes", route))
+
+    # Untrusted sources.
+
+    def watch_ports(self, ports: frozenset[int]) -> None:
+        self._ports = frozenset(port.to_bytes(2, "big") for port in ports)
+        if self.connected:
+            self._peer_is_doubtful = self._is_doubtful(self._peer_address, ports)
+
+    def doubtful_source(self, route: Route) -> bool:
+        if self.connected:
+            return self._peer_is_doubtful
+        name: Any = route
+        if name[2:4] in self._ports:
+            return True
+        # The first byte clears nearly all addresses; fe80::1 and ::1 need the other bytes.
+        return not 0 < name[self._first_byte] < 224 and is_doubtful_host(name[self._host])

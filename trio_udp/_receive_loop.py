@@ -1,0 +1,80 @@
+"""The way of a datagram from the kernel to its handler, and back. Read this first.
+
+    kernel -> engine -> Reader -> receive_loop() -> known[route], or admission -> inbox -> handler task
+    kernel <- engine <- Outbox <---------------------------------------------------------- client.send()
+
+One receive loop for each endpoint puts every datagram into the inbox of the client it belongs to. A *route* (peer
+address and local address) identifies the client. A stranger goes through admission, which may start a handler task for
+it. The loop never waits for a client, and everything that grows is bounded by :class:`Limits`.
+
+The files on that way, each read from top to bottom: _endpoints/engines/linux.py (or portable.py),
+_endpoints/_reader.py, this one, _inbox.py, _channel.py, _endpoints/_outbox.py. For a ``datagram_handler`` the loop
+hands out batches to _datagram_handler.py instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from ._admission import Admission
+from ._endpoints import Received
+from ._seats import Place
+from ._server import ServerState, most_queued
+
+
+async def receive_loop(hand_out: Callable[[Place, list[Received]], None], server: ServerState, place: Place) -> None:
+    """Read an endpoint and hand out what arrives, a batch at a time, until the endpoint or the server ends."""
+    reader, counts, seats = place.reader, place.reader.engine.counts, server.seats
+    try:
+        with place.until_stop:
+            while True:
+                hand_out(place, await reader.receive_batch())
+                if seats.overfull:
+                    # Let evicted handlers end before the next batch. (receive_batch lets tasks run too, but in random
+                    # order, so one checkpoint may not be enough.)
+                    await trio.lowlevel.checkpoint()
+        # Read the datagrams that had arrived when the stop began: at most as many messages as the buffer can hold.
+        last = counts.messages + (0 if reader.shared else most_queued(place))
+        while reader.ahead or reader.engine.read_ahead or counts.messages < last:
+            batch = await reader.receive_batch(wait=False)
+            if not batch:
+                break
+            hand_out(place, batch)
+        place.outbox.release()
+        server.caught_up(place)
+        await server.draining.wait()
+        while not reader.shared:
+            hand_out(place, await reader.receive_batch())
+    except trio.ClosedResourceError:
+        if not place.endpoint.closed:  # raised by a user's function, not by the endpoint
+            raise
+        server.lose(place)
+    finally:
+        # If a user's function has crashed the server, the rest of the batch is refused.
+        server.admission.refused_stopping += len(list(place.rest)) + len(reader.take_ahead(len(reader.ahead)))
+        # Datagrams that cancelled handlers still send must not wait for this loop, which has ended.
+        place.outbox.release()
+        place.outbox.turn.time = 0.0  # the last batch's time is no longer the current time
+
+
+def to_clients(admission: Admission, place: Place, batch: list[Received]) -> None:
+    """Put each datagram of a batch into the inbox of its client, if it has one or admission makes one."""
+    known, limiter, turn = place.known, admission.seats.limiter, place.outbox.turn
+    turn.begin_batch()
+    if len(batch) > 1:
+        place.outbox.hold()
+    place.rest = iter(batch)
+    for payload, route, ancillary in place.rest:
+        seat = known.get(route)
+        if seat is None:
+            seat = admission.ask(place, payload, route, ancillary)
+            if seat is None:
+                continue
+        elif limiter is not None and not limiter.take(seat.bucket, turn.time):
+            admission.refused_by_rate += 1
+            continue
+        # Here, in arrival order, rather than in a task per datagram: Trio shuffles tasks that become runnable together,
+        # so spawning would reorder the datagrams of a batch.
+        seat.put(payload)
