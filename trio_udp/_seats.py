@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 import trio
 
+from ._construction import constant_defaults
 from ._endpoints import BATCH, Origin, Reader, Received, Route, host_key
 from ._idle import IdleExpiry
 from ._inbox import Inbox, Shared
@@ -71,6 +72,7 @@ class Place(Origin):
         return reader.shared or engine.closed or not engine.is_readable()
 
 
+@constant_defaults
 @attrs.define(eq=False)
 class Seat(Inbox):
     """Everything that a server knows of one client, from admission to the end of its handler.
