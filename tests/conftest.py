@@ -181,6 +181,7 @@ FATES = {
     "dropped_inbox_full",
     "dropped_at_end",
     "truncated",
+    "refused_malformed",
     "refused_source",
     "refused_by_rate",
     "refused_by_accept",

@@ -20,7 +20,10 @@ from ._rate import NO_BUCKET, Bucket, RateLimiter
 from ._statistics import EndpointStatistics
 
 # Counts of a server, which begin when it takes over an endpoint. (What the kernel drops is counted for the socket.)
-COUNTED = "received", "bytes_received", "truncated", "sent", "bytes_sent", "receive_errors", "send_errors"
+COUNTED = (
+    *("received", "bytes_received", "truncated", "refused_malformed"),
+    *("sent", "bytes_sent", "receive_errors", "send_errors"),
+)
 
 # Most clients examined for one eviction, so that a flood of strangers stays cheap.
 MOST_LOOKS = 64

@@ -18,7 +18,7 @@ from ._admission import Admission
 from ._client import Client
 from ._construction import create
 from ._datagram_handler import to_function
-from ._endpoints import Endpoint, Sources, open_endpoints, reader_of
+from ._endpoints import Endpoint, Network, Sources, open_endpoints, reader_of
 from ._handlers import (
     Accept,
     DatagramHandler,
@@ -54,6 +54,7 @@ async def serve(
     receive_buffer: int | None = None,
     send_buffer: int | None = None,
     configure: Callable[[socket.socket], object] | None = None,
+    proxies: Iterable[Network] = (),
     idle_timeout: float = 60.0,
     limits: Limits = Limits(),
     accept: Accept | None = None,
@@ -92,6 +93,12 @@ async def serve(
       send_buffer: The same for datagrams not yet sent (``SO_SNDBUF``); the system's default unless given.
       configure: Called with each ``socket.socket`` right before it is bound, after everything above is set: the place
         for any other socket option (``SO_BROADCAST``, ``SO_BINDTODEVICE``, ...).
+      proxies: Networks of load balancers, such as ``["10.0.0.0/8"]`` (strings, or objects of the module ``ipaddress``).
+        Senders in them must put a header of the PROXY protocol, version 2, in front of every datagram, as dnsdist does
+        with ``useProxyProtocol=true``. The addresses in it count everywhere: ``peer_address`` is the client's, for
+        handlers, ``accept`` and every limit, and ``local_address`` is where the client wrote to. Replies go back
+        through the proxy. A datagram without a valid header is refused (``refused_malformed``). All other senders are
+        what they are: a header of theirs is payload. Name no network whose addresses others can forge.
       idle_timeout: Seconds of silence after which a waiting handler's ``async for`` ends; ``math.inf`` for never. See
         :attr:`Client.idle_timeout`.
       limits: Bounds on memory, on the rate of strangers, and on the bytes sent to them.
@@ -138,6 +145,7 @@ async def serve(
         receive_buffer=receive_buffer,
         send_buffer=send_buffer,
         configure=configure,
+        proxies=proxies,
     )
     await serve_endpoints(
         handler,

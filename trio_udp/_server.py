@@ -394,6 +394,7 @@ class Server(metaclass=NoPublicConstructor):
             dropped_inbox_full=seats.dropped_inbox_full,
             dropped_at_end=seats.dropped_at_end,
             truncated=sum(s.truncated for s in sockets),
+            refused_malformed=sum(s.refused_malformed for s in sockets),
             refused_source=admission.refused_source,
             refused_by_rate=admission.refused_by_rate,
             refused_by_accept=admission.refused_by_accept,

@@ -13,8 +13,9 @@ class EndpointStatistics:
 
     Attributes:
       received: Datagrams read from the kernel, truncated ones included.
-      bytes_received: Their payload bytes; of a truncated datagram those that were read.
+      bytes_received: Their payload bytes; of a truncated datagram those that were read. Without the headers of proxies.
       truncated: Datagrams longer than ``max_datagram_size``: never delivered, not even in part.
+      refused_malformed: Datagrams from ``proxies`` without a valid PROXY header: never delivered.
       sent: Datagrams that the kernel has taken.
       bytes_sent: Their payload bytes.
       receive_errors: Errors of reading.
@@ -37,6 +38,7 @@ class EndpointStatistics:
     receive_errors: int
     send_errors: int
     errors: Mapping[str, int] = attrs.field(hash=False)
+    refused_malformed: int = 0
     kernel_dropped: int = 0
     kernel_queued: int = 0
     receive_buffer: int = 0
@@ -103,8 +105,8 @@ class ServerStatistics:
     ``sum()``. ``kernel_dropped`` is not part of ``received``.
 
     Attributes:
-      received, bytes_received, sent, bytes_sent, truncated, receive_errors, send_errors, errors: As in
-        :class:`EndpointStatistics`, over all endpoints of the server, since it began to serve on them.
+      received, bytes_received, sent, bytes_sent, truncated, refused_malformed, receive_errors, send_errors, errors: As
+        in :class:`EndpointStatistics`, over all endpoints of the server, since it began to serve on them.
       delivered: Datagrams taken by handlers.
       waiting: Datagrams in inboxes now.
       dropped_inbox_full: Datagrams dropped because an inbox, or all inboxes together, were full. A stranger's datagram
@@ -138,6 +140,7 @@ class ServerStatistics:
     dropped_inbox_full: int
     dropped_at_end: int
     truncated: int
+    refused_malformed: int
     refused_source: int
     refused_by_rate: int
     refused_by_accept: int
@@ -161,8 +164,9 @@ class ServerStatistics:
     def accounted_for(self) -> int:
         """The sum of all fates of a datagram: equal to ``received``."""
         dropped = self.dropped_inbox_full + self.dropped_at_end + self.truncated
-        refused = self.refused_source + self.refused_by_rate + self.refused_by_accept + self.refused_full
-        return self.delivered + self.waiting + dropped + refused + self.refused_stopping + self.answered_by_accept
+        refused = self.refused_malformed + self.refused_source + self.refused_by_rate + self.refused_by_accept
+        refused += self.refused_full + self.refused_stopping
+        return self.delivered + self.waiting + dropped + refused + self.answered_by_accept
 
     def __add__(self, other: object) -> "ServerStatistics":
         if not isinstance(other, ServerStatistics):
@@ -195,6 +199,7 @@ class ReceiveCounts:
     received: int = 0
     bytes_received: int = 0
     truncated: int = 0
+    refused_malformed: int = 0
 
 
 @attrs.define(eq=False)

@@ -12,6 +12,7 @@ _sources.py     source addresses that are refused or never answered
 _buffers.py     buffer sizes: requests, and the warning about a small one
 _faults.py      the meaning of each socket error
 _address.py     addresses: their forms and kinds
+_networks.py    networks that the user names
 engines/        the code that makes the system calls
 """
 
@@ -36,6 +37,7 @@ from ._datagram import (
     route_of as route_of,
 )
 from ._endpoint import Endpoint as Endpoint, make_endpoint as make_endpoint, reader_of as reader_of
+from ._networks import Network as Network, Networks as Networks
 from ._one_by_one import OneByOne as OneByOne
 from ._open import open_connected_endpoint as open_connected_endpoint, open_endpoints as open_endpoints
 from ._outbox import YIELD_EVERY as YIELD_EVERY, Outbox as Outbox, Payload as Payload, Turn as Turn

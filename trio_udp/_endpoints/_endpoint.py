@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket as stdlib_socket
+from collections.abc import Iterable
 from typing import final
 
 import trio
@@ -15,6 +16,7 @@ from ._address import Address
 from ._addressed import find_way, send_on, send_on_nowait
 from ._buffers import check_max_datagram_size, grant_receive_buffer
 from ._datagram import Datagram, Origin, new_datagram
+from ._networks import Network, Networks
 from ._one_by_one import OneByOne
 from ._outbox import INTERNET, Outbox, Payload
 from ._reader import Reader
@@ -45,6 +47,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         shared: bool = False,
         max_datagram_size: int = 65_535,
         receive_buffer: int | None = None,
+        proxies: Iterable[Network] = (),
     ) -> Endpoint:
         """Make an endpoint of a bound datagram socket that other code opened.
 
@@ -59,23 +62,27 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
             next reader. Two readers at the same time would each get part of every conversation.
           max_datagram_size: Longest payload to accept, in bytes; longer datagrams are counted as truncated.
           receive_buffer: Bytes of kernel memory to ask for (``SO_RCVBUF``); by default it is left as it is.
+          proxies: As for :func:`open_endpoints`.
 
         Raises:
-          TypeError, ValueError: It is not a socket, not a datagram socket, or not bound.
+          TypeError, ValueError: It is not a bound datagram socket, or another argument is invalid.
         """
         check_max_datagram_size(max_datagram_size)
+        networks = Networks.parse("proxies", proxies)
         # A Trio socket from the user's own socket factory may have no socket inside.
         if not isinstance(sock, stdlib_socket.socket) and not has_stdlib_socket(sock):
             raise TypeError(f"expected a socket of the operating system, not a {type(sock).__name__}")
         if sock.type != stdlib_socket.SOCK_DGRAM:
             raise ValueError(f"not a datagram socket: {sock!r}")
         is_inet = sock.family in INTERNET
+        if networks and not is_inet:
+            raise ValueError(f"proxies are for sockets of IPv4 and IPv6, not {sock!r}")
         if sock.getsockname()[1] == 0 if is_inet else not sock.getsockname() and not is_connected(sock):
             raise ValueError(f"not bound to an address: {sock!r}")
         if isinstance(sock, stdlib_socket.socket):
             sock = trio.socket.from_stdlib_socket(sock)
         requested = 0 if receive_buffer is None else grant_receive_buffer(inner_socket(sock), receive_buffer)
-        engine = engine_for(sock, max_datagram_size, shared=shared)
+        engine = engine_for(sock, max_datagram_size, shared=shared, proxies=networks)
         return make_endpoint(engine, shared=shared, receive_buffer_requested=requested)
 
     def __repr__(self) -> str:

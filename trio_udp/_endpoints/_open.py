@@ -10,7 +10,7 @@ import inspect
 import logging
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
@@ -27,6 +27,7 @@ from ._buffers import (
     warn_of_small_buffer,
 )
 from ._endpoint import Endpoint, make_endpoint
+from ._networks import Network, Networks
 from .engines import engine_for
 
 # This machine, or this process, lacks the address family. Other families are served without it.
@@ -56,6 +57,7 @@ async def open_endpoints(
     receive_buffer: int | None = None,
     send_buffer: int | None = None,
     configure: Callable[[socket.socket], object] | None = None,
+    proxies: Iterable[Network] = (),
 ) -> list[Endpoint]:
     """Bind UDP sockets to ``port``, one for each local address that ``host`` stands for.
 
@@ -74,6 +76,8 @@ async def open_endpoints(
       configure: Plain function, called with each ``socket.socket`` right before it is bound, after all other options
         are set: the place for any socket option. With ``port=0`` it may be called again, with new sockets, because the
         first port was not free in every family; ``SO_REUSEADDR`` and ``SO_REUSEPORT`` then take effect after the bind.
+      proxies: Networks of load balancers that put a header of the PROXY protocol, version 2, in front of every
+        datagram; see :func:`serve`. The header is not part of ``max_datagram_size``.
 
     Returns:
       The endpoints. Closing them is up to the caller, or to :func:`serve_endpoints`.
@@ -90,6 +94,7 @@ async def open_endpoints(
     check_buffer_size("receive_buffer", receive_buffer)
     check_buffer_size("send_buffer", send_buffer)
     _check_configure(configure)
+    networks = Networks.parse("proxies", proxies)
     if reuse_port and not hasattr(socket, "SO_REUSEPORT"):
         raise ValueError("reuse_port=True is not possible on this platform: leave it out")
     options = Options(receive_buffer, send_buffer, configure)
@@ -107,7 +112,7 @@ async def open_endpoints(
                 if port or attempt == PORT_ATTEMPTS or failed.error.errno != errno.EADDRINUSE:
                     raise failed.error from None
                 continue
-            endpoints = [_make_endpoint(sock, max_datagram_size, requested) for sock, requested in opened]
+            endpoints = [_make_endpoint(sock, max_datagram_size, requested, networks) for sock, requested in opened]
             stack.pop_all()
         break
     for error in skipped:
@@ -307,8 +312,10 @@ def _connect(target: Target, local_address: Address | None, options: Options) ->
     return endpoint
 
 
-def _make_endpoint(sock: socket.socket, max_datagram_size: int, requested: int) -> Endpoint:
-    engine = engine_for(trio.socket.from_stdlib_socket(sock), max_datagram_size)
+def _make_endpoint(
+    sock: socket.socket, max_datagram_size: int, requested: int, proxies: Networks | None = None
+) -> Endpoint:
+    engine = engine_for(trio.socket.from_stdlib_socket(sock), max_datagram_size, proxies=proxies)
     return make_endpoint(engine, receive_buffer_requested=requested)
 
 

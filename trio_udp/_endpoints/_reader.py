@@ -116,7 +116,7 @@ class Reader:
                 self.outbox.abandon(error)
                 raise trio.ClosedResourceError("this endpoint is closed") from error
             self._count_error(error)
-        if self.engine.counts.received > received:  # a truncated datagram counts too
+        if self.engine.counts.received > received:  # truncated and malformed ones count too
             self.back_off.read_something()
         else:
             self.back_off.read_nothing()

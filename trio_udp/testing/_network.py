@@ -13,8 +13,18 @@ import attrs
 import trio
 
 from .._connection import Connection, make_connection
-from .._endpoints import Address, Endpoint, Payload, check_max_datagram_size, make_endpoint, numeric_address
+from .._endpoints import (
+    Address,
+    Endpoint,
+    Network,
+    Networks,
+    Payload,
+    check_max_datagram_size,
+    make_endpoint,
+    numeric_address,
+)
 from .._endpoints._address import family_of, is_ipv6, is_limited_broadcast, is_multicast, is_unspecified, max_payload
+from .._endpoints.engines import INNER_SIZE, ProxyEngine
 from ._addresses import check_families, is_beyond, normal, reachable, reaches_many
 from ._conditions import Conditions, check_number
 from ._engine import SimulatedEngine
@@ -80,6 +90,7 @@ class SimulatedNetwork(Conditions):
         own_hosts: Iterable[str] = (),
         allow_broadcast: bool = False,
         shared: bool = False,
+        proxies: Iterable[Network] = (),
     ) -> Endpoint:
         """Open an endpoint at any address, for :func:`serve_endpoints`.
 
@@ -101,6 +112,7 @@ class SimulatedNetwork(Conditions):
           shared: Open the endpoint over a socket that a supervisor holds: when the endpoint is closed, the socket
             stays, and datagrams wait in its buffer for the next endpoint that is opened there with ``shared=True`` (and
             the same ``own_hosts``). Buffer sizes and ``allow_broadcast`` stay as the first endpoint set them.
+          proxies: As for :func:`open_endpoints`.
 
         Raises:
           OSError: ``EADDRINUSE``: the address is taken.
@@ -111,13 +123,14 @@ class SimulatedNetwork(Conditions):
             if size is not None:
                 check_number(size, name, 1, 2**63, kind=int)
         address = numeric_address((host, port))
+        networks = Networks.parse("proxies", proxies)
         if isinstance(own_hosts, str):
             raise TypeError(f"own_hosts must be several addresses, not {own_hosts!r}")
         hosts = tuple(_unicast((own, port), like=address)[0] for own in own_hosts)
         options = {"own_hosts": hosts, "allow_broadcast": allow_broadcast, "shared": shared}
         sizes = {"receive_buffer": receive_buffer, "send_buffer": send_buffer}
         options |= {name: size for name, size in sizes.items() if size is not None}
-        return self._open(address, max_datagram_size, receive_buffer or 0, **options)
+        return self._open(address, max_datagram_size, receive_buffer or 0, networks, **options)
 
     async def connect(
         self,
@@ -233,7 +246,14 @@ class SimulatedNetwork(Conditions):
             raise ValueError(f"there is no endpoint at {address!r}")
         socket.put_error(OSError(error, os.strerror(error)))
 
-    def _open(self, address: Address, max_datagram_size: int, requested: int, **options: Any) -> Endpoint:
+    def _open(
+        self,
+        address: Address,
+        max_datagram_size: int,
+        requested: int,
+        proxies: Networks | None = None,
+        **options: Any,
+    ) -> Endpoint:
         address = normal(address)
         if is_beyond(address):
             raise OSError(errno.ENODEV, f"{os.strerror(errno.ENODEV)}: {address!r}")
@@ -244,9 +264,11 @@ class SimulatedNetwork(Conditions):
             new = SimulatedSocket(bound, **options)
             socket = self._sockets.add(new)
             if socket is new or (socket is not None and port):
-                engine = SimulatedEngine(socket, self._sockets, self._wire, max_datagram_size)
+                size = INNER_SIZE if proxies else max_datagram_size
+                inner = SimulatedEngine(socket, self._sockets, self._wire, size)
+                engine = ProxyEngine(inner, proxies, max_datagram_size) if proxies else inner
                 endpoint = make_endpoint(engine, shared=socket.shared, receive_buffer_requested=requested)
-                self._engines[endpoint] = engine
+                self._engines[endpoint] = inner
                 return endpoint
         raise OSError(errno.EADDRINUSE, f"{os.strerror(errno.EADDRINUSE)}: {address!r}")
 

@@ -3,6 +3,8 @@
 _engine.py            Engine: the interface between an endpoint and an engine
 _choice.py            the choice of an engine for a socket
 _socket.py            the common part of both engines
+proxy.py              around another engine: takes off the headers of proxies
+proxy_header.py       the header of the PROXY protocol
 portable.py           for every platform: one system call for each datagram
 linux.py              for Linux: one system call for up to 64 messages
 linux_routes.py       the routes of the Linux engine: raw addresses
@@ -23,4 +25,5 @@ from ._engine import (
     Route as Route,
 )
 from ._socket import is_connected as is_connected
+from .proxy import INNER_SIZE as INNER_SIZE, ProxyEngine as ProxyEngine
 from .segmentation import by_peer as by_peer

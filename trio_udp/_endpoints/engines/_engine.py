@@ -117,10 +117,10 @@ class Engine(Protocol):
         """
 
     def is_own_host(self, address: Address) -> bool:
-        """Whether the host of an address is this machine. Costs a system call."""
+        """Whether the host of an address, of either family, is this machine. Costs a system call."""
 
     def is_broadcast(self, address: Address) -> bool:
-        """Whether an address is a broadcast address of one of this machine's networks. Costs a system call."""
+        """Whether an address, of either family, is a broadcast address of this machine's networks. A system call."""
 
     def allows_broadcast(self) -> bool:
         """Whether SO_BROADCAST is set."""

@@ -14,7 +14,7 @@ import trio
 
 from ..._statistics import KernelFigures, ReceiveCounts
 from ..._trio import stdlib_socket
-from .._address import Address, is_mapped, max_payload
+from .._address import Address, family_of, is_mapped, max_payload
 from . import probes
 from ._engine import Ancillary, Received, Route
 from .pktinfo import (
@@ -179,10 +179,10 @@ class SocketEngine(ABC):
         return address[1] in ports or is_doubtful_host(probes.raw_host(self.family, address[0]))
 
     def is_own_host(self, address: Address) -> bool:
-        return self._is_inet and probes.is_own_host(self.family, address)
+        return self._is_inet and probes.is_own_host(family_of(address), address)
 
     def is_broadcast(self, address: Address) -> bool:
-        return self._is_inet and probes.is_broadcast(self.family, address)
+        return self._is_inet and probes.is_broadcast(family_of(address), address)
 
     def allows_broadcast(self) -> bool:
         with suppress(OSError):  # closed

@@ -1,0 +1,178 @@
+"""The engine of an endpoint with ``proxies``: another engine, and the headers that proxies put in front of payloads.
+
+Senders in the networks of ``proxies`` are trusted, and must put a header of the PROXY protocol, version 2, in front of
+every datagram. This engine takes it off. All other senders are what they are: bytes that look like a header are their
+payload. Replies have no header, and leave on the route that the datagram came on, so through the proxy.
+
+A route is the inner engine's route and the *ends* from the header, b"" for a datagram that no proxy has passed on; see
+proxy_header.py. So a client is its own address and the proxy's socket: a proxy expects the answer where it has asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias, cast
+
+import trio
+
+from ..._log import WarningLog
+from .._address import Address, describe
+from .._networks import Networks
+from ._engine import BATCH, Engine, Outgoing, Received, Route
+from .pktinfo import MAPPED, is_doubtful_host
+from .proxy_header import IPV6, addresses, read_header
+
+ProxiedRoute: TypeAlias = tuple[Route, bytes]
+
+# Routes of which it is known whether they lead to a proxy. Strangers choose how many there are, so a full cache is
+# emptied. To ask anew takes 1 µs.
+MAX_ROUTES = 1_000
+
+# ``max_datagram_size`` of the inner engine: any datagram. The limit is for payloads, and a header comes on top.
+INNER_SIZE = 65_535
+
+# Datagrams to hand down at once: at least as many as an engine looks at in one call, but not a queue of thousands.
+SEND_AT_ONCE = 4 * BATCH
+
+
+class ProxyEngine:
+    """An engine whose datagrams from proxies have a header; see :class:`Engine`.
+
+    Attributes:
+      _inner: The engine that reads and writes them. Its ``max_datagram_size`` is ``INNER_SIZE``.
+      _is_proxy: By inner route, for those seen lately: whether its sender is a proxy.
+    """
+
+    def __init__(self, inner: Engine, proxies: Networks, max_datagram_size: int) -> None:
+        self._inner = inner
+        self._proxies = proxies
+        self._longest = max_datagram_size
+        self._is_proxy: dict[Route, bool] = {}
+        self._ports: frozenset[bytes] = frozenset()
+        self._warnings = WarningLog()
+        self.family = inner.family
+        self.bound_address = inner.bound_address
+        self.connected = inner.connected
+        self.counts = inner.counts
+        # What has nothing to do with routes is the inner engine's, without a call in between.
+        self.source_for = inner.source_for
+        self.is_own_host = inner.is_own_host
+        self.is_broadcast = inner.is_broadcast
+        self.allows_broadcast = inner.allows_broadcast
+        self.kernel_figures = inner.kernel_figures
+        self.is_readable = inner.is_readable
+        self.wait_readable = inner.wait_readable
+        self.wait_writable = inner.wait_writable
+        self.close = inner.close
+        self.abandon = inner.abandon
+
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        return self._inner.socket
+
+    @property
+    def closed(self) -> bool:
+        return self._inner.closed
+
+    # Moving datagrams.
+
+    @property
+    def read_ahead(self) -> int:
+        return self._inner.read_ahead
+
+    def receive(self, batch: list[Received]) -> bool:
+        try:
+            return self._inner.receive(batch)
+        finally:  # also where reading failed: what had arrived before is in the batch
+            batch[:] = self._without_headers(batch)
+
+    def _without_headers(self, batch: list[Received]) -> list[Received]:
+        """Return the datagrams as their clients sent them; count those that cannot be, and those that are too long."""
+        known, longest, counts = self._is_proxy, self._longest, self.counts
+        kept: list[Received] = []
+        malformed: Route | None = None
+        for payload, route, ancillary in batch:
+            is_proxy = known.get(route)
+            if is_proxy is None:
+                is_proxy = self._find_out(route)
+            ends = b""
+            if is_proxy:
+                found = read_header(payload)
+                if found is None:
+                    counts.refused_malformed += 1
+                    malformed = route
+                    continue
+                start, ends = found
+                payload = payload[start:]
+                counts.bytes_received -= start
+            if len(payload) > longest:
+                counts.truncated += 1
+                continue
+            kept.append((payload, (route, ends), ancillary))
+        if malformed is not None:
+            proxy = describe(self._inner.peer_address(malformed))
+            self._warnings.warn("malformed", "refused a datagram without a valid PROXY header from proxy %s", proxy)
+        return kept
+
+    def _find_out(self, route: Route) -> bool:
+        """Whether a route leads to a proxy. A group or the unspecified address never does: no answer may go there."""
+        host = self._inner.host(route)
+        is_proxy = host in self._proxies and not is_doubtful_host(host)
+        if len(self._is_proxy) >= MAX_ROUTES:
+            self._is_proxy.clear()
+        self._is_proxy[route] = is_proxy
+        return is_proxy
+
+    def send(self, outgoing: Sequence[Outgoing]) -> int:
+        inner = [(payload, _parts(route)[0], sender) for payload, route, sender in outgoing[:SEND_AT_ONCE]]
+        return self._inner.send(inner)
+
+    # Routes.
+
+    def route(self, address: Address, local_address: Address | None = None) -> Route:
+        return self._inner.route(address, local_address), b""  # what the program itself addresses goes there directly
+
+    def max_payload(self, route: Route) -> int:
+        return self._inner.max_payload(_parts(route)[0])
+
+    def peer_address(self, route: Route) -> Address:
+        inner, ends = _parts(route)
+        return addresses(ends)[0] if ends else self._inner.peer_address(inner)
+
+    def local_address(self, route: Route) -> Address:
+        inner, ends = _parts(route)
+        return addresses(ends)[1] if ends else self._inner.local_address(inner)
+
+    def destination(self, route: Route) -> Address:
+        inner, ends = _parts(route)
+        return addresses(ends)[1] if ends else self._inner.destination(inner)
+
+    def interface(self, route: Route) -> int | None:
+        inner, ends = _parts(route)
+        return None if ends else self._inner.interface(inner)
+
+    def host(self, route: Route) -> bytes:
+        inner, ends = _parts(route)
+        if not ends:
+            return self._inner.host(inner)
+        if len(ends) < IPV6.size:
+            return ends[:4]
+        return ends[12:16] if ends.startswith(MAPPED) else ends[:16]
+
+    # Untrusted sources: the rules hold for the address in the header too, because the proxy sends the answer there.
+
+    def watch_ports(self, ports: frozenset[int]) -> None:
+        self._ports = frozenset(port.to_bytes(2, "big") for port in ports)
+        self._inner.watch_ports(ports)
+
+    def doubtful_source(self, route: Route) -> bool:
+        inner, ends = _parts(route)
+        if not ends:
+            return self._inner.doubtful_source(inner)
+        if len(ends) < IPV6.size:
+            return ends[8:10] in self._ports or not 0 < ends[0] < 0xE0
+        return ends[32:34] in self._ports or is_doubtful_host(ends[:16])
+
+
+def _parts(route: Route) -> ProxiedRoute:
+    return cast("ProxiedRoute", route)
