@@ -3,6 +3,8 @@
     python examples/dns_server.py --port 5353 examples/example.zone
     dig @127.0.0.1 -p 5353 www.example.com
 
+Behind dnsdist with ``newServer{address="...", useProxyProtocol=true}``: add ``--proxy`` with the network that it is in.
+
 ``answer`` turns a query into a reply and knows nothing of sockets; ``main`` puts it on the network with
 ``datagram_handler``: a query needs no client and no task, since almost every one comes from another port (RFC 5452).
 dnspython reads the zone file and speaks the wire format. Left out: TCP, DNSSEC, TSIG, DNAME, zone transfer, rate
@@ -15,6 +17,7 @@ import argparse
 import signal
 import struct
 from functools import partial
+from ipaddress import IPv4Network, IPv6Network, ip_network
 
 import dns.exception
 import dns.flags
@@ -160,7 +163,7 @@ def to_wire(reply: dns.message.Message, limit: int) -> bytes:
         return to_wire(reply, limit)
 
 
-async def main(zone: dns.zone.Zone, host: str, port: int) -> None:
+async def main(zone: dns.zone.Zone, host: str, port: int, proxies: list[IPv4Network | IPv6Network]) -> None:
     """Serve ``zone`` until SIGINT or SIGTERM."""
 
     @trio_udp.datagram_handler
@@ -173,6 +176,7 @@ async def main(zone: dns.zone.Zone, host: str, port: int) -> None:
         port,
         host=host,
         max_datagram_size=MAX_PAYLOAD,  # nobody may send more than a server offers to take
+        proxies=proxies,
         stop_signals=(signal.SIGINT, signal.SIGTERM),
     )
     async with trio.open_nursery() as nursery:
@@ -188,9 +192,11 @@ if __name__ == "__main__":
     parser.add_argument("--origin", help="name of the zone, if the file has no $ORIGIN")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=5353)
+    help_proxy = "where load balancers are that put a PROXY header in front of queries; may be repeated"
+    parser.add_argument("--proxy", metavar="NETWORK", type=ip_network, action="append", default=[], help=help_proxy)
     arguments = parser.parse_args()
     try:
         zone = load_zone(arguments.zone_file, arguments.origin)
     except (OSError, dns.exception.DNSException) as error:
         parser.error(f"cannot load {arguments.zone_file}: {error}")
-    trio.run(main, zone, arguments.host, arguments.port)
+    trio.run(main, zone, arguments.host, arguments.port, arguments.proxy)

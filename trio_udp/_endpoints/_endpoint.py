@@ -111,6 +111,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
             received=received.received,
             bytes_received=received.bytes_received,
             truncated=received.truncated,
+            refused_malformed=received.refused_malformed,
             sent=sent.sent,
             bytes_sent=sent.bytes_sent,
             receive_errors=sent.receive_errors,

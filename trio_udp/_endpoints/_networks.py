@@ -44,6 +44,8 @@ class Networks:
                 parsed = ip_network(str(network))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+            if "%" in str(network):
+                raise ValueError(f"{name}: a network has no scope: {str(network)!r}")
             if isinstance(parsed, IPv6Network) and parsed.subnet_of(MAPPED_NETWORK):
                 number, mask = (int(part) & 0xFFFFFFFF for part in (parsed.network_address, parsed.netmask))
                 masks.append((4, mask, number))

@@ -1,0 +1,1 @@
+"""Examples with other programs around them: each is driven by something real."""

@@ -1,0 +1,1 @@
+from ..project.conftest import start as start
