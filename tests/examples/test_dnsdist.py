@@ -50,6 +50,10 @@ def dnsdist() -> str:
     return program("dnsdist", "dnsdist")
 
 
+def speaks_https(dnsdist: str) -> bool:
+    return "dns-over-https" in subprocess.run([dnsdist, "--version"], capture_output=True, text=True).stdout
+
+
 def free_port() -> int:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind((LOOPBACK, 0))
@@ -58,10 +62,10 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def running(dnsdist: str, backend: str, folder: Path) -> AsyncIterator[int]:
+async def running(dnsdist: str, backend: str, folder: Path, more: str = "") -> AsyncIterator[int]:
     """Run dnsdist in front of a server until the block ends; give the port that it listens on, for IPv4 and IPv6."""
     port = free_port()
-    listen = f'setLocal("{LOOPBACK}:{port}")\naddLocal("[{LOOPBACK6}]:{port}")'
+    listen = f'setLocal("{LOOPBACK}:{port}")\naddLocal("[{LOOPBACK6}]:{port}")\n' + more
     configuration = folder / "dnsdist.conf"
     configuration.write_text(CONFIGURATION.format(listen=listen, backend=backend, source=PROXY_HOST))
     command = [dnsdist, "-C", str(configuration), "--supervised", "--disable-syslog"]
@@ -72,8 +76,8 @@ async def running(dnsdist: str, backend: str, folder: Path) -> AsyncIterator[int
         with trio.fail_after(20):
             # It has then asked the server something by itself, as the proxy that it is.
             while b"as 'up'" not in said:
-                said += (more := await process.stdout.receive_some())
-                assert more, said
+                said += (line := await process.stdout.receive_some())
+                assert line, said
         async with trio.open_nursery() as nursery:
             nursery.start_soon(drain, process.stdout)
             yield port
@@ -116,7 +120,8 @@ def who_asks(datagram: Datagram) -> bytes:
 
 
 def told(reply: dns.message.Message) -> str:
-    return reply.answer[0][0].to_text().strip('"')
+    text: str = reply.answer[0][0].to_text()
+    return text.strip('"')
 
 
 async def test_every_client_has_its_own_address(dnsdist: str, start_on_loopback: StartServer, tmp_path: Path) -> None:
@@ -158,6 +163,27 @@ async def test_rate_limit_counts_the_real_client(dnsdist: str, start_on_loopback
     assert answered == {"127.1.0.1": 5, "127.1.0.2": 5}
     assert server.statistics().refused_by_rate == 15
     check_adds_up(server)
+
+
+async def test_clients_over_https(dnsdist: str, start_on_loopback: StartServer, tmp_path: Path) -> None:
+    """What reaches dnsdist over HTTPS goes on over UDP; its header names the client, and says "stream"."""
+    curl = program("curl", "curl")
+    if not speaks_https(dnsdist):
+        pytest.skip("this dnsdist was built without DNS over HTTPS")
+    server: Server = await start_on_loopback(who_asks, proxies=[PROXY_HOST])
+    query = tmp_path / "query"
+    query.write_bytes(dns.message.make_query("example.com", "TXT").to_wire())
+    http = free_port()
+    more = f'addDOHLocal("{LOOPBACK}:{http}", nil, nil, "/dns-query")'  # without TLS
+    async with running(dnsdist, f"{LOOPBACK}:{port_of(server)}", tmp_path, more):
+        command = [
+            *(curl, "-s", "--max-time", "5", "--http2-prior-knowledge", "--interface", "127.1.0.1"),
+            *("-H", "content-type: application/dns-message", "--data-binary", f"@{query}"),
+            f"http://{LOOPBACK}:{http}/dns-query",
+        ]
+        done = await trio.run_process(command, capture_stdout=True)
+    assert told(dns.message.from_wire(done.stdout)).startswith(f"127.1.0.1 {LOOPBACK} ")
+    assert server.statistics().refused_malformed == 0
 
 
 async def test_without_proxies_it_is_all_payload(start_on_loopback: StartServer, dnsdist: str, tmp_path: Path) -> None:
