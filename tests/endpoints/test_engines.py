@@ -64,12 +64,18 @@ def simulated_world() -> World:
     return World(open_endpoint, network.connect, open_narrow)
 
 
-@pytest.fixture(params=["simulated", "portable", "linux"])
+# An endpoint with proxies has an engine around the engine. These have addresses that nobody can send from.
+open_behind_proxies = partial(open_endpoint, proxies=["240.0.0.0/4"])
+
+
+@pytest.fixture(params=["simulated", "portable", "linux", "behind proxies"])
 def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> World:
     if request.param == "simulated":
         return simulated_world()
     if request.param == "linux" and sys.platform != "linux":
         pytest.skip("not Linux")
+    if request.param == "behind proxies":
+        return World(open_behind_proxies, trio_udp.connect, None)
     monkeypatch.setenv("TRIO_UDP_ENGINE", request.param)
     # UDP has no back-pressure on one machine; Unix-domain datagrams have, and only the portable engine.
     return World(open_endpoint, trio_udp.connect, open_narrow if request.param == "portable" else None)
