@@ -33,12 +33,12 @@ class EndpointStatistics:
     received: int
     bytes_received: int
     truncated: int
+    refused_malformed: int = 0
     sent: int
     bytes_sent: int
     receive_errors: int
     send_errors: int
     errors: Mapping[str, int] = attrs.field(hash=False)
-    refused_malformed: int = 0
     kernel_dropped: int = 0
     kernel_queued: int = 0
     receive_buffer: int = 0

@@ -318,6 +318,19 @@ async def test_connected_socket(engine: str) -> None:
             assert [(d.payload, d.peer_address) for d in datagrams] == [(b"a", CLIENT), (b"b", proxy.getsockname())]
             await datagrams[0].reply(b"answer")
             assert proxy.recv(100) == b"answer"
+            assert [d.payload for d in await receive(endpoint, proxy, OWN + b"c")] == [b"c"]
+            proxy.sendto(b"malformed", endpoint.local_address)
+            with pytest.raises(trio.WouldBlock):
+                endpoint.receive_nowait()
+            assert endpoint.statistics().refused_malformed == 1
+
+
+async def test_proxy_with_a_reserved_address() -> None:
+    """Private networks use 240.0.0.0/4 too, which is reserved and not for groups."""
+    network = SimulatedNetwork()
+    endpoint = network.endpoint("192.0.2.53", 53, proxies=["240.0.0.0/4"])
+    network.inject(HEADER, ("240.0.0.1", 1000), ("192.0.2.53", 53))
+    assert (await endpoint.receive()).peer_address == CLIENT
 
 
 async def test_send_to_is_direct(open_one: Open) -> None:

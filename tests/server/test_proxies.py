@@ -196,8 +196,9 @@ async def test_sources_in_headers(start: Start, handler: Handler) -> None:
     for source in unanswerable:
         assert await behind.put_raw(header(source, ("::", 53) if ":" in source[0] else FRONT) + b"x") == []
     assert await behind.put(b"x", (SERVER[0], 1000)) == [(PROXY, b"x")]  # another program of the server's machine
+    assert await behind.put_raw(header(("2001:db8::1", SERVER[1]), ("::", 53)) + b"x") == [(PROXY, b"x")]
     s = behind.server.statistics()
-    assert (s.refused_source, s.delivered, s.send_errors) == (4, 4, 3)
+    assert (s.refused_source, s.delivered, s.send_errors) == (4, 5, 3)
 
 
 async def test_own_addresses_of_the_other_family(start_on_loopback: StartServer) -> None:

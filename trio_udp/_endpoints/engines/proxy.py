@@ -16,7 +16,7 @@ from typing import TypeAlias, cast
 import trio
 
 from ..._log import WarningLog
-from .._address import Address, describe
+from .._address import Address, describe, is_limited_broadcast, is_multicast, is_unspecified
 from .._networks import Networks
 from ._engine import BATCH, Engine, Outgoing, Received, Route
 from .pktinfo import MAPPED, is_doubtful_host
@@ -90,7 +90,7 @@ class ProxyEngine:
         """Return the datagrams as their clients sent them; count those that cannot be, and those that are too long."""
         known, longest, counts = self._is_proxy, self._longest, self.counts
         kept: list[Received] = []
-        malformed: Route | None = None
+        malformed: list[Route] = []
         for payload, route, ancillary in batch:
             is_proxy = known.get(route)
             if is_proxy is None:
@@ -99,8 +99,7 @@ class ProxyEngine:
             if is_proxy:
                 found = read_header(payload)
                 if found is None:
-                    counts.refused_malformed += 1
-                    malformed = route
+                    malformed.append(route)
                     continue
                 start, ends = found
                 payload = payload[start:]
@@ -109,15 +108,18 @@ class ProxyEngine:
                 counts.truncated += 1
                 continue
             kept.append((payload, (route, ends), ancillary))
-        if malformed is not None:
-            proxy = describe(self._inner.peer_address(malformed))
+        if malformed:
+            counts.refused_malformed += len(malformed)
+            proxy = describe(self._inner.peer_address(malformed[-1]))
             self._warnings.warn("malformed", "refused a datagram without a valid PROXY header from proxy %s", proxy)
         return kept
 
     def _find_out(self, route: Route) -> bool:
-        """Whether a route leads to a proxy. A group or the unspecified address never does: no answer may go there."""
-        host = self._inner.host(route)
-        is_proxy = host in self._proxies and not is_doubtful_host(host)
+        """Whether a route leads to a proxy."""
+        is_proxy = self._inner.host(route) in self._proxies
+        if is_proxy:  # not an address of many machines, or of none: no answer may go there
+            peer = self._inner.peer_address(route)
+            is_proxy = not (is_multicast(peer) or is_limited_broadcast(peer) or is_unspecified(peer))
         if len(self._is_proxy) >= MAX_ROUTES:
             self._is_proxy.clear()
         self._is_proxy[route] = is_proxy
