@@ -88,6 +88,18 @@ async def test_datagrams_of_all_senders_in_arrival_order() -> None:
 
 
 @over_both_engines
+async def test_receive_nowait_reads_past_truncated_datagrams() -> None:
+    """receive_nowait returns the datagram behind a whole batch of truncated ones."""
+    async with opened(max_datagram_size=1) as endpoint:
+        with peer_of(endpoint) as peer:
+            for _ in range(64):
+                peer.send(b"long")
+            peer.send(b"1")
+            assert endpoint.receive_nowait().payload == b"1"
+    assert endpoint.statistics().truncated == 64
+
+
+@over_both_engines
 async def test_receive_nowait() -> None:
     """receive_nowait returns the next datagram, and raises WouldBlock if none has arrived."""
     async with opened() as endpoint:

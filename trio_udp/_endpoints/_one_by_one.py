@@ -9,6 +9,9 @@ from ._back_off import PAUSE
 from ._reader import Reader
 from .engines import Received
 
+# Batches of nothing but truncated or malformed datagrams to read past at once, before other tasks run.
+MOST_EMPTY_BATCHES = 16
+
 
 @attrs.define(eq=False)
 class OneByOne:
@@ -89,9 +92,14 @@ class OneByOne:
     def _read_ahead_nowait(self) -> bool:
         """Read ahead the batch that has arrived; return whether there was one."""
         self.raise_refusal()
+        reader, counts = self.reader, self.reader.engine.counts
         batch: list[Received] = []
-        self.reader.read(batch)
-        self.reader.ahead.extend(batch)
+        for _ in range(MOST_EMPTY_BATCHES):
+            received = counts.received
+            may_have_more = reader.read(batch)
+            if batch or not may_have_more or counts.received == received:  # nothing, or an error
+                break
+        reader.ahead.extend(batch)
         if not batch:
             self.raise_refusal()
         return bool(batch)
