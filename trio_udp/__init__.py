@@ -27,6 +27,8 @@ from ._statistics import (
     EndpointStatistics as EndpointStatistics,
     ServerStatistics as ServerStatistics,
 )
+from .layers.request import NoAnswerError as NoAnswerError, backoff as backoff, request as request
+from .layers.typed import TypedChannel as TypedChannel, typed as typed
 
 __all__ = [
     "Accept",
@@ -40,19 +42,24 @@ __all__ = [
     "EndpointStatistics",
     "Handler",
     "Limits",
+    "NoAnswerError",
     "OnError",
     "Payload",
     "RateLimit",
     "Server",
     "ServerStatistics",
+    "TypedChannel",
+    "backoff",
     "connect",
     "datagram_handler",
     "log_error",
     "open_endpoints",
     "raise_error",
+    "request",
     "request_handler",
     "serve",
     "serve_endpoints",
+    "typed",
 ]
 __version__ = "0.1.0"
 

@@ -7,6 +7,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable
 from functools import cache
+from itertools import islice
 
 import attrs
 import trio
@@ -18,6 +19,9 @@ warn_once = cache(LOGGER.warning)
 
 # A stranger who finds a payload that makes a handler raise can send it a million times.
 TRACEBACKS_PER_SECOND = 10
+
+# The same for payloads that do not decode, of all peers together.
+LINES_PER_SECOND = 10
 
 # Least time between two lines for the same reason, or about the same errno of the same socket.
 SECONDS_OF_SILENCE = 60
@@ -90,3 +94,23 @@ class WarningLog:
         if now >= self._silent_until.get(reason, now):
             self._silent_until[reason] = now + SECONDS_OF_SILENCE
             LOGGER.warning(message, *args)
+
+
+@attrs.define(eq=False)
+class PeerLog:
+    """Logs payloads that make no sense: a line a minute for each peer, and ten a second for all, at most.
+
+    There are lines of one minute to remember, so strangers with any number of addresses cannot make it grow.
+    """
+
+    _written: dict[object, float] = attrs.field(factory=dict, init=False)  # when, by peer; the oldest first
+
+    def __call__(self, channel: object, payload: bytes, error: Exception) -> None:
+        now, peer, written = trio.current_time(), getattr(channel, "peer_address", repr(channel)), self._written
+        while written and not now - SECONDS_OF_SILENCE < written[oldest := next(iter(written))] <= now:
+            del written[oldest]
+        last = list(islice(reversed(written.values()), LINES_PER_SECOND))
+        if peer not in written and (len(last) < LINES_PER_SECOND or now - last[-1] >= 1):
+            written[peer] = now
+            reason = f"{type(error).__name__}: {error}"[:200]  # may quote the payload: so it is short, and escaped
+            LOGGER.warning("skipped a payload of %d bytes from %s: %r", len(payload), peer, reason)

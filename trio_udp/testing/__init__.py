@@ -8,7 +8,7 @@ _conditions.py   loss, latency and so on: the random draw for each packet
 _packets.py      a datagram under way, and its fragments
 _addresses.py    addresses in the form in which the network compares them
 _timeline.py     recorded events, as values and as readable lines
-_scheduling.py   Trio's random task order
+_scheduling.py   randomness elsewhere: Trio's task order, jitter
 
 Each file imports only from files below it. See docs/testing.md. ``import trio_udp`` does not import this package.
 """

@@ -1,21 +1,34 @@
-"""Trio's random task order: Trio runs the tasks of one pass in random order, so that no program relies on one."""
+"""Randomness outside the network: Trio's order of the tasks of one pass, and the jitter of ``backoff``."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from .._trio import seeded_scheduler
+from ..layers.request import JITTER
 
 
 def deterministic_scheduling(seed: int) -> AbstractContextManager[None]:
-    """Let a seed decide in which order Trio runs its tasks, until the ``with`` block ends.
+    """Let a seed decide in which order Trio runs its tasks, and the jitter of :func:`backoff`, in a block.
 
     ``with deterministic_scheduling(seed): trio.run(...)`` does the same each time if the program does: with
     ``trio.testing.MockClock``, with a :class:`SimulatedNetwork` instead of a real one, and without threads. The fixture
     ``simulated_network`` does this for its test.
     """
     check_seed(seed)
-    return seeded_scheduler(seed)
+    return _seeded(seed)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    state = JITTER.getstate()
+    JITTER.seed(seed)
+    try:
+        with seeded_scheduler(seed):
+            yield
+    finally:
+        JITTER.setstate(state)
 
 
 def check_seed(seed: object) -> None:

@@ -1,0 +1,106 @@
+"""Objects instead of bytes: a channel over any channel, with two functions of the user's and no format of its own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Awaitable, Callable
+from types import GenericAlias
+from typing import TYPE_CHECKING, Any, Generic, final
+
+import attrs
+import trio
+
+from .._client import Client
+from .._log import PeerLog
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar  # with defaults, which the standard library has since Python 3.13
+
+    Received = TypeVar("Received")
+    Sent = TypeVar("Sent", default=Received)
+    Transport = TypeVar("Transport", bound=trio.abc.Channel[bytes], default=Client)
+else:
+    from typing import TypeVar
+
+    Received, Sent, Transport = map(TypeVar, ("Received", "Sent", "Transport"))
+
+
+def _check(name: str, function: object) -> None:
+    if not callable(function) or inspect.iscoroutinefunction(function):
+        raise TypeError(f"{name} must be a plain function, not {function!r}")
+
+
+def _plain_function(_: object, field: attrs.Attribute[Any], value: object) -> None:
+    _check(str(field.alias), value)
+
+
+@final
+@attrs.define(eq=False)
+class TypedChannel(trio.abc.Channel[Received], Generic[Received, Sent, Transport]):
+    """A channel of objects over a channel of bytes: ``TypedChannel(connection, decode=json.loads, encode=dump)``.
+
+    In annotations: ``TypedChannel[Move]``, or ``TypedChannel[Request, Reply]`` if what is sent has another type.
+
+    A payload for which ``decode`` raises an ``Exception`` is skipped, and the conversation goes on: that is the peer's
+    fault, not the handler's. It is counted, and logged at most once a minute, or given to
+    ``on_decode_error(channel, payload, exception)`` instead: to answer it, with ``channel.send_nowait(...)``, or to
+    raise. What ``encode`` raises comes out of :meth:`send`, and nothing is sent.
+
+    Attributes:
+      channel: The channel of bytes, with all else that it has: ``channel.peer_address``, ``channel.server``.
+      decode_errors: Payloads skipped so far.
+    """
+
+    channel: Transport
+    _decode: Callable[[bytes], Received] = attrs.field(kw_only=True, repr=False, validator=_plain_function)
+    _encode: Callable[[Sent], bytes] = attrs.field(kw_only=True, repr=False, validator=_plain_function)
+    _on_decode_error: Callable[[Transport, bytes, Exception], object] = attrs.field(
+        kw_only=True, repr=False, validator=_plain_function, factory=PeerLog
+    )
+    decode_errors: int = attrs.field(default=0, init=False)
+
+    if not TYPE_CHECKING:
+        __class_getitem__ = classmethod(GenericAlias)  # any number of types, as their defaults allow
+
+    async def receive(self) -> Received:
+        """Wait for the next payload that decodes, and return the object. Errors and cancellation are the channel's."""
+        while True:
+            payload = await self.channel.receive()
+            try:
+                return self._decode(payload)
+            except Exception as error:
+                self.decode_errors += 1
+                self._on_decode_error(self.channel, payload, error)
+
+    async def send(self, value: Sent) -> None:  # type: ignore[override]
+        """Encode an object and send it. Errors are those of ``encode``, and else the channel's, as is cancellation."""
+        await self.channel.send(self._encode(value))
+
+    async def aclose(self) -> None:
+        """Close the channel of bytes."""
+        await self.channel.aclose()
+
+
+def typed(
+    handler: Callable[[TypedChannel[Received, Sent, Transport]], Awaitable[object]],
+    *,
+    decode: Callable[[bytes], Received],
+    encode: Callable[[Sent], bytes],
+    on_decode_error: Callable[[Transport, bytes, Exception], object] | None = None,
+) -> Callable[[Transport], Awaitable[object]]:
+    """Make a handler of one that takes a :class:`TypedChannel`: ``serve(typed(f, decode=..., encode=...), 9999)``.
+
+    The arguments are those of :class:`TypedChannel`. It works wherever a handler does, so also inside other layers.
+    """
+    if not callable(handler) or inspect.isclass(handler):
+        raise TypeError(f"a typed handler is an async function with one argument, a TypedChannel, not {handler!r}")
+    report = PeerLog() if on_decode_error is None else on_decode_error
+    for name, function in {"decode": decode, "encode": encode, "on_decode_error": report}.items():
+        _check(name, function)
+
+    @functools.wraps(handler)  # not async: a server says what is wrong with a handler that returns nothing to await
+    def typed_handler(channel: Transport) -> Awaitable[object]:
+        return handler(TypedChannel(channel, decode=decode, encode=encode, on_decode_error=report))
+
+    return typed_handler
