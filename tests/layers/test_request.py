@@ -266,7 +266,7 @@ async def test_any_channel(nursery: trio.Nursery) -> None:
 
 async def test_handler_asks_its_client(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
     """A handler makes requests of its client, and the end of the client ends the request."""
-    ended = []
+    ended: list[object] = []
 
     async def handler(client: trio_udp.Client) -> None:
         await client.receive()
