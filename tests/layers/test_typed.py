@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -66,7 +66,7 @@ async def test_objects_both_ways(udp_server: Callable[..., Awaitable[Connection]
         await connection.receive()
 
 
-async def first(channel: trio.abc.Channel[Total]) -> Any:
+async def first(channel: trio.abc.Channel[Total]) -> AsyncIterator[Total]:
     """Iterate over a channel until the first object."""
     async for total in channel:
         yield total

@@ -6,9 +6,8 @@ import functools
 import inspect
 from collections.abc import Awaitable, Callable
 from types import GenericAlias
-from typing import TYPE_CHECKING, Any, Generic, final
+from typing import TYPE_CHECKING, Generic, final
 
-import attrs
 import trio
 
 from .._client import Client
@@ -20,23 +19,20 @@ if TYPE_CHECKING:
     Received = TypeVar("Received")
     Sent = TypeVar("Sent", default=Received)
     Transport = TypeVar("Transport", bound=trio.abc.Channel[bytes], default=Client)
+    F = TypeVar("F", bound=Callable[..., object])
 else:
     from typing import TypeVar
 
-    Received, Sent, Transport = map(TypeVar, ("Received", "Sent", "Transport"))
+    Received, Sent, Transport, F = map(TypeVar, ("Received", "Sent", "Transport", "F"))
 
 
-def _check(name: str, function: object) -> None:
+def _plain_function(name: str, function: F) -> F:
     if not callable(function) or inspect.iscoroutinefunction(function):
         raise TypeError(f"{name} must be a plain function, not {function!r}")
-
-
-def _plain_function(_: object, field: attrs.Attribute[Any], value: object) -> None:
-    _check(str(field.alias), value)
+    return function
 
 
 @final
-@attrs.define(eq=False)
 class TypedChannel(trio.abc.Channel[Received], Generic[Received, Sent, Transport]):
     """A channel of objects over a channel of bytes: ``TypedChannel(connection, decode=json.loads, encode=dump)``.
 
@@ -52,13 +48,19 @@ class TypedChannel(trio.abc.Channel[Received], Generic[Received, Sent, Transport
       decode_errors: Payloads skipped so far.
     """
 
-    channel: Transport
-    _decode: Callable[[bytes], Received] = attrs.field(kw_only=True, repr=False, validator=_plain_function)
-    _encode: Callable[[Sent], bytes] = attrs.field(kw_only=True, repr=False, validator=_plain_function)
-    _on_decode_error: Callable[[Transport, bytes, Exception], object] = attrs.field(
-        kw_only=True, repr=False, validator=_plain_function, factory=PeerLog
-    )
-    decode_errors: int = attrs.field(default=0, init=False)
+    def __init__(
+        self,
+        channel: Transport,
+        *,
+        decode: Callable[[bytes], Received],
+        encode: Callable[[Sent], bytes],
+        on_decode_error: Callable[[Transport, bytes, Exception], object] | None = None,
+    ) -> None:
+        self.channel = channel
+        self.decode_errors = 0
+        self._decode = _plain_function("decode", decode)
+        self._encode = _plain_function("encode", encode)
+        self._on_decode_error = _plain_function("on_decode_error", on_decode_error or PeerLog())
 
     if not TYPE_CHECKING:
         __class_getitem__ = classmethod(GenericAlias)  # any number of types, as their defaults allow
@@ -95,9 +97,9 @@ def typed(
     """
     if not callable(handler) or inspect.isclass(handler):
         raise TypeError(f"a typed handler is an async function with one argument, a TypedChannel, not {handler!r}")
-    report = PeerLog() if on_decode_error is None else on_decode_error
-    for name, function in {"decode": decode, "encode": encode, "on_decode_error": report}.items():
-        _check(name, function)
+    _plain_function("decode", decode)
+    _plain_function("encode", encode)
+    report = _plain_function("on_decode_error", on_decode_error or PeerLog())  # one log for all clients
 
     @functools.wraps(handler)  # not async: a server says what is wrong with a handler that returns nothing to await
     def typed_handler(channel: Transport) -> Awaitable[object]:
