@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 import random
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -164,6 +165,7 @@ async def test_no_answer(
     assert isinstance(error, trio_udp.NoAnswerError)
     assert (error.attempts, error.unmatched, error.refused) == (4, 8, 0)
     assert str(error) == "no answer; asked 4 times, 0 refused; 8 payloads did not match"
+    assert vars(pickle.loads(pickle.dumps(error))) == vars(error)
 
 
 async def test_nobody_listens_yet(

@@ -32,6 +32,9 @@ SERVERS = [
     "service",
     "lobby",
     "collector",
+    "chat_room",
+    "reliable",
+    "relay",
 ]
 
 pytestmark = without_signals

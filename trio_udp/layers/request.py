@@ -33,8 +33,13 @@ class NoAnswerError(trio.TooSlowError):
     """
 
     def __init__(self, attempts: int, unmatched: int, refused: int) -> None:
-        super().__init__(f"no answer; asked {attempts} times, {refused} refused; {unmatched} payloads did not match")
+        super().__init__(attempts, unmatched, refused)
         self.attempts, self.unmatched, self.refused = attempts, unmatched, refused
+
+    def __str__(self) -> str:
+        return (
+            f"no answer; asked {self.attempts} times, {self.refused} refused; {self.unmatched} payloads did not match"
+        )
 
 
 @attrs.frozen
