@@ -21,8 +21,8 @@ import trio_udp
 KEPT = (
     32  # answers, of each client; it has one request at a time, so these reach back further than any doubled datagram
 )
-IDLE_TIMEOUT = 60.0
-WAITS = trio_udp.backoff(0.5, attempts=7, most=8)  # 0.5, 1, 2, 4, 8, 8, 8: half a minute
+IDLE_TIMEOUT = 120.0
+WAITS = trio_udp.backoff(0.5, attempts=10, most=8)  # 0.5, 1, 2, 4, 8, 8, ...: about a minute
 
 
 class Account:

@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 import pytest
 import trio
+from hypothesis import given, settings, strategies as st
 from trio.testing import MockClock
 
 import trio_udp
@@ -76,11 +77,18 @@ class Outcome:
     unmatched: int = 0
 
 
-def ask_through_bad_weather(
-    waits: Callable[[], Iterable[float]], requests: int, matching: Callable[[bytes], Callable[[bytes], bool]] = answers
+def bad_network() -> SimulatedNetwork:
+    """30 % loss in each direction, doubling, reordering, and delays beyond the first wait of some schedules."""
+    return SimulatedNetwork(seed=1, loss=0.3, duplicate=0.2, reorder=0.2, latency=(0.01, 0.6))
+
+
+def ask_many(
+    network: SimulatedNetwork,
+    waits: Callable[[], Iterable[float]],
+    requests: int,
+    matching: Callable[[bytes], Callable[[bytes], bool]] = answers,
 ) -> Outcome:
-    """Make requests, one after the other, through 30 % loss, doubling, reordering and delays beyond the first wait."""
-    network = SimulatedNetwork(seed=1, loss=0.3, duplicate=0.2, reorder=0.2, latency=(0.01, 0.6))
+    """Make requests, one after the other."""
     outcome = Outcome()
 
     async def main() -> None:
@@ -111,7 +119,7 @@ def ask_through_bad_weather(
 def test_schedules_of_protocols(schedule: str) -> None:
     """Through 30 % loss no request ever gets the answer to another; the share answered is what the attempts allow."""
     requests = 1_000
-    outcome = ask_through_bad_weather(SCHEDULES[schedule], requests)
+    outcome = ask_many(bad_network(), SCHEDULES[schedule], requests)
     assert outcome.wrong == 0
     assert outcome.right + outcome.unanswered == requests
     assert outcome.unmatched > 100
@@ -121,8 +129,29 @@ def test_schedules_of_protocols(schedule: str) -> None:
 
 def test_any_answer_is_mostly_the_wrong_one() -> None:
     """The same network gives most requests a wrong answer, if the first payload to arrive is taken for it."""
-    outcome = ask_through_bad_weather(SCHEDULES["snmp"], 1_000, lambda question: lambda payload: True)
+    outcome = ask_many(bad_network(), SCHEDULES["snmp"], 1_000, lambda question: lambda payload: True)
     assert outcome.wrong > 500
+
+
+probabilities = st.floats(0, 0.6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 1_000),
+    loss=probabilities,
+    duplicate=probabilities,
+    reorder=probabilities,
+    slowest=st.floats(0.01, 20),
+    waits=st.lists(st.floats(0.01, 5), min_size=1, max_size=5),
+)
+def test_no_wrong_answer_on_any_network(
+    seed: int, loss: float, duplicate: float, reorder: float, slowest: float, waits: list[float]
+) -> None:
+    """Whatever the network does, and however long answers take, a request gets its own answer or none."""
+    network = SimulatedNetwork(seed=seed, loss=loss, duplicate=duplicate, reorder=reorder, latency=(0.01, slowest))
+    outcome = ask_many(network, lambda: waits, 20)
+    assert (outcome.wrong, outcome.right + outcome.unanswered) == (0, 20)
 
 
 # One request.
