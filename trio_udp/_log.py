@@ -109,8 +109,10 @@ class PeerLog:
         now, peer, written = trio.current_time(), getattr(channel, "peer_address", repr(channel)), self._written
         while written and not now - SECONDS_OF_SILENCE < written[oldest := next(iter(written))] <= now:
             del written[oldest]
+        if peer in written:
+            return
         last = list(islice(reversed(written.values()), LINES_PER_SECOND))
-        if peer not in written and (len(last) < LINES_PER_SECOND or now - last[-1] >= 1):
+        if len(last) < LINES_PER_SECOND or now - last[-1] >= 1:
             written[peer] = now
             reason = f"{type(error).__name__}: {error}"[:200]  # may quote the payload: so it is short, and escaped
             LOGGER.warning("skipped a payload of %d bytes from %s: %r", len(payload), peer, reason)
