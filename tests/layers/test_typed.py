@@ -60,6 +60,7 @@ async def test_objects_both_ways(udp_server: Callable[..., Awaitable[Connection]
     port: int = totals.channel.peer_address[1]  # known to type checkers as a connection
     assert port == connection.peer_address[1]
     assert isinstance(totals, trio.abc.Channel)
+    assert repr(totals) == f"<trio_udp.TypedChannel over {connection!r}>"
     async with totals:
         pass
     with pytest.raises(trio.ClosedResourceError):

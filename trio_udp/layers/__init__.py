@@ -1,4 +1,4 @@
-"""Layers over any channel. Each uses public names only, so a layer of your own can be built in the same way.
+"""Layers over any channel. They use no more of it than a layer of your own could: ``send``, ``receive``, ``aclose``.
 
 request.py    ask until there is an answer
 typed.py      objects instead of bytes

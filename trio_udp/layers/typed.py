@@ -62,6 +62,9 @@ class TypedChannel(trio.abc.Channel[Received], Generic[Received, Sent, Transport
         self._encode = _plain_function("encode", encode)
         self._on_decode_error = _plain_function("on_decode_error", on_decode_error or PeerLog())
 
+    def __repr__(self) -> str:
+        return f"<trio_udp.TypedChannel over {self.channel!r}>"
+
     if not TYPE_CHECKING:
         __class_getitem__ = classmethod(GenericAlias)  # any number of types, as their defaults allow
 
