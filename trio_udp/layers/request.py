@@ -32,6 +32,10 @@ class NoAnswerError(trio.TooSlowError):
       refused: Refusals by the network: the peer's port was closed.
     """
 
+    attempts: int
+    unmatched: int
+    refused: int
+
     def __init__(self, attempts: int, unmatched: int, refused: int) -> None:
         super().__init__(attempts, unmatched, refused)
         self.attempts, self.unmatched, self.refused = attempts, unmatched, refused
@@ -44,6 +48,8 @@ class NoAnswerError(trio.TooSlowError):
 
 @attrs.frozen
 class Backoff(Iterable[float]):
+    """Waits that are drawn anew each time they are iterated over."""
+
     first: float
     attempts: int
     factor: float

@@ -48,6 +48,12 @@ class TypedChannel(trio.abc.Channel[Received], Generic[Received, Sent, Transport
       decode_errors: Payloads skipped so far.
     """
 
+    channel: Transport
+    decode_errors: int
+    _decode: Callable[[bytes], Received]
+    _encode: Callable[[Sent], bytes]
+    _on_decode_error: Callable[[Transport, bytes, Exception], object]
+
     def __init__(
         self,
         channel: Transport,
