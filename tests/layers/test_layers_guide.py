@@ -28,7 +28,9 @@ StartServer = Callable[..., Awaitable[trio_udp.Connection]]
 
 def run(*titles: str) -> dict[str, Any]:
     """Run the code of sections, one after the other, and return its names."""
-    for library in {"msgspec", "cattrs"} & set(titles):
+    for library in re.findall(
+        r"^(?:import|from) (msgspec|cattrs|easynetwork)", "".join(map(SECTIONS.__getitem__, titles)), re.M
+    ):
         pytest.importorskip(library)
     names: dict[str, Any] = {"__name__": "guide"}
     for title in titles:
@@ -97,6 +99,10 @@ FORMATS: dict[str, list[tuple[bytes, bytes | None]]] = {
         (b'{"add": "5"}', None),
         (b"[" * 9_000, None),
         (b'{"add": 1}', b'{"total": 6}'),
+    ],
+    "If you come from easynetwork": [
+        (b'{"a": 1}', b'{"a":1}'),
+        (b"{", None),
     ],
     "struct": [
         (b"\0\7\0\0\0\0\0\0\0\0", b"\0\7\x3f\x80\0\0\0\0\0\0"),
