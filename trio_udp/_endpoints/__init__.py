@@ -7,6 +7,7 @@ _one_by_one.py  receiving without a server: one datagram at a time
 _outbox.py      sending: order, waiting for room, the turns of tasks
 _datagram.py    Datagram, the public view of one datagram
 _addressed.py   send_to: datagrams that the program itself addresses
+_multicast.py   joining groups, and the options for sending to them
 _open.py        from a host and a port to endpoints
 _sources.py     source addresses that are refused or never answered
 _buffers.py     buffer sizes: requests, and the warning about a small one

@@ -16,6 +16,7 @@ from ._address import Address
 from ._addressed import find_way, send_on, send_on_nowait
 from ._buffers import check_max_datagram_size, grant_receive_buffer
 from ._datagram import Datagram, Origin, new_datagram
+from ._multicast import Interface, check_hops, check_loop, index_of, join_group, leave_group, multicast_of
 from ._networks import Network, Networks
 from ._one_by_one import OneByOne
 from ._outbox import INTERNET, Outbox, Payload
@@ -177,6 +178,75 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
           trio.WouldBlock: The send buffer is full, or others are waiting for it; nothing was sent.
         """
         send_on_nowait(find_way([self._reader.outbox], address, local_address), payload)
+
+    def join_group(self, group: str, *, interface: Interface | None = None, source: str | None = None) -> None:
+        """Receive the datagrams that are sent to a group, at this endpoint's port.
+
+        The endpoint must be bound to all addresses (``host=None``, ``"0.0.0.0"``, ``"::"``) or to the group. It then
+        hears the groups that it has joined, on the interfaces it has joined them on, and no group that another program
+        has joined. ``Datagram.destination`` and ``Client.destination`` tell the group. An IPv6 endpoint without
+        ``IPV6_V6ONLY`` joins IPv4 groups too. Closing the endpoint leaves its groups; so does the end of the interface.
+
+        Args:
+          group: Numeric address; ``"ff02::fb%eth0"`` names the interface too.
+          interface: Name, index (as in ``Datagram.interface``) or one of our own addresses on it. By default the one
+            on the machine's route to the group. One call for each interface joins on several.
+          source: Hear this sender only (source-specific multicast, RFC 4607). One call for each source hears several.
+            An endpoint is in a group either for all sources or for single ones. Linux only.
+
+        Raises:
+          OSError: The kernel's own, with the reason in its message: not a group (``EINVAL``), no such interface
+            (``ENODEV``), joined already (``EADDRINUSE``; for a source ``EADDRNOTAVAIL``), more groups than the system
+            allows (``ENOBUFS``).
+          TypeError, ValueError: Not a numeric address, or not of a family that this endpoint receives.
+          NotImplementedError: This system cannot join for a single source.
+          trio.ClosedResourceError: The endpoint is closed.
+        """
+        join_group(self._reader.engine, group, interface, source)
+
+    def leave_group(self, group: str, *, interface: Interface | None = None, source: str | None = None) -> None:
+        """Undo :meth:`join_group`; the arguments are the same. What has arrived is still received.
+
+        Raises:
+          OSError: ``EADDRNOTAVAIL`` or ``EINVAL``: it is not in this group, on this interface, for this source. Others
+            as for :meth:`join_group`.
+        """
+        leave_group(self._reader.engine, group, interface, source)
+
+    @property
+    def multicast_hops(self) -> int:
+        """Time to live of what this endpoint sends to groups: 0 to 255; 1, the default, stays on the link."""
+        return multicast_of(self._reader.engine).hops
+
+    @multicast_hops.setter
+    def multicast_hops(self, hops: int) -> None:
+        multicast_of(self._reader.engine).hops = check_hops(hops)
+
+    @property
+    def multicast_loop(self) -> bool:
+        """Whether members on this machine hear what this endpoint sends to groups, itself included; so by default.
+
+        A server does not take what it hears of itself for a client's: it counts as ``refused_source``.
+        """
+        return multicast_of(self._reader.engine).loop
+
+    @multicast_loop.setter
+    def multicast_loop(self, loop: bool) -> None:
+        multicast_of(self._reader.engine).loop = check_loop(loop)
+
+    @property
+    def multicast_interface(self) -> int | None:
+        """Index of the interface that ``send_to`` uses for groups; ``None``, the default, leaves it to the routes.
+
+        Set it to a name, an index, one of our own addresses, or ``None``. ``local_address`` of :meth:`send_to`, and the
+        scope of an IPv6 address, count more; replies always leave on the interface that the question came in on.
+        """
+        return multicast_of(self._reader.engine).interface or None
+
+    @multicast_interface.setter
+    def multicast_interface(self, interface: Interface | None) -> None:
+        multicast = multicast_of(self._reader.engine)
+        multicast.interface = index_of(multicast, interface)
 
     def close(self) -> None:
         """Close the socket. Collected replies are sent if the kernel takes them now. Idempotent."""

@@ -11,8 +11,8 @@ from typing import cast
 from .._endpoints import Address
 from .._endpoints._address import is_ipv6, is_limited_broadcast, is_link_local, is_multicast, is_unspecified
 
-# Index of the network's only interface.
-INTERFACE = 1
+# Index and name of the network's only interface.
+INTERFACE, INTERFACE_NAME = 1, "eth0"
 
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 

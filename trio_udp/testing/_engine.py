@@ -18,6 +18,7 @@ from .._endpoints import BATCH, Address, Outgoing, Received, Route
 from .._endpoints._address import family_of, host_bytes, is_limited_broadcast, is_unspecified, max_payload
 from .._statistics import KernelFigures, ReceiveCounts
 from ._addresses import interface_of, reachable, reaches_many
+from ._multicast import SimulatedMulticast
 from ._packets import SimulatedRoute
 from ._sockets import SimulatedSocket, SocketTable
 from ._wire import Wire
@@ -58,6 +59,11 @@ class SimulatedEngine:
     def _(self) -> bool:
         return self.simulated_socket.peer is not None
 
+    @property
+    def multicast(self) -> SimulatedMulticast:
+        self._wire.catch_up_if_any()
+        return SimulatedMulticast(self.simulated_socket, self._sockets)
+
     # Moving datagrams.
 
     def receive(self, batch: list[Received]) -> bool:
@@ -96,7 +102,7 @@ class SimulatedEngine:
                 self.simulated_socket.refused = False  # raised once, and before any other error
                 raise
             departure = self.simulated_socket.queue(now, len(payload), self._wire.conditions.bandwidth)
-            self._wire.send(payload, local, destination, now, departure)
+            self._wire.send(payload, local, destination, now, departure, self.simulated_socket)
         return len(outgoing)
 
     def _check_can_send(self, local: Address, destination: Address, now: float) -> None:

@@ -37,6 +37,8 @@ class SimulatedSocket:
       peer: The address that the socket is connected to.
       own_addresses: The addresses that the socket can send from, with its port. The first is the default, and receives
         groups and broadcasts.
+      groups: The groups it is in, each with the sources it hears, or ``None`` for all.
+      hops, loop, interface: Of what it sends to groups, as ``Endpoint.multicast_hops`` and so on.
       waiting: Tasks that wait to read or write.
     """
 
@@ -49,7 +51,10 @@ class SimulatedSocket:
     send_buffer: int = DEFAULT_BUFFER
 
     own_addresses: tuple[Address, ...] = attrs.field(init=False)
-    groups: set[str] = attrs.field(factory=set, init=False)
+    groups: dict[str, set[str] | None] = attrs.field(factory=dict, init=False)
+    hops: int = attrs.field(default=1, init=False)
+    loop: bool = attrs.field(default=True, init=False)
+    interface: int = attrs.field(default=0, init=False)
     refused: bool = attrs.field(default=False, init=False)  # by the peer, and not yet raised
     dropped: int = attrs.field(default=0, init=False)
     arrived_bytes: int = attrs.field(default=0, init=False)
@@ -139,6 +144,9 @@ class SimulatedSocket:
         first, *others = self.own_addresses
         return next(filter(is_link_local, self.own_addresses), first) if others and is_link_local(peer) else first
 
+    def is_on_machine_of(self, other: SimulatedSocket) -> bool:
+        return self.own_addresses[0][0] in [own[0] for own in other.own_addresses]
+
     def can_send_from(self, local: Address) -> bool:
         """Whether the socket has a local address. It may have any, if its own addresses are unknown."""
         return local in self.own_addresses or (self.is_of_machine and not self.own_hosts)
@@ -193,27 +201,46 @@ class SocketTable:
         socket = self._sockets.get((address, None))
         return socket if socket is not None and socket.peer == peer else None
 
-    def many(self, destination: Address) -> list[SimulatedSocket]:
+    def many(self, destination: Address, source: Address) -> list[SimulatedSocket]:
         """The sockets that receive a datagram to a group or broadcast address, in the order of joining or binding."""
         candidates: Iterable[SimulatedSocket] = self
         if is_multicast(destination):
-            candidates = self._members.get(destination[0], ())
+            members = self._members.get(destination[0], ())
+            candidates = [
+                socket for socket in members if (heard := socket.groups[destination[0]]) is None or source[0] in heard
+            ]
         return [
             socket
             for socket in candidates
             if socket.bound_address in (destination, unspecified(destination)) and socket.peer is None
         ]
 
-    def join(self, socket: SimulatedSocket, host: str) -> None:
-        if host in socket.groups:
-            raise OSError(errno.EADDRINUSE, f"{os.strerror(errno.EADDRINUSE)}: already in group {host}")
-        socket.groups.add(host)
-        self._members.setdefault(host, []).append(socket)
-
-    def leave(self, socket: SimulatedSocket, host: str) -> None:
+    def join(self, socket: SimulatedSocket, host: str, source: str | None = None) -> None:
+        """Add a member, for all sources or for one; the errors are those of Linux."""
         if host not in socket.groups:
+            socket.groups[host] = None if source is None else set()
+            self._members.setdefault(host, []).append(socket)
+        elif source is None:
+            raise OSError(errno.EADDRINUSE, f"{os.strerror(errno.EADDRINUSE)}: already in group {host}")
+        if source is None:
+            return
+        heard = socket.groups[host]
+        if heard is None:  # as on Linux, naming a source ends the membership for all
+            heard = socket.groups[host] = set()
+        if source in heard:
+            raise OSError(errno.EADDRNOTAVAIL, f"{os.strerror(errno.EADDRNOTAVAIL)}: already in group {host}")
+        heard.add(source)
+
+    def leave(self, socket: SimulatedSocket, host: str, source: str | None = None) -> None:
+        """Remove a member; without a source, for all of its sources."""
+        heard = socket.groups.get(host, set())
+        if host not in socket.groups or (source is not None and (heard is None or source not in heard)):
             raise OSError(errno.EADDRNOTAVAIL, f"{os.strerror(errno.EADDRNOTAVAIL)}: not in group {host}")
-        socket.groups.remove(host)
+        if source is not None and heard is not None:
+            heard.remove(source)
+            if heard:
+                return
+        del socket.groups[host]
         self._members[host].remove(socket)
 
     def _keys(self, socket: SimulatedSocket) -> list[tuple[Address, str | None]]:

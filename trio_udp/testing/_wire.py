@@ -19,6 +19,7 @@ import attrs
 import trio
 
 from .._endpoints import Address
+from .._endpoints._address import is_multicast
 from .._trio import is_in_trio
 from ._addresses import interface_of, is_beyond, reaches_many
 from ._conditions import Conditions
@@ -55,14 +56,25 @@ class Wire:
             if partition.error is not None and partition.separates(source, destination):
                 raise OSError(partition.error, os.strerror(partition.error))
 
-    def send(self, payload: bytes, source: Address, destination: Address, now: float, departure: float) -> None:
-        """Take over a datagram that leaves its sender at ``departure``."""
+    def send(
+        self,
+        payload: bytes,
+        source: Address,
+        destination: Address,
+        now: float,
+        departure: float,
+        sender: SimulatedSocket | None = None,
+    ) -> None:
+        """Take over a datagram that leaves its sender at ``departure``; without a sender it was injected."""
         number = next(self._numbers)
         if not reaches_many(destination):
             self._leave(Packet(number, payload, source, destination, destination), now, departure)
         else:
             # Each machine gets a copy that travels by itself; sockets on one machine share it.
-            machines = dict.fromkeys(socket.own_addresses[0] for socket in self._sockets.many(destination))
+            receivers = self._sockets.many(destination, source)
+            if sender is not None and is_multicast(destination):
+                receivers = [socket for socket in receivers if _reaches(sender, socket)]
+            machines = dict.fromkeys(socket.own_addresses[0] for socket in receivers)
             for receiver in machines:
                 self._leave(Packet(number, payload, source, destination, receiver), now, departure)
             if not machines:
@@ -132,7 +144,7 @@ class Wire:
                 self._leave(packet.refusal(), now, now)
 
     def _arrive_at_machine(self, now: float, packet: Packet) -> None:
-        found = self._sockets.many(packet.destination)
+        found = self._sockets.many(packet.destination, packet.source)
         sockets = [socket for socket in found if socket.own_addresses[0] == packet.receiver]
         for socket in sockets:
             self._put(now, packet, socket, socket.source_for(packet.source))
@@ -189,6 +201,11 @@ class Wire:
 
     def _is_cut(self, packet: Packet) -> bool:
         return any(partition.separates(*packet.path) for partition in self._partitions)
+
+
+def _reaches(sender: SimulatedSocket, receiver: SimulatedSocket) -> bool:
+    """Whether a datagram to a group reaches a member: no routers here count its hops, but 0 stays on the machine."""
+    return sender.loop if receiver.is_on_machine_of(sender) else sender.hops > 0
 
 
 @attrs.frozen(eq=False)

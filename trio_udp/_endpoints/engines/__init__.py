@@ -12,6 +12,7 @@ linux_structures.py   the C structures of its system calls
 segmentation.py       which datagrams leave as one message (GSO)
 pktinfo.py            the control messages that tell, and set, our own address
 probes.py             questions to the kernel about addresses
+multicast.py          groups and multicast options
 coalescing.py         UDP_GRO (GRO), switched on and off for all engines of a socket
 """
 
@@ -20,6 +21,7 @@ from ._engine import (
     BATCH as BATCH,
     Ancillary as Ancillary,
     Engine as Engine,
+    Multicast as Multicast,
     Outgoing as Outgoing,
     Received as Received,
     Route as Route,

@@ -33,6 +33,38 @@ Received: TypeAlias = tuple[bytes, Route, Ancillary]
 Outgoing: TypeAlias = tuple[bytes, Route, Any]
 
 
+class Multicast(Protocol):
+    """The groups and multicast options of one socket. Every call can raise the kernel's ``OSError``.
+
+    An interface is an index; 0 leaves the choice to the kernel.
+
+    Attributes:
+      hops: Time to live of the datagrams that it sends to groups.
+      loop: Members on this machine get a copy of what it sends to groups.
+      interface: The interface that it sends to groups on, unless the datagram says otherwise.
+    """
+
+    hops: int
+    loop: bool
+    interface: int
+
+    @property
+    def families(self) -> Sequence[int]:
+        """Address families of the groups that the socket can be in. Empty for Unix-domain sockets."""
+
+    def join(self, group: Address, source: Address | None, interface: int) -> None:
+        """Receive the datagrams to a group: of one source, or of all."""
+
+    def leave(self, group: Address, source: Address | None, interface: int) -> None:
+        """Undo a ``join`` with the same arguments."""
+
+    def index_of(self, interface: str) -> int:
+        """Index of the interface with a name; ``OSError`` if there is none."""
+
+    def interfaces_with(self, address: Address) -> list[int]:
+        """Indexes of the interfaces that have an address."""
+
+
 class Engine(Protocol):
     """One socket, and everything that an :class:`Endpoint` does with it.
 
@@ -41,12 +73,16 @@ class Engine(Protocol):
       bound_address: The address it is bound to.
       connected: The socket is connected to one peer, and learns when that peer refuses a datagram.
       counts: Running counts of received datagrams; ``receive`` updates them.
+      multicast: Its groups and multicast options.
     """
 
     family: int
     bound_address: Address
     connected: bool
     counts: ReceiveCounts
+
+    @property
+    def multicast(self) -> Multicast: ...
 
     @property
     def socket(self) -> trio.socket.SocketType:

@@ -17,6 +17,7 @@ from ..._trio import stdlib_socket
 from .._address import Address, family_of, is_mapped, max_payload
 from . import probes
 from ._engine import Ancillary, Received, Route
+from .multicast import SocketMulticast
 from .pktinfo import (
     MAPPED,
     NO_MAPPED_ADDRESS,
@@ -94,6 +95,7 @@ class SocketEngine(ABC):
         self._is_inet = self.family in INTERNET
         self._own_host = own_host_of(self._socket)
         self._kernel_figures = KernelFigures()
+        self.multicast = SocketMulticast(self._socket)
 
     # Routes. Each engine takes its own routes apart.
 

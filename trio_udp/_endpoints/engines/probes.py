@@ -7,6 +7,7 @@ those of the thread's namespace.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 import sys
@@ -19,9 +20,12 @@ from .pktinfo import MAPPED, is_group, is_unspecified
 
 SO_BINDTODEVICE = 25  # from asm-generic/socket.h; the socket module has it only on some platforms
 
-# From linux/sockios.h: all IPv4 addresses with the names of their interfaces, and the index of such a name.
+# From linux/sockios.h: all IPv4 addresses with the names of their interfaces, and the index of a name.
 SIOCGIFCONF, SIOCGIFINDEX = 0x8912, 0x8933
-IFREQ_SIZE = 16 + struct.calcsize("@2LH6B")  # struct ifreq: a name, and a union whose largest member is struct ifmap
+NAME_SIZE = 16
+IFREQ_SIZE = NAME_SIZE + struct.calcsize(
+    "@2LH6B"
+)  # struct ifreq: a name, and a union whose largest member is struct ifmap
 
 # Addresses that no machine has: reserved (RFC 1112 section 4), and for discarding (RFC 6666).
 NOBODYS = {socket.AF_INET: "240.0.0.1", socket.AF_INET6: "100::1"}
@@ -104,19 +108,61 @@ def _with_port(address: Address) -> Address:
     return (host, port or 1, *scope)  # type: ignore[return-value]  # some systems do not connect to port 0
 
 
-def interface_of(sock: socket.socket, own: bytes) -> int:
-    """Index of the interface that has an IPv4 address, or 0; Linux only."""
+def index_of(sock: socket.socket, interface: str) -> int:
+    """Index of the interface with a name, in the socket's own namespace. ``OSError`` if there is none."""
     if sys.platform != "linux":
-        return 0
+        return socket.if_nametoindex(interface)
+    import fcntl
+
+    name = os.fsencode(interface)
+    if not 0 < len(name) < NAME_SIZE or b"\0" in name:  # the kernel would cut it off
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+    answer = fcntl.ioctl(sock, SIOCGIFINDEX, name.ljust(IFREQ_SIZE, b"\0"))
+    return int.from_bytes(answer[16:20], sys.byteorder)
+
+
+def interface_of(sock: socket.socket, own: bytes) -> int:
+    """Index of the interface that has a raw address, the first one if several have it, or 0; Linux only."""
+    return next(iter(interfaces_with(sock, own)), 0)
+
+
+def interfaces_with(sock: socket.socket, own: bytes) -> list[int]:
+    """Indexes of all interfaces that have a raw address. Linux only: elsewhere none is found."""
+    if sys.platform != "linux":
+        return []
+    if len(own) == 16 and own[:12] != MAPPED:
+        return [index for index, raw in _ipv6_addresses() if raw == own]
+    return [index for index, raw in ipv4_addresses(sock) if raw == own[-4:]]
+
+
+def ipv4_addresses(sock: socket.socket) -> list[tuple[int, bytes]]:
+    """All IPv4 addresses of this machine, each with the index of its interface; Linux only."""
+    if sys.platform != "linux":
+        return []
     import fcntl
 
     found = array("B", bytes(IFREQ_SIZE * 1_024))
     asked = struct.pack("@iP", len(found), found.buffer_info()[0])
     (size,) = struct.unpack_from("@i", fcntl.ioctl(sock, SIOCGIFCONF, asked))
+    indexes: dict[str, int] = {}
+    addresses = []
     for start in range(0, size, IFREQ_SIZE):
         entry = found[start : start + IFREQ_SIZE].tobytes()
-        if entry[20:24] == own:  # after the name, and the family and port of a sockaddr_in
-            name = entry[:16].partition(b"\0")[0].partition(b":")[0]  # eth0:1 is an alias of eth0
-            answer = fcntl.ioctl(sock, SIOCGIFINDEX, name.ljust(IFREQ_SIZE, b"\0"))
-            return int.from_bytes(answer[16:20], sys.byteorder)
-    return 0
+        # eth0:1 is an alias of eth0.
+        name = os.fsdecode(entry[:NAME_SIZE].partition(b"\0")[0].partition(b":")[0])
+        if name not in indexes:
+            with suppress(OSError):  # gone in this moment
+                indexes[name] = index_of(sock, name)
+        if name in indexes:
+            addresses.append((indexes[name], entry[20:24]))  # after the family and port of a sockaddr_in
+    return addresses
+
+
+def _ipv6_addresses() -> Iterator[tuple[int, bytes]]:
+    """All IPv6 addresses of this machine, each with the index of its interface; Linux only."""
+    # Of the calling thread's namespace, as other probes: there is no ioctl for it. A line has the address, and the
+    # index in hexadecimal.
+    with suppress(OSError), open("/proc/thread-self/net/if_inet6") as lines:  # none if IPv6 is switched off
+        for line in lines:
+            address, index, *_ = line.split()
+            yield int(index, 16), bytes.fromhex(address)
