@@ -8,6 +8,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
+from functools import lru_cache, partial
 from typing import Any
 
 import trio
@@ -21,6 +22,7 @@ from .multicast import SocketMulticast
 from .pktinfo import (
     MAPPED,
     NO_MAPPED_ADDRESS,
+    IsOn,
     ReplyControl,
     control_from,
     is_doubtful_host,
@@ -37,6 +39,9 @@ INTERNET = (socket.AF_INET, socket.AF_INET6)
 SO_MEMINFO = 55
 MEMINFO = struct.Struct("@9I")
 RMEM_ALLOC, DROPS = 0, 8
+
+# Pairs of an address of ours and an interface, of which it is known whether they belong together.
+MAX_LOOKED_UP = 256
 
 
 def is_connected(sock: socket.socket | trio.socket.SocketType) -> bool:
@@ -96,6 +101,7 @@ class SocketEngine(ABC):
         self._own_host = own_host_of(self._socket)
         self._kernel_figures = KernelFigures()
         self.multicast = SocketMulticast(self._socket)
+        self._is_on: IsOn = lru_cache(MAX_LOOKED_UP)(partial(probes.is_on, self._socket))
 
     # Routes. Each engine takes its own routes apart.
 
@@ -112,8 +118,10 @@ class SocketEngine(ABC):
         return max_payload(self.peer_address(route))
 
     def local_address(self, route: Route) -> Address:
-        reply, _ = self._end_of(route)
+        reply, group = self._end_of(route)
         own, interface = own_end(reply)
+        if not own and len(group.removeprefix(MAPPED)) == 4:  # the kernel chooses an address on this interface
+            own = group[:-4] + raw if (raw := probes.ipv4_address_on(self._socket, interface)) else b""
         return self._address_of(own, interface) if own else self.bound_address
 
     def destination(self, route: Route) -> Address:
@@ -150,17 +158,19 @@ class SocketEngine(ABC):
             if port != self.bound_address[1] or (raw != bound_raw and (self._own_host or is_group(raw))):
                 raise ValueError(f"bound to {self.bound_address!r}, cannot send from {local_address!r}")
             if raw != bound_raw and not is_unspecified(raw):
-                return self._control_of(raw, index)
+                # A group has no route of its own: the interface is the one that has our address.
+                to_many = is_group(probes.raw_host(self.family, peer[0]))
+                return self._control_of(raw, index, needs_interface=to_many or is_link_local(raw))
         if self._tells_destination and self._own_host:  # bound in 169.254/16
-            return self._control_of(self._own_host, 0)
+            return self._control_of(self._own_host, 0, needs_interface=True)
         if self.family == socket.AF_INET6 and is_mapped(peer):
             return NO_MAPPED_ADDRESS
         return ()
 
-    def _control_of(self, own: bytes, index: int) -> ReplyControl:
-        if is_link_local(own) and not index:
+    def _control_of(self, own: bytes, index: int, *, needs_interface: bool) -> ReplyControl:
+        if needs_interface and not index:
             with suppress(OSError):
-                index = probes.interface_of(self._socket, own[-4:])
+                index = probes.interface_of(self._socket, own)
         return control_from(own, index)
 
     def source_for(self, address: Address) -> Address:

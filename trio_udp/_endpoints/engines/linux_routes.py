@@ -24,7 +24,9 @@ from .pktinfo import (
     IP_PKTINFO,
     IPV6_PKTINFO,
     MAPPED,
+    IsOn,
     ReplyControl,
+    anywhere,
     is_doubtful_host,
     pack_control,
     understand,
@@ -81,8 +83,9 @@ class Ends(dict[bytes, bytes]):
     :meth:`understand` for all others.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, is_on: IsOn = anywhere) -> None:
         self._layout = layout
+        self._is_on = is_on
         self._groups = [b""]  # by number; 0 means no group
         self.understand = lru_cache(MAX_ENDS)(self._understand)
 
@@ -94,7 +97,7 @@ class Ends(dict[bytes, bytes]):
 
     def _understand(self, control: bytes) -> tuple[bytes, int, Ancillary]:
         """The end of a route, the size of segments or 0, and other control messages."""
-        reply, group, segment_size, ancillary = understand(unpack_control(control))
+        reply, group, segment_size, ancillary = understand(unpack_control(control), self._is_on)
         return self.pack(reply, group), segment_size, ancillary
 
     def pack(self, reply: ReplyControl, group: bytes = b"") -> bytes:
@@ -141,7 +144,7 @@ class RawRoutes(SocketEngine):
             self._layout = IPV4_WILDCARD if self._tells_destination else IPV4
         else:
             self._layout = IPV6_WILDCARD if self._tells_destination else IPV6
-        self._ends = Ends(self._layout)
+        self._ends = Ends(self._layout, self._is_on)
         self._ports: frozenset[bytes] = frozenset()
         self._host = slice(4, 8) if self.family == socket.AF_INET else slice(8, 24)  # in a socket address
         self._first_byte = self._host.start

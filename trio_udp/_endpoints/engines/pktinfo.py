@@ -3,7 +3,8 @@
 On a socket bound to all interfaces the kernel would choose a reply's source by its routing table, and a client with a
 connected socket might not receive the reply. See ip(7), ipv6(7) and RFC 3542 section 6.
 
-Apart from :func:`switch_on_pktinfo`, everything here is a pure function over bytes.
+Apart from :func:`switch_on_pktinfo`, everything here is a pure function over bytes. Only the caller can look up which
+addresses an interface has; see :data:`IsOn`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import socket
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple, TypeAlias
 
@@ -23,6 +24,9 @@ ControlMessage: TypeAlias = tuple[int, int, bytes]  # level, type, data
 
 ReplyControl: TypeAlias = "tuple[()] | tuple[ControlMessage]"
 """Ancillary data for ``sendmsg``: the address to send from, or nothing where the kernel may choose."""
+
+IsOn: TypeAlias = "Callable[[bytes, bytes], bool]"
+"""Whether one of our raw IPv4 addresses is on an interface, whose index is in the form of the structures."""
 
 # The socket module has had IP_PKTINFO only since Python 3.12.
 IP_PKTINFO: int | None = getattr(socket, "IP_PKTINFO", {"linux": 8, "darwin": 26}.get(sys.platform))
@@ -63,7 +67,12 @@ class Arrival(NamedTuple):
 NOTHING_SAID = Arrival((), b"", 0, ())
 
 
-def understand(control: Iterable[ControlMessage]) -> Arrival:
+def anywhere(own: bytes, interface: bytes) -> bool:
+    """An :data:`IsOn` that looks nothing up."""
+    return True
+
+
+def understand(control: Iterable[ControlMessage], is_on: IsOn = anywhere) -> Arrival:
     """Read the control messages of one message. A truncated structure is ignored."""
     ipv4 = ipv6 = b""
     segment_size = 0
@@ -78,24 +87,24 @@ def understand(control: Iterable[ControlMessage]) -> Arrival:
             segment_size = int.from_bytes(data[:4], sys.byteorder)
         else:
             ancillary.append(message)
-    reply, group = _answer_ipv6(ipv6, ipv4) if ipv6 else _answer_ipv4(ipv4) if ipv4 else ((), b"")
+    reply, group = _answer_ipv6(ipv6, ipv4, is_on) if ipv6 else _answer_ipv4(ipv4, is_on) if ipv4 else ((), b"")
     return Arrival(reply, group, segment_size, tuple(ancillary))
 
 
-def _answer_ipv4(info: bytes) -> tuple[ReplyControl, bytes]:
-    interface, own, group = _take_apart(info)
+def _answer_ipv4(info: bytes, is_on: IsOn) -> tuple[ReplyControl, bytes]:
+    interface, own, group = _take_apart(info, is_on)
     if not own and not group:
         return (), b""
     return ((socket.IPPROTO_IP, IP_PKTINFO or 0, interface + own.ljust(4, b"\0") + bytes(4)),), group
 
 
-def _answer_ipv6(info: bytes, ipv4: bytes) -> tuple[ReplyControl, bytes]:
+def _answer_ipv6(info: bytes, ipv4: bytes, is_on: IsOn) -> tuple[ReplyControl, bytes]:
     # struct in6_pktinfo {struct in6_addr ipi6_addr; unsigned int ipi6_ifindex;}
     address, interface, group = info[:16], info[16:20], b""
     if address[:12] == MAPPED:
         # On a socket for both families a datagram over IPv4 has both structures. Only the one of IPv4 tells our own
         # address beside the destination, and only the one of IPv6 fits into a route.
-        interface, own, group = _take_apart(ipv4 or interface + bytes(4) + address[12:])
+        interface, own, group = _take_apart(ipv4 or interface + bytes(4) + address[12:], is_on)
         address, group = MAPPED + own.ljust(4, b"\0"), group and MAPPED + group
     elif address[0] == 0xFF:
         # A group is no address to send from. The unspecified address leaves the choice to the kernel.
@@ -105,7 +114,7 @@ def _answer_ipv6(info: bytes, ipv4: bytes) -> tuple[ReplyControl, bytes]:
     return ((socket.IPPROTO_IPV6, IPV6_PKTINFO or 0, address + interface),), group
 
 
-def _take_apart(info: bytes) -> tuple[bytes, bytes, bytes]:
+def _take_apart(info: bytes, is_on: IsOn) -> tuple[bytes, bytes, bytes]:
     """Split IPv4's structure into the interface for replies, our own address or b"", and the group or b""."""
     # struct in_pktinfo {int ipi_ifindex; struct in_addr ipi_spec_dst, ipi_addr;}: addr is where the datagram was sent
     # to, and spec_dst our own address on that network. It is zero if the interface has no address, or if the datagram
@@ -113,10 +122,11 @@ def _take_apart(info: bytes) -> tuple[bytes, bytes, bytes]:
     interface, own, destination = info[:4], info[4:8], info[8:12]
     if not any(destination):
         destination = own
-    if destination[0] >= 0xE0:  # a group, or 255.255.255.255
-        return interface, own if any(own) and own[0] < 0xE0 else b"", destination
-    if own != destination and any(own):  # a broadcast address of one network
-        return interface, own, destination
+    if destination[0] >= 0xE0 or (own != destination and any(own)):  # a group or a broadcast address
+        # spec_dst is the address that we would write to the peer from. If its network is on several interfaces, as
+        # 169.254/16 can be, it may be the address on another one. Then the kernel chooses, when the reply is sent.
+        usable = any(own) and own[0] < 0xE0 and is_on(own, interface)
+        return interface, own if usable else b"", destination
     # One of our own. Routing finds the interface, except for link-local addresses: each network has the same.
     return interface if is_link_local(destination) else bytes(4), destination if any(destination) else b"", b""
 

@@ -145,7 +145,7 @@ class PortableEngine(SocketEngine):
         key = control[0] if len(control) == 1 else tuple(control)
         arrival = self._arrivals.get(key)
         if arrival is None:
-            arrival = understand(control if self._is_inet else close_passed_files(control))
+            arrival = understand(control if self._is_inet else close_passed_files(control), self._is_on)
             if not arrival.ancillary:  # time stamps, for example, never repeat
                 if len(self._arrivals) >= MAX_ARRIVALS:
                     self._arrivals.clear()

@@ -135,6 +135,22 @@ def interfaces_with(sock: socket.socket, own: bytes) -> list[int]:
     return [index for index, raw in ipv4_addresses(sock) if raw == own[-4:]]
 
 
+def is_on(sock: socket.socket, own: bytes, interface: bytes) -> bool:
+    """Whether an interface has a raw IPv4 address; also true if it has none at all, or if it is not known."""
+    index = int.from_bytes(interface, sys.byteorder)
+    with suppress(OSError):  # closed
+        there = [raw for where, raw in ipv4_addresses(sock) if where == index]
+        return own in there or not there
+    return True
+
+
+def ipv4_address_on(sock: socket.socket, interface: int) -> bytes:
+    """The first raw IPv4 address of an interface, or b""."""
+    with suppress(OSError):  # closed
+        return next((raw for index, raw in ipv4_addresses(sock) if index == interface), b"")
+    return b""
+
+
 def ipv4_addresses(sock: socket.socket) -> list[tuple[int, bytes]]:
     """All IPv4 addresses of this machine, each with the index of its interface; Linux only."""
     if sys.platform != "linux":
