@@ -24,7 +24,7 @@ from collections.abc import Callable
 import attrs
 
 from ._client import Client, make_client
-from ._endpoints import Ancillary, Datagram, Route, Source, Sources, host_key, make_datagram, route_of
+from ._endpoints import Ancillary, Datagram, Echoes, Received, Route, Source, Sources, host_key, make_datagram, route_of
 from ._handlers import Accept
 from ._lifecycle import DRAINING, LOST
 from ._log import ErrorLog, WarningLog
@@ -49,6 +49,7 @@ class Admission:
     errors: ErrorLog
     warnings: WarningLog
     start_handler: Callable[[Client], None]
+    echoes: Echoes = attrs.field(factory=Echoes, init=False)
     refused_source: int = attrs.field(default=0, init=False)
     refused_by_rate: int = attrs.field(default=0, init=False)
     refused_by_accept: int = attrs.field(default=0, init=False)
@@ -116,6 +117,19 @@ class Admission:
         if source is REFUSED:
             self.refused_source += 1
         return source
+
+    def without_echoes(self, place: Place, batch: list[Received]) -> list[Received]:
+        """Refuse what this server has sent to a group or a broadcast address, and hears itself."""
+        self.asks_about_all_sources(place)  # discards old cached results
+        self.echoes.forget(place.outbox.turn.now())
+        engine, sources, echoes = place.outbox.engine, self.sources, self.echoes
+        others = [
+            (payload, route, ancillary)
+            for payload, route, ancillary in batch
+            if not (sources.is_from_here_to_many(engine, route) and echoes.take(payload, engine))
+        ]
+        self.refused_source += len(batch) - len(others)
+        return others
 
     def has_rate(self, limiter: RateLimiter, place: Place, route: Route) -> bool:
         """Take a token from the bucket of a stranger's network; if it is empty, count the datagram and return False."""

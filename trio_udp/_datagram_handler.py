@@ -14,6 +14,8 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
     function, seats, outbox, limiter = handler.function, admission.seats, place.outbox, admission.seats.limiter
     amplification, own = place.amplification, outbox.own
     outbox.turn.begin_batch()
+    if admission.echoes.expected:
+        batch = admission.without_echoes(place, batch)
     known = place.known  # only clients of Server.connect
     if seats.phase is DRAINING and not known:
         admission.refused_stopping += len(batch)

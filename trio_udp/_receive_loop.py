@@ -63,6 +63,8 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
     """Put each datagram of a batch into the inbox of its client, if it has one or admission makes one."""
     known, limiter, turn = place.known, admission.seats.limiter, place.outbox.turn
     turn.begin_batch()
+    if admission.echoes.expected:
+        batch = admission.without_echoes(place, batch)
     if len(batch) > 1:
         place.outbox.hold()
     place.rest = iter(batch)

@@ -80,6 +80,9 @@ class ServerState:
         self.places.append(place)
         self._behind.add(place)
         self.admission.sources.add(reader.engine)
+        reader.outbox.echoes = self.admission.echoes
+        if isinstance(endpoint.local_address, tuple):  # not of a Unix-domain socket
+            self.admission.echoes.ports.add(endpoint.local_address[1])
         self.nursery.start_soon(reader.outbox.empty_when_stuck)
         self.nursery.start_soon(self.receive_loop, self, place)
         LOGGER.info("serving on %s", endpoint.local_address)

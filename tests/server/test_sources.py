@@ -132,13 +132,48 @@ async def test_groups_and_the_broadcast_address_are_no_sources(start: StartMachi
 
 
 async def test_what_a_server_sends_to_a_group_and_hears_itself(start: StartMachine) -> None:
-    """A server in a group hears what it sends there; its answer to itself is refused, so there is no loop."""
+    """A server in a group hears what it sends there, and refuses it: it is no client of itself."""
     machine = await start()
     await machine.server.send_to(b"hello", (GROUP, 5000), local_address=(OWN, 5000))
     await trio.testing.wait_all_tasks_blocked()
     s = machine.server.statistics()
-    assert (s.received, s.delivered, s.refused_source, s.sent) == (2, 1, 1, 2)
+    assert (s.received, s.delivered, s.refused_source, s.sent) == (1, 0, 1, 1)
     check_adds_up(machine.server)
+
+
+async def test_an_echo_beside_a_program_with_our_address(start: StartMachine) -> None:
+    """A server refuses its own datagrams also while another program, with its address and port, is heard."""
+    machine = await start()
+    for _ in range(2):
+        machine.network.inject(b"theirs", (OWN, 5000), (GROUP, 5000))
+        await trio.testing.wait_all_tasks_blocked()
+        await machine.server.send_to(b"ours", (GROUP, 5000), local_address=(OWN, 5000))
+        await trio.testing.wait_all_tasks_blocked()
+    s = machine.server.statistics()
+    # Its answers to the other program come to itself, as it is the one that has the port here.
+    assert (s.received, s.delivered, s.refused_source) == (6, 2, 4)
+    check_adds_up(machine.server)
+
+
+async def test_an_echo_is_heard_once(start: StartMachine, autojump_clock: MockClock) -> None:
+    """The same payload from another program with our address is heard: at once, and after the echo is forgotten."""
+    machine = await start()
+    await machine.server.send_to(b"same", (GROUP, 5000), local_address=(OWN, 5000))
+    await trio.testing.wait_all_tasks_blocked()
+    assert machine.server.statistics().refused_source == 1
+    assert not await refuses_from_here(machine, b"same")
+    await machine.server.send_to(b"same", ("239.9.9.9", 5000), local_address=(OWN, 5000))  # nobody hears it
+    await trio.sleep(6)
+    assert not await refuses_from_here(machine, b"same")
+
+
+async def refuses_from_here(machine: Machine, payload: bytes) -> bool:
+    """Let another program with the server's address write to the group; return whether that was refused."""
+    delivered = machine.server.statistics().delivered
+    machine.network.inject(payload, (OWN, 5000), (GROUP, 5000))
+    await trio.testing.wait_all_tasks_blocked()
+    check_adds_up(machine.server)
+    return machine.server.statistics().delivered == delivered
 
 
 async def test_two_endpoints_of_one_server_do_not_answer_each_other(start: StartMachine) -> None:

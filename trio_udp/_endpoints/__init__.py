@@ -9,6 +9,7 @@ _datagram.py    Datagram, the public view of one datagram
 _addressed.py   send_to: datagrams that the program itself addresses
 _multicast.py   joining groups, and the options for sending to them
 _open.py        from a host and a port to endpoints
+_echoes.py      what a server sends to many, and hears itself
 _sources.py     source addresses that are refused or never answered
 _buffers.py     buffer sizes: requests, and the warning about a small one
 _faults.py      the meaning of each socket error
@@ -37,6 +38,7 @@ from ._datagram import (
     make_datagram as make_datagram,
     route_of as route_of,
 )
+from ._echoes import Echoes as Echoes
 from ._endpoint import Endpoint as Endpoint, make_endpoint as make_endpoint, reader_of as reader_of
 from ._networks import Network as Network, Networks as Networks
 from ._one_by_one import OneByOne as OneByOne

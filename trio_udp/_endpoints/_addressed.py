@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import trio
 
-from ._address import Address, family_of, is_mapped, mapped, numeric_address, unmapped
+from ._address import Address, family_of, is_internet, is_mapped, mapped, numeric_address, unmapped
 from ._outbox import Outbox, Payload
 from .engines import Engine, Outgoing, Route
 
@@ -63,7 +63,12 @@ def send_on_nowait(way: Way, payload: Payload) -> None:
 
 def _outgoing(way: Way, payload: Payload) -> Outgoing:
     outbox, route = way
-    return outbox.copy(payload, route), route, outbox.own
+    copy, echoes = outbox.copy(payload, route), outbox.echoes
+    if echoes is not None:
+        address = outbox.engine.peer_address(route)
+        if is_internet(address) and address[1] in echoes.ports:
+            echoes.expect(copy, outbox.turn.now())
+    return copy, route, outbox.own
 
 
 def _plain(address: Address) -> Address:

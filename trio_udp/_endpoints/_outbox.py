@@ -15,6 +15,7 @@ import trio
 from .._log import FaultLog
 from .._statistics import Sender, SocketCounts
 from ._address import MAX_PAYLOAD_IPV4, describe
+from ._echoes import Echoes
 from ._faults import Fault, fault_of, reason_for
 from .engines import BATCH, Engine, Outgoing, Route, by_peer
 
@@ -80,6 +81,7 @@ class Outbox:
 
     Attributes:
       collecting: Replies to single datagrams are kept back; see :meth:`collect`.
+      echoes: What the server on this endpoint may hear itself; ``None`` without a server.
       own: Counts the datagrams of no client and no connection: ``send_to``, and replies to single datagrams.
     """
 
@@ -88,6 +90,7 @@ class Outbox:
     turn: Turn = attrs.field(factory=Turn, init=False)
     counts: SocketCounts = attrs.field(factory=SocketCounts, init=False)
     own: Sender = attrs.field(factory=Sender, init=False)
+    echoes: Echoes | None = attrs.field(default=None, init=False)
     queue: list[Outgoing] = attrs.field(factory=list, init=False)
     held: bool = attrs.field(default=False, init=False)
     collecting: bool = attrs.field(default=False, init=False)

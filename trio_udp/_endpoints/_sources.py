@@ -123,6 +123,14 @@ class Sources:
             return Source.REFUSED
         return Source.FINE
 
+    def is_from_here_to_many(self, engine: Engine, route: Route) -> bool:
+        """Tell whether a datagram came from a port of ours on this machine, and was sent to a group or broadcast."""
+        watch = self._watches[engine]
+        if not engine.doubtful_source(route):
+            return False
+        peer = engine.peer_address(route)
+        return is_internet(peer) and peer[1] in self._ports and _is_own(watch, peer) and self._is_to_many(watch, route)
+
     def _is_to_many(self, watch: Watch, route: Route) -> bool:
         """Tell whether a datagram was sent to a group or a broadcast address.
 
