@@ -16,7 +16,7 @@ from ._address import Address
 from ._addressed import find_way, send_on, send_on_nowait
 from ._buffers import check_max_datagram_size, grant_receive_buffer
 from ._datagram import Datagram, Origin, new_datagram
-from ._multicast import Interface, check_hops, check_loop, index_of, join_group, leave_group, multicast_of
+from ._multicast import Interface, check_hops, check_loop, join_group, leave_group, multicast_of, set_interface
 from ._networks import Network, Networks
 from ._one_by_one import OneByOne
 from ._outbox import INTERNET, Outbox, Payload
@@ -245,8 +245,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
 
     @multicast_interface.setter
     def multicast_interface(self, interface: Interface | None) -> None:
-        multicast = multicast_of(self._reader.engine)
-        multicast.interface = index_of(multicast, interface)
+        set_interface(self._reader.engine, interface)
 
     def close(self) -> None:
         """Close the socket. Collected replies are sent if the kernel takes them now. Idempotent."""

@@ -71,6 +71,16 @@ def multicast_of(engine: Engine) -> Multicast:
     return engine.multicast
 
 
+def set_interface(engine: Engine, interface: Interface | None) -> None:
+    """See :attr:`Endpoint.multicast_interface`."""
+    multicast = multicast_of(engine)
+    index = index_of(multicast, interface)
+    try:
+        multicast.interface = index
+    except OSError as error:
+        raise _error(error.errno or errno.ENODEV, f"no interface {index}") from None
+
+
 def check_hops(hops: object) -> int:
     if not isinstance(hops, int) or isinstance(hops, bool):
         raise TypeError(f"multicast_hops must be an int, not {hops!r}")

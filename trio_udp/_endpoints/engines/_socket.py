@@ -168,7 +168,9 @@ class SocketEngine(ABC):
         return ()
 
     def _control_of(self, own: bytes, index: int, *, needs_interface: bool) -> ReplyControl:
-        if needs_interface and not index:
+        if not needs_interface:
+            return control_from(own, 0)  # as in a reply
+        if not index:
             with suppress(OSError):
                 index = probes.interface_of(self._socket, own)
         return control_from(own, index)

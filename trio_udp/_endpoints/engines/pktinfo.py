@@ -171,11 +171,11 @@ def own_end(reply: ReplyControl) -> tuple[bytes, int]:
 
 
 def control_from(own: bytes, interface: int) -> ReplyControl:
-    """The control messages that send from one of our own raw addresses, as in a reply to a datagram sent there."""
+    """The control messages that send from one of our own raw addresses, on an interface unless that is 0."""
     index = interface.to_bytes(4, sys.byteorder)
     if len(own) == 4:
-        return understand([(socket.IPPROTO_IP, IP_PKTINFO or 0, index + own + own)]).reply
-    return understand([(socket.IPPROTO_IPV6, IPV6_PKTINFO or 0, own + index)]).reply
+        return ((socket.IPPROTO_IP, IP_PKTINFO or 0, index + own + bytes(4)),)
+    return ((socket.IPPROTO_IPV6, IPV6_PKTINFO or 0, own + index),)
 
 
 def switch_on_pktinfo(sock: socket.socket | trio.socket.SocketType) -> bool:
