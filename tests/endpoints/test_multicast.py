@@ -172,7 +172,8 @@ async def test_a_group_is_joined_on_an_interface(network: Network, group: str, n
 
     def interface(wire: str) -> int | str:
         own = f"2001:db8:{NUMBERS[wire]}::1" if ipv6 else f"192.0.{NUMBERS[wire]}.1"
-        return {"name": wire, "index": network.ours.index(wire), "address": own}[named_by]
+        ways: dict[str, int | str] = {"name": wire, "index": network.ours.index(wire), "address": own}
+        return ways[named_by]
 
     with inside(network.ours.name):
         assert await heard(endpoint, peers, group) == []
