@@ -20,6 +20,7 @@ import attrs
 import pytest
 
 CLONE_NEWNET = 0x40000000
+RTMGRP_LINK = 1  # from linux/rtnetlink.h: be told of changes of interfaces
 
 
 def run(*command: str) -> str:
@@ -73,6 +74,17 @@ class Machine:
     def wire_to(self, other: Machine, name: str = "wire") -> None:
         """Join two machines by a wire; its interface has the same name on both, and is down."""
         self.ip(f"link add {name} type veth peer name {name} netns {other.name}")
+
+    def wait_until_up(self, *interfaces: str) -> None:
+        """Wait until interfaces are up, at both ends of their wires."""
+        with inside(self.name):
+            changes = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        with changes:
+            changes.bind((0, RTMGRP_LINK))
+            changes.settimeout(5)
+            for interface in interfaces:
+                while "state UP" not in self.ip(f"link show {interface}"):
+                    changes.recv(65_535)
 
     def socket(self, host: str, port: int = 0, family: int = socket.AF_INET) -> socket.socket:
         """Open a socket on this machine; the host may have a scope, as in ``fe80::1%wire``."""

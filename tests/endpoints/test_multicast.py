@@ -125,13 +125,37 @@ def wire_up(ours: Machine, theirs: Machine, *, same_network: bool = False) -> No
                 machine.ip(f"address add 2001:db8:{number}::{host}/64 nodad dev {wire}")
             machine.ip(f"link set {wire} up")
             machine.ip(f"address add fe80::{hosts[0]}/64 nodad dev {wire}")
+    for machine in (ours, theirs):
+        machine.wait_until_up(*WIRES)
+
+
+@pytest.fixture(scope="module")
+def wired() -> Iterator[list[Machine]]:
+    with machines("ours", "theirs") as (ours, theirs):
+        wire_up(ours, theirs)
+        yield [ours, theirs]
 
 
 @pytest.fixture
-def network(closing: ExitStack) -> Iterator[Network]:
-    with machines("ours", "theirs") as (ours, theirs):
-        wire_up(ours, theirs)
-        yield Network(ours, theirs, closing)
+def network(wired: list[Machine], closing: ExitStack) -> Network:
+    """A network that the test leaves as it is."""
+    ours, theirs = wired
+    return Network(ours, theirs, closing)
+
+
+@pytest.fixture
+def own_network(closing: ExitStack) -> Network:
+    """A network that the test may change."""
+    ours, theirs = closing.enter_context(machines("our-own", "their-own"))
+    wire_up(ours, theirs)
+    return Network(ours, theirs, closing)
+
+
+@pytest.fixture(scope="module")
+def wired_alike() -> Iterator[list[Machine]]:
+    with machines("ours-alike", "theirs-alike") as (ours, theirs):
+        wire_up(ours, theirs, same_network=True)
+        yield [ours, theirs]
 
 
 async def heard(endpoint: Endpoint, peers: list[Peer], group: str) -> list[tuple[str, str]]:
@@ -224,8 +248,9 @@ async def test_groups_of_other_programs(network: Network, group: str) -> None:
 
 
 @needs_namespaces
-async def test_the_interface_of_the_route(network: Network) -> None:
+async def test_the_interface_of_the_route(own_network: Network) -> None:
     """Without an interface the route to the group decides, and without a route the error says so."""
+    network = own_network
     for group, host in ((GROUP, "0.0.0.0"), (SITE_GROUP_IPV6, "::")):
         endpoint = network.endpoint(host)
         peers = [network.peer(wire, ipv6=":" in host) for wire in WIRES]
@@ -329,23 +354,19 @@ async def test_a_server_on_two_interfaces(network: Network, nursery: trio.Nurser
     check_adds_up(server)
 
 
-@pytest.fixture
-def same_network(closing: ExitStack) -> Iterator[Network]:
-    with machines("ours", "theirs") as (ours, theirs):
-        wire_up(ours, theirs, same_network=True)
-        yield Network(ours, theirs, closing)
-
-
 @needs_namespaces
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("destination", [GROUP, "255.255.255.255"])
 @pytest.mark.parametrize("dual", [False, True])
-async def test_one_network_on_two_interfaces(same_network: Network, wire: str, destination: str, dual: bool) -> None:
+async def test_one_network_on_two_interfaces(
+    wired_alike: list[Machine], closing: ExitStack, wire: str, destination: str, dual: bool
+) -> None:
     """Where both interfaces have the same network, replies leave on the right one, from its own address.
 
     Then ``local_address`` with that address sends to the group, or the broadcast address, on that interface too.
     """
-    network, number = same_network, NUMBERS[wire]
+    ours, theirs = wired_alike
+    network, number = Network(ours, theirs, closing), NUMBERS[wire]
     endpoint = network.endpoint("::" if dual else "0.0.0.0", dual=dual, broadcast=True)
     for name in WIRES:
         endpoint.join_group(GROUP, interface=name)
@@ -372,8 +393,9 @@ async def test_one_network_on_two_interfaces(same_network: Network, wire: str, d
 
 
 @needs_namespaces
-async def test_an_interface_without_an_address(network: Network) -> None:
+async def test_an_interface_without_an_address(own_network: Network) -> None:
     """A question that comes in on an interface without an IPv4 address is answered there, from one of our addresses."""
+    network = own_network
     network.ours.ip("address flush dev two")
     network.ours.ip("route add 192.0.2.0/24 dev two")
     endpoint = network.endpoint()
@@ -411,11 +433,14 @@ async def test_the_interface_to_send_on(network: Network, group: str) -> None:
             endpoint.multicast_interface = name
             assert endpoint.multicast_interface == network.ours.index(chosen.wire)
             await endpoint.send_to(b"hello", (group, chosen.socket.getsockname()[1]))
-            assert (await chosen.receive())[0] == b"hello"
-        own = ("2001:db8:1::1", endpoint.local_address[1], 0, 0) if ipv6 else ("192.0.1.1", endpoint.local_address[1])
-        await endpoint.send_to(b"from one", (group, listening[0].socket.getsockname()[1]), local_address=own)
+            payload, source = await chosen.receive()
+            own = "fe80::1" if group == GROUP_IPV6 else f"2001:db8:{NUMBERS[chosen.wire]}::1"
+            assert (payload, source[0]) == (b"hello", own if ipv6 else f"192.0.{NUMBERS[chosen.wire]}.1")
+        port = endpoint.local_address[1]
+        local: Any = ("2001:db8:1::1", port, 0, 0) if ipv6 else ("192.0.1.1", port)
+        await endpoint.send_to(b"from one", (group, listening[0].socket.getsockname()[1]), local_address=local)
         payload, source = await listening[0].receive()
-        assert (payload, source[0]) == (b"from one", own[0])
+        assert (payload, source[0]) == (b"from one", local[0])
     endpoint.multicast_interface = None
     assert endpoint.multicast_interface is None
 
@@ -618,6 +643,20 @@ async def test_the_callers_mistakes() -> None:
             use()
 
 
+@pytest.mark.parametrize("interface", ["lo", "127.0.0.1"])
+async def test_the_loopback_interface(interface: str) -> None:
+    """Over loopback a datagram to a group leaves from the loopback address."""
+    (endpoint,) = await open_endpoints(0, host="0.0.0.0")
+    async with endpoint:
+        endpoint.join_group(GROUP, interface="lo")
+        endpoint.multicast_interface = interface
+        assert endpoint.multicast_interface == socket.if_nametoindex("lo")
+        await endpoint.send_to(b"x", (GROUP, endpoint.local_address[1]))
+        with trio.fail_after(5):
+            datagram = await endpoint.receive()
+        assert (datagram.peer_address, datagram.local_address) == (("127.0.0.1", endpoint.local_address[1]),) * 2
+
+
 async def test_unix_domain_sockets_have_no_groups(tmp_path: Any) -> None:
     """A Unix-domain endpoint refuses to join a group."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -649,8 +688,9 @@ async def test_too_many_groups() -> None:
 
 @needs_namespaces
 @pytest.mark.parametrize("group", [GROUP, GROUP_IPV6])
-async def test_an_interface_that_goes_away(network: Network, nursery: trio.Nursery, group: str) -> None:
+async def test_an_interface_that_goes_away(own_network: Network, nursery: trio.Nursery, group: str) -> None:
     """When an interface goes away the server goes on with the other one, and joins again on one that comes back."""
+    network = own_network
     ipv6 = ":" in group
     endpoint = network.endpoint("::" if ipv6 else "0.0.0.0")
     for wire in WIRES:

@@ -238,8 +238,9 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
     def multicast_interface(self) -> int | None:
         """Index of the interface that ``send_to`` uses for groups; ``None``, the default, leaves it to the routes.
 
-        Set it to a name, an index, one of our own addresses, or ``None``. ``local_address`` of :meth:`send_to`, and the
-        scope of an IPv6 address, count more; replies always leave on the interface that the question came in on.
+        Set it to a name, an index, one of our own addresses (also to send from), or ``None``. The ``local_address`` of
+        :meth:`send_to`, or the scope of an IPv6 address, counts more. Replies always leave on the interface that the
+        question came in on.
         """
         return multicast_of(self._reader.engine).interface or None
 

@@ -9,7 +9,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeAlias
 
 import trio
@@ -75,8 +75,12 @@ def set_interface(engine: Engine, interface: Interface | None) -> None:
     """See :attr:`Endpoint.multicast_interface`."""
     multicast = multicast_of(engine)
     index = index_of(multicast, interface)
+    own = None
+    if isinstance(interface, str):
+        with suppress(ValueError):  # it is a name
+            own = unmapped(numeric_address((interface, 0)))
     try:
-        multicast.interface = index
+        multicast.set_interface(index, own)
     except OSError as error:
         raise _error(error.errno or errno.ENODEV, f"no interface {index}") from None
 

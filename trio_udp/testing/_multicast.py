@@ -52,8 +52,7 @@ class SimulatedMulticast:
     def interface(self) -> int:
         return self._socket.interface
 
-    @interface.setter
-    def interface(self, index: int) -> None:
+    def set_interface(self, index: int, own: Address | None) -> None:
         _check_interface(index)
         self._socket.interface = index
 

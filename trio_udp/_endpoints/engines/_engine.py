@@ -41,12 +41,17 @@ class Multicast(Protocol):
     Attributes:
       hops: Time to live of the datagrams that it sends to groups.
       loop: Members on this machine get a copy of what it sends to groups.
-      interface: The interface that it sends to groups on, unless the datagram says otherwise.
     """
 
     hops: int
     loop: bool
-    interface: int
+
+    @property
+    def interface(self) -> int:
+        """The interface that it sends to groups on, unless a route says otherwise."""
+
+    def set_interface(self, index: int, own: Address | None) -> None:
+        """Choose the interface to send to groups on, and the address to send from if there is no better one."""
 
     @property
     def families(self) -> Sequence[int]:

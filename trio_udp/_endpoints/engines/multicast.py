@@ -99,15 +99,19 @@ class SocketMulticast:
             return self._socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF)
         # The kernel tells only an address, and only if the interface was chosen by one, as configure may have done.
         chosen = self._socket.getsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, 4)
-        return probes.interface_of(self._socket, chosen) if any(chosen) else self._chosen
+        return (any(chosen) and probes.interface_of(self._socket, chosen)) or self._chosen
 
-    @interface.setter
-    def interface(self, index: int) -> None:
+    def set_interface(self, index: int, own: Address | None) -> None:
         for family in self.families:
             value = struct.pack("@I", index)
             if family == socket.AF_INET:
-                # struct ip_mreqn, whose first two members are addresses; on Windows the number is in their place.
-                value = struct.pack("!I", index) if sys.platform == "win32" else bytes(8) + value
+                source = bytes(4)
+                if own is not None and family_of(own) == family:
+                    source = probes.raw_host(family, own[0])
+                elif index and (raw := probes.ipv4_address_on(self._socket, index))[:1] == b"\x7f":
+                    source = raw  # the kernel would take the address of another interface
+                # struct ip_mreqn: a group, an address, a number. On Windows the number is in place of an address.
+                value = struct.pack("!I", index) if sys.platform == "win32" else bytes(4) + source + value
             self._socket.setsockopt(LEVELS[family], INTERFACE[family], value)
         self._chosen = index
 
