@@ -1,11 +1,9 @@
 """Publish a name and a service of this machine by multicast DNS (RFC 6762, RFC 6763), with python-zeroconf's codec.
 
 Questions to the group are answered on the interface that they came in on, with our address there: to the group, or to
-the peer alone if it asks for that. Other programs may have the port too; a server refuses what it hears of itself.
-It only answers: it does not probe for the name, announce it, or leave out answers that the peer has already.
+the peer alone if it asks for that. It does not probe for the name, announce it, or leave out answers that are known.
 
-    pip install zeroconf
-    python examples/mdns.py demo _http._tcp 8080
+    pip install zeroconf; python examples/mdns.py demo _http._tcp 8080
     avahi-resolve -n demo.local        avahi-browse --resolve _http._tcp        (on this or another machine)
 """
 
@@ -47,8 +45,10 @@ class Responder:
         query = DNSIncoming(datagram.payload)
         if not query.valid or not query.is_query():
             return None
-        own, host = own_address(datagram), f"{self.name}.local."
-        service = ServiceInfo(self.type, f"{self.name}.{self.type}", self.port, server=host, parsed_addresses=[own])
+        host, own = f"{self.name}.local.", own_address(datagram)
+        service = ServiceInfo(
+            self.type, f"{self.name}.{self.type}", self.port, properties=b"\0", server=host, parsed_addresses=[own]
+        )
         records = [service.dns_pointer(), service.dns_service(), service.dns_text(), *service.dns_addresses()]
         answers = [record for record in records if any(question.answered_by(record) for question in query.questions)]
         if not answers:
@@ -62,7 +62,7 @@ class Responder:
                 reply.add_answer_at_time(record, 0)
             else:
                 reply.add_additional_answer(record)
-        (payload,) = reply.packets()
+        payload = reply.packets()[0]
         if not knows_multicast or all(question.unicast for question in query.questions):
             return payload
         with suppress(OSError, trio.WouldBlock):  # the interface is gone, or the send buffer full: it will ask again
