@@ -11,7 +11,18 @@ from typing import TypeAlias
 
 import trio
 
-from ._address import Address, family_of, is_internet, is_mapped, mapped, numeric_address, unmapped
+from ._address import (
+    Address,
+    family_of,
+    is_internet,
+    is_limited_broadcast,
+    is_mapped,
+    is_multicast,
+    mapped,
+    numeric_address,
+    unmapped,
+)
+from ._echoes import Echoes
 from ._outbox import Outbox, Payload
 from .engines import Engine, Outgoing, Route
 
@@ -64,11 +75,18 @@ def send_on_nowait(way: Way, payload: Payload) -> None:
 def _outgoing(way: Way, payload: Payload) -> Outgoing:
     outbox, route = way
     copy, echoes = outbox.copy(payload, route), outbox.echoes
-    if echoes is not None:
-        address = outbox.engine.peer_address(route)
-        if is_internet(address) and address[1] in echoes.ports:
-            echoes.expect(copy, outbox.turn.now())
+    if echoes is not None and _may_echo(outbox.engine, route, echoes):
+        echoes.expect(copy, outbox.turn.now())
     return copy, route, outbox.own
+
+
+def _may_echo(engine: Engine, route: Route, echoes: Echoes) -> bool:
+    """Whether a datagram may be heard here too: it goes to one of the server's ports, and perhaps to many machines."""
+    to = engine.peer_address(route)
+    if not is_internet(to) or to[1] not in echoes.ports:
+        return False
+    # A directed broadcast needs SO_BROADCAST. Expecting an echo that does not come is harmless.
+    return is_multicast(to) or is_limited_broadcast(to) or engine.allows_broadcast()
 
 
 def _plain(address: Address) -> Address:

@@ -2,7 +2,7 @@
 
 The kernel gives a copy to all members on the machine, the sender included. The address alone does not tell an echo:
 another program may share our port, as all mDNS programs do, and then it has our address too. So a server remembers,
-for a few seconds, a hash of each payload that it sends to a port of its own, and how often.
+for a few seconds, a hash of each payload that it sends to many machines at a port of its own, and how often.
 """
 
 from __future__ import annotations

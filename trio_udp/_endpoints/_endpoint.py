@@ -16,7 +16,7 @@ from ._address import Address
 from ._addressed import find_way, send_on, send_on_nowait
 from ._buffers import check_max_datagram_size, grant_receive_buffer
 from ._datagram import Datagram, Origin, new_datagram
-from ._multicast import Interface, check_hops, check_loop, join_group, leave_group, multicast_of, set_interface
+from ._multicast import check_hops, check_loop, join_group, leave_group, multicast_of, set_interface
 from ._networks import Network, Networks
 from ._one_by_one import OneByOne
 from ._outbox import INTERNET, Outbox, Payload
@@ -179,7 +179,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         """
         send_on_nowait(find_way([self._reader.outbox], address, local_address), payload)
 
-    def join_group(self, group: str, *, interface: Interface | None = None, source: str | None = None) -> None:
+    def join_group(self, group: str, *, interface: int | str | None = None, source: str | None = None) -> None:
         """Receive the datagrams that are sent to a group, at this endpoint's port.
 
         The endpoint must be bound to all addresses (``host=None``, ``"0.0.0.0"``, ``"::"``) or to the group. It then
@@ -204,7 +204,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         """
         join_group(self._reader.engine, group, interface, source)
 
-    def leave_group(self, group: str, *, interface: Interface | None = None, source: str | None = None) -> None:
+    def leave_group(self, group: str, *, interface: int | str | None = None, source: str | None = None) -> None:
         """Undo :meth:`join_group`; the arguments are the same. What has arrived is still received.
 
         Raises:
@@ -245,7 +245,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         return multicast_of(self._reader.engine).interface or None
 
     @multicast_interface.setter
-    def multicast_interface(self, interface: Interface | None) -> None:
+    def multicast_interface(self, interface: int | str | None) -> None:
         set_interface(self._reader.engine, interface)
 
     def close(self) -> None:

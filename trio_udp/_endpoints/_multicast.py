@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeAlias
 
 import trio
 
@@ -28,8 +27,6 @@ from ._address import (
 )
 from .engines import Engine, Multicast
 
-Interface: TypeAlias = int | str  # index; name or one of our own addresses
-
 # What the kernel means, by what was done: join or leave. {0} is the group, with its source and its interface.
 REASONS = {
     ("join", errno.EADDRINUSE): "already in {0}",
@@ -43,7 +40,7 @@ REASONS = {
 }
 
 
-def join_group(engine: Engine, group: str, interface: Interface | None, source: str | None) -> None:
+def join_group(engine: Engine, group: str, interface: int | str | None, source: str | None) -> None:
     """See :meth:`Endpoint.join_group`."""
     multicast = multicast_of(engine)
     to, origin, index = _membership(multicast, group, interface, source)
@@ -54,7 +51,7 @@ def join_group(engine: Engine, group: str, interface: Interface | None, source: 
         LOGGER.warning("an endpoint bound to %s hears nothing of group %s: bind it to all addresses", bound[0], to[0])
 
 
-def leave_group(engine: Engine, group: str, interface: Interface | None, source: str | None) -> None:
+def leave_group(engine: Engine, group: str, interface: int | str | None, source: str | None) -> None:
     """See :meth:`Endpoint.leave_group`."""
     multicast = multicast_of(engine)
     to, origin, index = _membership(multicast, group, interface, source)
@@ -71,7 +68,7 @@ def multicast_of(engine: Engine) -> Multicast:
     return engine.multicast
 
 
-def set_interface(engine: Engine, interface: Interface | None) -> None:
+def set_interface(engine: Engine, interface: int | str | None) -> None:
     """See :attr:`Endpoint.multicast_interface`."""
     multicast = multicast_of(engine)
     index = index_of(multicast, interface)
