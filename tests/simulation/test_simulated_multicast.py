@@ -141,7 +141,7 @@ async def test_a_server_is_no_client_of_itself(nursery: trio.Nursery, autojump_c
 async def test_errors() -> None:
     """The errors are those of a real network."""
     endpoint: Any = SimulatedNetwork().endpoint("0.0.0.0", PORT, own_hosts=[OWN])
-    expected = [
+    expected: list[Any] = [
         (endpoint.join_group, ("192.0.2.1",), {}, errno.EINVAL, "192.0.2.1 is not a group"),
         (endpoint.join_group, (GROUP,), {"interface": "eth1"}, errno.ENODEV, "no interface 'eth1'"),
         (endpoint.join_group, (GROUP,), {"interface": 2}, errno.ENODEV, "no interface 2"),
