@@ -23,6 +23,7 @@ if sys.platform != "linux":
 
 import trio_udp
 from trio_udp import Client, Datagram, Endpoint, Server, open_endpoints, serve_endpoints
+from trio_udp._endpoints import engines
 
 from ..conftest import check_adds_up, echo
 from ..namespaces import Machine, inside, machines, needs_namespaces
@@ -226,6 +227,24 @@ async def test_a_group_of_single_sources(network: Network, group: str) -> None:
     endpoint.leave_group(group, interface="one", source=hosts[1])
     assert await heard(endpoint, peers, group) == [(hosts[0], "one")]
     endpoint.leave_group(group, interface="one")
+    assert await heard(endpoint, peers, group) == []
+
+
+@needs_namespaces
+@pytest.mark.parametrize("group", [GROUP, GROUP_IPV6])
+async def test_systems_without_sources(network: Network, group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the options of RFC 3678 are missing, an endpoint joins for all sources, and refuses to join for one."""
+    monkeypatch.setattr(engines.multicast, "HAS_SOURCES", False)
+    ipv6 = ":" in group
+    endpoint = network.endpoint("::" if ipv6 else "0.0.0.0")
+    peers = [network.peer(wire, ipv6=ipv6) for wire in WIRES]
+    endpoint.join_group(group, interface="two")
+    assert await heard(endpoint, peers, group) == [(peers[1].socket.getsockname()[0], "two")]
+    with pytest.raises(OSError, match="already in group"):
+        endpoint.join_group(group, interface="two")
+    with pytest.raises(NotImplementedError, match="for Linux only"):
+        endpoint.join_group(group, interface="one", source="2001:db8::5" if ipv6 else "192.0.2.5")
+    endpoint.leave_group(group, interface="two")
     assert await heard(endpoint, peers, group) == []
 
 

@@ -17,6 +17,9 @@ from . import probes
 MCAST_JOIN_GROUP, MCAST_LEAVE_GROUP, MCAST_JOIN_SOURCE_GROUP, MCAST_LEAVE_SOURCE_GROUP = 42, 45, 46, 47
 IP_MULTICAST_ALL, IPV6_MULTICAST_ALL = 49, 29
 
+# Whether these options are there. Without them a socket can join for all sources only.
+HAS_SOURCES = sys.platform == "linux"
+
 SOCKADDR_STORAGE_SIZE = 128  # a sockaddr_in or sockaddr_in6, padded
 
 # By family: the level of its options, and the options for hops, loop and interface.
@@ -44,20 +47,21 @@ class SocketMulticast:
 
     def join(self, group: Address, source: Address | None, interface: int) -> None:
         family = family_of(group)
-        if sys.platform == "linux":
+        if HAS_SOURCES:
             self._set_filter(MCAST_JOIN_SOURCE_GROUP if source else MCAST_JOIN_GROUP, group, source, interface)
-            # Without it the socket hears the groups that all other sockets of this machine are in.
-            option = IP_MULTICAST_ALL if family == socket.AF_INET else IPV6_MULTICAST_ALL
-            self._socket.setsockopt(LEVELS[family], option, 0)
         else:
             option = socket.IP_ADD_MEMBERSHIP if family == socket.AF_INET else socket.IPV6_JOIN_GROUP
             self._socket.setsockopt(LEVELS[family], option, _any_source(group, source, interface))
+        if sys.platform == "linux":
+            # Without it the socket hears the groups that all other sockets of this machine are in.
+            option = IP_MULTICAST_ALL if family == socket.AF_INET else IPV6_MULTICAST_ALL
+            self._socket.setsockopt(LEVELS[family], option, 0)
 
     def leave(self, group: Address, source: Address | None, interface: int) -> None:
-        if sys.platform == "linux":
+        family = family_of(group)
+        if HAS_SOURCES:
             self._set_filter(MCAST_LEAVE_SOURCE_GROUP if source else MCAST_LEAVE_GROUP, group, source, interface)
         else:
-            family = family_of(group)
             option = socket.IP_DROP_MEMBERSHIP if family == socket.AF_INET else socket.IPV6_LEAVE_GROUP
             self._socket.setsockopt(LEVELS[family], option, _any_source(group, source, interface))
 
