@@ -27,11 +27,11 @@ from ._address import (
 )
 from .engines import Engine, Multicast
 
-# What the kernel means, by what was done: join or leave. {0} is the group, with its source and its interface.
+# What the kernel means, by what was done. {0} is the group, with its source and its interface.
 REASONS = {
     ("join", errno.EADDRINUSE): "already in {0}",
-    ("join", errno.EADDRNOTAVAIL): "already in {0}",
-    ("join", errno.EINVAL): "cannot join {0}: an endpoint is in a group for all sources or for single ones",
+    ("join for a source", errno.EADDRNOTAVAIL): "already in {0}",
+    ("join", errno.EINVAL): "cannot join {0}, which may lack this version of IP",
     ("join", errno.ENOBUFS): "cannot join {0}: the system's most (igmp_max_memberships, igmp_max_msf or mld_max_msf)",
     ("join", errno.ENOMEM): "cannot join {0}: the system's most (optmem_max)",
     ("leave", errno.EADDRNOTAVAIL): "not in {0}",
@@ -72,12 +72,8 @@ def set_interface(engine: Engine, interface: int | str | None) -> None:
     """See :attr:`Endpoint.multicast_interface`."""
     multicast = multicast_of(engine)
     index = index_of(multicast, interface)
-    own = None
-    if isinstance(interface, str):
-        with suppress(ValueError):  # it is a name
-            own = unmapped(numeric_address((interface, 0)))
     try:
-        multicast.set_interface(index, own)
+        multicast.set_interface(index, _address_in(interface))
     except OSError as error:
         raise _error(error.errno or errno.ENODEV, f"no interface {index}") from None
 
@@ -111,22 +107,28 @@ def index_of(multicast: Multicast, interface: object) -> int:
         return interface
     if not isinstance(interface, str):
         raise TypeError(f"interface must be a name, an index or an address, not {interface!r}")
-    host, _, scope = interface.partition("%")
-    try:
-        address = unmapped(numeric_address((host, 0)))
-    except ValueError:
+    address = _address_in(interface)
+    if address is None:
         try:
             return multicast.index_of(interface)
         except OSError as error:
             raise _error(error.errno or errno.ENODEV, f"no interface {interface!r}") from None
     having = multicast.interfaces_with(address)
-    if scope:
+    if scope := interface.partition("%")[2]:
         having = [index for index in having if index == _index_of_scope(multicast, scope)]
     if not having:
         raise _error(errno.EADDRNOTAVAIL, f"{interface} is not an address of this machine")
     if len(having) > 1:
         raise ValueError(f"several interfaces have the address {interface}: use a name or an index")
     return having[0]
+
+
+def _address_in(interface: object) -> Address | None:
+    """Return the address that an interface is named by, if it is; a name may have a dot too."""
+    if isinstance(interface, str) and ("." in interface or ":" in interface):
+        with suppress(ValueError):
+            return unmapped(numeric_address((interface.partition("%")[0], 0)))
+    return None
 
 
 def _membership(
@@ -186,7 +188,8 @@ def _explained(action: str, group: Address, source: Address | None, interface: i
         if error.errno == errno.ENODEV:
             reason = f"no interface {interface}" if interface else f"no route to {name}: name an interface"
         else:
-            reason = REASONS.get((action, error.errno), f"cannot {action} {{0}}").format(name)
+            special = REASONS.get((f"{action} for a source", error.errno)) if source else None
+            reason = (special or REASONS.get((action, error.errno), f"cannot {action} {{0}}")).format(name)
         raise _error(error.errno, reason) from None
 
 
