@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
 from trio_udp import Client, Endpoint, serve_endpoints
 from trio_udp.testing import SimulatedNetwork
 
-from ..conftest import ALICE, BOB, check_adds_up
+from ..conftest import ALICE, BOB, check_adds_up, echo
 
 GROUP, GROUP_IPV6 = "239.1.2.3", "ff02::1234"
 OWN, ELSEWHERE = "192.0.2.53", "192.0.2.54"
@@ -89,6 +90,20 @@ async def test_both_ways_to_join_are_one() -> None:
     network.leave(endpoint, GROUP)
     network.inject(b"x", ALICE, (GROUP, PORT))
     assert heard(endpoint) == []
+
+
+async def test_behind_a_proxy(nursery: trio.Nursery) -> None:
+    """An endpoint with proxies joins groups too, and its server refuses what it hears of itself."""
+    network = SimulatedNetwork()
+    endpoint = network.endpoint("0.0.0.0", PORT, own_hosts=[OWN], proxies=["10.0.0.0/8"])
+    endpoint.join_group(GROUP, interface="eth0")
+    server = await nursery.start(serve_endpoints, echo, [endpoint])
+    await server.send_to(b"hello", (GROUP, PORT))
+    network.inject(b"x", ALICE, (GROUP, PORT))
+    await trio.testing.wait_all_tasks_blocked()
+    s = server.statistics()
+    assert (s.received, s.refused_source, s.delivered, s.sent) == (2, 1, 1, 2)
+    check_adds_up(server)
 
 
 async def test_loop_and_hops() -> None:

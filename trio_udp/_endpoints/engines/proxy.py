@@ -18,7 +18,7 @@ import trio
 from ..._log import WarningLog
 from .._address import Address, describe, is_limited_broadcast, is_multicast, is_unspecified
 from .._networks import Networks
-from ._engine import BATCH, Engine, Outgoing, Received, Route
+from ._engine import BATCH, Engine, Multicast, Outgoing, Received, Route
 from .pktinfo import MAPPED, is_doubtful_host
 from .proxy_header import IPV6, addresses, read_header
 
@@ -69,6 +69,10 @@ class ProxyEngine:
     @property
     def socket(self) -> trio.socket.SocketType:
         return self._inner.socket
+
+    @property
+    def multicast(self) -> Multicast:
+        return self._inner.multicast
 
     @property
     def closed(self) -> bool:
