@@ -20,7 +20,8 @@ from ._networks import Network, Networks
 from ._one_by_one import OneByOne
 from ._outbox import INTERNET, Outbox, Payload
 from ._reader import Reader
-from .engines import Engine, engine_for, is_connected
+from ._unix_outbox import UnixOutbox
+from .engines import Engine, engine_for, is_by_name, is_connected
 
 
 @final
@@ -149,7 +150,9 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
     async def __anext__(self) -> Datagram:
         return await self.receive()
 
-    async def send_to(self, payload: Payload, address: Address, *, local_address: Address | None = None) -> None:
+    async def send_to(
+        self, payload: Payload, address: Address | str | bytes, *, local_address: Address | None = None
+    ) -> None:
         """Send one datagram to any address.
 
         Waits while the send buffer is full, first come first served.
@@ -157,6 +160,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         Args:
           payload: Any bytes-like object, copied now.
           address: Numeric host and port, as a socket gives them. IPv4 addresses may be written as mapped into IPv6.
+            On a Unix-domain socket a path or an abstract name.
           local_address: Our own address to send from; by default the kernel's choice.
 
         Raises:
@@ -170,7 +174,9 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         """
         await send_on(find_way([self._reader.outbox], address, local_address), payload)
 
-    def send_to_nowait(self, payload: Payload, address: Address, *, local_address: Address | None = None) -> None:
+    def send_to_nowait(
+        self, payload: Payload, address: Address | str | bytes, *, local_address: Address | None = None
+    ) -> None:
         """Like :meth:`send_to`, without waiting.
 
         Raises:
@@ -196,7 +202,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
 
 def make_endpoint(engine: Engine, *, shared: bool = False, receive_buffer_requested: int = 0) -> Endpoint:
     """Make an endpoint of an engine."""
-    outbox = Outbox(engine, FaultLog())
+    outbox = UnixOutbox(engine, FaultLog()) if is_by_name(engine) else Outbox(engine, FaultLog())
     return create(Endpoint, Reader(engine, outbox, shared), receive_buffer_requested)
 
 
