@@ -6,7 +6,8 @@ checks the length of a receiver's queue only for others.) Therefore each peer ma
 sixteenth, so that k silent peers together leave 16/(16 + k) of the buffer to the others.
 
 The kernel does not tell the sender who has read. It tells how much of the buffer is in use (SIOCOUTQ), which is enough
-while that is little; and, for all sockets at once, whether something is in their queues (sock_diag(7)).
+while that is little; and for a peer that may hold too much, whether its queue is empty (sock_diag). Where it does not
+tell that, only the kernel's own limits hold.
 """
 
 from __future__ import annotations
@@ -17,27 +18,17 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator
 
 import attrs
 
+from . import _sock_diag
 from .engines import Engine, Route
 
 if sys.platform == "linux":
     import fcntl
 
-# From linux/sockios.h, linux/netlink.h, linux/sock_diag.h and linux/unix_diag.h.
-SIOCOUTQ = 0x5411
-NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20
-NLM_F_REQUEST_DUMP, NLMSG_DONE, NLMSG_ERROR = 0x301, 3, 2
-UDIAG_SHOW_NAME, UDIAG_SHOW_RQLEN = 0x01, 0x10
-UNIX_DIAG_NAME, UNIX_DIAG_RQLEN = 0, 4
-ALL_STATES = 0xFFFFFFFF
-HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, sender
-REQUEST = struct.Struct("=BBHIIIII")  # family, protocol, 0, states, inode, show, cookie
-SOCKET = struct.Struct("=BBBBIII")  # family, type, state, 0, inode, cookie
-ATTRIBUTE = struct.Struct("=HH")  # length, type
-QUEUE = struct.Struct("=II")  # bytes to read, bytes sent
+SIOCOUTQ = 0x5411  # from linux/sockios.h
+INT = struct.Struct("@i")
 
 # Kernel memory of a datagram besides its payload, about.
 OVERHEAD = 768
@@ -45,58 +36,13 @@ OVERHEAD = 768
 # The part of the free send buffer that one peer may hold.
 SHARE = 1 / 16
 
-# A dump takes a millisecond for a thousand sockets. The next one waits for this many times as long as the last took.
-DUMP_REST = 10
-
-
-def names_with_unread() -> set[bytes] | None:
-    """Return the names of all Unix-domain datagram sockets here that have something to read; None if we cannot know."""
-    found = set()
-    try:
-        for kind, name, unread in _dump():
-            if kind == socket.SOCK_DGRAM and name and unread:
-                found.add(name)
-    except OSError:  # a kernel without sock_diag, or a sandbox that forbids it
-        return None
-    return found
-
-
-def _dump() -> Iterator[tuple[int, bytes, int]]:
-    """Ask the kernel for all Unix-domain sockets: type, name, bytes of the first datagram to be read."""
-    show = UDIAG_SHOW_NAME | UDIAG_SHOW_RQLEN
-    body = REQUEST.pack(socket.AF_UNIX, 0, 0, ALL_STATES, 0, show, 0, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
-        sock.setblocking(False)  # the kernel answers within the calls
-        sock.send(HEADER.pack(HEADER.size + len(body), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST_DUMP, 1, 0) + body)
-        while True:
-            data = sock.recv(65_536)
-            position = 0
-            while position < len(data):
-                length, message, _, _, _ = HEADER.unpack_from(data, position)
-                if message == NLMSG_DONE:
-                    return
-                if message == NLMSG_ERROR:
-                    raise OSError(-struct.unpack_from("=i", data, position + HEADER.size)[0], "sock_diag")
-                end, start = position + length, position + HEADER.size + SOCKET.size
-                kind, name, unread = data[position + HEADER.size + 1], b"", 0
-                while start < end:
-                    size, attribute = ATTRIBUTE.unpack_from(data, start)
-                    if attribute == UNIX_DIAG_NAME:
-                        name = data[start + ATTRIBUTE.size : start + size]
-                    elif attribute == UNIX_DIAG_RQLEN:
-                        unread, _ = QUEUE.unpack_from(data, start + ATTRIBUTE.size)
-                    start += _aligned(size)
-                yield kind, name if name[:1] == b"\0" else name.rstrip(b"\0"), unread
-                position += _aligned(length)
-
-
-def _aligned(size: int) -> int:
-    return (size + 3) & ~3
+# Going through all sockets of the system takes at most one part in this many of the time.
+SEARCH_REST = 20
 
 
 @attrs.define(eq=False)
 class Unread:
-    """How much of one socket's send buffer its peers may hold, estimated from above.
+    """How much of one socket's send buffer its peers hold, estimated from above.
 
     Attributes:
       limit: Bytes that one peer may hold.
@@ -107,17 +53,18 @@ class Unread:
     _held: dict[Route, int] = attrs.field(factory=dict, init=False)  # sent, and not known to be read
     _sent: int = attrs.field(default=0, init=False)  # since the last look
     _opaque: set[Route] = attrs.field(factory=set, init=False)  # those that were sent an empty datagram
-    _next_dump: float = attrs.field(default=-math.inf, init=False)
+    _inodes: dict[bytes, list[int]] = attrs.field(factory=dict, init=False)  # of all sockets with names
+    _next_search: float = attrs.field(default=-math.inf, init=False)
 
     def has_room(self, route: Route, payload: bytes) -> bool:
         """Whether a peer may be sent one more datagram. One that holds nothing always may."""
-        held = self._held.get(route, 0)
-        if not held or held + len(payload) + OVERHEAD <= self.limit:
+        if self._may_hold(route, payload):
             return True
         self._look()
         if self._may_hold(route, payload):
             return True
-        self._ask_the_kernel()
+        if self._has_read_all(route):
+            self.forget(route)
         return self._may_hold(route, payload)
 
     def sent(self, route: Route, payload: bytes) -> None:
@@ -131,43 +78,63 @@ class Unread:
             self._look()
 
     def forget(self, route: Route) -> None:
-        """Forget a peer that is gone."""
+        """Note that a peer holds nothing: it has read all, or is gone."""
         self._held.pop(route, None)
         self._opaque.discard(route)
 
     def _may_hold(self, route: Route, payload: bytes) -> bool:
-        held = self._held.get(route, 0)
-        return not held or held + len(payload) + OVERHEAD <= self.limit
+        held = self._held.get(route)
+        return held is None or held + len(payload) + OVERHEAD <= self.limit
 
     def _look(self) -> None:
         """Compute the limit anew. While all peers together hold no more than that, nobody holds too much."""
         self._sent = 0
         if sys.platform != "linux":
-            self.limit = math.inf  # there the receiver's buffer counts
+            self.limit = math.inf  # there a receiver's own buffer counts
+            self._held.clear()
             return
         sock = self.engine.socket
-        (used,) = struct.unpack("@i", fcntl.ioctl(sock.fileno(), SIOCOUTQ, bytes(4)))
+        (used,) = INT.unpack(fcntl.ioctl(sock.fileno(), SIOCOUTQ, bytes(INT.size)))
         self.limit = (sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) - used) * SHARE
         if used <= self.limit:
             self._held.clear()
             self._opaque.clear()
 
-    def _ask_the_kernel(self) -> None:
-        """Forget what peers hold whose queues are empty.
+    def _has_read_all(self, route: Route) -> bool:
+        # The length of an empty datagram is 0, as that of an empty queue: then the kernel's answer means nothing.
+        if route in self._opaque:
+            return False
+        name = _raw_name(self.engine, route)
+        try:
+            answer = self._is_queue_empty(name)
+            if answer is None and self._search():
+                answer = self._is_queue_empty(name)
+        except OSError:
+            return True  # as far as we know
+        return answer is True
 
-        The length of an empty datagram is 0, as that of an empty queue. So this tells nothing of peers that were sent
-        one.
-        """
-        now = time.perf_counter()
-        if now < self._next_dump:
-            return
-        names = names_with_unread()
-        self._next_dump = time.perf_counter() + DUMP_REST * (time.perf_counter() - now)
-        if names is None:
-            self._held.clear()  # as far as we know
-            return
-        for route in list(self._held):
-            name = self.engine.peer_address(route)
-            raw = name if isinstance(name, bytes) else os.fsencode(str(name))
-            if raw not in names and route not in self._opaque:
-                self.forget(route)
+    def _is_queue_empty(self, name: bytes) -> bool | None:
+        """Whether all sockets of a name have nothing to read; None if there is none, as far as we know."""
+        found = [_sock_diag.queue_of(inode) for inode in self._inodes.get(name, ())]
+        queues = [queue for queue in found if queue is not None and queue.name == name]
+        return not any(queue.unread for queue in queues) if queues else None
+
+    def _search(self) -> bool:
+        """Go through all sockets, unless we have just done so, and forget the peers that are gone."""
+        start = time.perf_counter()
+        if start < self._next_search:
+            return False
+        self._inodes.clear()
+        for queue in _sock_diag.all_queues():
+            if queue.name and queue.kind == socket.SOCK_DGRAM:
+                self._inodes.setdefault(queue.name, []).append(queue.inode)
+        for route in [route for route in self._held if _raw_name(self.engine, route) not in self._inodes]:
+            self.forget(route)
+        end = time.perf_counter()
+        self._next_search = end + SEARCH_REST * (end - start)
+        return True
+
+
+def _raw_name(engine: Engine, route: Route) -> bytes:
+    name: object = engine.peer_address(route)
+    return name if isinstance(name, bytes) else os.fsencode(str(name))
