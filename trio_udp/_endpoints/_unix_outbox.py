@@ -72,11 +72,13 @@ class UnixOutbox(Outbox):
     def hold(self) -> None:
         pass
 
-    def send(self, outgoing: list[Outgoing]) -> int:
-        return self._send(outgoing, raising=False)
-
-    def send_or_raise(self, outgoing: list[Outgoing]) -> int:
-        return self._send(outgoing, raising=True)
+    def send(self, outgoing: list[Outgoing], *, raising: bool = False) -> int:
+        self.check_open()
+        for position, single in enumerate(outgoing):
+            # Tasks that wait for this peer come first.
+            if single[1] in self._lines or not self._send_single(single, raising):
+                return position
+        return len(outgoing)
 
     def send_or_drop(self, outgoing: list[Outgoing]) -> list[Outgoing]:
         unsent: list[Outgoing] = []
@@ -131,14 +133,6 @@ class UnixOutbox(Outbox):
     def _end_waits(self) -> None:
         for scope in self._waits:
             scope.cancel()
-
-    def _send(self, outgoing: list[Outgoing], *, raising: bool) -> int:
-        self.check_open()
-        for position, single in enumerate(outgoing):
-            # Tasks that wait for this peer come first.
-            if single[1] in self._lines or not self._send_single(single, raising):
-                return position
-        return len(outgoing)
 
     async def _send_when_possible(self, line: Line, outgoing: Outgoing, raising: bool) -> None:
         pause = FIRST_PAUSE
