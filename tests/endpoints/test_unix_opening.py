@@ -42,6 +42,10 @@ def leave_stale(path: str, kind: int = socket.SOCK_DGRAM) -> None:
         sock.bind(path)
 
 
+def is_there(path: str) -> bool:
+    return os.path.lexists(path)
+
+
 def permissions(path: str) -> int:
     return stat.S_IMODE(os.lstat(path).st_mode)
 
@@ -64,8 +68,8 @@ async def test_a_path(path: str, kind: Any) -> None:
         async with await trio_udp.connect_unix(kind(path)) as connection:
             assert connection.peer_address == path
             await exchange(endpoint, connection)
-        assert os.path.exists(path)
-    assert not os.path.exists(path)
+        assert is_there(path)
+    assert not is_there(path)
 
 
 @pytest.mark.parametrize("kind", [str, os.fsencode])
@@ -97,7 +101,7 @@ async def test_a_connection_with_a_path(path: str) -> None:
             assert connection.local_address == local_path
             await connection.send(b"x")
             assert (await endpoint.receive()).peer_address == local_path
-        assert not os.path.exists(local_path)
+        assert not is_there(local_path)
 
 
 async def test_a_connection_that_fails_leaves_no_file(path: str) -> None:
@@ -123,7 +127,7 @@ async def test_a_stale_file_is_replaced(path: str, kind: int) -> None:
     leave_stale(path, kind)
     async with await trio_udp.open_unix_endpoint(path) as endpoint, await trio_udp.connect_unix(path) as connection:
         await exchange(endpoint, connection)
-    assert not os.path.exists(path)
+    assert not is_there(path)
 
 
 @pytest.mark.parametrize("connected", [False, True])
@@ -165,7 +169,7 @@ async def test_closing_removes_only_its_own_file(path: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(path)
         await endpoint.aclose()
-        assert os.path.exists(path)
+        assert is_there(path)
 
 
 async def test_closing_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,19 +226,22 @@ async def test_several_processes_open_one_stale_path(path: str) -> None:
     leave_stale(path)
     arguments = [sys.executable, "-c", OPEN_AND_WAIT, path]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(arguments, **pipes) for _ in range(4)]
-    for _ in range(2):
+    processes = [subprocess.Popen(arguments, **pipes) for _ in range(4)]  # noqa: ASYNC220  # nothing else runs
+
+    def press_enter() -> None:
         for process in processes:
             process.stdin.write("\n")
             process.stdin.flush()
-        if _ == 0:
-            said = [process.stdout.readline().strip() for process in processes]
-            assert sorted(said) == [str(errno.EADDRINUSE)] * 3 + ["opened"]
-            (await trio_udp.connect_unix(path)).close()  # it is there
+
+    press_enter()
+    said = [process.stdout.readline().strip() for process in processes]
+    assert sorted(said) == [str(errno.EADDRINUSE)] * 3 + ["opened"]
+    (await trio_udp.connect_unix(path)).close()  # it is there
+    press_enter()
     for process in processes:
         process.communicate()
         assert process.returncode == 0
-    assert not os.path.exists(path)
+    assert not is_there(path)
 
 
 async def test_a_locked_folder(path: str, autojump_clock: trio.abc.Clock) -> None:
