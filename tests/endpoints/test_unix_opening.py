@@ -27,6 +27,15 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "server")
 
 
+# A name is no ``Address`` to a type checker.
+def local_name(resource: trio_udp.Endpoint | trio_udp.Connection) -> Any:
+    return resource.local_address
+
+
+def peer_name(resource: trio_udp.Connection | trio_udp.Datagram) -> Any:
+    return resource.peer_address
+
+
 @contextmanager
 def umask(mask: int) -> Iterator[None]:
     before = os.umask(mask)
@@ -64,9 +73,9 @@ async def exchange(endpoint: trio_udp.Endpoint, connection: trio_udp.Connection)
 async def test_a_path(path: str, kind: Any) -> None:
     """An endpoint is bound to a path of any type, answers, and removes the file when it is closed."""
     async with await trio_udp.open_unix_endpoint(kind(path)) as endpoint:
-        assert endpoint.local_address == path
+        assert local_name(endpoint) == path
         async with await trio_udp.connect_unix(kind(path)) as connection:
-            assert connection.peer_address == path
+            assert peer_name(connection) == path
             await exchange(endpoint, connection)
         assert is_there(path)
     assert not is_there(path)
@@ -77,7 +86,7 @@ async def test_an_abstract_name(kind: Any) -> None:
     """A name that begins with a zero byte has no file."""
     name = f"\0trio_udp test {os.getpid()}"
     async with await trio_udp.open_unix_endpoint(kind(name)) as endpoint:
-        assert endpoint.local_address == name.encode()
+        assert local_name(endpoint) == name.encode()
         async with await trio_udp.connect_unix(kind(name)) as connection:
             await exchange(endpoint, connection)
         with pytest.raises(OSError, match=f"cannot bind @trio_udp test {os.getpid()}") as caught:
@@ -98,9 +107,9 @@ async def test_a_connection_with_a_path(path: str) -> None:
     leave_stale(local_path)
     async with await trio_udp.open_unix_endpoint(path) as endpoint:
         async with await trio_udp.connect_unix(path, local_path=local_path) as connection:
-            assert connection.local_address == local_path
+            assert local_name(connection) == local_path
             await connection.send(b"x")
-            assert (await endpoint.receive()).peer_address == local_path
+            assert peer_name(await endpoint.receive()) == local_path
         assert not is_there(local_path)
 
 
@@ -176,7 +185,7 @@ async def test_closing_in_another_folder(tmp_path: Path, monkeypatch: pytest.Mon
     """A relative path is removed also after the program has changed its folder. A file that is gone is no error."""
     monkeypatch.chdir(tmp_path)
     one, other = [await trio_udp.open_unix_endpoint(name) for name in ("one", "other")]
-    assert one.local_address == "one"
+    assert local_name(one) == "one"
     monkeypatch.chdir("/")
     one.close()
     assert os.listdir(tmp_path) == ["other"]
@@ -226,7 +235,7 @@ async def test_several_processes_open_one_stale_path(path: str) -> None:
     leave_stale(path)
     arguments = [sys.executable, "-c", OPEN_AND_WAIT, path]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(arguments, **pipes) for _ in range(4)]  # noqa: ASYNC220  # nothing else runs
+    processes: list[Any] = [subprocess.Popen(arguments, **pipes) for _ in range(4)]  # noqa: ASYNC220  # nothing else runs
 
     def press_enter() -> None:
         for process in processes:

@@ -18,6 +18,7 @@ import socket
 import struct
 import sys
 import time
+from contextlib import suppress
 
 import attrs
 
@@ -39,6 +40,9 @@ SHARE = 1 / 16
 # Going through all sockets of the system takes at most one part in this many of the time.
 SEARCH_REST = 20
 
+# Peers that were sent empty datagrams, before we look which of them are still there.
+MANY_OPAQUE = 4_096
+
 
 @attrs.define(eq=False)
 class Unread:
@@ -52,7 +56,7 @@ class Unread:
     limit: float = attrs.field(default=0.0, init=False)
     _held: dict[Route, int] = attrs.field(factory=dict, init=False)  # sent, and not known to be read
     _sent: int = attrs.field(default=0, init=False)  # since the last look
-    _opaque: set[Route] = attrs.field(factory=set, init=False)  # those that were sent an empty datagram
+    _opaque: set[Route] = attrs.field(factory=set, init=False)  # were sent an empty datagram, and may not have read it
     _inodes: dict[bytes, list[int]] = attrs.field(factory=dict, init=False)  # of all sockets with names
     _next_search: float = attrs.field(default=-math.inf, init=False)
 
@@ -73,6 +77,9 @@ class Unread:
         self._held[route] = self._held.get(route, 0) + size
         if not payload:
             self._opaque.add(route)
+            if len(self._opaque) > MANY_OPAQUE:
+                with suppress(OSError):
+                    self._search()
         self._sent += size
         if self._sent > self.limit:
             self._look()
@@ -98,10 +105,11 @@ class Unread:
         self.limit = (sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) - used) * SHARE
         if used <= self.limit:
             self._held.clear()
+        if not used:
             self._opaque.clear()
 
     def _has_read_all(self, route: Route) -> bool:
-        # The length of an empty datagram is 0, as that of an empty queue: then the kernel's answer means nothing.
+        # The length of an empty datagram is 0, as that of an empty queue: the kernel's answer means nothing then.
         if route in self._opaque:
             return False
         name = _raw_name(self.engine, route)
@@ -128,8 +136,9 @@ class Unread:
         for queue in _sock_diag.all_queues():
             if queue.name and queue.kind == socket.SOCK_DGRAM:
                 self._inodes.setdefault(queue.name, []).append(queue.inode)
-        for route in [route for route in self._held if _raw_name(self.engine, route) not in self._inodes]:
-            self.forget(route)
+        for route in [*self._held, *self._opaque]:
+            if _raw_name(self.engine, route) not in self._inodes:
+                self.forget(route)
         end = time.perf_counter()
         self._next_search = end + SEARCH_REST * (end - start)
         return True
