@@ -40,8 +40,8 @@ SHARE = 1 / 16
 # Going through all sockets of the system takes at most one part in this many of the time.
 SEARCH_REST = 20
 
-# Peers that were sent empty datagrams, before we look which of them are still there.
-MANY_OPAQUE = 4_096
+# Peers to remember before we look which of them are still there.
+MANY = 4_096
 
 
 @attrs.define(eq=False)
@@ -77,12 +77,12 @@ class Unread:
         self._held[route] = self._held.get(route, 0) + size
         if not payload:
             self._opaque.add(route)
-            if len(self._opaque) > MANY_OPAQUE:
-                with suppress(OSError):
-                    self._search()
         self._sent += size
         if self._sent > self.limit:
             self._look()
+            if len(self._held) + len(self._opaque) > MANY:
+                with suppress(OSError):
+                    self._search()
 
     def forget(self, route: Route) -> None:
         """Note that a peer holds nothing: it has read all, or is gone."""
