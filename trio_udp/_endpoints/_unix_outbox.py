@@ -21,7 +21,10 @@ from ._unread import Unread
 from .engines import Outgoing, Route
 
 # Seconds between two attempts, where the kernel does not tell when there is room: at first, and at most.
-FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.02
+FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.05
+
+# Lines from which on pauses become longer, so that many silent peers do not cost more than a few: 3 % of a CPU.
+MANY_LINES = 32
 
 # Probes at most, of one endpoint: each takes a file descriptor.
 MOST_PROBES = 64
@@ -146,7 +149,7 @@ class UnixOutbox(Outbox):
                 return
             # The peer's queue has room, but our own buffer has none for it.
             await trio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+            pause = min(2 * pause, LONGEST_PAUSE * max(1, len(self._lines) / MANY_LINES))
 
     def _send_single(self, outgoing: Outgoing, raising: bool) -> bool:
         """Send a datagram, or count why it cannot be sent; return False if there is no room.

@@ -2,8 +2,9 @@
 
 A datagram stays in the *sender's* send buffer until its receiver reads it. So a peer that does not read could fill the
 buffer of an endpoint, and then nobody could be answered. (If it is connected to us, nothing else limits it: the kernel
-checks the length of a receiver's queue only for others.) Therefore each peer may hold a part of what is free: a
-sixteenth, so that k silent peers together leave 16/(16 + k) of the buffer to the others.
+checks the length of a receiver's queue only for others.) Therefore, once an eighth of the buffer is in use, each peer
+may hold a part of it only, which shrinks as the square of what is free. So k silent peers, one after the other, leave
+64/(64 + k) to the others, until a part is smaller than a datagram.
 
 The kernel does not tell the sender who has read. It tells how much of the buffer is in use (SIOCOUTQ), which is enough
 while that is little; and for a peer that may hold too much, whether its queue is empty (sock_diag). Where it does not
@@ -34,8 +35,8 @@ INT = struct.Struct("@i")
 # Kernel memory of a datagram besides its payload, about.
 OVERHEAD = 768
 
-# The part of the free send buffer that one peer may hold.
-SHARE = 1 / 16
+# The part of the send buffer that may be in use before anyone is limited; and the part of an empty one for each peer.
+UNLIMITED, SHARE = 1 / 8, 1 / 64
 
 # Going through all sockets of the system takes at most one part in this many of the time.
 SEARCH_REST = 20
@@ -78,7 +79,7 @@ class Unread:
         if not payload:
             self._opaque.add(route)
         self._sent += size
-        if self._sent > self.limit:
+        if self._sent > self.limit / 4:
             self._look()
             if len(self._held) + len(self._opaque) > MANY:
                 with suppress(OSError):
@@ -94,7 +95,7 @@ class Unread:
         return held is None or held + len(payload) + OVERHEAD <= self.limit
 
     def _look(self) -> None:
-        """Compute the limit anew. While all peers together hold no more than that, nobody holds too much."""
+        """Compute the limit anew. While little of the buffer is in use, nobody holds too much."""
         self._sent = 0
         if sys.platform != "linux":
             self.limit = math.inf  # there a receiver's own buffer counts
@@ -102,8 +103,10 @@ class Unread:
             return
         sock = self.engine.socket
         (used,) = INT.unpack(fcntl.ioctl(sock.fileno(), SIOCOUTQ, bytes(INT.size)))
-        self.limit = (sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) - used) * SHARE
-        if used <= self.limit:
+        size = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        self.limit = max(0, size - used) ** 2 / size * SHARE
+        if used <= size * UNLIMITED:
+            self.limit = size * UNLIMITED
             self._held.clear()
         if not used:
             self._opaque.clear()

@@ -67,12 +67,13 @@ class BoundFile:
     path: str | bytes  # absolute: the program may change its folder
     device: int
     inode: int
+    owner: int  # the process that has made it; those that it forks share the socket
 
     def remove(self) -> None:
         """Remove the file, unless another one has its place now. Its inode is not used again while we are bound."""
         with suppress(OSError):
             found = os.lstat(self.path)
-            if (found.st_dev, found.st_ino) == (self.device, self.inode):
+            if (found.st_dev, found.st_ino, os.getpid()) == (self.device, self.inode, self.owner):
                 os.unlink(self.path)
 
 
@@ -80,7 +81,7 @@ def bound_file(path: str | bytes) -> BoundFile:
     """Note the file of a socket that was just bound to a path."""
     path = os.path.abspath(path)
     found = os.lstat(path)
-    return BoundFile(path, found.st_dev, found.st_ino)
+    return BoundFile(path, found.st_dev, found.st_ino, os.getpid())
 
 
 def switch_on_credentials(sock: socket.socket) -> None:
