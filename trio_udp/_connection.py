@@ -112,8 +112,8 @@ class Connection(DatagramChannel):
     ``receive`` and ``send`` always notice cancellation, but they are not full checkpoints: they let other tasks run at
     least once in 64 datagrams, not each time.
 
-    Made by :func:`connect` or :meth:`from_socket`. ``async with`` closes it. One task at a time may receive; any number
-    may send.
+    Made by :func:`connect`, :func:`connect_unix` or :meth:`from_socket`. ``async with`` closes it. One task at a time
+    may receive; any number may send.
     """
 
     __slots__ = ("_endpoint",)

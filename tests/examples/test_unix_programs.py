@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import logging.handlers
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from hypothesis import given, strategies as st
 
 import trio_udp
 from tests.conftest import check_adds_up, echo
@@ -31,6 +33,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="abstract names 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@functools.cache
 def example(name: str) -> Any:
     """Import an example as a module."""
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
@@ -227,6 +230,17 @@ def syslog(path: str, capfd: pytest.CaptureFixture[str]) -> Iterator[subprocess.
         assert process.stdout.readline() == f"listening on {path}\n"
         yield process
     assert capfd.readouterr().err == ""
+
+
+@given(st.binary(max_size=50) | st.from_regex(rb"<[0-9]{1,4}>.*", fullmatch=True))
+def test_syslog_messages(message: bytes) -> None:
+    """Whatever is sent, the syslog example makes one printable line of it, with a facility and a severity."""
+    module = example("syslog_unix")
+    priority, text = module.parse(message)
+    facility, severity = priority.split(".")
+    assert facility in module.FACILITIES
+    assert severity in module.SEVERITIES
+    assert text.isprintable()
 
 
 def test_syslog_example(path: str, syslog: subprocess.Popen[str]) -> None:

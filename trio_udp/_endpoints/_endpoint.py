@@ -28,7 +28,7 @@ from .engines import Engine, engine_for, is_by_name, is_connected
 class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
     """A bound datagram socket and its counters; what :func:`serve_endpoints` serves on.
 
-    Made by :func:`open_endpoints` or :meth:`from_socket`.
+    Made by :func:`open_endpoints`, :func:`open_unix_endpoint` or :meth:`from_socket`.
 
     An endpoint that no server runs on is a datagram socket by itself: one task receives the datagrams of all senders
     (:meth:`receive`, ``async for datagram in endpoint``), in arrival order. Sending is always allowed.

@@ -20,7 +20,7 @@ import attrs
 import trio
 
 from .._address import Address, host_bytes
-from ._engine import Engine, Outgoing, Received, Route
+from ._engine import BATCH, Engine, Outgoing, Received, Route
 from ._socket import is_connected
 from .pktinfo import CONTROL_SIZE
 from .portable import ConnectedEngine, PortableEngine, brings_ancillary, close_passed_files
@@ -220,10 +220,11 @@ class UnixConnectedEngine(UnixFile, ConnectedEngine):
 
     def _receive_plain(self) -> Received:
         # Anyone may send to a socket that is bound and not connected: before it was, and after its peer is gone.
-        while True:
+        for _ in range(BATCH):
             payload, name = self._socket.recvfrom(self._buffer_size)
             if (name or "") == self._peer_address:
                 return payload, None, ()
+        raise BlockingIOError  # so that a flood of theirs lets other tasks run
 
     def send(self, outgoing: Sequence[Outgoing]) -> int:
         try:
