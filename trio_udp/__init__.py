@@ -3,13 +3,15 @@
 from types import FunctionType
 
 from ._client import Client as Client
-from ._connection import Connection as Connection, connect as connect
+from ._connection import Connection as Connection, connect as connect, connect_unix as connect_unix
 from ._endpoints import (
     Address as Address,
+    Credentials as Credentials,
     Datagram as Datagram,
     Endpoint as Endpoint,
     Payload as Payload,
     open_endpoints as open_endpoints,
+    open_unix_endpoint as open_unix_endpoint,
 )
 from ._handlers import (
     Accept as Accept,
@@ -37,6 +39,7 @@ __all__ = [
     "ClientStatistics",
     "Connection",
     "ConnectionStatistics",
+    "Credentials",
     "Datagram",
     "Endpoint",
     "EndpointStatistics",
@@ -51,9 +54,11 @@ __all__ = [
     "TypedChannel",
     "backoff",
     "connect",
+    "connect_unix",
     "datagram_handler",
     "log_error",
     "open_endpoints",
+    "open_unix_endpoint",
     "raise_error",
     "request",
     "request_handler",

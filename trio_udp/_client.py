@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import trio
 
 from ._channel import DatagramChannel
-from ._endpoints import BATCH, Address, Endpoint
+from ._endpoints import BATCH, Address, Credentials, Endpoint, credentials_of
 from ._lifecycle import CLOSED, EVICTED, IDLE, STOPPING, End
 from ._limits import check_seconds
 from ._seats import Seat
@@ -66,6 +66,14 @@ class Client(DatagramChannel):
         Replies leave on it. ``None`` for other destinations: there routing decides.
         """
         return self._state.outbox.engine.interface(self._state.route)
+
+    @property
+    def credentials(self) -> Credentials | None:
+        """The process that sends its datagrams; ``None`` without ``credentials=True`` of :func:`open_unix_endpoint`.
+
+        It stays the same: what another process sends from this name is another client's.
+        """
+        return credentials_of(self._state.outbox.engine, self._state.route)
 
     @property
     def ended(self) -> Literal["idle", "evicted", "stopping"] | None:

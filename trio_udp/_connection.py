@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket as stdlib_socket
 from collections.abc import Callable
 from typing import final
@@ -11,7 +12,16 @@ import trio
 
 from ._channel import ChannelState, DatagramChannel
 from ._construction import create
-from ._endpoints import BATCH, Address, Endpoint, OneByOne, Outgoing, open_connected_endpoint, reader_of
+from ._endpoints import (
+    BATCH,
+    Address,
+    Endpoint,
+    OneByOne,
+    Outgoing,
+    open_connected_endpoint,
+    open_connected_unix_endpoint,
+    reader_of,
+)
 from ._lifecycle import CLOSED
 from ._statistics import ConnectionStatistics
 
@@ -54,6 +64,31 @@ async def connect(
     )
 
 
+async def connect_unix(
+    path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
+    *,
+    local_path: str | bytes | os.PathLike[str] | os.PathLike[bytes] | None = None,
+) -> Connection:
+    r"""Open a connection to a Unix-domain datagram socket. Nothing is sent; the server must be there.
+
+    A server that does not read makes ``send`` wait, and ``send_nowait`` raise ``trio.WouldBlock``. Once the server is
+    gone a send raises ``ConnectionRefusedError``, and later ones reach a new server of that name as soon as there is
+    one. (``receive`` learns nothing of it.)
+
+    Args:
+      path: Of the server's socket, or on Linux an abstract name (``"\0name"``).
+      local_path: A path or an abstract name of our own, to be answered at. Its file is made and removed as by
+        :func:`open_unix_endpoint`. By default Linux chooses an abstract name; elsewhere there is none, and the server
+        cannot answer.
+
+    Raises:
+      OSError: The kernel's own: no such file, nobody has it (``ECONNREFUSED``), no permission to write to it, or
+        ``local_path`` cannot be bound. The message has the path.
+      TypeError, ValueError: An argument makes no sense, or this system has no such sockets.
+    """
+    return make_connection(await open_connected_unix_endpoint(path, local_path))
+
+
 @attrs.define(eq=False)
 class ConnectionState(ChannelState):
     """What a connection knows. Send errors are raised, because there is only one peer."""
@@ -77,8 +112,8 @@ class Connection(DatagramChannel):
     ``receive`` and ``send`` always notice cancellation, but they are not full checkpoints: they let other tasks run at
     least once in 64 datagrams, not each time.
 
-    Made by :func:`connect` or :meth:`from_socket`. ``async with`` closes it. One task at a time may receive; any number
-    may send.
+    Made by :func:`connect`, :func:`connect_unix` or :meth:`from_socket`. ``async with`` closes it. One task at a time
+    may receive; any number may send.
     """
 
     __slots__ = ("_endpoint",)

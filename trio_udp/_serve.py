@@ -177,8 +177,9 @@ async def serve_endpoints(
     """Serve on endpoints that are already open, and close them at the end; :func:`serve` opens them itself.
 
     Args:
-      endpoints: From :func:`open_endpoints` or :meth:`Endpoint.from_socket`. The server owns them: they are closed when
-        this function ends, also if it raises. An endpoint that another server or task receives from stays open.
+      endpoints: From :func:`open_endpoints`, :func:`open_unix_endpoint` or :meth:`Endpoint.from_socket`. The server
+        owns them: they are closed when this function ends, also if it raises. An endpoint that another server or task
+        receives from stays open.
 
     Everything else is as for :func:`serve`.
 

@@ -30,10 +30,12 @@ from ._endpoints import (
     Route,
     Turn,
     find_way,
+    is_by_name,
     is_limited_broadcast,
     is_multicast,
     is_unspecified,
     reader_of,
+    route_to_name,
     send_on,
     send_on_nowait,
 )
@@ -255,7 +257,9 @@ class Server(metaclass=NoPublicConstructor):
         """
         self._state.stop()
 
-    async def send_to(self, payload: Payload, address: Address, *, local_address: Address | None = None) -> None:
+    async def send_to(
+        self, payload: Payload, address: Address | str | bytes, *, local_address: Address | None = None
+    ) -> None:
         """Send one datagram to any address, whether it has ever written to us or not.
 
         It does not make the receiver a client. Waits while the send buffer is full, first come first served.
@@ -277,7 +281,9 @@ class Server(metaclass=NoPublicConstructor):
         """
         await send_on(find_way(self._outboxes(), address, local_address), payload)
 
-    def send_to_nowait(self, payload: Payload, address: Address, *, local_address: Address | None = None) -> None:
+    def send_to_nowait(
+        self, payload: Payload, address: Address | str | bytes, *, local_address: Address | None = None
+    ) -> None:
         """Like :meth:`send_to`, without waiting.
 
         Raises:
@@ -325,7 +331,7 @@ class Server(metaclass=NoPublicConstructor):
                     assert isinstance(sender, Seat)
                     sender.give_back(len(unsent))
 
-    def connect(self, address: Address, *, local_address: Address | None = None) -> Client:
+    def connect(self, address: Address | str | bytes, *, local_address: Address | None = None) -> Client:
         """Begin a conversation from our side, over the server's own socket.
 
         No handler runs: the caller owns the client, receives from it and closes it. To run one, use
@@ -423,7 +429,7 @@ class Server(metaclass=NoPublicConstructor):
 
 
 def _route_to_peer(
-    engine: Engine, route: Route, address: Address, local_address: Address | None, ports: set[int]
+    engine: Engine, route: Route, address: Address | str | bytes, local_address: Address | None, ports: set[int]
 ) -> Route:
     """Return the route that a peer's datagrams will have; raise for an address that is no single peer.
 
@@ -432,6 +438,8 @@ def _route_to_peer(
       address, local_address: As the user wrote them.
       ports: Of the server itself.
     """
+    if is_by_name(engine):
+        return route_to_name(engine, route)
     target = engine.peer_address(route)
     if not target[1]:
         raise ValueError(f"nobody can have port 0: {address!r}")

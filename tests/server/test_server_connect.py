@@ -134,7 +134,7 @@ async def test_addresses_that_no_endpoint_can_use(start_on_loopback: StartServer
     with pytest.raises(ValueError, match=r".+"):
         server.connect(("127.0.0.1", 9), local_address=("127.0.0.2", 0))
     with pytest.raises(TypeError):
-        server.connect("127.0.0.1")  # type: ignore[arg-type]
+        server.connect("127.0.0.1")
 
 
 async def test_a_local_address_that_is_not_ours(start_on_loopback: StartServer) -> None:

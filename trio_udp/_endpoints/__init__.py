@@ -5,11 +5,14 @@ _reader.py      receiving for a server: waiting, batches
 _back_off.py    persistent faults of reading, told from passing ones
 _one_by_one.py  receiving without a server: one datagram at a time
 _outbox.py      sending: order, waiting for room, the turns of tasks
+_unix_outbox.py sending on a Unix-domain socket: a line for each peer
+_unread.py      how much of a Unix-domain socket's send buffer its peers hold
 _datagram.py    Datagram, the public view of one datagram
 _addressed.py   send_to: datagrams that the program itself addresses
 _multicast.py   joining groups, and the options for sending to them
 _open.py        from a host and a port to endpoints
 _echoes.py      what a server sends to many, and hears itself
+_unix.py        from a path to an endpoint: stale files, permissions
 _sources.py     source addresses that are refused or never answered
 _buffers.py     buffer sizes: requests, and the warning about a small one
 _faults.py      the meaning of each socket error
@@ -46,11 +49,19 @@ from ._open import open_connected_endpoint as open_connected_endpoint, open_endp
 from ._outbox import YIELD_EVERY as YIELD_EVERY, Outbox as Outbox, Payload as Payload, Turn as Turn
 from ._reader import Reader as Reader
 from ._sources import Source as Source, Sources as Sources
+from ._unix import (
+    open_connected_unix_endpoint as open_connected_unix_endpoint,
+    open_unix_endpoint as open_unix_endpoint,
+)
 from .engines import (
     BATCH as BATCH,
     Ancillary as Ancillary,
+    Credentials as Credentials,
     Engine as Engine,
     Outgoing as Outgoing,
     Received as Received,
     Route as Route,
+    credentials_of as credentials_of,
+    is_by_name as is_by_name,
+    route_to_name as route_to_name,
 )

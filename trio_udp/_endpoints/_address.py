@@ -7,6 +7,7 @@ an abstract name or ``None``. It is of no kind. Only ``numeric_address`` and ``p
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 import struct
 from typing import Any, TypeAlias
@@ -88,8 +89,13 @@ def is_unspecified(address: Address) -> bool:
 
 
 def is_answerable(address: Address) -> bool:
-    """Tell whether a source can be answered: port 0 cannot be sent to, and the unspecified address means ourselves."""
-    return not isinstance(address, tuple) or (address[1] != 0 and not is_unspecified(address))
+    """Tell whether a source can be answered.
+
+    Port 0 cannot be sent to, the unspecified address means ourselves, and a Unix-domain socket may have no name.
+    """
+    if not isinstance(address, tuple):
+        return address is not None
+    return address[1] != 0 and not is_unspecified(address)
 
 
 def is_limited_broadcast(address: Address) -> bool:
@@ -134,8 +140,8 @@ def _hashed(address: object) -> bytes:
 
 def describe(address: Address) -> str:
     """Write an address for people to read: ``192.0.2.1 port 53``, ``fe80::1%2 port 53``."""
-    if not isinstance(address, tuple):
-        return str(address)
+    if not isinstance(address, tuple):  # an abstract name as ss(8) writes it
+        return "@" + os.fsdecode(address[1:]) if isinstance(address, bytes) else str(address or "no name")
     scope = address[3] if len(address) == 4 else 0
     return f"{address[0]}%{scope} port {address[1]}" if scope else f"{address[0]} port {address[1]}"
 

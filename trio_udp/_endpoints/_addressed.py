@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import trio
 
@@ -24,12 +24,12 @@ from ._address import (
 )
 from ._echoes import Echoes
 from ._outbox import Outbox, Payload
-from .engines import Engine, Outgoing, Route
+from .engines import Engine, Outgoing, Route, is_by_name
 
 Way: TypeAlias = tuple[Outbox, Route]
 
 
-def find_way(outboxes: Sequence[Outbox], address: Address, local_address: Address | None) -> Way:
+def find_way(outboxes: Sequence[Outbox], address: Address | str | bytes, local_address: Address | None) -> Way:
     """Choose the socket to send from, and the route.
 
     An IPv4 address, mapped into IPv6 or not, leaves from an IPv4 socket or from an IPv6 socket that carries both. Of
@@ -38,6 +38,8 @@ def find_way(outboxes: Sequence[Outbox], address: Address, local_address: Addres
     Raises:
       TypeError, ValueError: Not numeric addresses, or no socket fits.
     """
+    if isinstance(address, (str, bytes)):
+        return _find_way_to_name(outboxes, address, local_address)
     address = _plain(address)
     local = None if local_address is None else _plain(local_address)
     fitting = []
@@ -55,6 +57,20 @@ def find_way(outboxes: Sequence[Outbox], address: Address, local_address: Addres
     outbox, target = next((way for way in fitting if _would_send_from(*way, local)), fitting[0])
     source = _as_seen_by(outbox.engine, (local[0], outbox.engine.bound_address[1], *local[2:]))
     return outbox, outbox.engine.route(target, source)
+
+
+def _find_way_to_name(outboxes: Sequence[Outbox], name: str | bytes, local_address: Address | None) -> Way:
+    """Choose a Unix-domain socket: of several the one bound to ``local_address``, or else the first."""
+    fitting = [outbox for outbox in outboxes if is_by_name(outbox.engine)]
+    if not fitting:
+        raise TypeError(f"not an address: {name!r}")
+    if local_address is not None:
+        fitting = [outbox for outbox in fitting if outbox.engine.bound_address == local_address]
+    if not fitting or not name:
+        raise ValueError(f"no endpoint here can send to {name!r}")
+    outbox = next((outbox for outbox in fitting if not outbox.engine.closed), fitting[0])
+    target: Any = name  # a name is no Address, which is for the addresses of IPv4 and IPv6
+    return outbox, outbox.engine.route(target)
 
 
 async def send_on(way: Way, payload: Payload) -> None:

@@ -21,12 +21,12 @@ RECEIVE_BUFFER = 4_194_304
 LARGEST_BUFFER = 2**31 - 1
 
 
-def check_max_datagram_size(size: int) -> None:
+def check_max_datagram_size(size: int, most: int = 65_535) -> None:
     """Raise ``TypeError`` or ``ValueError`` if ``max_datagram_size`` makes no sense."""
     if not isinstance(size, int):
         raise TypeError(f"max_datagram_size must be an int, not {size!r}")
-    if not 1 <= size <= 65_535:
-        raise ValueError(f"max_datagram_size must be from 1 to 65535, not {size!r}")
+    if not 1 <= size <= most:
+        raise ValueError(f"max_datagram_size must be from 1 to {most}, not {size!r}")
 
 
 def check_buffer_size(name: str, size: int | None) -> None:

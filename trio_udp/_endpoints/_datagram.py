@@ -11,7 +11,7 @@ import trio
 from .._construction import NoPublicConstructor
 from ._address import Address, is_answerable
 from ._outbox import YIELD_EVERY, Outbox, Payload
-from .engines import Ancillary, Received, Route
+from .engines import Ancillary, Credentials, Received, Route, credentials_of
 
 if TYPE_CHECKING:
     import trio_udp
@@ -85,6 +85,11 @@ class Datagram(metaclass=NoPublicConstructor):
         Otherwise ``None``: a unicast destination alone says where a reply leaves from.
         """
         return self._origin.outbox.engine.interface(self._route)
+
+    @property
+    def credentials(self) -> Credentials | None:
+        """The process that sent it; ``None`` without ``credentials=True`` of :func:`open_unix_endpoint`."""
+        return credentials_of(self._origin.outbox.engine, self._route)
 
     @property
     def endpoint(self) -> trio_udp.Endpoint:

@@ -21,14 +21,15 @@ from ._networks import Network, Networks
 from ._one_by_one import OneByOne
 from ._outbox import INTERNET, Outbox, Payload
 from ._reader import Reader
-from .engines import Engine, engine_for, is_connected
+from ._unix_outbox import UnixOutbox
+from .engines import Engine, engine_for, is_by_name, is_connected
 
 
 @final
 class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
     """A bound datagram socket and its counters; what :func:`serve_endpoints` serves on.
 
-    Made by :func:`open_endpoints` or :meth:`from_socket`.
+    Made by :func:`open_endpoints`, :func:`open_unix_endpoint` or :meth:`from_socket`.
 
     An endpoint that no server runs on is a datagram socket by itself: one task receives the datagrams of all senders
     (:meth:`receive`, ``async for datagram in endpoint``), in arrival order. Sending is always allowed.
@@ -150,7 +151,9 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
     async def __anext__(self) -> Datagram:
         return await self.receive()
 
-    async def send_to(self, payload: Payload, address: Address, *, local_address: Address | None = None) -> None:
+    async def send_to(
+        self, payload: Payload, address: Address | str | bytes, *, local_address: Address | None = None
+    ) -> None:
         """Send one datagram to any address.
 
         Waits while the send buffer is full, first come first served.
@@ -158,6 +161,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         Args:
           payload: Any bytes-like object, copied now.
           address: Numeric host and port, as a socket gives them. IPv4 addresses may be written as mapped into IPv6.
+            On a Unix-domain socket a path or an abstract name.
           local_address: Our own address to send from; by default the kernel's choice.
 
         Raises:
@@ -171,7 +175,9 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         """
         await send_on(find_way([self._reader.outbox], address, local_address), payload)
 
-    def send_to_nowait(self, payload: Payload, address: Address, *, local_address: Address | None = None) -> None:
+    def send_to_nowait(
+        self, payload: Payload, address: Address | str | bytes, *, local_address: Address | None = None
+    ) -> None:
         """Like :meth:`send_to`, without waiting.
 
         Raises:
@@ -266,7 +272,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
 
 def make_endpoint(engine: Engine, *, shared: bool = False, receive_buffer_requested: int = 0) -> Endpoint:
     """Make an endpoint of an engine."""
-    outbox = Outbox(engine, FaultLog())
+    outbox = UnixOutbox(engine, FaultLog()) if is_by_name(engine) else Outbox(engine, FaultLog())
     return create(Endpoint, Reader(engine, outbox, shared), receive_buffer_requested)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 
@@ -28,7 +29,7 @@ from ._address import (
     is_multicast,
     unmapped,
 )
-from .engines import Engine, Route
+from .engines import Engine, Route, watch_names
 
 # Cached results for each endpoint and check. Strangers choose how many hosts there are, so a full cache is emptied. A
 # check by the kernel costs 8 to 18 µs.
@@ -78,6 +79,8 @@ class Sources:
     _watches: dict[Engine, Watch] = attrs.field(factory=dict, init=False)
     _ports: frozenset[int] = attrs.field(default=frozenset((0,)), init=False)  # of all endpoints, and 0
 
+    _names: frozenset[Any] = attrs.field(default=frozenset(), init=False)  # of all Unix-domain endpoints
+
     def add(self, engine: Engine) -> None:
         """Watch the port of one more endpoint, on all endpoints."""
         self._watches.setdefault(engine, Watch(engine))
@@ -112,7 +115,10 @@ class Sources:
             return Source.FINE
         peer = engine.peer_address(route)
         if not is_internet(peer):
-            return Source.FINE  # the path of a Unix-domain socket cannot be forged
+            # The name of a Unix-domain socket can be forged too, by binding it in another mount namespace.
+            if peer in self._names:
+                return Source.REFUSED
+            return Source.FINE if is_answerable(peer) else Source.UNANSWERABLE
         if is_multicast(peer) or is_limited_broadcast(peer):
             return Source.REFUSED
         if not is_answerable(peer):
@@ -143,8 +149,10 @@ class Sources:
     def _watch_ports(self) -> None:
         addresses = [engine.bound_address for engine in self._watches]
         self._ports = frozenset([0] + [address[1] for address in addresses if is_internet(address)])
+        self._names = frozenset(address for address in addresses if not is_internet(address))
         for engine in self._watches:
             engine.watch_ports(self._ports)
+            watch_names(engine, self._names)
 
 
 def _is_own(watch: Watch, address: Address) -> bool:

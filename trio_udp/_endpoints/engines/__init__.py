@@ -6,6 +6,7 @@ _socket.py            the common part of both engines
 proxy.py              around another engine: takes off the headers of proxies
 proxy_header.py       the header of the PROXY protocol
 portable.py           for every platform: one system call for each datagram
+unix.py               for Unix-domain sockets: names, credentials, the file of a socket
 linux.py              for Linux: one system call for up to 64 messages
 linux_routes.py       the routes of the Linux engine: raw addresses
 linux_structures.py   the C structures of its system calls
@@ -29,3 +30,15 @@ from ._engine import (
 from ._socket import is_connected as is_connected
 from .proxy import INNER_SIZE as INNER_SIZE, ProxyEngine as ProxyEngine
 from .segmentation import by_peer as by_peer
+from .unix import (
+    AF_UNIX as AF_UNIX,
+    Credentials as Credentials,
+    Name as Name,
+    bound_file as bound_file,
+    credentials_of as credentials_of,
+    is_by_name as is_by_name,
+    route_to_name as route_to_name,
+    switch_on_credentials as switch_on_credentials,
+    unix_engine as unix_engine,
+    watch_names as watch_names,
+)

@@ -11,6 +11,7 @@ from .._networks import Networks
 from ._engine import Engine
 from .portable import portable_engine
 from .proxy import INNER_SIZE, ProxyEngine
+from .unix import AF_UNIX, unix_engine
 
 
 def engine_for(
@@ -42,4 +43,6 @@ def engine_for(
                 return LinuxEngine(sock, max_datagram_size, shared=shared)
     if name == "linux":
         raise ValueError(f"TRIO_UDP_ENGINE=linux, but there is no such engine for {sock!r}")
+    if sock.family == AF_UNIX:
+        return unix_engine(sock, max_datagram_size, shared=shared)
     return portable_engine(sock, max_datagram_size, shared=shared)

@@ -47,15 +47,15 @@ OTHER_OPTIONS = {
 }
 
 
-def brings_ancillary(sock: socket.socket) -> bool:
-    """Whether a socket has options that add control messages to datagrams."""
+def brings_ancillary(sock: socket.socket, *, besides: int | None = None) -> bool:
+    """Whether a socket has options that add control messages to datagrams; ``besides`` one of ``SOL_SOCKET``."""
     options: list[tuple[int, int]] = []
     if sys.platform == "linux":
         options += [(level, option) for level, numbers in LINUX_OPTIONS.items() for option in numbers]
     else:
         for level, names in OTHER_OPTIONS.items():
             options += [(level, getattr(socket, name)) for name in names if hasattr(socket, name)]
-    return any(_is_set(sock, level, option) for level, option in options)
+    return any(_is_set(sock, *option) for option in options if option != (socket.SOL_SOCKET, besides))
 
 
 def _is_set(sock: socket.socket, level: int, option: int) -> bool:
