@@ -31,6 +31,7 @@ from ._statistics import (
 )
 from .layers.request import NoAnswerError as NoAnswerError, backoff as backoff, request as request
 from .layers.typed import TypedChannel as TypedChannel, typed as typed
+from .operate.systemd import endpoints_from_systemd as endpoints_from_systemd
 
 __all__ = [
     "Accept",
@@ -56,6 +57,7 @@ __all__ = [
     "connect",
     "connect_unix",
     "datagram_handler",
+    "endpoints_from_systemd",
     "log_error",
     "open_endpoints",
     "open_unix_endpoint",
