@@ -193,7 +193,8 @@ class Network:
     @contextmanager
     def running(self, *command: str) -> Iterator[None]:
         """Run a program on the balancer until the block ends."""
-        on_balancer = ["ip", "netns", "exec", self.balancer.name, *command]
+        # setpriv(1): it ends with the tests, even if these are killed.
+        on_balancer = ["ip", "netns", "exec", self.balancer.name, "setpriv", "--pdeathsig", "TERM", *command]
         with subprocess.Popen(on_balancer, start_new_session=True) as process:
             try:
                 yield
