@@ -88,6 +88,7 @@ def is_points(text: bytes) -> bool:
 @asynccontextmanager
 async def leaderboard() -> AsyncIterator[trio_udp.Handler]:
     """Open the handler of a server. Redis may come and go, before and after."""
+    logging.getLogger("coredis").setLevel(logging.CRITICAL)  # it logs a traceback for each failed connection
     url = os.environ.get("REDIS", "redis://127.0.0.1:6379")
     async with coredis.Redis.from_url(
         url,
@@ -107,5 +108,4 @@ async def main(port: int) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("coredis").setLevel(logging.CRITICAL)  # it logs a traceback for each failed connection
     trio.run(main, int(sys.argv[1]) if sys.argv[1:] else 9999)

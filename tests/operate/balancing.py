@@ -104,6 +104,14 @@ class Backend:
         """End it as SIGKILL does: the sockets are closed, nobody is told."""
         self._alive.cancel()
 
+    def disconnect(self) -> None:
+        """Cut its machine off: nothing comes back, not even a refusal."""
+        self.machine.ip(f"link set to-{self.name} down")
+
+    def withdraw(self) -> None:
+        """Say that it is not ready, and go on serving."""
+        self.ready = False
+
 
 @attrs.define(eq=False)
 class Talker:

