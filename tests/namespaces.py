@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,8 @@ import attrs
 import pytest
 
 CLONE_NEWNET = 0x40000000
-RTMGRP_LINK = 1  # from linux/rtnetlink.h: be told of changes of interfaces
+# From linux/rtnetlink.h: be told of changes.
+RTMGRP_LINK, RTMGRP_IPV6_IFADDR = 0x1, 0x100
 
 
 def run(*command: str) -> str:
@@ -77,14 +78,22 @@ class Machine:
 
     def wait_until_up(self, *interfaces: str) -> None:
         """Wait until interfaces are up, at both ends of their wires."""
+        self._wait(lambda: all("state UP" in self.ip(f"link show {interface}") for interface in interfaces))
+
+    def add_address(self, address: str, interface: str) -> None:
+        """Give an interface an address, and wait until it can be used: over IPv6 the kernel prepares it a little."""
+        self.ip(f"address add {address} dev {interface} {'nodad' if ':' in address else ''}")
+        self._wait(lambda: not self.ip(f"address show dev {interface} tentative"))
+
+    def _wait(self, is_done: Callable[[], bool]) -> None:
+        """Wait for changes of links and IPv6 addresses until something holds."""
         with inside(self.name):
             changes = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         with changes:
-            changes.bind((0, RTMGRP_LINK))
+            changes.bind((0, RTMGRP_LINK | RTMGRP_IPV6_IFADDR))
             changes.settimeout(5)
-            for interface in interfaces:
-                while "state UP" not in self.ip(f"link show {interface}"):
-                    changes.recv(65_535)
+            while not is_done():
+                changes.recv(65_535)
 
     def socket(self, host: str, port: int = 0, family: int = socket.AF_INET) -> socket.socket:
         """Open a socket on this machine; the host may have a scope, as in ``fe80::1%wire``."""

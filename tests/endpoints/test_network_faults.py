@@ -444,5 +444,5 @@ async def test_a_local_address_that_is_removed(
     check(server, received=2, sent=5, errors={error: 3})
     check_client(to_lost, sent=1, errors={error: 3})
     check_client(to_kept, sent=4, errors={})
-    network.ours.ip(f"address add {removed}/{length} dev wire {'nodad' if ':' in host else ''}")
+    network.ours.add_address(f"{removed}/{length}", "wire")
     assert await lost.ask(b"4") == [b"4"]
