@@ -33,8 +33,8 @@ YIELD_EVERY = 64
 
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 
-# Seconds to wait when the socket polls as writable and sending still fails with EAGAIN. On Unix-domain sockets the
-# peer's buffer may be full, which polling does not show.
+# Seconds to wait when the socket polls as writable and sending still fails with EAGAIN. On some systems there is room,
+# but not for a long datagram.
 FULL_THOUGH_WRITABLE = 0.01
 
 
@@ -233,9 +233,6 @@ class Outbox:
                 self._count_send_error(queue.pop(0), error)
                 if raising:
                     raise
-            except (TypeError, ValueError, OverflowError) as error:
-                # The address cannot be sent to: an unbound Unix-domain socket has none.
-                self._count_send_error(queue.pop(0), OSError(errno.EDESTADDRREQ, str(error)))
             else:
                 if failed is not None and raising:
                     self._count_receive_error(failed)

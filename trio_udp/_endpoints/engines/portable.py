@@ -161,7 +161,7 @@ class PortableEngine(SocketEngine):
             for payload, route, _ in outgoing:
                 send_one(payload, route)
                 taken += 1
-        except Exception:  # OSError; or TypeError for the missing address of an unbound Unix-domain socket
+        except OSError:
             if not taken:
                 raise
         return taken
