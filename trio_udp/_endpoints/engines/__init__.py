@@ -12,6 +12,7 @@ linux_routes.py       the routes of the Linux engine: raw addresses
 linux_structures.py   the C structures of its system calls
 segmentation.py       which datagrams leave as one message (GSO)
 pktinfo.py            the control messages that tell, and set, our own address
+ancillary.py          options that bring other ancillary data, and passed files
 probes.py             questions to the kernel about addresses
 multicast.py          groups and multicast options
 coalescing.py         UDP_GRO (GRO), switched on and off for all engines of a socket

@@ -22,8 +22,9 @@ import trio
 from .._address import Address, host_bytes
 from ._engine import BATCH, Engine, Outgoing, Received, Route
 from ._socket import is_connected
+from .ancillary import brings_ancillary, close_passed_files
 from .pktinfo import CONTROL_SIZE
-from .portable import ConnectedEngine, PortableEngine, brings_ancillary, close_passed_files
+from .portable import ConnectedEngine, PortableEngine
 
 AF_UNIX: int | None = getattr(socket, "AF_UNIX", None)
 
