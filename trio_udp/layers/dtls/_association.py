@@ -10,7 +10,6 @@ nothing that a stranger sends costs more than a cookie.
 from __future__ import annotations
 
 import enum
-from collections import deque
 
 import attrs
 import trio
@@ -34,6 +33,10 @@ from ._records import (
 # Longest payload of a record (RFC 5246 section 6.2.1), and the most that OpenSSL adds to one, rounded up.
 MAX_PAYLOAD = 16_384
 OVERHEAD = 256
+
+# Bytes to ask OpenSSL for at once: enough for a flight. (A buffer of 64 KB for a moment would cost 4 KB of memory for each
+# client, by fragmentation.)
+CHUNK = 2_048
 
 # Least time between two repetitions of the last flight, in seconds: anybody can ask for one with a forged datagram.
 REPEAT_EVERY = 0.5
@@ -72,7 +75,7 @@ class Association:
     ssl: SSL.Connection | None = None
     identity: Identity | None = None
     stage: Stage = attrs.field(default=HANDSHAKE, init=False)
-    payloads: deque[bytes] = attrs.field(factory=deque, init=False)
+    payloads: list[bytes] = attrs.field(factory=list, init=False)
     reason: str = attrs.field(default="", init=False)
     flights: int = attrs.field(default=0, init=False)
     confirmed: bool = attrs.field(default=False, init=False)
@@ -262,7 +265,7 @@ class Association:
         written = []
         try:
             while True:
-                written.append(self.ssl.bio_read(1 << 16))
+                written.append(self.ssl.bio_read(CHUNK))
         except SSL.WantReadError:
             pass
         if not written:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from OpenSSL import SSL
 
@@ -12,6 +12,7 @@ from ._cookies import Cookies
 DTLS_1_2 = 0xFEFD
 
 _prepared: WeakKeyDictionary[SSL.Context, Cookies] = WeakKeyDictionary()
+_have_certificates: WeakSet[SSL.Context] = WeakSet()
 
 
 def prepare(context: SSL.Context) -> Cookies:
@@ -32,10 +33,12 @@ def prepare(context: SSL.Context) -> Cookies:
 
 def check_has_certificate(context: SSL.Context) -> None:
     """Raise ``ValueError`` unless a context has what a server needs."""
-    try:
-        context.check_privatekey()
-    except SSL.Error as error:
-        raise ValueError(f"the context has no certificate with its private key ({reason_of(error)})") from None
+    if context not in _have_certificates:  # the check takes OpenSSL 10 µs
+        try:
+            context.check_privatekey()
+        except SSL.Error as error:
+            raise ValueError(f"the context has no certificate with its private key ({reason_of(error)})") from None
+        _have_certificates.add(context)
 
 
 def reason_of(error: SSL.Error) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import os
+from hashlib import blake2b
 
 import attrs
 import trio
@@ -45,4 +46,5 @@ class Cookies:
         )
 
     def _cookie(self, hello: ClientHello, address: object, period: int) -> bytes:
-        return hmac.digest(self._key, b"%d %a " % (period, address) + hello.essence, "sha256")[:LENGTH]
+        # A keyed BLAKE2 is a MAC (RFC 7693), and takes a third of the time of an HMAC.
+        return blake2b(b"%d %a " % (period, address) + hello.essence, key=self._key, digest_size=LENGTH).digest()

@@ -9,9 +9,9 @@ what OpenSSL made.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
-
-import attrs
+from typing import NamedTuple
 
 RECORD_HEADER = 13
 CHANGE_CIPHER_SPEC, HANDSHAKE = 20, 22
@@ -20,21 +20,25 @@ CLIENT_HELLO, HELLO_VERIFY_REQUEST = 1, 3
 # HelloVerifyRequest says DTLS 1.0 whatever is negotiated afterwards: RFC 6347 section 4.2.1.
 DTLS_1_0 = b"\xfe\xff"
 
-# Offsets in a datagram that begins with a ClientHello; the body has its version and random number first.
-BODY = RECORD_HEADER + 12
+# A datagram that begins with a handshake message: type, epoch, number and length of the record; type, length and number
+# of the message; offset and length of the fragment.
+MESSAGE_HEADER = struct.Struct("!BxxH6sHB3sH3s3s")
+BODY = MESSAGE_HEADER.size
+
+# A ClientHello begins with a version and a random number; then comes the length of the session ID.
 SESSION_ID = BODY + 2 + 32
 
 # The shortest ClientHello: no session, no cookie, one cipher suite, one compression method.
 SHORTEST_HELLO = SESSION_ID + 1 + 1 + 4 + 2
 
 
-@attrs.frozen
-class ClientHello:
+class ClientHello(NamedTuple):
     """A ClientHello that is whole, in the first record of a datagram.
 
     Attributes:
       record_number: The six bytes of the record's sequence number.
       message_number: 0 for a client's first hello, 1 for the one that answers a HelloVerifyRequest.
+      cookie: Empty in the first one.
       essence: All of its body but the cookie. The two hellos of one client have the same.
     """
 
@@ -46,29 +50,28 @@ class ClientHello:
 
 def parse_client_hello(datagram: bytes) -> ClientHello | None:
     """Return the ClientHello that a datagram begins with; ``None`` if it is anything else, or a mere fragment."""
-    if len(datagram) < SHORTEST_HELLO or not is_client_hello(datagram):
+    size = len(datagram)
+    if size < SHORTEST_HELLO:
         return None
-    end = RECORD_HEADER + int.from_bytes(datagram[11:13], "big")
-    length = datagram[14:17]
+    content, epoch, record_number, record_length, message, length, message_number, offset, fragment_length = (
+        MESSAGE_HEADER.unpack_from(datagram)
+    )
+    end = RECORD_HEADER + record_length
     if (
-        end > len(datagram)
-        or BODY + int.from_bytes(length, "big") != end
-        or datagram[19:22] != b"\0\0\0"
-        or datagram[22:25] != length
+        (content, epoch, message, offset) != (HANDSHAKE, 0, CLIENT_HELLO, b"\0\0\0")
+        or length != fragment_length
+        or end != BODY + int.from_bytes(length, "big")
+        or end > size
     ):
         return None
     cookie = SESSION_ID + 1 + datagram[SESSION_ID]
     if cookie >= end:
         return None
     after = cookie + 1 + datagram[cookie]
-    if after + 6 > end:
+    if after >= end:
         return None
-    return ClientHello(
-        datagram[5:11],
-        int.from_bytes(datagram[17:19], "big"),
-        datagram[cookie + 1 : after],
-        datagram[BODY:cookie] + datagram[after:end],
-    )
+    essence = datagram[BODY:cookie] + datagram[after:end]
+    return ClientHello(record_number, message_number, datagram[cookie + 1 : after], essence)
 
 
 def hello_verify_request(hello: ClientHello, cookie: bytes) -> bytes:

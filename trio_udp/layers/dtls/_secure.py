@@ -49,8 +49,19 @@ class SecuredHandler:
         """Shake hands with a client, and run the handler with its :class:`DTLSChannel`."""
         channel = DTLSChannel(client, self._context, server_side=True, mtu=self._mtu)
         try:
-            if await self._shakes_hands(channel):
-                await self._run_handler(channel, client)
+            calls = await self._shakes_hands(channel)
+            while calls:  # again while it leaves payloads behind, as over plain UDP
+                taken_before = taken_from(channel)
+                awaitable = self._handler(channel)
+                if not inspect.isawaitable(awaitable):
+                    raise NotAwaitable(
+                        f"handler {self._handler!r} returned {awaitable!r}, not an awaitable: {LOOKS_LIKE}"
+                    )
+                try:
+                    await awaitable
+                except Exception as error:
+                    handler_failed(client, error)
+                calls = taken_from(channel) != taken_before and has_waiting(channel)
         finally:
             channel.close()
 
@@ -74,22 +85,6 @@ class SecuredHandler:
         self.handshakes_failed += 1
         self.last_error = error
         return False
-
-    async def _run_handler(self, channel: DTLSChannel, client: trio_udp.Client) -> None:
-        """Call the handler, and again while it leaves payloads behind, as over plain UDP."""
-        while True:
-            taken_before = taken_from(channel)
-            awaitable = self._handler(channel)
-            if not inspect.isawaitable(awaitable):
-                raise NotAwaitable(f"handler {self._handler!r} returned {awaitable!r}, not an awaitable: {LOOKS_LIKE}")
-            try:
-                await awaitable
-            except NotAwaitable:
-                raise
-            except Exception as error:
-                handler_failed(client, error)
-            if taken_from(channel) == taken_before or not has_waiting(channel):
-                return
 
 
 def secure(
