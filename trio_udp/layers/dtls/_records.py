@@ -102,6 +102,13 @@ def is_of_handshake(datagram: bytes) -> bool:
     )
 
 
+def message_number_of(datagram: bytes) -> int | None:
+    """Return the number of the unprotected handshake message that a datagram begins with, if it does."""
+    if len(datagram) < BODY or datagram[0] != HANDSHAKE or datagram[3:5] != b"\0\0":
+        return None
+    return int.from_bytes(datagram[17:19], "big")
+
+
 def is_one_record(datagram: bytes) -> bool:
     """Whether a datagram holds no more than one record."""
     return len(datagram) <= RECORD_HEADER + int.from_bytes(datagram[11:13], "big")

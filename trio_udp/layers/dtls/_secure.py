@@ -88,7 +88,7 @@ class SecuredHandler:
 
 
 def secure(
-    handler: Securable, context: SSL.Context, *, mtu: int = MTU, handshake_timeout: float = 60.0
+    handler: Securable, context: SSL.Context, *, mtu: int = MTU, handshake_timeout: float = 120.0
 ) -> SecuredHandler:
     """Make a handler for ``trio_udp.serve`` that speaks DTLS with each client and runs ``handler`` inside::
 
