@@ -56,7 +56,8 @@ class Authority:
     def issue(self, *names: str, days: int = 30) -> Identity:
         """Issue a certificate for names and addresses; one for -1 days has expired."""
         key = ec.generate_private_key(ec.SECP256R1())
-        paths = Identity(self.folder / f"{names[0]}.{days}.pem", self.folder / f"{names[0]}.{days}.key")
+        name = f"{len(list(self.folder.iterdir()))}"
+        paths = Identity(self.folder / f"{name}.pem", self.folder / f"{name}.key")
         alternatives = x509.SubjectAlternativeName([_general_name(name) for name in names])
         self._sign(_name(names[0]), key, alternatives, paths.certificate, days=days)
         private = serialization.PrivateFormat.PKCS8

@@ -305,7 +305,7 @@ class DTLSChannel(trio.abc.Channel[bytes]):
             if hasattr(self._transport, "send_nowait"):
                 self._send_all_nowait(goodbye)
             else:
-                with suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+                with suppress(trio.ClosedResourceError):
                     await self._send_all(goodbye)
         finally:
             await self._transport.aclose()
@@ -479,8 +479,12 @@ class DTLSChannel(trio.abc.Channel[bytes]):
             self._transport.close()
 
     async def _send_all(self, datagrams: list[bytes]) -> None:
-        for datagram in datagrams:
-            await self._transport.send(datagram)
+        try:
+            for datagram in datagrams:
+                await self._transport.send(datagram)
+        except (OSError, trio.BrokenResourceError):
+            if self._association.stage in (HANDSHAKE, ESTABLISHED):
+                raise  # else it was an alert, and the peer need not be there to get it
 
     def _send_all_nowait(self, datagrams: list[bytes]) -> None:
         with suppress(trio.WouldBlock, OSError, trio.BrokenResourceError, trio.ClosedResourceError):

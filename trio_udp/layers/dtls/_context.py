@@ -53,8 +53,6 @@ def _set_up(context: SSL.Context) -> None:
         # DTLS 1.0 is history (RFC 8996), and pyOpenSSL has no DTLS 1.3.
         context.set_max_proto_version(DTLS_1_2)
         context.set_min_proto_version(DTLS_1_2)
-    except SSL.Error:
-        raise ValueError("the context is not one for DTLS: make it with SSL.Context(SSL.DTLS_METHOD)") from None
     except ValueError:  # since pyOpenSSL 26.2
         raise ValueError(
             "the context has been used for a connection and cannot be changed any more: make another one, and give it "
@@ -68,3 +66,5 @@ def _set_up(context: SSL.Context) -> None:
     # DTLSv1_listen() asks these; Cookies has already done the work.
     context.set_cookie_generate_callback(lambda _: b"unused")
     context.set_cookie_verify_callback(lambda *_: True)
+    if SSL.Connection(context).get_protocol_version() != DTLS_1_2:
+        raise ValueError("the context is not one for DTLS: make it with SSL.Context(SSL.DTLS_METHOD)")
