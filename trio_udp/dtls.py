@@ -4,13 +4,6 @@
 other end. See docs/dtls.md.
 """
 
-try:
-    import OpenSSL.SSL
-    import service_identity
-except ImportError as error:
-    raise ImportError("trio_udp.dtls needs pyOpenSSL and service-identity: pip install trio-udp[dtls]") from error
-del OpenSSL, service_identity
-
 from .layers.dtls._channel import DTLSChannel as DTLSChannel, Session as Session
 from .layers.dtls._secure import SecuredHandler as SecuredHandler, connect as connect, secure as secure
 

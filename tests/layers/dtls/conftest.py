@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -189,8 +189,8 @@ async def echo(client: trio_udp.Client) -> None:
 
 
 @pytest.fixture
-def records_of(simulated_network: SimulatedNetwork) -> Iterator[Callable[[str], list[bytes]]]:
+def records_of(simulated_network: SimulatedNetwork) -> Callable[[str], list[bytes]]:
     """Return a function that returns the datagrams a host has sent."""
-    yield lambda host: [
+    return lambda host: [
         event.payload for event in simulated_network.events if (event.fate, event.source[0]) == ("sent", host)
     ]

@@ -49,7 +49,7 @@ async def test_payloads_come_in_order_and_unchanged(start: Start) -> None:
 
 
 async def test_what_cannot_be_a_record_is_refused(start: Start) -> None:
-    """An empty payload, one that is too long, and one that is no bytes raise at the call, and the channel stays usable."""
+    """A payload that is empty, too long or no bytes raises at the call, and the channel stays usable."""
     secured = await start()
     async with secured.connected() as channel:
         with pytest.raises(ValueError, match="DTLS has no empty payloads"):
@@ -94,7 +94,7 @@ async def test_the_channel_has_the_names_of_a_client(start: Start) -> None:
 
 
 async def test_closing_tells_the_peer(start: Start) -> None:
-    """A client that closes ends the handler's channel, whose ``ended`` says so; sending to it is then sending to nobody."""
+    """A client that closes ends the handler's channel, and ``ended`` says so; what is sent to it then goes nowhere."""
     ends: list[object] = []
 
     async def handler(channel: DTLSChannel) -> None:
@@ -157,9 +157,7 @@ async def test_the_handshake_is_done_when_it_is_first_needed(start: Start) -> No
     assert (received, secured.handler.handshakes) == ([b"x"], 1)
 
 
-async def test_a_handshake_can_be_cancelled_and_continued(
-    start: Start, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_a_handshake_can_be_cancelled_and_continued(start: Start, autojump_clock: trio.testing.MockClock) -> None:
     """A handshake that was cancelled again and again goes on where it was."""
     secured = await start()
     secured.network.latency = (0.1, 0.1)
@@ -228,7 +226,7 @@ async def test_junk_at_a_live_association_changes_nothing(start: Start) -> None:
 
 
 async def test_a_client_that_restarts_on_its_port(start: Start, autojump_clock: trio.testing.MockClock) -> None:
-    """When a client lost its state and shakes hands anew from its old port, the old handler ends and a new one begins."""
+    """When a client lost its state and begins anew from its old port, the old handler ends and a new one begins."""
     ends: list[object] = []
 
     async def handler(channel: DTLSChannel) -> None:
@@ -355,7 +353,7 @@ async def test_handshakes_through_loss(
 async def test_a_session_is_resumed(
     start: Start, authority: Authority, client_identity: Identity, records_of: Callable[[str], list[bytes]]
 ) -> None:
-    """With an earlier session the handshake shows no certificates, also where clients have some; both ends know them."""
+    """A resumed handshake shows no certificates, also where clients have some; both ends know them."""
     subjects: list[str] = []
 
     async def handler(channel: DTLSChannel) -> None:

@@ -45,7 +45,7 @@ def cookies() -> Cookies:
 
 
 def test_a_hello_of_openssl_is_parsed() -> None:
-    """A ClientHello that OpenSSL makes is taken apart, and what is left of it without the cookie is the same each time."""
+    """A ClientHello of OpenSSL's is taken apart, and what is left of it without the cookie is the same each time."""
     connection = SSL.Connection(SSL.Context(SSL.DTLS_METHOD))
     connection.set_ciphertext_mtu(1232)
     connection.set_connect_state()

@@ -103,7 +103,9 @@ async def test_a_handler_is_called_again_for_what_it_left(start: Start) -> None:
             raise ValueError("bad")
         await channel.send(payload)
 
-    secured = await start(one_at_a_time, on_error=lambda client, error: errors.append(f"{type(client).__name__} {error}"))
+    secured = await start(
+        one_at_a_time, on_error=lambda client, error: errors.append(f"{type(client).__name__} {error}")
+    )
     async with secured.connected() as channel:
         await channel.send_many([b"1", b"bad", b"2"])
         assert [payload async for payload in channel] == [b"1", b"2"]
@@ -135,7 +137,7 @@ async def test_a_handler_that_returns_no_awaitable_ends_the_server(
 ) -> None:
     """A handler that returns something that cannot be awaited is the program's mistake: the server ends with it."""
     endpoint = simulated_network.endpoint(*SERVER)
-    handler = secure(lambda channel: 1, server_context)  # type: ignore[arg-type,return-value]
+    handler = secure(lambda channel: 1, server_context)  # type: ignore[arg-type]
     connection = await simulated_network.connect(*SERVER)
     channel = DTLSChannel(connection, client_context, server_hostname=NAME)
     async with channel, trio.open_nursery() as nursery:
@@ -168,7 +170,8 @@ async def test_the_users_accept_is_asked_first(start: Start) -> None:
 
     def accept(datagram: trio_udp.Datagram) -> bool | bytes:
         asked.append(datagram.peer_address)
-        return {"198.51.100.2": False, "198.51.100.3": b"no"}.get(datagram.peer_address[0], True)
+        answers: dict[str, bool | bytes] = {"198.51.100.2": False, "198.51.100.3": b"no"}
+        return answers.get(datagram.peer_address[0], True)
 
     secured = await start(accept=accept)
     async with secured.connected(host="198.51.100.1") as channel:
@@ -200,7 +203,7 @@ async def test_the_gate_may_be_hidden(start: Start) -> None:
 
 
 async def test_limits_hold(start: Start) -> None:
-    """max_clients and clients_per_host hold for DTLS clients; those that are refused get no answer to their second hello."""
+    """max_clients and clients_per_host hold for DTLS clients: those refused get no answer to their second hello."""
     limits = trio_udp.Limits(max_clients=2, clients_per_host=1, when_full="evict_idle")
     secured = await start(limits=limits)
     async with secured.connected(host="198.51.100.1"), secured.connected(host="198.51.100.2") as second:
@@ -349,7 +352,6 @@ async def test_a_drain_in_a_handshake(start: Start, autojump_clock: trio.testing
     with trio.move_on_after(0.35):
         await channel.do_handshake()
     secured.server.stop()
-    await trio.sleep(0)
     await trio.testing.wait_all_tasks_blocked()
     assert (list(secured.server.clients), secured.handler.handshakes_failed) == ([], 1)
     channel.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 
 import pytest
 import trio
@@ -145,9 +146,7 @@ async def test_failures_are_no_errors_of_the_handler(start: Start) -> None:
 
 
 def test_contexts_that_cannot_be_used(authority: Authority, identity: Identity) -> None:
-    """A context for TLS, a used one, one without a certificate and other objects are refused, with what to do instead."""
-    import ssl
-
+    """Contexts for TLS, used ones, those without a certificate and other objects are refused, with advice."""
     with pytest.raises(TypeError, match=r"context must be an OpenSSL\.SSL\.Context, not <ssl\.SSLContext"):
         secure(echo, ssl.create_default_context())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"not one for DTLS: make it with SSL\.Context\(SSL\.DTLS_METHOD\)"):

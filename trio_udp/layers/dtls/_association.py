@@ -35,8 +35,8 @@ from ._records import (
 MAX_PAYLOAD = 16_384
 OVERHEAD = 256
 
-# Bytes to ask OpenSSL for at once: enough for a flight. (A buffer of 64 KB for a moment would cost 4 KB of memory for each
-# client, by fragmentation.)
+# Bytes to ask OpenSSL for at once: enough for a flight. (A buffer of 64 KB for a moment would cost 4 KB of memory for
+# each client, by fragmentation.)
 CHUNK = 2_048
 
 # Least time between two repetitions of the last flight, in seconds: anybody can ask for one with a forged datagram.
@@ -233,7 +233,7 @@ class Association:
             return self._after_error(error)
 
     def _after_error(self, error: SSL.Error) -> list[bytes]:
-        """Return the alert that OpenSSL wants to send. Unless its state is an error, it was junk, and nothing happened."""
+        """Return the alert that OpenSSL wants to send. Unless its state is an error, what arrived was mere junk."""
         assert self.ssl is not None
         records = self._output()
         if isinstance(error, SSL.ZeroReturnError):

@@ -1,11 +1,11 @@
-"""DTLSChannel: an association over a channel. Here is the waiting: for datagrams, for room to send, for time to pass."""
+"""DTLSChannel: an association over a channel. All waiting is here: for datagrams, for room to send, for time to pass."""
 
 from __future__ import annotations
 
 import errno
 import os
 from collections.abc import Callable, Coroutine, Iterable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, final
 
 import attrs
@@ -15,6 +15,7 @@ from OpenSSL import SSL
 from ._association import BROKEN, CLOSED, ENDED, ESTABLISHED, HANDSHAKE, MAX_PAYLOAD, Association
 from ._context import check_has_certificate, prepare
 from ._identity import Identity, check_host, sni_of
+from ._over_client import OverClient
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -57,19 +58,19 @@ class Session:
 
 
 @final
-class DTLSChannel(trio.abc.Channel[bytes]):
+class DTLSChannel(OverClient):
     """DTLS 1.2 over any ``trio.abc.Channel[bytes]`` that keeps datagrams apart; each payload is one record.
 
     :func:`secure` makes one for each client and :func:`connect` one for a server. Made by hand, it runs over a
-    :class:`trio_udp.Client`, a :class:`trio_udp.Connection`, a connection of the simulated network, or a channel of your
-    own, as ``trio.SSLStream`` runs over any stream::
+    :class:`trio_udp.Client`, a :class:`trio_udp.Connection`, a connection of the simulated network, or a channel of
+    your own, as ``trio.SSLStream`` runs over any stream::
 
         connection = await simulated_network.connect("192.0.2.53", 5684)
         channel = DTLSChannel(connection, context, server_hostname="example.org")
         await channel.do_handshake()
 
-    The names of a ``Client`` are here too, and mean the same, as far as the channel below has them. ``statistics()`` counts
-    its datagrams, those of the handshake included.
+    The names of a ``Client`` are here too, and mean the same, as far as the channel below has them. ``statistics()``
+    counts its datagrams, those of the handshake included.
 
     Datagrams may still be lost, doubled and overtaken: DTLS drops what is doubled or forged, and repeats only the
     handshake.
@@ -89,7 +90,7 @@ class DTLSChannel(trio.abc.Channel[bytes]):
       TypeError, ValueError: An argument makes no sense, or the context cannot be changed any more.
     """
 
-    __slots__ = ("_association", "_lock", "_taken", "_transport")
+    __slots__ = ("_association", "_lock", "_taken")
 
     def __init__(
         self,
@@ -112,7 +113,7 @@ class DTLSChannel(trio.abc.Channel[bytes]):
         else:
             identity = None if server_hostname is None else Identity(check_host(server_hostname))
             association = Association(context, cookies, mtu, address, _client(context, identity, session), identity)
-        self._transport: Any = transport_channel
+        super().__init__(transport_channel)
         self._association = association
         self._lock: trio.Lock | None = trio.Lock()  # until the handshake is over
         self._taken = 0
@@ -311,12 +312,6 @@ class DTLSChannel(trio.abc.Channel[bytes]):
             await self._transport.aclose()
 
     @property
-    def transport_channel(self) -> trio.abc.Channel[bytes]:
-        """The channel that it runs over. Sending by it sends in the clear."""
-        channel: trio.abc.Channel[bytes] = self._transport
-        return channel
-
-    @property
     def ssl_connection(self) -> SSL.Connection | None:
         """OpenSSL's own object, to look at: cipher, protocols, keying material. A server has none before the hello."""
         return self._association.ssl
@@ -337,7 +332,7 @@ class DTLSChannel(trio.abc.Channel[bytes]):
         if association.is_server or association.ssl is None or association.stage in (HANDSHAKE, BROKEN):
             return None
         session = association.ssl.get_session()
-        return None if session is None else Session(association.identity and association.identity.host, session)
+        return None if session is None else Session(_host_of(association.identity), session)
 
     @property
     def ended(self) -> Literal["idle", "evicted", "stopping", "closed"] | None:
@@ -349,71 +344,6 @@ class DTLSChannel(trio.abc.Channel[bytes]):
             return "closed"
         ended: Literal["idle", "evicted", "stopping"] | None = getattr(self._transport, "ended", None)
         return ended
-
-    @property
-    def peer_address(self) -> trio_udp.Address:
-        """The other end's address, as the ``socket`` module gives it."""
-        address: trio_udp.Address = self._transport.peer_address
-        return address
-
-    @property
-    def local_address(self) -> trio_udp.Address:
-        """Our own address, which our datagrams leave from."""
-        address: trio_udp.Address = self._transport.local_address
-        return address
-
-    @property
-    def destination(self) -> trio_udp.Address:
-        """See :attr:`trio_udp.Client.destination`."""
-        address: trio_udp.Address = self._transport.destination
-        return address
-
-    @property
-    def interface(self) -> int | None:
-        """See :attr:`trio_udp.Client.interface`."""
-        interface: int | None = self._transport.interface
-        return interface
-
-    @property
-    def endpoint(self) -> trio_udp.Endpoint:
-        """See :attr:`trio_udp.Client.endpoint`."""
-        endpoint: trio_udp.Endpoint = self._transport.endpoint
-        return endpoint
-
-    @property
-    def server(self) -> trio_udp.Server:
-        """See :attr:`trio_udp.Client.server`. What is sent by its own methods is sent in the clear."""
-        server: trio_udp.Server = self._transport.server
-        return server
-
-    @property
-    def idle_timeout(self) -> float:
-        """See :attr:`trio_udp.Client.idle_timeout`. Settable."""
-        seconds: float = self._transport.idle_timeout
-        return seconds
-
-    @idle_timeout.setter
-    def idle_timeout(self, seconds: float) -> None:
-        self._transport.idle_timeout = seconds
-
-    @property
-    def validated(self) -> bool:
-        """Whether the peer's address is verified: at a server, once there is a handshake."""
-        validated: bool = self._transport.validated
-        return validated
-
-    def validate(self) -> None:
-        """See :meth:`trio_udp.Client.validate`. A handshake has done it already."""
-        self._transport.validate()
-
-    def transaction(self) -> AbstractContextManager[None]:
-        """See :meth:`trio_udp.Client.transaction`."""
-        block: AbstractContextManager[None] = self._transport.transaction()
-        return block
-
-    def statistics(self) -> Any:
-        """Return the statistics of the channel below, in datagrams and their bytes."""
-        return self._transport.statistics()
 
     async def _become_established(self) -> None:
         """Shake hands if that is not done; otherwise raise what says that the association is over."""
@@ -524,8 +454,12 @@ def _client(context: SSL.Context, identity: Identity | None, session: Session | 
     if session is not None:
         if not isinstance(session, Session):
             raise TypeError(f"session must be a trio_udp.dtls.Session, not {session!r}")
-        session.apply(connection, identity and identity.host)
+        session.apply(connection, _host_of(identity))
     return connection
+
+
+def _host_of(identity: Identity | None) -> str | None:
+    return None if identity is None else identity.host
 
 
 def _payload(value: trio_udp.Payload) -> bytes:

@@ -14,7 +14,7 @@ from OpenSSL import SSL
 import trio_udp
 
 # What a layer needs of handlers: the same checks, and the same care for their errors.
-from ..._handlers import LOOKS_LIKE, NotAwaitable, check_handler, handler_failed
+from ..._handlers import LOOKS_LIKE, DatagramHandler, NotAwaitable, check_handler, handler_failed
 from ..._limits import check_seconds
 from ._channel import MTU, DTLSChannel, Session, check_mtu, has_waiting, taken_from
 from ._context import check_has_certificate, prepare
@@ -110,9 +110,9 @@ def secure(
     Args:
       handler: An async function of one argument, a ``request_handler``, or anything else that ``serve`` takes except a
         ``datagram_handler``.
-      context: From ``OpenSSL.SSL.Context(SSL.DTLS_METHOD)``, with certificate and key, not yet used. To ask for clients'
-        certificates, call its ``set_verify`` and ``load_verify_locations``. Set everything before: it cannot be changed
-        once it is used.
+      context: From ``OpenSSL.SSL.Context(SSL.DTLS_METHOD)``, with certificate and key, not yet used. To ask for
+        clients' certificates, call its ``set_verify`` and ``load_verify_locations``. Set everything before: it cannot
+        be changed once it is used.
       mtu: Most bytes of a datagram in the handshake.
       handshake_timeout: Seconds that a handshake may take.
 
@@ -125,7 +125,7 @@ def secure(
     if isinstance(handler, SecuredHandler):
         raise TypeError("this handler is secured already")
     check_handler(handler)
-    if type(handler) is type(trio_udp.datagram_handler(lambda _: None)):
+    if isinstance(handler, DatagramHandler):
         raise TypeError(f"a datagram_handler cannot be secured, because DTLS needs clients: {handler!r}")
     cookies = prepare(context)
     check_has_certificate(context)
