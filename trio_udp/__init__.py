@@ -1,8 +1,7 @@
 """UDP servers with structured concurrency: one task and one bounded, ordered inbox for each client."""
 
-import importlib
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ._client import Client as Client
 from ._connection import Connection as Connection, connect as connect, connect_unix as connect_unix
@@ -81,9 +80,15 @@ for _name in __all__:
         globals()[_name].__module__ = __name__
 del _name, FunctionType
 
+if not TYPE_CHECKING:
 
-def __getattr__(name: str) -> Any:
-    """Import ``trio_udp.dtls`` when it is first used: it needs OpenSSL."""
-    if name == "dtls":
-        return importlib.import_module(".dtls", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name):
+        """Import ``trio_udp.dtls`` when it is first used, because it needs OpenSSL."""
+        if name != "dtls":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        return import_module(".dtls", __name__)
+
+
+del TYPE_CHECKING

@@ -94,6 +94,13 @@ def ask_both(accept: Accept | None, handler: object) -> Accept | None:
     return lambda datagram: gate(datagram) if (answer := accept(datagram)) is True else answer
 
 
+def show_as(client: Client, channel: Client) -> None:
+    """Let the server show a client as the channel of a layer over it, in ``Server.clients`` and ``send_to_all``."""
+    seat = seat_of(client)
+    seat.shared.running[seat] = channel
+    seat.shared.layered = True
+
+
 class NotAwaitable(TypeError):
     """The handler is a plain function, and returned something that is not awaitable."""
 

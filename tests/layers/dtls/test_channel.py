@@ -388,6 +388,21 @@ async def test_a_session_is_for_one_name(start: Start) -> None:
         await secured.open(session=b"session")
 
 
+async def test_a_session_that_is_too_long_is_left_out(
+    start: Start, authority: Authority, records_of: Callable[[str], list[bytes]]
+) -> None:
+    """A session whose ticket would divide the first flight, because of a long certificate, is not resumed."""
+    long = authority.issue(*(f"{letter * 55}.test" for letter in "abcdefghij"))
+    secured = await start(context=authority.context(authority.issue(NAME), verify=True))
+    context = authority.context(long)
+    session: Session | None = None
+    for host in ("198.51.100.7", "198.51.100.8"):
+        async with secured.connected(context=context, host=host, session=session) as channel:
+            session = channel.session
+        assert has_certificate(records_of(host))
+    assert (secured.handler.handshakes, secured.handler.handshakes_failed) == (2, 0)
+
+
 async def test_a_forgotten_session_is_no_error(start: Start, server_context: SSL.Context, authority: Authority) -> None:
     """A server that does not know a session, as after its restart, shakes hands in full."""
     secured = await start()

@@ -109,7 +109,7 @@ async def test_a_handler_is_called_again_for_what_it_left(start: Start) -> None:
     async with secured.connected() as channel:
         await channel.send_many([b"1", b"bad", b"2"])
         assert [payload async for payload in channel] == [b"1", b"2"]
-    assert (len(channels), errors) == (1, ["Client bad"])
+    assert (len(channels), errors) == (1, ["DTLSChannel bad"])
 
 
 async def test_an_error_ends_one_client(start: Start) -> None:

@@ -94,9 +94,6 @@ class Association:
 
     def __attrs_post_init__(self) -> None:
         self.is_server = self.ssl is None
-        if self.ssl is not None:
-            self.ssl.set_ciphertext_mtu(self.mtu)
-            self.ssl.set_connect_state()
 
     @property
     def is_begun(self) -> bool:

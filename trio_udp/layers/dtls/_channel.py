@@ -1,4 +1,4 @@
-"""DTLSChannel: an association over a channel. All waiting is here: for datagrams, for room to send, for time to pass."""
+"""DTLSChannel: an association over a channel. All waiting is here: for datagrams, for room to send, for time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ._association import BROKEN, CLOSED, ENDED, ESTABLISHED, HANDSHAKE, MAX_PAY
 from ._context import check_has_certificate, prepare
 from ._identity import Identity, check_host, sni_of
 from ._over_client import OverClient
+from ._records import is_one_record
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -84,7 +85,8 @@ class DTLSChannel(OverClient):
         ``None`` leaves verification to what the context says, which by pyOpenSSL's default is none.
       mtu: Most bytes of a datagram in the handshake. Payloads are not divided: one that is longer travels in IP
         fragments, where the network allows that.
-      session: For clients: resume this session if the server agrees.
+      session: For clients: resume this session if the server agrees. One whose ticket makes the first flight longer
+        than a datagram is left out, as no server can answer that.
 
     Raises:
       TypeError, ValueError: An argument makes no sense, or the context cannot be changed any more.
@@ -112,7 +114,11 @@ class DTLSChannel(OverClient):
             association = Association(context, cookies, mtu, address)
         else:
             identity = None if server_hostname is None else Identity(check_host(server_hostname))
-            association = Association(context, cookies, mtu, address, _client(context, identity, session), identity)
+            if session is not None and not _hello_fits(_client(context, mtu, identity, session)):
+                session = None
+            association = Association(
+                context, cookies, mtu, address, _client(context, mtu, identity, session), identity
+            )
         super().__init__(transport_channel)
         self._association = association
         self._lock: trio.Lock | None = trio.Lock()  # until the handshake is over
@@ -443,9 +449,11 @@ def check_mtu(mtu: object) -> None:
         raise ValueError(f"mtu must be from {LEAST_MTU} to {MOST_MTU} bytes, not {mtu!r}")
 
 
-def _client(context: SSL.Context, identity: Identity | None, session: Session | None) -> SSL.Connection:
-    """Make a client's connection."""
+def _client(context: SSL.Context, mtu: int, identity: Identity | None, session: Session | None) -> SSL.Connection:
+    """Make a client's connection, before its handshake."""
     connection = SSL.Connection(context)
+    connection.set_ciphertext_mtu(mtu)
+    connection.set_connect_state()
     if identity is not None:
         connection.set_verify(SSL.VERIFY_PEER, identity.verify)
         name = sni_of(identity.host)
@@ -456,6 +464,13 @@ def _client(context: SSL.Context, identity: Identity | None, session: Session | 
             raise TypeError(f"session must be a trio_udp.dtls.Session, not {session!r}")
         session.apply(connection, _host_of(identity))
     return connection
+
+
+def _hello_fits(connection: SSL.Connection) -> bool:
+    """Whether a client's hello is in one piece: a long session ticket may divide it, and then no server answers."""
+    with suppress(SSL.WantReadError):
+        connection.do_handshake()
+    return is_one_record(connection.bio_read(1 << 16))
 
 
 def _host_of(identity: Identity | None) -> str | None:

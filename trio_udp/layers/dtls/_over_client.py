@@ -60,7 +60,7 @@ class OverClient(trio.abc.Channel[bytes]):
 
     @property
     def server(self) -> trio_udp.Server:
-        """See :attr:`trio_udp.Client.server`. What is sent by its own methods is sent in the clear."""
+        """See :attr:`trio_udp.Client.server`. Its ``clients`` are channels like this one."""
         server: trio_udp.Server = self._transport.server
         return server
 

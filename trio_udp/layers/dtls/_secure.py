@@ -14,7 +14,7 @@ from OpenSSL import SSL
 import trio_udp
 
 # What a layer needs of handlers: the same checks, and the same care for their errors.
-from ..._handlers import LOOKS_LIKE, DatagramHandler, NotAwaitable, check_handler, handler_failed
+from ..._handlers import LOOKS_LIKE, DatagramHandler, NotAwaitable, check_handler, handler_failed, show_as
 from ..._limits import check_seconds
 from ._channel import MTU, DTLSChannel, Session, check_mtu, has_waiting, taken_from
 from ._context import check_has_certificate, prepare
@@ -48,6 +48,7 @@ class SecuredHandler:
     async def __call__(self, client: trio_udp.Client) -> None:
         """Shake hands with a client, and run the handler with its :class:`DTLSChannel`."""
         channel = DTLSChannel(client, self._context, server_side=True, mtu=self._mtu)
+        show_as(client, channel)  # type: ignore[arg-type]  # from the beginning: nobody may send to it in the clear
         try:
             calls = await self._shakes_hands(channel)
             while calls:  # again while it leaves payloads behind, as over plain UDP
@@ -60,7 +61,7 @@ class SecuredHandler:
                 try:
                     await awaitable
                 except Exception as error:
-                    handler_failed(client, error)
+                    handler_failed(channel, error)  # type: ignore[arg-type]
                 calls = taken_from(channel) != taken_before and has_waiting(channel)
         finally:
             channel.close()
@@ -99,7 +100,8 @@ def secure(
 
     ``handler(channel)`` is called with a :class:`DTLSChannel` instead of a ``Client``, with the same names, once the
     handshake is done; so a handler for plain UDP needs no change. When it returns, the client is told (close_notify).
-    Limits, idle timeout, statistics, drain and ``on_error`` are those of ``serve``.
+    Limits, idle timeout, statistics, drain and ``on_error`` are those of ``serve``. ``on_error``, ``server.clients``
+    and ``server.send_to_all`` have the channels; ``server.send_to`` knows no clients, and sends in the clear.
 
     A stranger is kept only if it sends back a cookie that proves its address; its first datagram is answered by
     ``accept``, as it were, and counted as ``answered_by_accept``. Anything that is not a ClientHello is refused. An
