@@ -10,6 +10,7 @@ nothing that a stranger sends costs more than a cookie.
 from __future__ import annotations
 
 import enum
+from contextlib import suppress
 
 import attrs
 import trio
@@ -23,6 +24,7 @@ from ._records import (
     is_of_handshake,
     is_one_record,
     is_unprotected,
+    longest_message,
     message_number_of,
     number_of,
     pack,
@@ -34,6 +36,13 @@ from ._records import (
 # Longest payload of a record (RFC 5246 section 6.2.1), and the most that OpenSSL adds to one, rounded up.
 MAX_PAYLOAD = 16_384
 OVERHEAD = 256
+
+# Longest handshake message that a server takes from a client, in bytes: enough for a chain of certificates. OpenSSL
+# would reserve 100,000 for each of ten messages as soon as it has got a fragment.
+LONGEST_MESSAGE = 16_384
+
+# Most bytes that a client may send in a handshake, repetitions included.
+LONGEST_HANDSHAKE = 262_144
 
 # Bytes to ask OpenSSL for at once: enough for a flight. (A buffer of 64 KB for a moment would cost 4 KB of memory for
 # each client, by fragmentation.)
@@ -87,6 +96,7 @@ class Association:
     is_server: bool = attrs.field(init=False)
     _flight: list[bytes] = attrs.field(factory=list, init=False)  # records
     _next_number: int = attrs.field(default=0, init=False)  # of a record of epoch 0
+    _heard: int = attrs.field(default=0, init=False)  # bytes
     _seen: int = attrs.field(default=-1, init=False)  # the peer's last handshake message
     _answered: int = attrs.field(default=-1, init=False)  # that one when our flight began
     _cookie: bytes = attrs.field(default=b"", init=False)  # of the hello that began it
@@ -181,6 +191,10 @@ class Association:
     def _go_on(self, datagram: bytes) -> list[bytes]:
         """Take in a datagram of the handshake."""
         assert self.ssl is not None
+        self._heard += len(datagram)
+        if self.is_server and (self._heard > LONGEST_HANDSHAKE or longest_message(datagram) > LONGEST_MESSAGE):
+            self.fail("the peer sends too much")
+            return []
         self._renew_flight()
         number = message_number_of(datagram)
         if number is not None:
@@ -285,7 +299,8 @@ class Association:
         if self.ssl is None:
             return False
         try:
-            self.ssl.DTLSv1_handle_timeout()
+            if not self.ssl.DTLSv1_handle_timeout():
+                return False
         except SSL.Error:
             self.fail("the peer does not answer")
             return True
@@ -296,13 +311,9 @@ class Association:
     def _output(self) -> list[bytes]:
         """Return the records that OpenSSL has written."""
         assert self.ssl is not None
-        written = []
-        try:
-            while True:
-                written.append(self.ssl.bio_read(CHUNK))
-        except SSL.WantReadError:
-            pass
-        if not written:
-            return []
-        records, self._next_number = renumber(split(b"".join(written)), self._next_number)
+        written = b""
+        with suppress(SSL.WantReadError):
+            while len(written) % CHUNK == 0:
+                written += self.ssl.bio_read(CHUNK)
+        records, self._next_number = renumber(split(written), self._next_number)
         return records

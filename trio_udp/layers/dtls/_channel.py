@@ -401,6 +401,7 @@ class DTLSChannel(OverClient):
         with suppress(trio.WouldBlock, trio.EndOfChannel):
             while not association.confirmed and association.stage is ESTABLISHED:
                 await self._send_all(association.take(receive_nowait()))
+        self._close_if_replaced()
 
     def _validate(self) -> None:
         """Tell a server's client that its address is verified: the cookie has shown that."""

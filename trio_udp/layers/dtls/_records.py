@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 RECORD_HEADER = 13
+MESSAGE_PART = 12  # the header of a handshake message, or of a fragment of one
 CHANGE_CIPHER_SPEC, HANDSHAKE = 20, 22
 CLIENT_HELLO, HELLO_VERIFY_REQUEST = 1, 3
 
@@ -107,6 +108,19 @@ def message_number_of(datagram: bytes) -> int | None:
     if len(datagram) < BODY or datagram[0] != HANDSHAKE or datagram[3:5] != b"\0\0":
         return None
     return int.from_bytes(datagram[17:19], "big")
+
+
+def longest_message(datagram: bytes) -> int:
+    """Return the length of the longest unprotected handshake message that a datagram announces, in fragments or not."""
+    longest = position = 0
+    while position + RECORD_HEADER <= len(datagram):
+        is_plain = datagram[position] == HANDSHAKE and datagram[position + 3 : position + 5] == b"\0\0"
+        message = position + RECORD_HEADER
+        position = message + int.from_bytes(datagram[position + 11 : position + 13], "big")
+        while is_plain and message + MESSAGE_PART <= position:
+            longest = max(longest, int.from_bytes(datagram[message + 1 : message + 4], "big"))
+            message += MESSAGE_PART + int.from_bytes(datagram[message + 9 : message + 12], "big")
+    return longest
 
 
 def is_one_record(datagram: bytes) -> bool:
