@@ -21,10 +21,11 @@ class Pair:
     """A client and a server with a network between them that is a list of datagrams for each."""
 
     def __init__(self, client_context: SSL.Context, server_context: SSL.Context) -> None:
+        cookies = prepare(client_context)
         connection = SSL.Connection(client_context)
         connection.set_ciphertext_mtu(MTU)
         connection.set_connect_state()
-        self.client = Association(client_context, prepare(client_context), MTU, "server", connection)
+        self.client = Association(client_context, cookies, MTU, "server", connection)
         self.server = Association(server_context, prepare(server_context), MTU, "client")
         self.to_server = self.client.begin()
         self.to_client: list[bytes] = []
@@ -160,3 +161,28 @@ async def test_a_new_hello_replaces_an_association(contexts: tuple[SSL.Context, 
     assert pair.server.stage is ESTABLISHED
     pair.server.take(new.client.take(answer[0])[0])
     assert (pair.server.stage, pair.server.replaced) == (ENDED, True)
+
+
+@pytest.mark.parametrize(
+    "cipher", ["ECDHE-ECDSA-AES256-GCM-SHA384", "ECDHE-ECDSA-CHACHA20-POLY1305", "ECDHE-ECDSA-AES128-SHA256"]
+)
+async def test_short_records(authority: Authority, identity: Identity, cipher: str) -> None:
+    """Forged records of any length are ignored under each kind of cipher, and the shortest real ones are not."""
+    client, server = authority.context(), authority.context(identity)
+    client.set_cipher_list(cipher.encode() + b"@SECLEVEL=0")
+    pair = Pair(client, server)
+    pair.deliver()
+    assert pair.client.ssl is not None
+    assert pair.client.ssl.get_cipher_name() == cipher
+    for length in range(70):
+        for end in (pair.client, pair.server):
+            end.take(record(1000, bytes(length), epoch=1, kind=23))
+            end.take(record(1000, bytes(60), epoch=1, kind=23) + record(1000, bytes(length), epoch=1, kind=21))
+    for payload in (b"x", b"yy"):
+        pair.to_server.append(pair.client.protect(payload))
+        pair.to_client.append(pair.server.protect(payload))
+        pair.deliver()
+    assert pair.server.payloads == pair.client.payloads == [b"x", b"yy"]
+    pair.to_client += pair.server.close()  # an alert
+    pair.deliver()
+    assert pair.client.stage is ENDED

@@ -9,6 +9,6 @@ _context.py _identity.py _cookies.py _records.py    what these need
 try:
     import OpenSSL.SSL
     import service_identity
-except ImportError as error:
-    raise ImportError("trio_udp.dtls needs pyOpenSSL and service-identity: pip install trio-udp[dtls]") from error
+except ImportError as _missing:
+    raise ImportError("trio_udp.dtls needs pyOpenSSL and service-identity: pip install trio-udp[dtls]") from _missing
 del OpenSSL, service_identity

@@ -20,9 +20,10 @@ from ._context import reason_of
 from ._cookies import Cookies
 from ._identity import Identity
 from ._records import (
+    RECORD_HEADER,
+    count_records,
     is_client_hello,
     is_of_handshake,
-    is_one_record,
     is_unprotected,
     longest_message,
     message_number_of,
@@ -96,6 +97,8 @@ class Association:
     is_server: bool = attrs.field(init=False)
     _flight: list[bytes] = attrs.field(factory=list, init=False)  # records
     _next_number: int = attrs.field(default=0, init=False)  # of a record of epoch 0
+    # Bytes that protection adds to a record. What is shorter is forged, and would make OpenSSL 3.5 give up.
+    _shortest: int = attrs.field(default=0, init=False)
     _heard: int = attrs.field(default=0, init=False)  # bytes
     _seen: int = attrs.field(default=-1, init=False)  # the peer's last handshake message
     _answered: int = attrs.field(default=-1, init=False)  # that one when our flight began
@@ -119,9 +122,11 @@ class Association:
         ssl, stage = self.ssl, self.stage
         if stage is ESTABLISHED:
             if not is_unprotected(datagram):
-                assert ssl is not None
+                records = count_records(datagram, self._shortest)
+                if not records or ssl is None:
+                    return []
                 ssl.bio_write(datagram)
-                return self._read(len(datagram), only_one=is_one_record(datagram))
+                return self._read(len(datagram), only_one=records == 1)
             # What anybody can forge does not reach OpenSSL, which would believe some of it.
             if self.is_server and is_client_hello(datagram):
                 return self._take_hello(datagram)
@@ -219,6 +224,7 @@ class Association:
         # If this last step has made nothing, then the other end's flight was the last one, and there is nothing that
         # we would have to repeat.
         self.stage = ESTABLISHED
+        self._shortest = self.mtu - RECORD_HEADER - self.ssl.get_cleartext_mtu()
         last = self._begin_flight()
         # Datagrams that overtook the end of the handshake are in OpenSSL already.
         return [*last, *self._read(MAX_PAYLOAD, only_one=False)]

@@ -16,7 +16,7 @@ from ._association import BROKEN, CLOSED, ENDED, ESTABLISHED, HANDSHAKE, MAX_PAY
 from ._context import check_has_certificate, prepare
 from ._identity import Identity, check_host, sni_of
 from ._over_client import OverClient
-from ._records import is_one_record
+from ._records import count_records
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -471,7 +471,7 @@ def _hello_fits(connection: SSL.Connection) -> bool:
     """Whether a client's hello is in one piece: a long session ticket may divide it, and then no server answers."""
     with suppress(SSL.WantReadError):
         connection.do_handshake()
-    return is_one_record(connection.bio_read(1 << 16))
+    return count_records(connection.bio_read(1 << 16)) == 1
 
 
 def _host_of(identity: Identity | None) -> str | None:

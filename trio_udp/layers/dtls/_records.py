@@ -123,9 +123,16 @@ def longest_message(datagram: bytes) -> int:
     return longest
 
 
-def is_one_record(datagram: bytes) -> bool:
-    """Whether a datagram holds no more than one record."""
-    return len(datagram) <= RECORD_HEADER + int.from_bytes(datagram[11:13], "big")
+def count_records(datagram: bytes, shortest: int = 0) -> int:
+    """Return how many records a datagram has; 0 if the content of any has less than ``shortest`` bytes."""
+    count = position = 0
+    while position + RECORD_HEADER <= len(datagram):
+        length = int.from_bytes(datagram[position + 11 : position + 13], "big")
+        if length < shortest:
+            return 0
+        position += RECORD_HEADER + length
+        count += 1
+    return count
 
 
 def split(records: bytes) -> list[bytes]:
