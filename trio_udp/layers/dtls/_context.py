@@ -8,7 +8,8 @@ from OpenSSL import SSL
 
 from ._cookies import Cookies
 
-# pyOpenSSL has no name for it.
+# SSL_OP_NO_ENCRYPT_THEN_MAC and DTLS1_2_VERSION, for which pyOpenSSL has no names.
+NO_ENCRYPT_THEN_MAC = 1 << 19
 DTLS_1_2 = 0xFEFD
 
 _prepared: WeakKeyDictionary[SSL.Context, Cookies] = WeakKeyDictionary()
@@ -59,7 +60,8 @@ def _set_up(context: SSL.Context) -> None:
             "to trio_udp.dtls before anything else"
         ) from None
     # The MTU is what we say: OpenSSL has no socket to ask. A renegotiation would be one handshake more for an attacker.
-    context.set_options(SSL.OP_NO_QUERY_MTU | SSL.OP_NO_RENEGOTIATION)
+    # With encrypt-then-MAC, which only the old CBC ciphers use, OpenSSL gives up at the first forged record.
+    context.set_options(SSL.OP_NO_QUERY_MTU | SSL.OP_NO_RENEGOTIATION | NO_ENCRYPT_THEN_MAC)
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)
     # Needed for resumption wherever clients have certificates.
     context.set_session_id(b"trio_udp.dtls")
