@@ -73,7 +73,16 @@ async def test_the_channel_has_the_names_of_a_client(start: Start) -> None:
         client = channel.transport_channel
         assert isinstance(client, trio_udp.Client)
         channel.idle_timeout = 7
-        for name in ("peer_address", "local_address", "destination", "interface", "endpoint", "server", "ended"):
+        for name in (
+            "peer_address",
+            "local_address",
+            "destination",
+            "interface",
+            "endpoint",
+            "server",
+            "ended",
+            "credentials",
+        ):
             assert getattr(channel, name) == getattr(client, name), name
         seen.append((client.idle_timeout, channel.idle_timeout, channel.validated, channel.session))
         with channel.transaction():

@@ -315,17 +315,13 @@ async def test_over_unix_domain_datagrams(authority: Authority, identity: Identi
     """A secured handler is served on a Unix-domain socket as on any other."""
     if not hasattr(socket, "AF_UNIX"):
         pytest.skip("needs Unix-domain sockets")
-    there = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    there.bind(str(tmp_path / "server"))
-    here = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    here.bind(str(tmp_path / "client"))
-    here.connect(str(tmp_path / "server"))
+    path = tmp_path / "socket"
+    handler = secure(echo, authority.context(identity))
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
-            handler = secure(echo, authority.context(identity))
-            endpoint = trio_udp.Endpoint.from_socket(there)
+            endpoint = await trio_udp.open_unix_endpoint(path)
             server = await nursery.start(trio_udp.serve_endpoints, handler, [endpoint])
-            connection = trio_udp.Connection.from_socket(here)
+            connection = await trio_udp.connect_unix(path)
             async with DTLSChannel(connection, authority.context(), server_hostname="localhost") as channel:
                 await channel.send(b"x")
                 assert await channel.receive() == b"x"

@@ -45,8 +45,8 @@ LONGEST_MESSAGE = 16_384
 # Most bytes that a client may send in a handshake, repetitions included.
 LONGEST_HANDSHAKE = 262_144
 
-# Bytes to ask OpenSSL for at once: enough for most flights. (A buffer of 64 KB for a moment would leave the heap in such
-# pieces that each client takes 4 KB more.)
+# Bytes to ask OpenSSL for at once: enough for most flights. (A buffer of 64 KB, even for a moment, would leave the heap
+# in such pieces that each client takes 4 KB more.)
 CHUNK = 1_280
 
 # Least time between two repetitions of the last flight, in seconds: anybody can ask for one with a forged datagram.

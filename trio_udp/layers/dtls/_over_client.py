@@ -59,6 +59,12 @@ class OverClient(trio.abc.Channel[bytes]):
         return endpoint
 
     @property
+    def credentials(self) -> trio_udp.Credentials | None:
+        """See :attr:`trio_udp.Client.credentials`."""
+        credentials: trio_udp.Credentials | None = self._transport.credentials
+        return credentials
+
+    @property
     def server(self) -> trio_udp.Server:
         """See :attr:`trio_udp.Client.server`. Its ``clients`` are channels like this one."""
         server: trio_udp.Server = self._transport.server
