@@ -34,7 +34,7 @@ async def serve(host: str | None, port: int, certificate: str, key: str) -> None
     limits = trio_udp.Limits(
         max_clients=2_000,  # 75 KB each
         clients_per_host=200,
-        rate_limit=trio_udp.RateLimit(200),  # a handshake takes the time of a hundred echoes
+        rate_limit=trio_udp.RateLimit(200),  # a handshake takes the time of thirty echoes
     )
     stop_signals = {signal.SIGINT, signal.SIGTERM}
     async with trio.open_nursery() as nursery:

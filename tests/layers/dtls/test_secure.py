@@ -387,6 +387,40 @@ async def test_cancelling_the_server(
     check_adds_up(server)
 
 
+@pytest.mark.parametrize("after", [0.15, 0.35, 0.45, 0.65, 0.75])
+async def test_closing_the_endpoint(
+    simulated_network: trio_udp.testing.SimulatedNetwork,
+    server_context: SSL.Context,
+    client_context: SSL.Context,
+    autojump_clock: trio.testing.MockClock,
+    after: float,
+) -> None:
+    """If the endpoint is closed at any moment of a conversation, the server ends as over plain UDP, without errors."""
+    handler = secure(echo, server_context)
+    simulated_network.latency = (0.1, 0.1)
+    endpoint = simulated_network.endpoint(*SERVER)
+    channel = DTLSChannel(await simulated_network.connect(*SERVER), client_context, server_hostname=NAME)
+
+    async def talk() -> None:
+        await channel.send(b"x")
+        await channel.receive()
+        await channel.receive()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(talk)
+        nursery.start_soon(close_after, endpoint, after)
+        with pytest.raises(trio.ClosedResourceError, match="every endpoint of this server has been closed"):
+            await trio_udp.serve_endpoints(handler, [endpoint], on_error=trio_udp.raise_error)
+        nursery.cancel_scope.cancel()
+    assert trio.current_time() == pytest.approx(after)
+    channel.close()
+
+
+async def close_after(endpoint: trio_udp.Endpoint, seconds: float) -> None:
+    await trio.sleep(seconds)
+    endpoint.close()
+
+
 async def test_a_client_can_be_connected_to_from_the_server(
     simulated_network: trio_udp.testing.SimulatedNetwork,
     nursery: trio.Nursery,
