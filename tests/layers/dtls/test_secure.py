@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Awaitable
 from functools import partial
@@ -73,6 +74,20 @@ async def test_what_cannot_be_secured(server_context: SSL.Context) -> None:
         secure(shout, server_context)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="secured already"):
         secure(secure(echo, server_context), server_context)
+
+
+async def test_other_layers_on_top(start: Start) -> None:
+    """Typed payloads and requests go over DTLS as over anything else; what does not decode is skipped."""
+
+    async def add(channel: trio_udp.TypedChannel[list[int], int, DTLSChannel]) -> None:
+        async for numbers in channel:
+            await channel.send(sum(numbers))
+
+    handler = trio_udp.typed(add, decode=json.loads, encode=lambda number: b"%d" % number)
+    secured = await start(handler)
+    async with secured.connected() as channel:
+        await channel.send(b"no JSON")
+        assert await trio_udp.request(channel, b"[1, 2, 3]", matches=bytes.isdigit) == b"6"
 
 
 async def test_a_timeout_of_a_request_is_counted(start: Start, autojump_clock: trio.testing.MockClock) -> None:
