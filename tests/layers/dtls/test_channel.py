@@ -202,6 +202,44 @@ async def test_cancelling_a_receive_loses_nothing(start: Start, autojump_clock: 
     assert received == [b"%d" % number for number in range(50)]
 
 
+async def test_a_sender_does_not_take_what_a_receiver_waits_for(
+    start: Start, autojump_clock: trio.testing.MockClock
+) -> None:
+    """While one task waits to receive, what another one sends does not keep payloads from it."""
+    secured = await start()
+    secured.network.latency = (0.1, 0.1)
+    received: list[tuple[float, bytes]] = []
+    async with secured.connected() as channel, trio.open_nursery() as nursery:
+
+        async def receive() -> None:
+            began = trio.current_time()
+            for _ in range(3):
+                payload = await channel.receive()
+                received.append((round(trio.current_time() - began, 3), payload))
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(receive)
+        for number in range(3):
+            await channel.send(b"%d" % number)
+            await trio.sleep(0.2)
+    assert received == [(0.2, b"0"), (0.4, b"1"), (0.6, b"2")]
+
+
+async def test_closing_drops_what_waits(start: Start) -> None:
+    """Payloads that have arrived and were not received are dropped when the channel is closed."""
+    secured = await start()
+    channel = await secured.open()
+    await channel.do_handshake()
+    await channel.send_many([b"1", b"2"])
+    await trio.testing.wait_all_tasks_blocked()
+    assert channel.receive_nowait() == b"1"
+    channel.close()
+    with pytest.raises(trio.ClosedResourceError):
+        await channel.receive()
+    with pytest.raises(trio.ClosedResourceError):
+        channel.receive_nowait()
+
+
 async def test_two_records_in_one_datagram_are_two_payloads(start: Start) -> None:
     """Records that a peer packs into one datagram are received one by one."""
     secured = await start()

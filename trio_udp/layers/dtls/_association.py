@@ -157,6 +157,7 @@ class Association:
         """End the association; return what tells the peer."""
         goodbye = self._say_goodbye() if self.stage is ESTABLISHED else []
         self.stage = CLOSED
+        self.payloads.clear()
         return goodbye
 
     def _take_hello(self, datagram: bytes) -> list[bytes]:

@@ -92,7 +92,7 @@ class DTLSChannel(OverClient):
       TypeError, ValueError: An argument makes no sense, or the context cannot be changed any more.
     """
 
-    __slots__ = ("_association", "_lock", "_taken")
+    __slots__ = ("_association", "_lock", "_receiving", "_taken")
 
     def __init__(
         self,
@@ -123,6 +123,7 @@ class DTLSChannel(OverClient):
         self._association = association
         self._lock: trio.Lock | None = trio.Lock()  # until the handshake is over
         self._taken = 0
+        self._receiving = 0  # tasks, of which all but one are about to fail
 
     def __repr__(self) -> str:
         return f"<trio_udp.dtls.DTLSChannel {self._association.stage.name.lower()} over {self._transport!r}>"
@@ -211,7 +212,11 @@ class DTLSChannel(OverClient):
                 if association.stage is not ESTABLISHED:
                     await self._become_established()
                     continue
-                datagram = await self._transport.receive()
+                self._receiving += 1
+                try:
+                    datagram = await self._transport.receive()
+                finally:
+                    self._receiving -= 1
             except trio.EndOfChannel:
                 raise over from None
             answer = association.take(datagram)
@@ -390,13 +395,13 @@ class DTLSChannel(OverClient):
         return self._association.reason or "the peer has closed the association"
 
     async def _look_for_repetitions(self) -> None:
-        """Take in what has arrived, before anything shows that the peer has our last flight.
+        """Take in what has arrived, before anything shows that the peer has our last flight, unless a task does anyway.
 
         It may be the peer's repeated flight, and a handler that only sends would never see it.
         """
         receive_nowait = getattr(self._transport, "receive_nowait", None)
         association = self._association
-        if receive_nowait is None or association.stage is not ESTABLISHED:
+        if self._receiving or receive_nowait is None or association.stage is not ESTABLISHED:
             return
         with suppress(trio.WouldBlock, trio.EndOfChannel):
             while not association.confirmed and association.stage is ESTABLISHED:
