@@ -23,7 +23,7 @@ CLASSES_AND_FUNCTIONS = sorted(set(trio_udp.__all__) - ALIASES)
 
 def test_all_is_what_there_is() -> None:
     """__all__ lists every public name, and nothing else is public."""
-    # pytest adds names with an "@" to packages with a plugin; dtls, layers, operate and testing are modules, once imported.
+    # pytest adds names with an "@" to packages with a plugin; these four are modules, once they have been imported.
     names = {name for name in vars(trio_udp) if not name.startswith(("_", "@"))}
     assert sorted(names - {"dtls", "layers", "operate", "testing"}) == trio_udp.__all__
 
