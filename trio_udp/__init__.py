@@ -1,6 +1,7 @@
 """UDP servers with structured concurrency: one task and one bounded, ordered inbox for each client."""
 
 from types import FunctionType
+from typing import TYPE_CHECKING
 
 from ._client import Client as Client
 from ._connection import Connection as Connection, connect as connect, connect_unix as connect_unix
@@ -32,6 +33,9 @@ from ._statistics import (
 from .layers.request import NoAnswerError as NoAnswerError, backoff as backoff, request as request
 from .layers.typed import TypedChannel as TypedChannel, typed as typed
 from .operate.systemd import endpoints_from_systemd as endpoints_from_systemd
+
+if TYPE_CHECKING:
+    from . import dtls as dtls
 
 __all__ = [
     "Accept",
@@ -75,3 +79,16 @@ for _name in __all__:
     if issubclass(type(globals()[_name]), (type, FunctionType)):  # isinstance() takes an alias for a class on 3.10
         globals()[_name].__module__ = __name__
 del _name, FunctionType
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        """Import ``trio_udp.dtls`` when it is first used, because it needs OpenSSL."""
+        if name != "dtls":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        return import_module(".dtls", __name__)
+
+
+del TYPE_CHECKING

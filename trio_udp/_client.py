@@ -200,5 +200,8 @@ make_client: Callable[[Seat], Client] = partial(type.__call__, Client)
 
 
 def seat_of(client: Client) -> Seat:
-    """Return the record behind a client; for the rest of this package."""
-    return client._state
+    """Return the record behind a client, or behind a layer over one; for the rest of this package."""
+    try:
+        return client._state
+    except AttributeError:
+        return seat_of(client.transport_channel)  # type: ignore[attr-defined]

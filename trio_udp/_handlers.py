@@ -34,6 +34,9 @@ OnError: TypeAlias = (
 )
 """The type of ``on_error``: called with the client (for a ``datagram_handler`` the datagram) and the exception."""
 
+# On handlers that layers make: asked about a stranger after the user's accept, with the same answers. See ask_both().
+GATE = "_trio_udp_gate"
+
 LOOKS_LIKE = "a handler is an async function with one argument: async def handler(client)"
 
 
@@ -81,6 +84,21 @@ def datagram_handler(function: Callable[[Datagram], Payload | None]) -> Datagram
     if not accepts_one_argument(function):
         raise TypeError(f"a datagram_handler must take one argument, a Datagram: {function!r}")
     return DatagramHandler(function)
+
+
+def ask_both(accept: Accept | None, handler: object) -> Accept | None:
+    """Combine the user's ``accept`` with the gate of a handler, if it has one."""
+    gate: Accept | None = getattr(handler, GATE, None)
+    if accept is None or gate is None:
+        return accept or gate
+    return lambda datagram: gate(datagram) if (answer := accept(datagram)) is True else answer
+
+
+def show_as(client: Client, channel: Client) -> None:
+    """Let the server show a client as the channel of a layer over it, in ``Server.clients`` and ``send_to_all``."""
+    seat = seat_of(client)
+    seat.shared.running[seat] = channel
+    seat.shared.layered = True
 
 
 class NotAwaitable(TypeError):

@@ -143,22 +143,24 @@ class Limits:
     rate_limit: RateLimit | None = attrs.field(default=None, validator=attrs.validators.optional(_rate_limit))
     amplification: float | None = attrs.field(default=None, validator=attrs.validators.optional(_positive_number))
 
-    def worst_case_memory(self, *, concurrency: int = 1) -> int:
+    def worst_case_memory(self, *, concurrency: int = 1, handler_bytes: int = 0) -> int:
         """Return the most bytes that strangers can make a server hold: ``print(limits.worst_case_memory())``.
 
         The sum counts the task and the inbox of each client, the object around each payload that may wait in an inbox,
         all payloads together, the buckets, and the requests that a :func:`request_handler` runs at once::
 
-            clients * (CLIENT + inbox_datagrams * DATAGRAM + requests * REQUEST) + total_bytes + buckets * BUCKET
+            clients * (CLIENT + handler_bytes + inbox_datagrams * DATAGRAM + requests * REQUEST)
+                + total_bytes + buckets * BUCKET
 
-        Memory that handlers hold comes on top, and buffers: 4 MB for each thread and kind of socket, up to 8 MB for
-        each endpoint.
+        Other memory that handlers hold comes on top, and buffers: 4 MB for each thread and kind of socket, up to 8 MB
+        for each endpoint.
 
         Args:
           concurrency: As given to ``request_handler``.
+          handler_bytes: What the handler of one client holds; 75,000 for :func:`trio_udp.dtls.secure`.
         """
         clients = self.max_clients + BATCH  # evicted handlers may linger for one batch
         requests = concurrency if concurrency > 1 else 0
         buckets = self.rate_limit.buckets if self.rate_limit else 0
-        of_client = CLIENT + self.inbox_datagrams * DATAGRAM + requests * REQUEST
+        of_client = CLIENT + handler_bytes + self.inbox_datagrams * DATAGRAM + requests * REQUEST
         return clients * of_client + self.total_bytes + buckets * BUCKET

@@ -225,6 +225,7 @@ class Seats(Shared):
     requests_timed_out: int = attrs.field(default=0, init=False)
     sends_withheld: int = attrs.field(default=0, init=False)
     # Candidates for eviction, next one first; empty if this server never evicts.
+    layered: bool = attrs.field(default=False, init=False)  # some clients are shown as channels of a layer
     _queue: OrderedDict[Seat, None] = attrs.field(factory=OrderedDict, init=False)
     _evicts: bool = attrs.field(init=False)
 

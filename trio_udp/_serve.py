@@ -25,6 +25,7 @@ from ._handlers import (
     Handler,
     OnError,
     accepts_one_argument,
+    ask_both,
     check_handler,
     is_async,
     run_handler,
@@ -256,7 +257,9 @@ def _assemble(
         assert not isinstance(handler, DatagramHandler)
         (handler_nursery or nursery).start_soon(run_handler, handler, client, crash, name=TASK_NAME)
 
-    admission = Admission(seats, Sources(), accept, idle_timeout, errors, WarningLog(), start_handler)
+    admission = Admission(
+        seats, Sources(), ask_both(accept, handler), idle_timeout, errors, WarningLog(), start_handler
+    )
     if isinstance(handler, DatagramHandler):
         hand_out = partial(to_function, handler, admission)
     else:

@@ -312,6 +312,8 @@ class Server(metaclass=NoPublicConstructor):
           is cancelled, the clients before it have been sent the datagram.
         """
         seats = self._state.seats
+        if seats.layered:
+            return await self._send_through_layers(payload, list(self.clients if clients is None else clients))
         chosen = list(seats.running) if clients is None else [seat_of(client) for client in clients]
         if any(seat.shared is not seats for seat in chosen):
             raise ValueError("send_to_all was given a client of another server")
@@ -330,6 +332,23 @@ class Server(metaclass=NoPublicConstructor):
                 for unsent, _, sender in outbox.send_or_drop(outgoing):
                     assert isinstance(sender, Seat)
                     sender.give_back(len(unsent))
+
+    async def _send_through_layers(self, payload: Payload, clients: list[Client]) -> None:
+        """:meth:`send_to_all` where each client gets bytes of its own, which the channel of a layer makes."""
+        seats = [seat_of(client) for client in clients]
+        if any(seat.shared is not self._state.seats for seat in seats):
+            raise ValueError("send_to_all was given a client of another server")
+        for number, (client, seat) in enumerate(zip(clients, seats, strict=True)):
+            if number % BATCH == 0:
+                await trio.lowlevel.checkpoint()
+            with suppress(trio.ClosedResourceError):
+                try:
+                    if seat.end is OPEN:
+                        client.send_nowait(payload)
+                except trio.WouldBlock:
+                    error = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+                    seat.count_send_error(error)
+                    seat.outbox.counts.count_send_error(error)
 
     def connect(self, address: Address | str | bytes, *, local_address: Address | None = None) -> Client:
         """Begin a conversation from our side, over the server's own socket.
@@ -476,7 +495,10 @@ class ClientsView(Collection[Client]):
         return len(self._seats.running)
 
     def __contains__(self, client: object) -> bool:
-        return isinstance(client, Client) and self._seats.running.get(seat_of(client)) is client
+        try:
+            return self._seats.running.get(seat_of(client)) is client  # type: ignore[arg-type]
+        except AttributeError:  # no client
+            return False
 
     def __iter__(self) -> Iterator[Client]:
         return iter(list(self._seats.running.values()))
@@ -492,7 +514,7 @@ def log_error(source: Client | Datagram, error: Exception) -> None:
     """
     server = source.server
     assert server is not None
-    what = "client" if isinstance(source, Client) else "a datagram from"
+    what = "a datagram from" if isinstance(source, Datagram) else "client"
     server._state.errors.write(error, "Handler of %s %s failed", what, source.peer_address)
 
 

@@ -23,15 +23,15 @@ CLASSES_AND_FUNCTIONS = sorted(set(trio_udp.__all__) - ALIASES)
 
 def test_all_is_what_there_is() -> None:
     """__all__ lists every public name, and nothing else is public."""
-    # pytest adds names with an "@" to packages with a plugin; layers, operate and testing are packages, once imported.
+    # pytest adds names with an "@" to packages with a plugin; these four are modules, once they have been imported.
     names = {name for name in vars(trio_udp) if not name.startswith(("_", "@"))}
-    assert sorted(names - {"layers", "operate", "testing"}) == trio_udp.__all__
+    assert sorted(names - {"dtls", "layers", "operate", "testing"}) == trio_udp.__all__
 
 
 def test_a_type_checker_sees_the_same_names() -> None:
     """Every public name is re-exported in the form that type checkers take as public."""
     source = Path(trio_udp.__file__).read_text()
-    assert sorted(set(re.findall(r"(\w+) as \1\b", source))) == trio_udp.__all__
+    assert sorted(set(re.findall(r"(\w+) as \1\b", source)) - {"dtls"}) == trio_udp.__all__
     assert (Path(trio_udp.__file__).parent / "py.typed").exists()
 
 

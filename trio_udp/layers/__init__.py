@@ -2,4 +2,5 @@
 
 request.py    ask until there is an answer
 typed.py      objects instead of bytes
+dtls/         encryption and authentication
 """

@@ -1,0 +1,27 @@
+"""The benchmark of DTLS still runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "dtls.py"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark needs Linux")
+def test_the_benchmark_prints_its_figures() -> None:
+    """Four figures are printed; how large they are is not this test's matter."""
+    command = [sys.executable, "-W", "error", str(BENCHMARK), "--scale", "0.02"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.stderr == ""
+    lines = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+    assert [what for _, what in lines] == [
+        "KB for each idle client",
+        "handshakes for each CPU second",
+        "echoes for each CPU second",
+        "µs for each forged ClientHello",
+    ]
+    assert all(float(figure.replace(",", "")) > 0 for figure, _ in lines)

@@ -1,0 +1,179 @@
+"""DTLS records as bytes (RFC 6347): taken apart, renumbered, packed into datagrams. No I/O, no state, no OpenSSL.
+
+    record     type (1), version (2), epoch (2), sequence number (6), length (2), content
+    handshake  type (1), length (3), message number (2), fragment offset (3), fragment length (3), body
+
+The functions that take datagrams take any bytes that a stranger may send, and never raise. Those that take records take
+what OpenSSL made.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from typing import NamedTuple
+
+RECORD_HEADER = 13
+MESSAGE_PART = 12  # the header of a handshake message, or of a fragment of one
+CHANGE_CIPHER_SPEC, HANDSHAKE = 20, 22
+CLIENT_HELLO, HELLO_VERIFY_REQUEST = 1, 3
+
+# HelloVerifyRequest says DTLS 1.0 whatever is negotiated afterwards: RFC 6347 section 4.2.1.
+DTLS_1_0 = b"\xfe\xff"
+
+# A datagram that begins with a handshake message: type, epoch, number and length of the record; type, length and number
+# of the message; offset and length of the fragment.
+MESSAGE_HEADER = struct.Struct("!BxxH6sHB3sH3s3s")
+BODY = MESSAGE_HEADER.size
+
+# A ClientHello begins with a version and a random number; then comes the length of the session ID.
+SESSION_ID = BODY + 2 + 32
+
+# The shortest ClientHello: no session, no cookie, one cipher suite, one compression method.
+SHORTEST_HELLO = SESSION_ID + 1 + 1 + 4 + 2
+
+
+class ClientHello(NamedTuple):
+    """A ClientHello that is whole, in the first record of a datagram.
+
+    Attributes:
+      record_number: The six bytes of the record's sequence number.
+      message_number: 0 for a client's first hello, 1 for the one that answers a HelloVerifyRequest.
+      cookie: Empty in the first one.
+      essence: All of its body but the cookie. The two hellos of one client have the same.
+    """
+
+    record_number: bytes
+    message_number: int
+    cookie: bytes
+    essence: bytes
+
+
+def parse_client_hello(datagram: bytes) -> ClientHello | None:
+    """Return the ClientHello that a datagram begins with; ``None`` if it is anything else, or a mere fragment."""
+    size = len(datagram)
+    if size < SHORTEST_HELLO:
+        return None
+    content, epoch, record_number, record_length, message, length, message_number, offset, fragment_length = (
+        MESSAGE_HEADER.unpack_from(datagram)
+    )
+    end = RECORD_HEADER + record_length
+    if (
+        (content, epoch, message, offset) != (HANDSHAKE, 0, CLIENT_HELLO, b"\0\0\0")
+        or length != fragment_length
+        or end != BODY + int.from_bytes(length, "big")
+        or end > size
+    ):
+        return None
+    cookie = SESSION_ID + 1 + datagram[SESSION_ID]
+    if cookie >= end:
+        return None
+    after = cookie + 1 + datagram[cookie]
+    if after >= end:
+        return None
+    essence = datagram[BODY:cookie] + datagram[after:end]
+    return ClientHello(record_number, message_number, datagram[cookie + 1 : after], essence)
+
+
+def hello_verify_request(hello: ClientHello, cookie: bytes) -> bytes:
+    """Return the datagram that asks a client for its hello again, with a cookie."""
+    length = (3 + len(cookie)).to_bytes(3, "big")
+    message = b"%c%b\0\0\0\0\0%b%b%c%b" % (HELLO_VERIFY_REQUEST, length, length, DTLS_1_0, len(cookie), cookie)
+    # The record has the number of the client's, so that the client's later records can have no number twice.
+    return b"%c%b\0\0%b%b%b" % (HANDSHAKE, DTLS_1_0, hello.record_number, len(message).to_bytes(2, "big"), message)
+
+
+def is_unprotected(datagram: bytes) -> bool:
+    """Whether a datagram begins with a record that anybody may have made: of epoch 0, or no record at all."""
+    return len(datagram) < RECORD_HEADER or datagram[3:5] == b"\0\0"
+
+
+def is_client_hello(datagram: bytes) -> bool:
+    """Whether a datagram begins with an unprotected ClientHello, or a fragment of one."""
+    return datagram[:1] == b"\x16" and datagram[3:5] == b"\0\0" and datagram[13:14] == b"\x01"
+
+
+def is_of_handshake(datagram: bytes) -> bool:
+    """Whether a datagram looks like a repeated part of a handshake: the peer may not have got our end of it."""
+    return (
+        len(datagram) > RECORD_HEADER
+        and datagram[3:5] == b"\0\0"
+        and datagram[0] in (CHANGE_CIPHER_SPEC, HANDSHAKE)
+        and not is_client_hello(datagram)
+    )
+
+
+def message_number_of(datagram: bytes) -> int | None:
+    """Return the number of the unprotected handshake message that a datagram begins with, if it does."""
+    if len(datagram) < BODY or datagram[0] != HANDSHAKE or datagram[3:5] != b"\0\0":
+        return None
+    return int.from_bytes(datagram[17:19], "big")
+
+
+def longest_message(datagram: bytes) -> int:
+    """Return the length of the longest unprotected handshake message that a datagram announces, in fragments or not."""
+    longest = position = 0
+    while position + RECORD_HEADER <= len(datagram):
+        is_plain = datagram[position] == HANDSHAKE and datagram[position + 3 : position + 5] == b"\0\0"
+        message = position + RECORD_HEADER
+        position = message + int.from_bytes(datagram[position + 11 : position + 13], "big")
+        while is_plain and message + MESSAGE_PART <= position:
+            longest = max(longest, int.from_bytes(datagram[message + 1 : message + 4], "big"))
+            message += MESSAGE_PART + int.from_bytes(datagram[message + 9 : message + 12], "big")
+    return longest
+
+
+def count_records(datagram: bytes, shortest: int = 0) -> int:
+    """Return how many records a datagram has; 0 if the content of any has less than ``shortest`` bytes."""
+    count = position = 0
+    while position + RECORD_HEADER <= len(datagram):
+        length = int.from_bytes(datagram[position + 11 : position + 13], "big")
+        if length < shortest:
+            return 0
+        position += RECORD_HEADER + length
+        count += 1
+    return count
+
+
+def split(records: bytes) -> list[bytes]:
+    """Divide OpenSSL's output into records: it writes several into its BIO without saying where each ends."""
+    divided = []
+    while records:
+        end = RECORD_HEADER + int.from_bytes(records[11:13], "big")
+        divided.append(records[:end])
+        records = records[end:]
+    return divided
+
+
+def number_of(record: bytes) -> int:
+    """Return a record's sequence number."""
+    return int.from_bytes(record[5:11], "big")
+
+
+def renumber(records: Iterable[bytes], next_number: int) -> tuple[list[bytes], int]:
+    """Give the records of epoch 0 numbers that have not been used yet; return them, and the next unused number.
+
+    A peer ignores numbers that it has seen before, though it may not have been able to use the record then. In later
+    epochs the number is protected like the content.
+    """
+    renumbered = []
+    for record in records:
+        if is_unprotected(record):
+            record = record[:5] + next_number.to_bytes(6, "big") + record[11:]
+            next_number += 1
+        renumbered.append(record)
+    return renumbered, next_number
+
+
+def pack(records: Iterable[bytes], size: int) -> list[bytes]:
+    """Put records into as few datagrams of at most ``size`` bytes as there can be in this order.
+
+    The fewer datagrams a flight of the handshake takes, the likelier it survives a network that loses some.
+    """
+    datagrams: list[bytes] = []
+    for record in records:
+        if datagrams and len(datagrams[-1]) + len(record) <= size:
+            datagrams[-1] += record
+        else:
+            datagrams.append(record)
+    return datagrams

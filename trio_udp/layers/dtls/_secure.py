@@ -1,0 +1,194 @@
+"""secure: a handler for encrypted clients, made of any handler. connect: the other end."""
+
+from __future__ import annotations
+
+import inspect
+import socket
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias, final
+
+import attrs
+import trio
+from OpenSSL import SSL
+
+import trio_udp
+
+# What a layer needs of handlers: the same checks, and the same care for their errors.
+from ..._handlers import LOOKS_LIKE, DatagramHandler, NotAwaitable, check_handler, handler_failed, show_as
+from ..._limits import check_seconds
+from ._channel import MTU, DTLSChannel, Session, check_mtu, has_waiting, taken_from
+from ._context import check_has_certificate, prepare
+from ._cookies import Cookies
+
+# A handler written for a Client runs unchanged, although what it gets is a DTLSChannel with the same names.
+Securable: TypeAlias = Callable[[DTLSChannel], Awaitable[object]] | Callable[[trio_udp.Client], Awaitable[object]]
+
+
+@final
+@attrs.define(eq=False)
+class SecuredHandler:
+    """A handler for ``trio_udp.serve``, as :func:`secure` makes it.
+
+    Attributes:
+      handshakes: Handshakes that were completed.
+      handshakes_failed: Those that were begun, by a client with a valid cookie, and were not completed.
+      last_error: Why the last of these failed: ``trio.BrokenResourceError`` with OpenSSL's reason, or
+        ``trio.TooSlowError``.
+    """
+
+    _handler: Callable[[DTLSChannel], Awaitable[object]]
+    _context: SSL.Context = attrs.field(repr=False)
+    _mtu: int = attrs.field(repr=False)
+    _handshake_timeout: float = attrs.field(repr=False)
+    _cookies: Cookies = attrs.field(repr=False)
+    handshakes: int = attrs.field(default=0, init=False)
+    handshakes_failed: int = attrs.field(default=0, init=False)
+    last_error: Exception | None = attrs.field(default=None, init=False)
+
+    async def __call__(self, client: trio_udp.Client) -> None:
+        """Shake hands with a client, and run the handler with its :class:`DTLSChannel`."""
+        channel = DTLSChannel(client, self._context, server_side=True, mtu=self._mtu)
+        show_as(client, channel)  # type: ignore[arg-type]  # from the beginning: nobody may send to it in the clear
+        try:
+            calls = await self._shakes_hands(channel)
+            while calls:  # again while it leaves payloads behind, as over plain UDP
+                taken_before = taken_from(channel)
+                awaitable = self._handler(channel)
+                if not inspect.isawaitable(awaitable):
+                    raise NotAwaitable(
+                        f"handler {self._handler!r} returned {awaitable!r}, not an awaitable: {LOOKS_LIKE}"
+                    )
+                try:
+                    await awaitable
+                except Exception as error:
+                    handler_failed(channel, error)  # type: ignore[arg-type]
+                calls = taken_from(channel) != taken_before and has_waiting(channel)
+        finally:
+            channel.close()
+
+    # trio_udp asks it about every stranger, after the user's own accept.
+    def _trio_udp_gate(self, datagram: trio_udp.Datagram) -> bool | bytes:
+        return self._cookies.judge(datagram.payload, datagram.peer_address)
+
+    async def _shakes_hands(self, channel: DTLSChannel) -> bool:
+        error: Exception
+        try:
+            with trio.fail_after(self._handshake_timeout):
+                await channel.do_handshake()
+        except trio.TooSlowError:
+            error = trio.TooSlowError(f"the DTLS handshake took longer than {self._handshake_timeout:g} seconds")
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as reason:
+            error = reason.with_traceback(None)  # which would keep the whole association
+            error.__context__ = error.__cause__ = None
+        else:
+            self.handshakes += 1
+            return True
+        self.handshakes_failed += 1
+        self.last_error = error
+        return False
+
+
+def secure(
+    handler: Securable, context: SSL.Context, *, mtu: int = MTU, handshake_timeout: float = 120.0
+) -> SecuredHandler:
+    """Make a handler for ``trio_udp.serve`` that speaks DTLS with each client and runs ``handler`` inside::
+
+        context = OpenSSL.SSL.Context(OpenSSL.SSL.DTLS_METHOD)
+        context.use_certificate_chain_file("chain.pem")
+        context.use_privatekey_file("key.pem")
+        trio.run(trio_udp.serve, trio_udp.dtls.secure(handler, context), 5684)
+
+    ``handler(channel)`` is called with a :class:`DTLSChannel` instead of a ``Client``, with the same names, once the
+    handshake is done; so a handler for plain UDP needs no change. When it returns, the client is told (close_notify).
+    Limits, idle timeout, statistics, drain and ``on_error`` are those of ``serve``. ``on_error``, ``server.clients``
+    and ``server.send_to_all`` have the channels; ``server.send_to`` knows no clients, and sends in the clear.
+
+    A stranger is kept only if it sends back a cookie that proves its address; its first datagram is answered by
+    ``accept``, as it were, and counted as ``answered_by_accept``. Anything that is not a ClientHello is refused. An
+    ``accept`` of your own is asked first, and sees ClientHellos. A client with a valid cookie counts as validated.
+
+    A client that restarts on its port: the old handler's channel ends, and its next handshake makes a new client.
+
+    Args:
+      handler: An async function of one argument, a ``request_handler``, or anything else that ``serve`` takes except a
+        ``datagram_handler``.
+      context: From ``OpenSSL.SSL.Context(SSL.DTLS_METHOD)``, with certificate and key, not yet used. To ask for
+        clients' certificates, call its ``set_verify`` and ``load_verify_locations``. Set everything before: it cannot
+        be changed once it is used.
+      mtu: Most bytes of a datagram in the handshake.
+      handshake_timeout: Seconds that a handshake may take.
+
+    Errors:
+      A handshake that fails is the peer's matter: it is counted, see :class:`SecuredHandler`, and never an error.
+
+    Raises:
+      TypeError, ValueError: An argument makes no sense, or the context cannot be changed any more.
+    """
+    if isinstance(handler, SecuredHandler):
+        raise TypeError("this handler is secured already")
+    check_handler(handler)
+    if isinstance(handler, DatagramHandler):
+        raise TypeError(f"a datagram_handler cannot be secured, because DTLS needs clients: {handler!r}")
+    cookies = prepare(context)
+    check_has_certificate(context)
+    check_mtu(mtu)
+    check_seconds("handshake_timeout", handshake_timeout)
+    return SecuredHandler(handler, context, mtu, handshake_timeout, cookies)  # type: ignore[arg-type]
+
+
+async def connect(
+    host: str,
+    port: int,
+    context: SSL.Context,
+    *,
+    server_hostname: str | None = None,
+    mtu: int = MTU,
+    session: Session | None = None,
+    retransmit_timeout: float = 1.0,
+    local_address: trio_udp.Address | None = None,
+    receive_buffer: int | None = None,
+    configure: Callable[[socket.socket], object] | None = None,
+) -> DTLSChannel:
+    """Open a DTLS connection: :func:`trio_udp.connect`, then the handshake::
+
+        context = OpenSSL.SSL.Context(OpenSSL.SSL.DTLS_METHOD)
+        context.set_default_verify_paths()
+        with trio.fail_after(30):
+            channel = await trio_udp.dtls.connect("example.org", 5684, context)
+        async with channel:
+            await channel.send(b"hello")
+
+    The server's certificate must be trusted by the context and be for ``server_hostname``, whatever verification the
+    context asks for by itself. Where that is not wanted: ``DTLSChannel(await trio_udp.connect(host, port), context)``.
+
+    A server that does not answer is waited for, with longer and longer pauses: put it under ``trio.fail_after``.
+
+    Args:
+      host, port, local_address, receive_buffer, configure: As for :func:`trio_udp.connect`.
+      context: See :class:`DTLSChannel`; with the certificates to trust, and your own if the server asks for one.
+      server_hostname: The name or address to verify, and to tell the server (SNI); ``host`` by default.
+      mtu, session: See :class:`DTLSChannel`.
+      retransmit_timeout: See :meth:`DTLSChannel.do_handshake`.
+
+    Raises:
+      OSError: As for :func:`trio_udp.connect`; ``ConnectionRefusedError`` if nobody listens.
+      trio.BrokenResourceError: The handshake failed; the message says why.
+      TypeError, ValueError: An argument makes no sense, or the context cannot be changed any more.
+    """
+    prepare(context)
+    connection = await trio_udp.connect(
+        host, port, local_address=local_address, receive_buffer=receive_buffer, configure=configure
+    )
+    try:
+        channel = DTLSChannel(
+            connection,
+            context,
+            server_hostname=host if server_hostname is None else server_hostname,
+            mtu=mtu,
+            session=session,
+        )
+        await channel.do_handshake(retransmit_timeout=retransmit_timeout)
+    except BaseException:
+        connection.close()
+        raise
+    return channel
