@@ -32,7 +32,13 @@ from ._statistics import (
 )
 from .layers.request import NoAnswerError as NoAnswerError, backoff as backoff, request as request
 from .layers.typed import TypedChannel as TypedChannel, typed as typed
-from .operate.systemd import endpoints_from_systemd as endpoints_from_systemd
+from .operate import (
+    Supervisor as Supervisor,
+    WorkerError as WorkerError,
+    WorkerStatus as WorkerStatus,
+    endpoints_from_systemd as endpoints_from_systemd,
+    serve_workers as serve_workers,
+)
 
 if TYPE_CHECKING:
     from . import dtls as dtls
@@ -56,7 +62,10 @@ __all__ = [
     "RateLimit",
     "Server",
     "ServerStatistics",
+    "Supervisor",
     "TypedChannel",
+    "WorkerError",
+    "WorkerStatus",
     "backoff",
     "connect",
     "connect_unix",
@@ -70,6 +79,7 @@ __all__ = [
     "request_handler",
     "serve",
     "serve_endpoints",
+    "serve_workers",
     "typed",
 ]
 __version__ = "0.1.0"

@@ -105,6 +105,19 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         """Whether the socket is closed, by :meth:`aclose` or otherwise."""
         return self._reader.engine.closed
 
+    @property
+    def shared(self) -> bool:
+        """Whether another process reads the socket after us, so that a server reads nothing more once it stops.
+
+        Set it to false before the stop, if no such process is left: then the server catches up, and lets clients finish
+        their transactions, as on a socket of its own.
+        """
+        return self._reader.shared
+
+    @shared.setter
+    def shared(self, shared: bool) -> None:
+        self._reader.shared = shared
+
     def statistics(self) -> EndpointStatistics:
         """Counts since the endpoint was made; also available once it is closed."""
         reader, kernel = self._reader, self._reader.engine.kernel_figures()

@@ -1,4 +1,14 @@
-"""Running a server as a service. Everything here uses the public names of the package only.
+"""Running a server as a service: on all cores, restarted without loss, from the command line or by systemd.
 
-systemd.py      sockets that systemd passes, and notices to it
+    command line -> serve_workers() -> Supervisor -> Slot -> WorkerProcess   (the supervisor's process)
+                                                                 | JSON lines
+                                                              _worker.py     (one process for each worker)
+
+    systemd.py      sockets that systemd passes, and notices to it
+
+Uses only public names of the rest of the package, and is not used by it. Read _supervisor.py first.
 """
+
+from ._process import WorkerError as WorkerError
+from ._supervisor import Supervisor as Supervisor, WorkerStatus as WorkerStatus, serve_workers as serve_workers
+from .systemd import endpoints_from_systemd as endpoints_from_systemd

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import final
 
@@ -44,6 +44,7 @@ def endpoints_from_systemd() -> list[Endpoint]:
       ValueError: systemd has passed no sockets, or one that is neither of the two. Nothing has changed then.
     """
     passed = sockets_from_systemd()
+    warn_of_default_buffers(sock for _, sock in passed)
     with ExitStack() as stack:
         for _, sock in passed:
             stack.enter_context(sock)
@@ -86,7 +87,6 @@ def sockets_from_systemd(*, one_port: bool = False) -> list[tuple[str, socket.so
         os.environ.pop(name, None)
     for _, sock in passed:
         sock.set_inheritable(False)
-    _warn_of_default_buffers([sock for _, sock in passed])
     return passed
 
 
@@ -136,7 +136,8 @@ def _describe(sock: socket.socket) -> str:
     return f"{family} {kind} {sock.getsockname()!r}"
 
 
-def _warn_of_default_buffers(sockets: list[socket.socket]) -> None:
+def warn_of_default_buffers(sockets: Iterable[socket.socket]) -> None:
+    """Log a warning if sockets have the kernel's default receive buffer."""
     sizes = [sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) for sock in sockets]
     if defaults := sizes.count(KERNEL_DEFAULT_BUFFER):
         LOGGER.warning(

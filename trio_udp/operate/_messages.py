@@ -1,0 +1,147 @@
+"""The pipe between the supervisor and a worker, and all that they say to each other: JSON lines, one value each.
+
+    supervisor            worker
+    Settings  ------->                  once, at its start
+              <-------    Ready         it has imported everything, and waits; or Failed
+    Serve     ------->                  read the sockets from now on
+              <-------    Report        ten times a second while something happens, else once a second
+              <-------    Leave         it got a SIGTERM: replace me
+    Stop      ------->                  drain and end
+              <-------    Released      the next worker may read: this one does not, and handlers have what it had read
+              <-------    Report        the last one, after the drain
+
+Where the pipe ends, the other process has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from contextlib import suppress
+from typing import TypeAlias
+
+import attrs
+import trio
+
+from .. import Limits, RateLimit, ServerStatistics
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """All that a worker is told. The descriptors of its sockets are the same numbers in both processes.
+
+    Attributes:
+      number: From 1.
+      descriptors: One bound socket for each address.
+      inherited: Another program holds the sockets too (systemd), so there may be a reader after the last worker.
+    """
+
+    number: int
+    descriptors: list[int]
+    inherited: bool
+    target: str
+    factory: bool
+    app_dir: str
+    idle_timeout: float
+    limits: Limits
+    drain_timeout: float
+    max_datagram_size: int
+    log_level: int
+    log_format: str
+
+
+@attrs.frozen
+class Ready:
+    pass
+
+
+@attrs.frozen
+class Failed:
+    """The worker cannot serve. ``text`` is one line or a traceback."""
+
+    text: str
+    exit_status: int
+
+
+@attrs.frozen
+class Serve:
+    pass
+
+
+@attrs.frozen
+class Stop:
+    """``last``: no other worker reads the sockets after this one, so it handles what waits in the kernel too."""
+
+    last: bool
+
+
+@attrs.frozen
+class Released:
+    pass
+
+
+@attrs.frozen
+class Leave:
+    pass
+
+
+@attrs.frozen
+class Report:
+    statistics: ServerStatistics
+
+
+Message: TypeAlias = Settings | Ready | Failed | Serve | Stop | Released | Leave | Report
+KINDS = {kind.__name__: kind for kind in (Settings, Ready, Failed, Serve, Stop, Released, Leave, Report)}
+
+
+def encode(message: Message) -> bytes:
+    return json.dumps([type(message).__name__, attrs.asdict(message)], separators=(",", ":")).encode() + b"\n"
+
+
+def decode(line: bytes | bytearray) -> Message:
+    name, fields = json.loads(line)
+    if name == "Settings":
+        limits = fields["limits"]
+        if limits["rate_limit"] is not None:
+            limits["rate_limit"] = RateLimit(**limits["rate_limit"])
+        fields["limits"] = Limits(**limits)
+    elif name == "Report":
+        fields["statistics"] = ServerStatistics(**fields["statistics"])
+    message: Message = KINDS[name](**fields)
+    return message
+
+
+class Pipe:
+    """One end of the pipe. Any number of tasks may send; one receives."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(end))
+        self._sending = trio.Lock()
+        self._received = bytearray()
+
+    async def send(self, message: Message) -> None:
+        """Send a message; do nothing if the other process has ended."""
+        with trio.CancelScope(shield=True):  # never half a line
+            async with self._sending:
+                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    await self._stream.send_all(encode(message))
+
+    async def receive(self) -> Message | None:
+        """Wait for the next message; ``None`` once the other process has ended.
+
+        Raises:
+          ValueError, TypeError, KeyError: The other process speaks another version of this protocol.
+        """
+        while b"\n" not in self._received:
+            try:
+                more = await self._stream.receive_some()
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return None
+            if not more:
+                return None
+            self._received += more
+        line, _, self._received = self._received.partition(b"\n")
+        return decode(line)
+
+    def close(self) -> None:
+        self._stream.socket.close()

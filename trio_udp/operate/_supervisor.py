@@ -1,0 +1,424 @@
+"""serve_workers(): one server on several processes, which are watched, replaced and stopped together. Read this first.
+
+The supervisor binds the sockets (_sockets.py), and runs a task for each slot (_slot.py), which keeps a process
+(_process.py) reading the slot's sockets. It reads no datagrams itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+from collections.abc import Collection, Sequence
+from typing import Literal, final
+
+import attrs
+import trio
+
+from .. import Address, Limits, ServerStatistics
+from ._messages import Settings
+from ._process import Patience, WorkerError, WorkerProcess
+from ._reload import changes_of_python_files
+from ._slot import Slot
+from ._sockets import bind_all, deal, steer_by_address
+from ._target import split_target
+
+LOGGER = logging.getLogger("trio_udp")
+
+# Seconds without a report after which a worker does not count as answering. Workers report at least once a second.
+ANSWERS_WITHIN = 2.5
+
+
+@attrs.frozen(kw_only=True)
+class WorkerStatus:
+    """One worker of a :class:`Supervisor`.
+
+    Attributes:
+      number: From 1; a process that replaces another one has its number.
+      pid: Of the process that reads the worker's sockets, or was the last to do so.
+      state: ``"starting"``, ``"ready"`` (to read), ``"serving"``, ``"leaving"`` (it asks to be replaced),
+        ``"stopping"``, ``"draining"`` or ``"dead"``.
+      restarts: How often the process was replaced: because it died, or by a rolling restart.
+      killed: How many of these processes had to be killed: they did not answer, or ignored their drain.
+      statistics: Counts of all processes with this number.
+    """
+
+    number: int
+    pid: int
+    state: str
+    restarts: int
+    killed: int
+    statistics: ServerStatistics
+
+
+@final
+class Supervisor:
+    """The running workers, as ``await nursery.start(serve_workers, ...)`` gives them."""
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self._slots = slots
+        self._stop_requested = trio.Event()
+        self._restart_wanted = trio.Event()
+        self._restarting = trio.Lock()
+        self._is_drained = False
+
+    def __repr__(self) -> str:
+        return f"<trio_udp.Supervisor of {len(self._slots)} workers on {', '.join(map(str, self.addresses))}>"
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """The addresses that are served, as ``getsockname`` gives them."""
+        addresses = [endpoint.local_address for slot in self._slots for endpoint in slot.endpoints]
+        return tuple(dict.fromkeys(addresses))
+
+    @property
+    def workers(self) -> tuple[WorkerStatus, ...]:
+        """The workers of the moment, in the order of their numbers."""
+        return tuple(_status(slot) for slot in self._slots)
+
+    @property
+    def ready(self) -> bool:
+        """Whether new clients are welcome: from the start until :meth:`stop`, thus not during ``lame_duck``."""
+        return not self.stopping
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the workers stop, or have ended."""
+        return self._stop_requested.is_set()
+
+    @property
+    def answering(self) -> bool:
+        """Whether every worker has shown in the last 2.5 seconds that it is alive."""
+        now = trio.current_time()
+        return all(slot.worker is not None and now - slot.worker.heard <= ANSWERS_WITHIN for slot in self._slots)
+
+    @property
+    def drained(self) -> bool:
+        """Whether all workers have ended, and none of them because of a second signal."""
+        return self._is_drained
+
+    async def _restart_when_wanted(self) -> None:
+        while True:
+            await self._restart_wanted.wait()
+            self._restart_wanted = trio.Event()
+            LOGGER.info("restarting")
+            try:
+                await self.restart()
+            except WorkerError as error:
+                LOGGER.error("not restarted, the old workers go on: %s", error)
+            else:
+                LOGGER.info("restarted")
+
+    async def wait_stopping(self) -> None:
+        """Wait until the workers are told to stop."""
+        await self._stop_requested.wait()
+
+    def statistics(self) -> ServerStatistics:
+        """Counts of all workers, of those that are dead too, so that no counter ever falls.
+
+        Of workers that serve, as of at most 1 second ago, 0.1 seconds under load. The counts between a worker's last
+        report and its sudden death are lost; what waited in its inboxes then is ``dropped_at_end``. After a drain the
+        counts are exact: once the old workers of a rolling restart have ended, and once ``serve_workers`` has returned.
+        ``kernel_dropped`` is that of the sockets, whichever process reads them.
+        """
+        return sum((slot.statistics() for slot in self._slots[1:]), self._slots[0].statistics())
+
+    async def restart(self) -> None:
+        """Replace the workers one after the other by new processes, which import everything anew; lose nothing.
+
+        Each new worker gets ready, then the old one stops reading and says so, then the new one reads. What arrives in
+        these milliseconds waits in the kernel. The old worker drains meanwhile: it handles what it has read. A
+        conversation ends with its old worker, also one inside :meth:`Client.transaction`; the next datagram of its
+        client starts one in the new worker.
+
+        Returns:
+          When every worker was replaced, or once the workers are told to stop.
+
+        Raises:
+          WorkerError: A new worker did not become ready. It is ended, and the old one goes on, as do those that were
+            not replaced yet.
+
+        Cancellation:
+          Leaves the workers that were not replaced yet as they are.
+        """
+        async with self._restarting:
+            for slot in self._slots:
+                if self.stopping:
+                    return
+                await slot.replace()
+
+    def stop(self) -> None:
+        """Stop gracefully: after ``lame_duck`` seconds, all workers drain and end. Returns at once. Idempotent.
+
+        What had reached the machine when the drain begins is handled; see :meth:`Server.stop`.
+        """
+        self._stop_requested.set()
+
+
+async def serve_workers(
+    target: str,
+    port: int,
+    *,
+    host: str | Sequence[str] | None = None,
+    workers: int = 1,
+    steer: Literal["address"] | None = None,
+    factory: bool = False,
+    app_dir: str = ".",
+    reload: bool = False,
+    sockets: Sequence[socket.socket] | None = None,
+    receive_buffer: int | None = None,
+    max_datagram_size: int = 65_535,
+    idle_timeout: float = 60.0,
+    limits: Limits = Limits(),  # noqa: B008  # frozen
+    drain_timeout: float = 5.0,
+    lame_duck: float = 0.0,
+    watchdog: float = 5.0,
+    ready_timeout: float = 60.0,
+    stop_signals: Collection[signal.Signals] = (),
+    restart_signals: Collection[signal.Signals] = (),
+    log_level: int = logging.INFO,
+    log_format: Literal["text", "json", "none"] = "text",
+    task_status: trio.TaskStatus[Supervisor] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve on ``port`` with several processes, so on several cores; restart them without losing a datagram.
+
+    This process, the supervisor, binds a socket for each worker (``SO_REUSEPORT``), and the kernel gives each client
+    to one of them. The sockets outlive the workers: when a worker dies, what arrives waits for its successor, and no
+    client moves to another worker. When the supervisor dies, by whatever signal, its workers drain and end::
+
+        trio.run(partial(trio_udp.serve_workers, "app:handler", 9999, workers=4, stop_signals={signal.SIGTERM}))
+
+    Nothing is shared between workers: what a handler keeps in memory is known to its own worker only. Needs a POSIX
+    system; only Linux spreads clients over sockets.
+
+    Args:
+      target: ``"module:handler"`` or ``"path/file.py:handler"``. Each worker imports it; this process does not.
+      port: As for :func:`serve`; 0 lets the kernel choose (see :attr:`Supervisor.addresses`).
+      host: As for :func:`serve`, or a list of names and addresses.
+      workers: Number of processes.
+      steer: ``"address"``: all ports of one IP address go to one worker, so that ``limits.rate_limit`` holds for all
+        workers together; with a rate limit, all addresses that share one of its buckets do. Otherwise each worker
+        allows the whole rate. Where the kernel refuses, a warning is logged.
+      factory: The target is a function without arguments that returns an async context manager, which gives the
+        handler. Each worker enters it before it serves, and leaves it after its drain.
+      app_dir: Folder to import from, and to which a relative path is relative.
+      reload: Restart when a Python file in ``app_dir``, or beside the target's file, changes. Needs the extra ``cli``.
+      sockets: Serve on these bound sockets instead, for example those of systemd; ``port`` and ``host`` do not matter.
+        Those of each address are dealt to the workers in turn. They are closed at the end.
+      receive_buffer: As for :func:`serve`, for each socket.
+      max_datagram_size, idle_timeout: As for :func:`serve`.
+      limits: Of all workers together: each gets its part of ``max_clients`` and ``total_bytes``.
+      drain_timeout: Seconds that handlers have to finish when a worker stops. A worker that has not ended 2 seconds
+        later is killed.
+      lame_duck: Seconds to go on serving after :meth:`Supervisor.stop`, while :attr:`Supervisor.ready` is false, so
+        that load balancers send their clients elsewhere.
+      watchdog: Seconds of silence after which a worker is killed and replaced, as one that is stopped or blocked; at
+        least 2.
+      ready_timeout: Seconds for a new worker to import the target and enter its factory.
+      stop_signals: Signals that stop as :meth:`Supervisor.stop` does; the second one kills the workers.
+      restart_signals: Signals that restart as :meth:`Supervisor.restart` does; errors are logged.
+      log_level, log_format: Of the workers, on standard error. ``"none"``: workers do not configure logging.
+      task_status: With ``nursery.start``, gives the :class:`Supervisor`, when all workers serve.
+
+    Returns:
+      After ``Supervisor.stop()`` or one of ``stop_signals``, when all workers have ended.
+
+    Raises:
+      OSError: A socket cannot be bound; the message names the address and port.
+      WorkerError: A worker did not become ready at the start. Later this is logged, and tried again: at once, then with
+        growing delays.
+      TypeError, ValueError: An argument makes no sense.
+
+    Cancellation:
+      Kills the workers and closes the sockets.
+    """
+    split_target(target)
+    seconds: list[tuple[str, object, float]] = [  # name, value and the least that makes sense
+        ("idle_timeout", idle_timeout, 0.001),
+        ("drain_timeout", drain_timeout, 0),
+        ("lame_duck", lame_duck, 0),
+        ("watchdog", watchdog, 2),  # workers report once a second
+        ("ready_timeout", ready_timeout, 0),
+    ]
+    _check_arguments(workers, steer, limits, seconds)
+    app_dir = os.path.abspath(app_dir)  # noqa: ASYNC240  # asks for the current folder only
+    changes = changes_of_python_files(app_dir, target) if reload else None
+    if sockets is None:
+        hosts = [host] if host is None or isinstance(host, str) else list(host)
+        bound = await bind_all(workers, port, hosts, receive_buffer)
+    else:
+        bound = deal(sockets, workers, receive_buffer)
+    try:
+        if steer is not None:
+            steer_by_address(bound, limits.rate_limit)
+        settings = Settings(
+            number=0,
+            descriptors=[],
+            inherited=sockets is not None,
+            target=target,
+            factory=factory,
+            app_dir=app_dir,
+            idle_timeout=idle_timeout,
+            limits=_part_of(limits, workers),
+            drain_timeout=drain_timeout,
+            max_datagram_size=max_datagram_size,
+            log_level=log_level,
+            log_format=log_format,
+        )
+        patience = Patience(ready_timeout, watchdog, drain_timeout)
+
+        def new_process(slot: Slot) -> WorkerProcess:
+            descriptors = [endpoint.socket.fileno() for endpoint in slot.endpoints]
+            return WorkerProcess(attrs.evolve(settings, number=slot.number, descriptors=descriptors), patience)
+
+        failures: list[WorkerError] = []
+        has_started = False
+        async with trio.open_nursery() as helpers:
+            async with trio.open_nursery() as processes:
+                slots = [Slot(number, endpoints, new_process, processes) for number, endpoints in enumerate(bound, 1)]
+                supervisor = Supervisor(slots)
+                if stop_signals:
+                    await helpers.start(_stop_at_signals, supervisor, stop_signals, processes.cancel_scope)
+                if restart_signals:
+                    await helpers.start(_restart_at_signals, supervisor, restart_signals)
+                async with trio.open_nursery() as keepers:
+                    keepers.start_soon(_end_keepers, supervisor, lame_duck, keepers.cancel_scope)
+                    await _start_all(slots, failures)
+                    if failures:
+                        processes.cancel_scope.cancel()
+                        await trio.lowlevel.checkpoint()
+                    how = f"Ctrl-C or kill {os.getpid()}" if stop_signals else "Supervisor.stop()"
+                    LOGGER.info(
+                        "serving %s on %s; to stop: %s", target, ", ".join(map(_describe, supervisor.addresses)), how
+                    )
+                    task_status.started(supervisor)
+                    has_started = True
+                    keepers.start_soon(supervisor._restart_when_wanted)
+                    for slot in slots:
+                        keepers.start_soon(slot.keep_serving)
+                    if changes is not None:
+                        async for _ in changes():
+                            LOGGER.info("a file has changed")
+                            supervisor._restart_wanted.set()
+                    await trio.sleep_forever()
+                for slot in slots:
+                    await slot.stop()
+            supervisor._is_drained = not processes.cancel_scope.cancel_called
+            helpers.cancel_scope.cancel()
+            if supervisor.drained:
+                totals = supervisor.statistics()
+                LOGGER.info(
+                    "stopped: %d datagrams received in all, %d handlers cancelled",
+                    *(totals.received, totals.handlers_cancelled),
+                )
+            if not failures and not has_started:  # stopped before that
+                task_status.started(supervisor)
+        if failures:
+            raise failures[0]
+    finally:
+        for endpoints in bound:
+            for endpoint in endpoints:
+                endpoint.close()
+
+
+async def _start_all(slots: list[Slot], failures: list[WorkerError]) -> None:
+    """Start a process for each slot; let them read once all are ready. After the first failure, wait for no other."""
+    started: dict[Slot, WorkerProcess] = {}
+
+    async def start(slot: Slot) -> None:
+        try:
+            started[slot] = await slot.start_process()
+        except WorkerError as error:
+            failures.append(error)
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for slot in slots:
+            nursery.start_soon(start, slot)
+    if not failures:
+        for slot, process in started.items():
+            await slot.let_read(process)
+
+
+async def _end_keepers(supervisor: Supervisor, lame_duck: float, keepers: trio.CancelScope) -> None:
+    """End the tasks that keep the workers going, once these may drain."""
+    await supervisor.wait_stopping()
+    if lame_duck:
+        LOGGER.info("stopping in %g s", lame_duck)
+        await trio.sleep(lame_duck)
+    LOGGER.info("stopping: the workers drain")
+    keepers.cancel()
+
+
+async def _stop_at_signals(
+    supervisor: Supervisor,
+    signals: Collection[signal.Signals],
+    processes: trio.CancelScope,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    with trio.open_signal_receiver(*signals) as arriving:
+        task_status.started()
+        await anext(arriving)
+        supervisor.stop()
+        await anext(arriving)
+        LOGGER.warning("stopped at once by a second signal")
+        processes.cancel()
+
+
+async def _restart_at_signals(
+    supervisor: Supervisor,
+    signals: Collection[signal.Signals],
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    with trio.open_signal_receiver(*signals) as arriving:
+        task_status.started()
+        async for _ in arriving:
+            supervisor._restart_wanted.set()
+
+
+def _describe(address: Address) -> str:
+    if not isinstance(address, tuple):
+        return str(address)
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _part_of(limits: Limits, workers: int) -> Limits:
+    """Return the limits of one worker of several."""
+    return attrs.evolve(
+        limits, max_clients=math.ceil(limits.max_clients / workers), total_bytes=math.ceil(limits.total_bytes / workers)
+    )
+
+
+def _status(slot: Slot) -> WorkerStatus:
+    assert slot.worker is not None
+    return WorkerStatus(
+        number=slot.number,
+        pid=slot.worker.pid,
+        state=slot.worker.state.value,
+        restarts=slot.restarts,
+        killed=slot.killed,
+        statistics=slot.statistics(),
+    )
+
+
+def _check_arguments(workers: object, steer: object, limits: object, seconds: list[tuple[str, object, float]]) -> None:
+    """Raise for the caller's mistakes now, rather than in every worker."""
+    if not isinstance(workers, int) or isinstance(workers, bool):
+        raise TypeError(f"workers must be an int, not {workers!r}")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers!r}")
+    if steer not in (None, "address"):
+        raise ValueError(f"steer must be 'address' or None, not {steer!r}")
+    if not isinstance(limits, Limits):
+        raise TypeError(f"limits must be Limits, not {limits!r}")
+    for name, value, least in seconds:
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number of seconds, not {value!r}")
+        if not value >= least:
+            raise ValueError(f"{name} must be at least {least:g}, not {value!r}")
+    if sys.platform == "win32":
+        raise OSError("workers need a POSIX system, which can pass sockets to a process: use trio_udp.serve")

@@ -1,0 +1,162 @@
+"""What runs in each worker process: load the handler, wait for the turn to read, serve, drain, end.
+
+The supervisor starts it (see _process.py), and decides everything; a worker without a supervisor drains and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from functools import partial
+
+import trio
+
+from .. import Endpoint, Handler, Server, serve_endpoints
+from ._logging import prepare_process
+from ._messages import Failed, Leave, Pipe, Ready, Released, Report, Serve, Settings, Stop
+from ._process import GRACE
+from ._target import TargetError, entered, load_target
+
+LOGGER = logging.getLogger("trio_udp")
+
+# Seconds between two reports: the first while something happens, the second at most. The counts since the last report
+# are lost if the worker is killed. A report costs 0.2 ms, so an idle worker should make few.
+QUICK_REPORT = 0.1
+SLOW_REPORT = 1.0
+
+# Seconds in which handlers may finish what the worker has read, before the next worker reads: then the replies of both
+# leave in order. Longer is no use: the kernel's buffer may fill meanwhile.
+HAND_OVER = 0.05
+
+
+def main() -> None:
+    """Run a worker; the only argument is the descriptor of its end of the pipe."""
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):  # meant for the supervisor, but sent to the whole process group
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    sys.argv[1:], descriptor = [], int(sys.argv[1])
+    with socket.socket(fileno=descriptor) as end:
+        status = trio.run(work, end)
+    sys.exit(status)
+
+
+async def work(end: socket.socket) -> int:
+    """Do all that a worker does; return its exit status."""
+    pipe = Pipe(end)
+    settings = await pipe.receive()
+    if not isinstance(settings, Settings):
+        return 1
+    prepare_process(settings.log_level, settings.log_format, is_worker=True)
+    end_without_supervisor(end.fileno(), settings.drain_timeout + GRACE)
+    is_ready = False
+    try:
+        with contextlib.ExitStack() as cleanup:
+            endpoints = [take_over(descriptor, settings) for descriptor in settings.descriptors]
+            for endpoint in endpoints:
+                cleanup.callback(endpoint.close)
+            found = load_target(settings.target, settings.app_dir)
+            async with entered(found, settings.target, settings.factory) as handler:
+                await pipe.send(Ready())
+                is_ready = True
+                if isinstance(await pipe.receive(), Serve):
+                    await serve_until_told(pipe, settings, handler, endpoints)
+    except TargetError as error:
+        await pipe.send(Failed(str(error), 2))
+    except BaseException as error:  # SystemExit too
+        if is_ready:
+            LOGGER.critical("Worker %d has failed", settings.number, exc_info=error)
+        else:
+            await pipe.send(Failed(traceback_of_user(error), 1))
+    else:
+        return 0
+    return 1
+
+
+def take_over(descriptor: int, settings: Settings) -> Endpoint:
+    sock = socket.socket(fileno=descriptor)
+    return Endpoint.from_socket(sock, shared=True, max_datagram_size=settings.max_datagram_size)
+
+
+async def serve_until_told(pipe: Pipe, settings: Settings, handler: Handler, endpoints: list[Endpoint]) -> None:
+    """Serve until the supervisor says ``Stop`` or is gone; return after the drain."""
+    serve = partial(
+        serve_endpoints,
+        handler,
+        endpoints,
+        idle_timeout=settings.idle_timeout,
+        limits=settings.limits,
+        drain_timeout=settings.drain_timeout,
+    )
+    async with trio.open_nursery() as helpers:
+        async with trio.open_nursery() as serving:
+            server: Server = await serving.start(serve)
+            helpers.start_soon(report, pipe, server)
+            helpers.start_soon(ask_to_leave_at_sigterm, pipe)
+            try:
+                message = await pipe.receive()
+                has_successor = isinstance(message, Stop) and not message.last
+                for endpoint in endpoints:
+                    endpoint.shared = has_successor or settings.inherited
+                server.stop()
+                if has_successor:
+                    await finish_what_was_read(server)
+                await pipe.send(Released())
+            except BaseException:
+                await pipe.send(Report(server.statistics()))  # the server has crashed
+                raise
+        helpers.cancel_scope.cancel()
+    await pipe.send(Report(server.statistics()))
+
+
+async def finish_what_was_read(server: Server) -> None:
+    """Let handlers take what waits for them, if they do so soon."""
+    with trio.move_on_after(HAND_OVER):
+        while server.statistics().waiting:  # noqa: ASYNC110  # counters tell nobody when they change
+            await trio.sleep(0.001)
+    await trio.sleep(0.001)  # their replies leave
+
+
+async def report(pipe: Pipe, server: Server) -> None:
+    last, pause = None, QUICK_REPORT
+    while True:
+        statistics = server.statistics()
+        pause = QUICK_REPORT if statistics != last else min(2 * pause, SLOW_REPORT)
+        last = statistics
+        await pipe.send(Report(statistics))
+        await trio.sleep(pause)
+
+
+async def ask_to_leave_at_sigterm(pipe: Pipe) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM) as arriving:
+        async for _ in arriving:
+            await pipe.send(Leave())
+
+
+def end_without_supervisor(descriptor: int, seconds: float) -> None:
+    """End this process so many seconds after its supervisor, even if its handlers block it for ever."""
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(descriptor, 0)  # only whether the other end is closed
+        poll.poll()
+        time.sleep(seconds)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end without supervisor", daemon=True).start()
+
+
+def traceback_of_user(error: BaseException) -> str:
+    """Format an error with its traceback, without the frames of this package and of the import system before it."""
+    ours = (os.path.dirname(__file__), os.path.dirname(importlib.__file__), contextlib.__file__, "<frozen importlib")
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(ours):
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace or error.__traceback__)).rstrip()
