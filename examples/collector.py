@@ -5,12 +5,16 @@ task beside the server writes them out every few seconds. At SIGTERM the server 
 machine by then is written too. While the disk is slow, datagrams wait in the kernel; those that find its buffer full
 are counted (``kernel_dropped``).
 
-    python examples/collector.py --file collected.log
+    FILE=collected.log python examples/collector.py     (or: trio-udp --factory examples/collector.py:collector)
     nc -u 127.0.0.1 9999        (in several terminals: type lines; then stop the collector with Ctrl-C)
 """
 
-import argparse
+import logging
+import os
 import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import BinaryIO
 
@@ -18,6 +22,7 @@ import trio
 
 import trio_udp
 
+EVERY = float(os.environ.get("EVERY", "1"))  # seconds between writes
 BUFFER = 2**20  # bytes to collect until they are written; a full buffer is written at once
 
 
@@ -31,45 +36,37 @@ class Collector:
         self.file.write(b"%b %b\n" % (datagram.peer_address[0].encode(), line))
         self.lines += 1
 
-    async def write_out(self, server: trio_udp.Server, seconds: float) -> None:
-        """Do something every so many seconds, until the server stops."""
+    async def write_out(self) -> None:
         written = 0
         while True:
-            with trio.move_on_after(seconds):
-                await server.wait_stopping()
-                return
+            await trio.sleep(EVERY)
             if self.lines > written:
                 written = self.lines
                 self.file.flush()
                 print(f"lines: {written}", flush=True)
 
 
-async def main(host: str | None, port: int, path: str, seconds: float) -> None:
-    with open(path, "ab", buffering=BUFFER) as file:  # noqa: ASYNC230  # all writing is done right here, see above
+@asynccontextmanager
+async def collector() -> AsyncIterator[trio_udp.Handler]:
+    """Give the handler. After the server has stopped, what it has collected is written out."""
+    with open(os.environ.get("FILE", "collected.log"), "ab", buffering=BUFFER) as file:  # noqa: ASYNC230  # see above
         collector = Collector(file)
         async with trio.open_nursery() as nursery:
-            server: trio_udp.Server = await nursery.start(
-                partial(
-                    trio_udp.serve,
-                    trio_udp.datagram_handler(collector.handler),
-                    port,
-                    host=host,
-                    on_error=trio_udp.raise_error,  # a disk that is full ends the collector
-                    stop_signals={signal.SIGINT, signal.SIGTERM},
-                )
-            )
-            for endpoint in server.endpoints:
-                print("listening on {}:{}".format(*endpoint.local_address), flush=True)
-            nursery.start_soon(collector.write_out, server, seconds)
-    print(f"collected: {collector.lines}")
+            nursery.start_soon(collector.write_out)
+            yield trio_udp.datagram_handler(collector.handler)
+            nursery.cancel_scope.cancel()
+    print(f"collected: {collector.lines}", flush=True)
+
+
+async def main(port: int) -> None:
+    async with collector() as handler, trio.open_nursery() as nursery:
+        # A disk that is full ends the collector.
+        stop_signals = {signal.SIGINT, signal.SIGTERM}
+        serve = partial(trio_udp.serve, handler, port, on_error=trio_udp.raise_error, stop_signals=stop_signals)
+        server: trio_udp.Server = await nursery.start(serve)
     print(f"dropped by the kernel: {server.statistics().kernel_dropped}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("port", nargs="?", type=int, default=9999)
-    parser.add_argument("--host", help="name or address to bind; all interfaces by default")
-    parser.add_argument("--file", default="collected.log", metavar="PATH", help="to append to")
-    parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="between writes")
-    arguments = parser.parse_args()
-    trio.run(main, arguments.host, arguments.port, arguments.file, arguments.every)
+    logging.basicConfig(level=logging.INFO)
+    trio.run(main, int(sys.argv[1]) if sys.argv[1:] else 9999)

@@ -1,6 +1,7 @@
 """An authoritative DNS server over UDP for one zone file.
 
     python examples/dns_server.py --port 5353 examples/example.zone
+    ZONE_FILE=examples/example.zone trio-udp --port 5353 --workers 2 examples/dns_server.py:handler     (or so)
     dig @127.0.0.1 -p 5353 www.example.com
 
 Behind dnsdist with ``newServer{address="...", useProxyProtocol=true}``: add ``--proxy`` with the network that it is in.
@@ -14,6 +15,8 @@ limits.
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import signal
 import struct
 from functools import partial
@@ -163,16 +166,27 @@ def to_wire(reply: dns.message.Message, limit: int) -> bytes:
         return to_wire(reply, limit)
 
 
+@functools.cache
+def zone_of_environment() -> dns.zone.Zone:
+    return load_zone(os.environ.get("ZONE_FILE") or os.path.join(os.path.dirname(__file__), "example.zone"))
+
+
+@trio_udp.datagram_handler
+def handler(datagram: trio_udp.Datagram) -> bytes | None:
+    """Answer from the zone file that ``ZONE_FILE`` names: for ``trio-udp``."""
+    return answer(zone_of_environment(), datagram.payload)
+
+
 async def main(zone: dns.zone.Zone, host: str, port: int, proxies: list[IPv4Network | IPv6Network]) -> None:
     """Serve ``zone`` until SIGINT or SIGTERM."""
 
     @trio_udp.datagram_handler
-    def handler(datagram: trio_udp.Datagram) -> bytes | None:
+    def answer_from_zone(datagram: trio_udp.Datagram) -> bytes | None:
         return answer(zone, datagram.payload)
 
     serve = partial(
         trio_udp.serve,
-        handler,
+        answer_from_zone,
         port,
         host=host,
         max_datagram_size=MAX_PAYLOAD,  # nobody may send more than a server offers to take

@@ -1,14 +1,15 @@
-"""Echo every datagram; at the start, print the options of the server's sockets.
+"""Echo every datagram; set options of the server's sockets, and print them at the start.
 
-``nursery.start`` gives the running server, and ``endpoint.socket`` the socket with all its options.
+``configure`` is called with each socket right before it is bound. ``nursery.start`` gives the running server, and
+``endpoint.socket`` the socket with all its options.
 
-    python examples/echo_options.py --receive-buffer 100000 --reuse-port
+    python examples/echo_options.py     (or, with options of the command line: trio-udp examples/echo_options.py:echo)
     nc -u 127.0.0.1 9999        (in another terminal: type a line)
 """
 
-import argparse
 import signal
 import socket
+import sys
 from functools import partial
 
 import trio
@@ -25,6 +26,11 @@ async def echo(client: trio_udp.Client) -> None:
         print(f"sent {payload!r} to {client.peer_address}")
 
 
+def share_address(sock: socket.socket) -> None:
+    """Set what has no argument of its own: other processes may bind this address too."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+
 def print_options(endpoint: trio_udp.Endpoint) -> None:
     for name in OPTIONS:
         if hasattr(socket, name):  # Windows has no SO_REUSEPORT
@@ -32,29 +38,21 @@ def print_options(endpoint: trio_udp.Endpoint) -> None:
             print(f"  {name} = {endpoint.socket.getsockopt(socket.SOL_SOCKET, getattr(socket, name))}")
 
 
-async def main(host: str | None, port: int, receive_buffer: int | None, reuse_port: bool) -> None:
+async def main(port: int) -> None:
+    serve = partial(
+        trio_udp.serve,
+        echo,
+        port,
+        receive_buffer=100_000,
+        configure=share_address,
+        stop_signals={signal.SIGINT, signal.SIGTERM},
+    )
     async with trio.open_nursery() as nursery:
-        server: trio_udp.Server = await nursery.start(
-            partial(
-                trio_udp.serve,
-                echo,
-                port,
-                host=host,
-                receive_buffer=receive_buffer,
-                reuse_port=reuse_port,
-                stop_signals={signal.SIGINT, signal.SIGTERM},
-            )
-        )
+        server: trio_udp.Server = await nursery.start(serve)
         for endpoint in server.endpoints:
             print("listening on {}:{}".format(*endpoint.local_address), flush=True)
             print_options(endpoint)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("port", nargs="?", type=int, default=9999)
-    parser.add_argument("--host", help="name or address to bind; all interfaces by default")
-    parser.add_argument("--receive-buffer", type=int, metavar="BYTES", help="kernel memory for datagrams not yet read")
-    parser.add_argument("--reuse-port", action="store_true", help="let other processes bind the same port")
-    arguments = parser.parse_args()
-    trio.run(main, arguments.host, arguments.port, arguments.receive_buffer, arguments.reuse_port)
+    trio.run(main, int(sys.argv[1]) if sys.argv[1:] else 9999)

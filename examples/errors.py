@@ -4,16 +4,16 @@ The server keeps a total for each client. A malformed payload gets an error as i
 on. An exception that leaves the handler ends that client only, by way of ``on_error``. An exception that leaves
 ``on_error`` ends the server.
 
-    python examples/errors.py
+    python examples/errors.py       (or, where errors are only logged: trio-udp examples/errors.py:handler)
     nc -u 127.0.0.1 9999        (in another terminal: type {"add": 6}, {"divide": 2}, rubbish, {"divide": 0})
 """
 
-import argparse
 import json
+import logging
 import signal
+import sys
 from collections import Counter
 from contextlib import suppress
-from functools import partial
 
 import trio
 
@@ -56,20 +56,12 @@ def on_error(client: trio_udp.Client, error: Exception) -> None:
         client.send_nowait(encode(error="internal"))
 
 
-async def main(host: str | None, port: int) -> None:
+async def main(port: int) -> None:
     stop_signals = {signal.SIGINT, signal.SIGTERM}
-    async with trio.open_nursery() as nursery:
-        server: trio_udp.Server = await nursery.start(
-            partial(trio_udp.serve, handler, port, host=host, on_error=on_error, stop_signals=stop_signals)
-        )
-        for endpoint in server.endpoints:
-            print("listening on {}:{}".format(*endpoint.local_address), flush=True)
+    await trio_udp.serve(handler, port, on_error=on_error, stop_signals=stop_signals)
     print(f"failures: {dict(failures)}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("port", nargs="?", type=int, default=9999)
-    parser.add_argument("--host", help="name or address to bind; all interfaces by default")
-    arguments = parser.parse_args()
-    trio.run(main, arguments.host, arguments.port)
+    logging.basicConfig(level=logging.INFO)
+    trio.run(main, int(sys.argv[1]) if sys.argv[1:] else 9999)

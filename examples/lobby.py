@@ -1,9 +1,9 @@
 """Send what one says to all: a lobby that people join late and leave by falling silent.
 
 ``server.send_to_all`` sends one payload to many clients in few system calls. A task beside the server tells everyone
-every few seconds who is there, until the server stops.
+every few seconds who is there.
 
-    python examples/lobby.py
+    python examples/lobby.py        (or: trio-udp --max-clients 100 --factory examples/lobby.py:lobby)
     nc -u 127.0.0.1 9999        (in two or three terminals: your first line is your name, an empty one says that you
                                  are still there, "quit" leaves)
 
@@ -11,14 +11,20 @@ A datagram makes the lobby send many, and its source may be forged. On the inter
 sent back a token, and call ``client.validate()`` then; see docs/guarantees.md.
 """
 
-import argparse
+import logging
+import os
 import signal
+import sys
 from collections import deque
-from functools import partial
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import trio
 
 import trio_udp
+
+IDLE_TIME = float(os.environ.get("IDLE_TIME", "60"))  # seconds of silence until one leaves
+EVERY = float(os.environ.get("EVERY", "10"))  # seconds between lists of who is there
 
 
 class Lobby:
@@ -33,6 +39,7 @@ class Lobby:
         await server.send_to_all(line, self.names)
 
     async def handler(self, client: trio_udp.Client) -> None:
+        client.idle_timeout = IDLE_TIME
         name = (await client.receive()).strip() or b"nobody"
         self.names[client] = name
         try:
@@ -54,40 +61,31 @@ class Lobby:
         if client.ended != "stopping":
             await self.say(client.server, b"%b leaves\n" % name)
 
-    async def tell_who_is_here(self, server: trio_udp.Server, seconds: float) -> None:
-        """Do something every so many seconds, until the server stops."""
+    async def tell_who_is_here(self) -> None:
         while True:
-            with trio.move_on_after(seconds):
-                await server.wait_stopping()
-                return
-            await server.send_to_all(b"here: %b\n" % b", ".join(self.names.values()), self.names)
+            await trio.sleep(EVERY)
+            for server in {client.server for client in self.names}:  # one, or none while nobody is there
+                await server.send_to_all(b"here: %b\n" % b", ".join(self.names.values()), self.names)
 
 
-async def main(host: str | None, port: int, idle_time: float, seconds: float) -> None:
-    lobby = Lobby()
+@asynccontextmanager
+async def lobby() -> AsyncIterator[trio_udp.Handler]:
+    """Give the handler, and run a task beside the server."""
+    here = Lobby()
     async with trio.open_nursery() as nursery:
-        server: trio_udp.Server = await nursery.start(
-            partial(
-                trio_udp.serve,
-                lobby.handler,
-                port,
-                host=host,
-                max_datagram_size=500,
-                idle_timeout=idle_time,
-                limits=trio_udp.Limits(max_clients=100),
-                stop_signals={signal.SIGINT, signal.SIGTERM},
-            )
+        nursery.start_soon(here.tell_who_is_here)
+        yield here.handler
+        nursery.cancel_scope.cancel()
+
+
+async def main(port: int) -> None:
+    limits = trio_udp.Limits(max_clients=100)
+    async with lobby() as handler:
+        await trio_udp.serve(
+            handler, port, max_datagram_size=500, limits=limits, stop_signals={signal.SIGINT, signal.SIGTERM}
         )
-        for endpoint in server.endpoints:
-            print("listening on {}:{}".format(*endpoint.local_address), flush=True)
-        nursery.start_soon(lobby.tell_who_is_here, server, seconds)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("port", nargs="?", type=int, default=9999)
-    parser.add_argument("--host", help="name or address to bind; all interfaces by default")
-    parser.add_argument("--idle-time", type=float, default=60.0, metavar="SECONDS", help="of silence until one leaves")
-    parser.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="between lists of who is there")
-    arguments = parser.parse_args()
-    trio.run(main, arguments.host, arguments.port, arguments.idle_time, arguments.every)
+    logging.basicConfig(level=logging.INFO)
+    trio.run(main, int(sys.argv[1]) if sys.argv[1:] else 9999)

@@ -4,12 +4,14 @@
 sender claims to have, and an answer that is answered again goes on for ever (CVE-2024-2169). A request from a network
 that is not allowed is answered, and still nothing is kept of it. The counters are printed when the server stops.
 
-    python examples/refusing.py --allow 127.0.0.0/8 --allow 192.168.0.0/16
+    ALLOW="127.0.0.0/8 192.168.0.0/16" python examples/refusing.py
     nc -u 127.0.0.1 9999        (in another terminal: type "EX1 hello", then "hello" twice)
 """
 
-import argparse
+import logging
+import os
 import signal
+import sys
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -46,15 +48,14 @@ class Gate:
             await client.send(payload.removeprefix(MAGIC))
 
 
-async def main(host: str | None, port: int, networks: list[IPv4Network | IPv6Network]) -> None:
-    gate = Gate(networks)
-    stop_signals = {signal.SIGINT, signal.SIGTERM}
+gate = Gate([ip_network(network) for network in os.environ.get("ALLOW", "127.0.0.0/8 ::1/128").split()])
+handler = gate.handler
+
+
+async def main(port: int) -> None:
     async with trio.open_nursery() as nursery:
-        server: trio_udp.Server = await nursery.start(
-            partial(trio_udp.serve, gate.handler, port, host=host, accept=gate.accept, stop_signals=stop_signals)
-        )
-        for endpoint in server.endpoints:
-            print("listening on {}:{}".format(*endpoint.local_address), flush=True)
+        serve = partial(trio_udp.serve, handler, port, accept=gate.accept, stop_signals={signal.SIGINT, signal.SIGTERM})
+        server: trio_udp.Server = await nursery.start(serve)
     statistics = server.statistics()
     print(f"received: {statistics.received}")
     print(f"refused by accept: {statistics.refused_by_accept}")
@@ -63,10 +64,5 @@ async def main(host: str | None, port: int, networks: list[IPv4Network | IPv6Net
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("port", nargs="?", type=int, default=9999)
-    parser.add_argument("--host", help="name or address to bind; all interfaces by default")
-    parser.add_argument("--allow", type=ip_network, action="append", metavar="NETWORK", help="loopback by default")
-    arguments = parser.parse_args()
-    loopback = [ip_network("127.0.0.0/8"), ip_network("::1/128")]
-    trio.run(main, arguments.host, arguments.port, arguments.allow or loopback)
+    logging.basicConfig(level=logging.INFO)
+    trio.run(main, int(sys.argv[1]) if sys.argv[1:] else 9999)

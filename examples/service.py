@@ -3,13 +3,16 @@
 Every datagram is stored as a note in an SQLite database, and its number is the answer. A signal stops the server;
 the notes that have arrived by then are still stored and answered, and only then the database is closed.
 
-    python examples/service.py --database notes.db
+    DATABASE=notes.db python examples/service.py
+    DATABASE=notes.db trio-udp --workers 2 --factory examples/service.py:service    (or so: each worker opens it)
     nc -u 127.0.0.1 9999        (in another terminal: type a line)
 """
 
-import argparse
+import logging
+import os
 import signal
 import sqlite3
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -54,21 +57,18 @@ async def handler(notes: Notes, client: trio_udp.Client) -> None:
         await client.send(f"note {number}\n".encode())
 
 
-async def main(host: str | None, port: int, path: str) -> None:
-    stop_signals = {signal.SIGINT, signal.SIGTERM}
-    # From right to left: the server drains, its nursery ends, the database is closed.
-    async with open_notes(path) as notes, trio.open_nursery() as nursery:
-        server: trio_udp.Server = await nursery.start(
-            partial(trio_udp.serve, partial(handler, notes), port, host=host, stop_signals=stop_signals)
-        )
-        for endpoint in server.endpoints:
-            print("listening on {}:{}".format(*endpoint.local_address), flush=True)
+@asynccontextmanager
+async def service() -> AsyncIterator[trio_udp.Handler]:
+    """Give the handler. The database is open until the last handler is done."""
+    async with open_notes(os.environ.get("DATABASE", ":memory:")) as notes:
+        yield partial(handler, notes)
+
+
+async def main(port: int) -> None:
+    async with service() as handler:
+        await trio_udp.serve(handler, port, stop_signals={signal.SIGINT, signal.SIGTERM})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("port", nargs="?", type=int, default=9999)
-    parser.add_argument("--host", help="name or address to bind; all interfaces by default")
-    parser.add_argument("--database", default=":memory:", metavar="PATH", help="in memory by default")
-    arguments = parser.parse_args()
-    trio.run(main, arguments.host, arguments.port, arguments.database)
+    logging.basicConfig(level=logging.INFO)
+    trio.run(main, int(sys.argv[1]) if sys.argv[1:] else 9999)

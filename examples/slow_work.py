@@ -4,14 +4,16 @@ Blocking calls go to a thread, long computations to a worker process. One client
 requests; those of different clients as soon as each is ready. (With ``concurrency=``, ``request_handler`` answers one
 client's requests in that way too.) Needs ``trio-parallel``.
 
-    python examples/slow_work.py
+    TIMEOUT=10 python examples/slow_work.py     (or: trio-udp --drain 10 examples/slow_work.py:handler)
     nc -u 127.0.0.1 9999        (in two more terminals: type "sleep 3" in one and "ping" in the other,
-                                 or "prime 1000003"; what takes longer than --timeout gets no answer)
+                                 or "prime 1000003"; what takes longer than TIMEOUT seconds gets no answer)
 """
 
-import argparse
+import logging
 import math
+import os
 import signal
+import sys
 import time
 from functools import partial
 
@@ -19,6 +21,8 @@ import trio
 import trio_parallel  # type: ignore[import-untyped]
 
 import trio_udp
+
+TIMEOUT = float(os.environ.get("TIMEOUT", "10"))  # seconds for each request
 
 # A thread cannot be stopped, only abandoned, and keeps its place here until it is done: however many requests time
 # out, no more than this many threads ever run. Worker processes are killed; by default there are as many as CPUs.
@@ -45,22 +49,11 @@ async def work(payload: bytes, client: trio_udp.Client) -> bytes:
         return f"{error}\n".encode()
 
 
-async def main(host: str | None, port: int, seconds: float) -> None:
-    handler = trio_udp.request_handler(work, timeout=seconds)
-    stop_signals = {signal.SIGINT, signal.SIGTERM}
-    async with trio.open_nursery() as nursery:
-        server: trio_udp.Server = await nursery.start(
-            partial(trio_udp.serve, handler, port, host=host, drain_timeout=seconds, stop_signals=stop_signals)
-        )
-        for endpoint in server.endpoints:
-            print("listening on {}:{}".format(*endpoint.local_address), flush=True)
-
+handler = trio_udp.request_handler(work, timeout=TIMEOUT)
 
 # Worker processes import this module: without this line each of them would start a server.
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("port", nargs="?", type=int, default=9999)
-    parser.add_argument("--host", help="name or address to bind; all interfaces by default")
-    parser.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS", help="for each request")
-    arguments = parser.parse_args()
-    trio.run(main, arguments.host, arguments.port, arguments.timeout)
+    logging.basicConfig(level=logging.INFO)
+    port = int(sys.argv[1]) if sys.argv[1:] else 9999
+    stop_signals = {signal.SIGINT, signal.SIGTERM}
+    trio.run(partial(trio_udp.serve, handler, port, drain_timeout=TIMEOUT, stop_signals=stop_signals))

@@ -2,15 +2,16 @@
 
 ``datagram_handler`` makes a handler of a plain function that returns the answer to one datagram: no clients, no tasks.
 
-    python examples/time_server.py
+    python examples/time_server.py      (or: trio-udp examples/time_server.py:tell_time)
     nc -u 127.0.0.1 9999        (in another terminal: press Enter)
 
 A protocol of your own should answer only requests, and with something that is no request. This server answers
 anything: a forged datagram could make two of its kind answer each other for ever (CVE-2024-2169).
 """
 
-import argparse
+import logging
 import signal
+import sys
 import time
 from functools import partial
 
@@ -24,19 +25,7 @@ def tell_time(datagram: trio_udp.Datagram) -> bytes:
     return time.ctime().encode()
 
 
-async def main(host: str | None, port: int) -> None:
-    stop_signals = {signal.SIGINT, signal.SIGTERM}
-    async with trio.open_nursery() as nursery:
-        server: trio_udp.Server = await nursery.start(
-            partial(trio_udp.serve, tell_time, port, host=host, stop_signals=stop_signals)
-        )
-        for endpoint in server.endpoints:
-            print("listening on {}:{}".format(*endpoint.local_address), flush=True)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("port", nargs="?", type=int, default=9999)
-    parser.add_argument("--host", help="name or address to bind; all interfaces by default")
-    arguments = parser.parse_args()
-    trio.run(main, arguments.host, arguments.port)
+    logging.basicConfig(level=logging.INFO)
+    port = int(sys.argv[1]) if sys.argv[1:] else 9999
+    trio.run(partial(trio_udp.serve, tell_time, port, stop_signals={signal.SIGINT, signal.SIGTERM}))

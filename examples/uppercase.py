@@ -2,12 +2,13 @@
 
 The handler is called once for each address that writes, and lives as long as that conversation.
 
-    python examples/uppercase.py
+    python examples/uppercase.py        (or, on two cores: trio-udp --workers 2 examples/uppercase.py:uppercase)
     nc -u 127.0.0.1 9999        (in another terminal: type a line)
 """
 
-import argparse
+import logging
 import signal
+import sys
 from functools import partial
 
 import trio
@@ -21,19 +22,7 @@ async def uppercase(client: trio_udp.Client) -> None:
         await client.send(payload.upper())
 
 
-async def main(host: str | None, port: int) -> None:
-    stop_signals = {signal.SIGINT, signal.SIGTERM}
-    async with trio.open_nursery() as nursery:
-        server: trio_udp.Server = await nursery.start(
-            partial(trio_udp.serve, uppercase, port, host=host, stop_signals=stop_signals)
-        )
-        for endpoint in server.endpoints:
-            print("listening on {}:{}".format(*endpoint.local_address), flush=True)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("port", nargs="?", type=int, default=9999)
-    parser.add_argument("--host", help="name or address to bind; all interfaces by default")
-    arguments = parser.parse_args()
-    trio.run(main, arguments.host, arguments.port)
+    logging.basicConfig(level=logging.INFO)
+    port = int(sys.argv[1]) if sys.argv[1:] else 9999
+    trio.run(partial(trio_udp.serve, uppercase, port, stop_signals={signal.SIGINT, signal.SIGTERM}))

@@ -1,7 +1,9 @@
-"""Running example scripts: what the tests of examples share."""
+"""Running examples, as scripts and with the command line: what their tests share."""
 
 from __future__ import annotations
 
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from signal import SIGTERM, Signals
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import pytest
 
@@ -30,10 +32,12 @@ class Example:
         self._process = process
         self._stdout = process.stdout
         self._cleanup = cleanup
+        self.host, self.port = self.find_address()
+
+    def find_address(self) -> tuple[str, int]:
         self.listening = self.next_line()
         host, _, port = self.listening.removeprefix("listening on ").rpartition(":")
-        self.host = host.strip("[]")
-        self.port = int(port)
+        return host.strip("[]"), int(port)
 
     def peer(self, host: str | None = None) -> socket.socket:
         """A new peer: a socket connected to the server, from an address of its own if ``host`` says so."""
@@ -42,7 +46,7 @@ class Example:
         sock.settimeout(TIMEOUT)
         if host is not None:
             sock.bind((host, 0))
-        sock.connect((self.host, self.port))
+        sock.connect(("127.0.0.1" if self.host == "0.0.0.0" else self.host, self.port))
         return sock
 
     def next_line(self) -> str:
@@ -71,12 +75,43 @@ class Example:
         self.wait()
 
 
+class Served(Example):
+    """An example that logs to standard error, as the command line does and scripts with ``logging.basicConfig``.
+
+    Attributes:
+      serving: The line that names the first address.
+      errors: Lines of standard error that are not of level INFO; there once the process has ended. The test clears the
+        ones that it expects.
+    """
+
+    def find_address(self) -> tuple[str, int]:
+        self.errors: list[str] = []
+        assert self._process.stderr is not None
+        self._stderr = self._process.stderr
+        while True:
+            self.serving = self._stderr.readline()
+            assert self.serving, "ended before it served"
+            if found := re.search(r"serving .*?on (?:\('(.+)', (\d+)\)|([\d.]+):(\d+))", self.serving):
+                return found[1] or found[3], int(found[2] or found[4])
+            assert "INFO" in self.serving, self.serving
+
+    def wait(self) -> list[str]:
+        lines = super().wait()
+        self.errors += [line for line in self._stderr.read().splitlines() if "INFO" not in line]
+        return lines
+
+    def finish(self) -> None:
+        super().finish()
+        assert self.errors == []
+
+
 Start: TypeAlias = Callable[..., Example]
+Serve: TypeAlias = Callable[..., Served]
 
 
 @pytest.fixture
 def start(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Start]:
-    """Start example servers: ``start("uppercase", "--host", "127.0.0.1")``.
+    """Start example servers that print their address: ``start("dns_server", "--host", "127.0.0.1")``.
 
     Each runs in ``tmp_path``. At the end of the test it must exit with status 0, and must not have written to standard
     error what the test has not read from ``capfd``. It gets its port as the last argument, unless that is ``None``.
@@ -89,21 +124,59 @@ def start(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Start]:
             if port is not None:
                 command.append(str(port))
             process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-            cleanup.enter_context(process)
-            # Reading a pipe has no timeout: whatever a test waits for ends when the process does.
-            watchdog = threading.Timer(TIMEOUT, process.kill)
-            watchdog.start()
-            cleanup.callback(watchdog.cancel)
-            try:
-                example = Example(process, cleanup)
-            except BaseException:
-                process.kill()
-                raise
-            cleanup.callback(example.finish)
-            return example
+            return _watched(Example, process, cleanup)
 
         yield start
     assert capfd.readouterr().err == ""
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Start servers with the command line: ``serve("login:handler", "--workers", "2", ANSWER_TIME="0.2")``.
+
+    A target without a colon is run as a script. Each runs in ``tmp_path``, on a port that the kernel chooses. At the
+    end of the test it must exit with status 0, and must not have logged anything above INFO, except for what the test
+    has removed from ``errors``.
+    """
+    with ExitStack() as cleanup:
+
+        def serve(target: str, *arguments: str, host: str = "127.0.0.1", **environment: str) -> Served:
+            name, colon, attribute = target.partition(":")
+            command = [sys.executable, "-u", "-W", "error", str(EXAMPLES / f"{name}.py"), "0"]
+            if colon:
+                options = ["--port", "0", "--host", host, *arguments]
+                target = f"{EXAMPLES / name}.py:{attribute}"
+                command = [sys.executable, "-W", "error", "-m", "trio_udp", *options, target]
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=tmp_path,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
+            )
+            return _watched(Served, process, cleanup)
+
+        yield serve
+
+
+AnyExample = TypeVar("AnyExample", bound=Example)
+
+
+def _watched(kind: type[AnyExample], process: subprocess.Popen[str], cleanup: ExitStack) -> AnyExample:
+    """Let a process end with the test, or after a while."""
+    cleanup.enter_context(process)
+    # Reading a pipe has no timeout: whatever a test waits for ends when the process does.
+    watchdog = threading.Timer(TIMEOUT, process.kill)
+    watchdog.start()
+    cleanup.callback(watchdog.cancel)
+    try:
+        example = kind(process, cleanup)
+    except BaseException:
+        process.kill()
+        raise
+    cleanup.callback(example.finish)
+    return example
 
 
 def ask(peer: socket.socket, payload: bytes) -> bytes:
