@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import trio_udp
-from trio_udp.operate._command_line import main, make_parser
+from trio_udp.operate._command_line import main
+from trio_udp.operate._options import make_parser
 
 from .conftest import APPS, ROOT, TIMEOUT, Process, RunCommand
 

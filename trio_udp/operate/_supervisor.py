@@ -1,7 +1,7 @@
-"""serve_workers(): one server on several processes, which are watched, replaced and stopped together. Read this first.
+"""serve_workers() and Supervisor: one server on several processes, which are watched, replaced and stopped together.
 
-The supervisor binds the sockets (_sockets.py), and runs a task for each slot (_slot.py), which keeps a process
-(_process.py) reading the slot's sockets. It reads no datagrams itself.
+Read this first. The supervisor binds the sockets (_sockets.py) and runs a task for each slot (_supervision.py), which
+keeps a process (_process.py) reading the slot's sockets (_slot.py). It reads no datagrams itself.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import trio
 
 from .. import Address, Limits, ServerStatistics
 from ._messages import Settings
-from ._process import Patience, WorkerError, WorkerProcess
+from ._process import Patience, WorkerProcess
 from ._reload import changes_of_python_files
 from ._slot import Slot
 from ._sockets import bind_all, deal, steer_by_address
+from ._supervision import Supervision
 from ._target import split_target
 
 LOGGER = logging.getLogger("trio_udp")
@@ -58,26 +59,22 @@ class WorkerStatus:
 class Supervisor:
     """The running workers, as ``await nursery.start(serve_workers, ...)`` gives them."""
 
-    def __init__(self, slots: list[Slot]) -> None:
-        self._slots = slots
-        self._stop_requested = trio.Event()
-        self._restart_wanted = trio.Event()
-        self._restarting = trio.Lock()
-        self._is_drained = False
+    def __init__(self, supervision: Supervision) -> None:
+        self._supervision = supervision
 
     def __repr__(self) -> str:
-        return f"<trio_udp.Supervisor of {len(self._slots)} workers on {', '.join(map(str, self.addresses))}>"
+        return f"<trio_udp.Supervisor of {len(self.workers)} workers on {', '.join(map(_describe, self.addresses))}>"
 
     @property
     def addresses(self) -> tuple[Address, ...]:
         """The addresses that are served, as ``getsockname`` gives them."""
-        addresses = [endpoint.local_address for slot in self._slots for endpoint in slot.endpoints]
+        addresses = [endpoint.local_address for endpoints in self._supervision.bound for endpoint in endpoints]
         return tuple(dict.fromkeys(addresses))
 
     @property
     def workers(self) -> tuple[WorkerStatus, ...]:
         """The workers of the moment, in the order of their numbers."""
-        return tuple(_status(slot) for slot in self._slots)
+        return tuple(_status(slot, slot.worker) for slot in self._supervision.slots if slot.worker is not None)
 
     @property
     def ready(self) -> bool:
@@ -87,34 +84,22 @@ class Supervisor:
     @property
     def stopping(self) -> bool:
         """Whether the workers stop, or have ended."""
-        return self._stop_requested.is_set()
+        return self._supervision.stop_requested.is_set()
 
     @property
     def answering(self) -> bool:
         """Whether every worker has shown in the last 2.5 seconds that it is alive."""
-        now = trio.current_time()
-        return all(slot.worker is not None and now - slot.worker.heard <= ANSWERS_WITHIN for slot in self._slots)
+        heard = [slot.worker.heard if slot.worker else -math.inf for slot in self._supervision.slots]
+        return trio.current_time() - min(heard) <= ANSWERS_WITHIN
 
     @property
     def drained(self) -> bool:
         """Whether all workers have ended, and none of them because of a second signal."""
-        return self._is_drained
-
-    async def _restart_when_wanted(self) -> None:
-        while True:
-            await self._restart_wanted.wait()
-            self._restart_wanted = trio.Event()
-            LOGGER.info("restarting")
-            try:
-                await self.restart()
-            except WorkerError as error:
-                LOGGER.error("not restarted, the old workers go on: %s", error)
-            else:
-                LOGGER.info("restarted")
+        return self._supervision.is_drained
 
     async def wait_stopping(self) -> None:
         """Wait until the workers are told to stop."""
-        await self._stop_requested.wait()
+        await self._supervision.stop_requested.wait()
 
     def statistics(self) -> ServerStatistics:
         """Counts of all workers, of those that are dead too, so that no counter ever falls.
@@ -124,7 +109,8 @@ class Supervisor:
         counts are exact: once the old workers of a rolling restart have ended, and once ``serve_workers`` has returned.
         ``kernel_dropped`` is that of the sockets, whichever process reads them.
         """
-        return sum((slot.statistics() for slot in self._slots[1:]), self._slots[0].statistics())
+        first, *others = [slot.statistics() for slot in self._supervision.slots]
+        return sum(others, first)
 
     async def restart(self) -> None:
         """Replace the workers one after the other by new processes, which import everything anew; lose nothing.
@@ -144,18 +130,14 @@ class Supervisor:
         Cancellation:
           Leaves the workers that were not replaced yet as they are.
         """
-        async with self._restarting:
-            for slot in self._slots:
-                if self.stopping:
-                    return
-                await slot.replace()
+        await self._supervision.restart()
 
     def stop(self) -> None:
         """Stop gracefully: after ``lame_duck`` seconds, all workers drain and end. Returns at once. Idempotent.
 
         What had reached the machine when the drain begins is handled; see :meth:`Server.stop`.
         """
-        self._stop_requested.set()
+        self._supervision.stop_requested.set()
 
 
 async def serve_workers(
@@ -268,115 +250,30 @@ async def serve_workers(
             log_level=log_level,
             log_format=log_format,
         )
-        patience = Patience(ready_timeout, watchdog, drain_timeout)
-
-        def new_process(slot: Slot) -> WorkerProcess:
-            descriptors = [endpoint.socket.fileno() for endpoint in slot.endpoints]
-            return WorkerProcess(attrs.evolve(settings, number=slot.number, descriptors=descriptors), patience)
-
-        failures: list[WorkerError] = []
+        supervision = Supervision(bound, settings, Patience(ready_timeout, watchdog, drain_timeout), lame_duck)
+        supervisor = Supervisor(supervision)
         has_started = False
-        async with trio.open_nursery() as helpers:
-            async with trio.open_nursery() as processes:
-                slots = [Slot(number, endpoints, new_process, processes) for number, endpoints in enumerate(bound, 1)]
-                supervisor = Supervisor(slots)
-                if stop_signals:
-                    await helpers.start(_stop_at_signals, supervisor, stop_signals, processes.cancel_scope)
-                if restart_signals:
-                    await helpers.start(_restart_at_signals, supervisor, restart_signals)
-                async with trio.open_nursery() as keepers:
-                    keepers.start_soon(_end_keepers, supervisor, lame_duck, keepers.cancel_scope)
-                    await _start_all(slots, failures)
-                    if failures:
-                        processes.cancel_scope.cancel()
-                        await trio.lowlevel.checkpoint()
-                    how = f"Ctrl-C or kill {os.getpid()}" if stop_signals else "Supervisor.stop()"
-                    LOGGER.info(
-                        "serving %s on %s; to stop: %s", target, ", ".join(map(_describe, supervisor.addresses)), how
-                    )
-                    task_status.started(supervisor)
-                    has_started = True
-                    keepers.start_soon(supervisor._restart_when_wanted)
-                    for slot in slots:
-                        keepers.start_soon(slot.keep_serving)
-                    if changes is not None:
-                        async for _ in changes():
-                            LOGGER.info("a file has changed")
-                            supervisor._restart_wanted.set()
-                    await trio.sleep_forever()
-                for slot in slots:
-                    await slot.stop()
-            supervisor._is_drained = not processes.cancel_scope.cancel_called
-            helpers.cancel_scope.cancel()
-            if supervisor.drained:
-                totals = supervisor.statistics()
-                LOGGER.info(
-                    "stopped: %d datagrams received in all, %d handlers cancelled",
-                    *(totals.received, totals.handlers_cancelled),
-                )
-            if not failures and not has_started:  # stopped before that
-                task_status.started(supervisor)
-        if failures:
-            raise failures[0]
+
+        def started() -> None:
+            nonlocal has_started
+            how = f"Ctrl-C or kill {os.getpid()}" if stop_signals else "Supervisor.stop()"
+            LOGGER.info("serving %s on %s; to stop: %s", target, ", ".join(map(_describe, supervisor.addresses)), how)
+            task_status.started(supervisor)
+            has_started = True
+
+        await supervision.run(stop_signals, restart_signals, changes, started)
+        if supervisor.drained:
+            totals = supervisor.statistics()
+            LOGGER.info(
+                "stopped: %d datagrams received in all, %d handlers cancelled",
+                *(totals.received, totals.handlers_cancelled),
+            )
+        if not has_started:  # it was stopped before
+            task_status.started(supervisor)
     finally:
         for endpoints in bound:
             for endpoint in endpoints:
                 endpoint.close()
-
-
-async def _start_all(slots: list[Slot], failures: list[WorkerError]) -> None:
-    """Start a process for each slot; let them read once all are ready. After the first failure, wait for no other."""
-    started: dict[Slot, WorkerProcess] = {}
-
-    async def start(slot: Slot) -> None:
-        try:
-            started[slot] = await slot.start_process()
-        except WorkerError as error:
-            failures.append(error)
-            nursery.cancel_scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        for slot in slots:
-            nursery.start_soon(start, slot)
-    if not failures:
-        for slot, process in started.items():
-            await slot.let_read(process)
-
-
-async def _end_keepers(supervisor: Supervisor, lame_duck: float, keepers: trio.CancelScope) -> None:
-    """End the tasks that keep the workers going, once these may drain."""
-    await supervisor.wait_stopping()
-    if lame_duck:
-        LOGGER.info("stopping in %g s", lame_duck)
-        await trio.sleep(lame_duck)
-    LOGGER.info("stopping: the workers drain")
-    keepers.cancel()
-
-
-async def _stop_at_signals(
-    supervisor: Supervisor,
-    signals: Collection[signal.Signals],
-    processes: trio.CancelScope,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    with trio.open_signal_receiver(*signals) as arriving:
-        task_status.started()
-        await anext(arriving)
-        supervisor.stop()
-        await anext(arriving)
-        LOGGER.warning("stopped at once by a second signal")
-        processes.cancel()
-
-
-async def _restart_at_signals(
-    supervisor: Supervisor,
-    signals: Collection[signal.Signals],
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    with trio.open_signal_receiver(*signals) as arriving:
-        task_status.started()
-        async for _ in arriving:
-            supervisor._restart_wanted.set()
 
 
 def _describe(address: Address) -> str:
@@ -393,12 +290,11 @@ def _part_of(limits: Limits, workers: int) -> Limits:
     )
 
 
-def _status(slot: Slot) -> WorkerStatus:
-    assert slot.worker is not None
+def _status(slot: Slot, worker: WorkerProcess) -> WorkerStatus:
     return WorkerStatus(
         number=slot.number,
-        pid=slot.worker.pid,
-        state=slot.worker.state.value,
+        pid=worker.pid,
+        state=worker.state.value,
         restarts=slot.restarts,
         killed=slot.killed,
         statistics=slot.statistics(),

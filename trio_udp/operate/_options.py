@@ -1,0 +1,185 @@
+"""The options of the command line, and how their values are read. What goes together is checked in _command_line.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Callable
+from functools import partial
+from typing import NoReturn
+
+from .. import RateLimit, __version__
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"trio-udp: {' '.join(message.split())} (see trio-udp --help)\n")
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """Split a line of an ``@FILE`` as a shell would; ``#`` begins a comment."""
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            self.error(f"cannot read {arg_line!r} in a file of options: {error}")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="trio-udp",
+        usage="trio-udp [options] [module:handler | path/file.py:handler]",
+        description="Serve UDP with a handler of yours, on all cores, restarted without loss.",
+        epilog="Options may stand in a file: trio-udp @FILE. Signals: SIGTERM or SIGINT stops (a second one at once), "
+        "SIGHUP restarts worker by worker and loses nothing, SIGUSR1 logs statistics. Exit status: 0 after a drain, 1 "
+        "when serving failed or was cut short, 2 for a wrong command line.",
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+        formatter_class=partial(argparse.HelpFormatter, width=79, max_help_position=26),
+    )
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="module:handler",
+        help="an async function of a client; without it, an echo is served",
+    )
+    parser.add_argument("--version", action="version", version=f"trio-udp {__version__}")
+
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--host", action="append", metavar="HOST", help="name or address to bind; may be repeated; all by default"
+    )
+    where.add_argument(
+        "--port", type=_port, metavar="PORT", help="9999 by default; 0 lets the kernel choose and prints the choice"
+    )
+    where.add_argument("--systemd", action="store_true", help="serve on the sockets that systemd passes")
+    where.add_argument(
+        "--receive-buffer",
+        type=_count,
+        metavar="BYTES",
+        help="kernel memory for datagrams not yet read; 4 MiB by default",
+    )
+
+    what = parser.add_argument_group("what")
+    what.add_argument("--app-dir", default=".", metavar="DIR", help="folder to import from; the current one by default")
+    what.add_argument(
+        "--factory",
+        action="store_true",
+        help="the target is a function that returns an async context manager, which gives the handler",
+    )
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--workers", type=_workers, default=1, metavar="N", help="processes; auto: one for each CPU")
+    how.add_argument("--steer", choices=["address"], help="all ports of one IP address go to one worker")
+    how.add_argument("--reload", action="store_true", help="restart when a Python file changes")
+    how.add_argument(
+        "--drain",
+        type=_at_least(0, " s"),
+        default=5.0,
+        metavar="S",
+        help="seconds for handlers to finish at a stop; 5 by default",
+    )
+    how.add_argument(
+        "--lame-duck",
+        type=_at_least(0, " s"),
+        default=0.0,
+        metavar="S",
+        help="seconds to go on serving after SIGTERM, no longer ready, until the drain",
+    )
+    how.add_argument(
+        "--watchdog",
+        type=_at_least(2, " s"),
+        default=5.0,
+        metavar="S",
+        help="seconds of silence after which a worker is replaced; 5 by default",
+    )
+
+    limits = parser.add_argument_group("limits", "Of all workers together.")
+    limits.add_argument(
+        "--idle-timeout",
+        type=_positive,
+        default=60.0,
+        metavar="S",
+        help="seconds of silence that end a conversation; 60 by default",
+    )
+    limits.add_argument("--max-clients", type=_count, default=10_000, metavar="N", help="10000 by default")
+    limits.add_argument(
+        "--when-full",
+        type=lambda text: text.replace("-", "_"),
+        choices=["refuse", "evict_idle"],
+        default="refuse",
+        help="what happens to a stranger at --max-clients",
+    )
+    limits.add_argument(
+        "--rate",
+        type=_rate,
+        metavar="N[/BURST]",
+        help="datagrams a second, and at once, from each IPv4 /24 or IPv6 /56; exact only with --steer address, "
+        "otherwise each worker allows so many",
+    )
+    limits.add_argument(
+        "--amplification",
+        type=_positive,
+        metavar="X",
+        help="send at most X times the bytes received, until the handler has validated the client",
+    )
+
+    log = parser.add_argument_group("log, on standard error")
+    log.add_argument(
+        "--log-level", choices=["debug", "info", "warning", "error", "critical"], default="info", help="info by default"
+    )
+    log.add_argument("--log-format", choices=["text", "json"], default="text", help="text by default")
+    return parser
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _at_least(least: float, unit: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        number = _number(text)
+        if not number >= least:
+            raise argparse.ArgumentTypeError(f"at least {least:g}{unit}, not {text}")
+        return number
+
+    return parse
+
+
+def _positive(text: str) -> float:
+    number = _number(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
+    return number
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) <= 65_535):
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 65535, not {text!r}")
+    return int(text)
+
+
+def _workers(text: str) -> int:
+    if text == "auto":
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _count(text)
+
+
+def _rate(text: str) -> RateLimit:
+    rate, slash, burst = text.partition("/")
+    try:
+        return RateLimit(float(rate), int(burst)) if slash else RateLimit(float(rate))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be N or N/BURST, datagrams a second and at once, such as 200 or 200/50, not {text!r}"
+        ) from None
