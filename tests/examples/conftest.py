@@ -1,11 +1,11 @@
-"""``start`` runs an example as a process, ``load`` imports one to run it on a simulated network."""
+"""``start`` and ``serve`` run an example as a process, ``load`` imports one to run it on a simulated network."""
 
 from __future__ import annotations
 
 import importlib.util
 from types import ModuleType
 
-from ..project.conftest import EXAMPLES, start as start
+from ..project.conftest import EXAMPLES, serve as serve, start as start
 
 
 def load(name: str) -> ModuleType:

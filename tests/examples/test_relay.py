@@ -17,7 +17,7 @@ import trio_udp
 from trio_udp.testing import SimulatedNetwork
 
 from ..conftest import check_adds_up, echo
-from ..project.conftest import EXAMPLES, Start, ask, waiting, without_signals
+from ..project.conftest import EXAMPLES, Serve, Start, ask, waiting, without_signals
 from .conftest import load
 
 relay = load("relay")
@@ -70,9 +70,9 @@ def test_dig(start: Start) -> None:
 
 
 @without_signals
-def test_clients_are_kept_apart(start: Start) -> None:
+def test_clients_are_kept_apart(start: Start, serve: Serve) -> None:
     """Each client has a conversation of its own with the server, and its answers go to nobody else."""
-    adder = start("errors", "--host", "127.0.0.1")  # keeps a total for each client
+    adder = serve("errors:handler")  # keeps a total for each client
     example = start("relay", "--host", "127.0.0.1", "--to", "127.0.0.1", str(adder.port))
     one, two = example.peer(), example.peer()
     for total in (6, 12, 18):

@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(arguments)
     except (UnicodeDecodeError, RecursionError) as error:
         parser.error(f"cannot read a file of options: {error}")
+    if sys.platform == "win32":
+        parser.error("workers need a POSIX system, which can pass sockets to a process; use trio_udp.serve")
     _check(parser, options)
     level = getattr(logging, options.log_level.upper())
     prepare_process(level, options.log_format, is_worker=False)
