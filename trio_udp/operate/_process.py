@@ -28,6 +28,9 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 from trio_udp.operate._worker import main
 main()"""
 
+# The options -W of this process. (Those in the environment are inherited.)
+WARNINGS = [f"-W{option}" for option in sys.warnoptions]
+
 # Seconds for a worker to end after its drain: to cancel handlers, and to leave the context manager of a factory.
 GRACE = 2.0
 
@@ -167,18 +170,13 @@ class WorkerProcess:
 
     async def run(self) -> None:
         """Start the process, follow what it says, and return when it is dead. Cancelling kills it."""
-        ours, theirs = socket.socketpair()
-        pipe = Pipe(ours)
+        pipe = None
         try:
+            ours, theirs = socket.socketpair()
+            pipe = Pipe(ours)
             with theirs, trio.CancelScope(shield=True):  # or a process might start that nobody knows
                 process = await trio.lowlevel.open_process(
-                    [
-                        sys.executable,
-                        *(f"-W{option}" for option in sys.warnoptions),
-                        "-c",
-                        WORKER,
-                        str(theirs.fileno()),
-                    ],
+                    [sys.executable, *WARNINGS, "-c", WORKER, str(theirs.fileno())],
                     pass_fds=[theirs.fileno(), *self.settings.descriptors],
                 )
             try:
@@ -188,10 +186,11 @@ class WorkerProcess:
                     process.kill()
                     with trio.CancelScope(shield=True):
                         await process.wait()
-        except OSError as error:  # from open_process
+        except OSError as error:  # no more descriptors, memory or processes
             self.failure = WorkerError(f"cannot start a worker: {error}")
         finally:
-            pipe.close()
+            if pipe is not None:
+                pipe.close()
             self._move(State.DEAD)
 
     async def _follow(self, process: trio.Process, pipe: Pipe) -> None:

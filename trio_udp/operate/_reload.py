@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
-from functools import partial
+import threading
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
+
+import trio
 
 from ._target import split_target
 
+Watch: TypeAlias = Callable[[Callable[[], object]], Awaitable[None]]
 
-def changes_of_python_files(app_dir: str, target: str) -> Callable[[], AsyncIterator[object]]:
-    """Return a function that gives an item for each change of Python files under ``app_dir``, or beside the target.
+
+def watch_python_files(app_dir: str, target: str) -> Watch:
+    """Return a task that calls a function at each change of Python files under ``app_dir``, or beside the target.
 
     Raises:
       ImportError: watchfiles is not installed.
@@ -25,4 +30,17 @@ def changes_of_python_files(app_dir: str, target: str) -> Callable[[], AsyncIter
     folders = {app_dir}
     if module.endswith(".py"):
         folders.add(os.path.dirname(os.path.join(app_dir, module)))
-    return partial(watchfiles.awatch, *sorted(folders), watch_filter=watchfiles.PythonFilter())
+
+    async def watch(changed: Callable[[], object]) -> None:
+        stop = threading.Event()
+        changes = watchfiles.watch(
+            *sorted(folders), watch_filter=watchfiles.PythonFilter(), stop_event=stop, raise_interrupt=False
+        )
+        try:
+            # In a thread, rather than by awatch(): that needs an anyio which goes with the Trio that is installed.
+            while await trio.to_thread.run_sync(next, changes, None, abandon_on_cancel=True):
+                changed()
+        finally:
+            stop.set()
+
+    return watch

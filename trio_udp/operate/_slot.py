@@ -63,7 +63,12 @@ class Slot:
         process = self._new_process(self)
         self._processes.append(process)
         self._nursery.start_soon(self._run, process)
-        if await process.wait_for(State.READY) is State.DEAD and not self._is_stopped:
+        try:
+            state = await process.wait_for(State.READY)
+        except trio.Cancelled:
+            process.stop(last=False)
+            raise
+        if state is State.DEAD and not self._is_stopped:
             raise process.failure or WorkerError(f"{process.name} ended before it was ready")
         return process
 

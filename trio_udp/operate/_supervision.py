@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import Callable, Collection
 
 import attrs
 import trio
@@ -15,6 +15,7 @@ import trio
 from .. import Endpoint
 from ._messages import Settings
 from ._process import Patience, WorkerError, WorkerProcess
+from ._reload import Watch
 from ._slot import Slot
 
 LOGGER = logging.getLogger("trio_udp")
@@ -48,7 +49,7 @@ class Supervision:
         self,
         stop_signals: Collection[signal.Signals],
         restart_signals: Collection[signal.Signals],
-        changes: Callable[[], AsyncIterator[object]] | None,
+        watch: Watch | None,
         started: Callable[[], None],
     ) -> None:
         """Start the workers and keep them going; return when they have been stopped and have ended."""
@@ -72,11 +73,8 @@ class Supervision:
                     for slot in self.slots:
                         keepers.start_soon(slot.keep_serving)
                     keepers.start_soon(self._restart_when_wanted)
-                    if changes is not None:
-                        async for _ in changes():
-                            LOGGER.info("a file has changed")
-                            self.restart_wanted.set()
-                    await trio.sleep_forever()
+                    if watch is not None:
+                        keepers.start_soon(watch, self._file_has_changed)
                 for slot in self.slots:
                     await slot.stop()
             self.is_drained = not processes.cancel_scope.cancel_called
@@ -135,6 +133,10 @@ class Supervision:
                 LOGGER.error("not restarted, the old workers go on: %s", error)
             else:
                 LOGGER.info("restarted")
+
+    def _file_has_changed(self) -> None:
+        LOGGER.info("a file has changed")
+        self.restart_wanted.set()
 
     async def _stop_at_signals(
         self,

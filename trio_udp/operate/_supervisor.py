@@ -21,7 +21,7 @@ import trio
 from .. import Address, Limits, ServerStatistics
 from ._messages import Settings
 from ._process import Patience, WorkerProcess
-from ._reload import changes_of_python_files
+from ._reload import watch_python_files
 from ._slot import Slot
 from ._sockets import bind_all, deal, steer_by_address
 from ._supervision import Supervision
@@ -227,7 +227,7 @@ async def serve_workers(
     ]
     _check_arguments(workers, steer, limits, seconds)
     app_dir = os.path.abspath(app_dir)  # noqa: ASYNC240  # asks for the current folder only
-    changes = changes_of_python_files(app_dir, target) if reload else None
+    watch = watch_python_files(app_dir, target) if reload else None
     if sockets is None:
         hosts = [host] if host is None or isinstance(host, str) else list(host)
         bound = await bind_all(workers, port, hosts, receive_buffer)
@@ -261,7 +261,7 @@ async def serve_workers(
             task_status.started(supervisor)
             has_started = True
 
-        await supervision.run(stop_signals, restart_signals, changes, started)
+        await supervision.run(stop_signals, restart_signals, watch, started)
         if supervisor.drained:
             totals = supervisor.statistics()
             LOGGER.info(
