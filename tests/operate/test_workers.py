@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -178,6 +179,46 @@ async def test_a_restart_onto_a_broken_module_changes_nothing(
         await talker.ask()
     assert {len(talker.pids) for talker in found} == {1}
     await workers.stop(supervisor)
+
+
+async def test_a_worker_that_cannot_be_started_is_tried_again(
+    workers: Workers, clients: Clients, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A dead worker whose successors fail is started again until one is ready; the other worker serves on."""
+    module = tmp_path / "changing.py"
+    module.write_text("from tests.operate.apps import tell_pid\n")
+    supervisor = await workers.start(f"{module}:tell_pid")
+    found = await clients.of_each_worker(supervisor)
+    victim, other = (worker.pid for worker in supervisor.workers)
+    module.write_text("raise SystemExit('not yet')\n")
+    os.kill(victim, signal.SIGKILL)
+    for talker in found:
+        if talker.pids == [other]:
+            assert await talker.ask() == other
+    with trio.fail_after(TIMEOUT):
+        while caplog.text.count("worker 1 cannot be started: Traceback") < 2:
+            await next(talker for talker in found if talker.pids == [other]).ask()
+    module.write_text("from tests.operate.apps import tell_pid\n")
+    for talker in found:
+        await talker.ask()
+    assert {tuple(talker.pids) for talker in found} == {(victim, supervisor.workers[0].pid), (other,)}
+    await workers.stop(supervisor)
+
+
+async def test_sockets_of_others(workers: Workers, clients: Clients) -> None:
+    """Workers serve on bound sockets that another program holds too; what arrives after a stop is left to that one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(TIMEOUT)
+        with pytest.raises(ValueError, match="2 workers need a socket each, but only 1 are for"):
+            await trio_udp.serve_workers("module:handler", 0, workers=2, sockets=[sock])
+        supervisor = await workers.start(sockets=[sock.dup()], workers=1)
+        assert supervisor.addresses == (sock.getsockname(),)
+        talker = await clients.open(supervisor)
+        await talker.ask()
+        await workers.stop(supervisor)
+        await talker.connection.send(b"for the next")
+        assert await trio.to_thread.run_sync(sock.recv, 100) == b"for the next"
 
 
 async def test_a_stopped_process_is_replaced(workers: Workers, clients: Clients) -> None:
