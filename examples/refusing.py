@@ -5,6 +5,7 @@ sender claims to have, and an answer that is answered again goes on for ever (CV
 that is not allowed is answered, and still nothing is kept of it. The counters are printed when the server stops.
 
     ALLOW="127.0.0.0/8 192.168.0.0/16" python examples/refusing.py
+    trio-udp --accept examples/refusing.py:gate.accept examples/refusing.py:handler     (or so)
     nc -u 127.0.0.1 9999        (in another terminal: type "EX1 hello", then "hello" twice)
 """
 

@@ -71,6 +71,21 @@ async def gives_a_number() -> AsyncIterator[int]:
     yield 5
 
 
+greeted = 0
+
+
+def accept_greetings(datagram: trio_udp.Datagram) -> bool | bytes:
+    global greeted
+    greeted += 1
+    return datagram.payload == b"hello" or b"?"
+
+
+async def tell_greetings(client: trio_udp.Client) -> None:
+    """Answer with the number of times that ``accept_greetings`` was called, in the same module."""
+    async for _ in client:
+        await client.send(b"%d" % greeted)
+
+
 # Mistakes.
 
 number = 5
@@ -89,6 +104,10 @@ async def no_argument() -> None:
 
 
 async def two_arguments(client: trio_udp.Client, other: int) -> None:
+    pass
+
+
+def gives_nothing() -> None:
     pass
 
 

@@ -61,7 +61,7 @@ def wait_until_gone(pids: list[int]) -> None:
         (["a:b", "c:d"], "unrecognized arguments: c:d"),
         (["@no such file"], "[Errno 2] No such file or directory: 'no such file'"),
         (["--systemd", "--port", "1", "a:b"], "with --systemd, leave --host and --port out: the .socket unit has them"),
-        (["--factory"], "--factory needs a target: module:function"),
+        (["--factory"], "--factory and --accept need a target: module:handler"),
         (["--app-dir", "/no/such/folder", "a:b"], "--app-dir /no/such/folder: no such folder"),
         (
             ["--host", "0.0.0.0"],

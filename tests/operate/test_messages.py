@@ -18,6 +18,7 @@ SETTINGS = Settings(
     inherited=False,
     target="app:handler",
     factory=True,
+    accept=None,
     app_dir="/srv/ä",
     idle_timeout=float("inf"),
     limits=Limits(max_clients=5, rate_limit=RateLimit(0.5, burst=7), amplification=3),

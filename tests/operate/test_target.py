@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trio_udp.operate._target import TargetError, check_target, entered, load_target, split_target
+from trio_udp.operate._target import TargetError, check_accept, check_target, entered, load_target, split_target
 
 from . import apps
 from .conftest import APPS, ROOT
@@ -95,6 +95,33 @@ def test_an_error_inside_the_module_is_not_ours(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import no_such_module\n")
     with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_module'"):
         load("broken:handler", tmp_path)
+
+
+def test_two_targets_in_one_file(tmp_path: Path) -> None:
+    """A file is imported once, so that its handler and its accept have the same variables."""
+    (tmp_path / "app.py").write_text("async def handler(client): pass\ndef accept(datagram): return True\n")
+    handler, accept = (load_target(f"app.py:{name}", str(tmp_path)) for name in ("handler", "accept"))
+    assert handler.__globals__ is accept.__globals__
+
+
+ACCEPT = "--accept needs a plain function with one argument: def accept(datagram) -> bool | bytes"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("number", f"'app:number' is not a function but int 5: {ACCEPT}"),
+        ("tell_pid", f"'app:tell_pid' is async: {ACCEPT}"),
+        ("gives_nothing", f"'app:gives_nothing' cannot be called with one argument, a datagram: {ACCEPT}"),
+    ],
+)
+def test_mistakes_with_accept(name: str, message: str) -> None:
+    """What cannot be asked about strangers is told in one line."""
+    with pytest.raises(TargetError) as raised:
+        check_accept(getattr(apps, name), f"app:{name}", apps.tell_pid)
+    assert str(raised.value) == message
+    with pytest.raises(TargetError, match="--accept has no use beside a datagram_handler"):
+        check_accept(apps.accept_greetings, "app:accept", apps.tell_pid_of_datagram)
 
 
 async def test_a_factory() -> None:

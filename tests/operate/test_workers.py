@@ -18,7 +18,7 @@ import trio
 import trio_udp
 from trio_udp import Limits, RateLimit, ServerStatistics, Supervisor, WorkerError
 
-from .conftest import TIMEOUT, Workers, port_of
+from .conftest import APPS, TIMEOUT, Workers, port_of
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="elsewhere the kernel does not spread clients over sockets"
@@ -309,6 +309,20 @@ async def test_the_rate_is_exact_when_steered_by_address(workers: Workers, clien
         await (await clients.open(supervisor)).send()
     statistics = await workers.stop(supervisor)
     assert (statistics.received, statistics.delivered, statistics.refused_by_rate) == (40, 10, 30)
+
+
+async def test_accept(workers: Workers, clients: Clients) -> None:
+    """Strangers are asked about by the function that ``accept`` names; one in the handler's module shares its state."""
+    supervisor = await workers.start("tell_greetings", workers=1, accept=f"{APPS}:accept_greetings")
+    connection = (await clients.open(supervisor)).connection
+    answers = []
+    for payload in (b"who?", b"hello", b"hello"):
+        await connection.send(payload)
+        with trio.fail_after(TIMEOUT):
+            answers.append(await connection.receive())
+    assert answers == [b"?", b"2", b"2"]
+    statistics = await workers.stop(supervisor)
+    assert (statistics.answered_by_accept, statistics.delivered) == (1, 2)
 
 
 async def test_limits_are_those_of_all_workers(workers: Workers, clients: Clients) -> None:

@@ -81,10 +81,12 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
     if options.target is not None:
         try:
             split_target(options.target)
+            if options.accept is not None:
+                split_target(options.accept)
         except ValueError as error:
             parser.error(str(error))
-    elif options.factory:
-        parser.error("--factory needs a target: module:function")
+    elif options.factory or options.accept is not None:
+        parser.error("--factory and --accept need a target: module:handler")
     elif options.host is None and not options.systemd:
         options.host = _loopback()
     elif not all(_is_loopback(host) for host in options.host or ()):
@@ -107,6 +109,7 @@ async def _serve(options: argparse.Namespace, level: int) -> int:
         workers=options.workers,
         steer=options.steer,
         factory=options.factory,
+        accept=options.accept,
         app_dir=options.app_dir,
         reload=options.reload,
         receive_buffer=options.receive_buffer,

@@ -41,6 +41,7 @@ class Settings:
     inherited: bool
     target: str
     factory: bool
+    accept: str | None
     app_dir: str
     idle_timeout: float
     limits: Limits

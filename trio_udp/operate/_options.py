@@ -69,6 +69,12 @@ def make_parser() -> Parser:
         help="the target is a function that returns an async context manager, which gives the handler",
     )
 
+    what.add_argument(
+        "--accept",
+        metavar="module:function",
+        help="a plain function that is asked about every stranger's datagram: True, False, or bytes to answer",
+    )
+
     how = parser.add_argument_group("how")
     how.add_argument("--workers", type=_workers, default=1, metavar="N", help="processes; auto: one for each CPU")
     how.add_argument("--steer", choices=["address"], help="all ports of one IP address go to one worker")

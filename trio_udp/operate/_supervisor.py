@@ -148,6 +148,7 @@ async def serve_workers(
     workers: int = 1,
     steer: Literal["address"] | None = None,
     factory: bool = False,
+    accept: str | None = None,
     app_dir: str = ".",
     reload: bool = False,
     sockets: Sequence[socket.socket] | None = None,
@@ -186,6 +187,7 @@ async def serve_workers(
         allows the whole rate. Where the kernel refuses, a warning is logged.
       factory: The target is a function without arguments that returns an async context manager, which gives the
         handler. Each worker enters it before it serves, and leaves it after its drain.
+      accept: ``"module:function"``, for the ``accept`` of :func:`serve`.
       app_dir: Folder to import from, and to which a relative path is relative.
       reload: Restart when a Python file in ``app_dir``, or beside the target's file, changes. Needs the extra ``cli``.
       sockets: Serve on these bound sockets instead, for example those of systemd; ``port`` and ``host`` do not matter.
@@ -217,7 +219,9 @@ async def serve_workers(
     Cancellation:
       Kills the workers and closes the sockets.
     """
-    split_target(target)
+    for name in (target, accept):
+        if name is not None:
+            split_target(name)
     seconds: list[tuple[str, object, float]] = [  # name, value and the least that makes sense
         ("idle_timeout", idle_timeout, 0.001),
         ("drain_timeout", drain_timeout, 0),
@@ -242,6 +246,7 @@ async def serve_workers(
             inherited=sockets is not None,
             target=target,
             factory=factory,
+            accept=accept,
             app_dir=app_dir,
             idle_timeout=idle_timeout,
             limits=_part_of(limits, workers),

@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import ModuleType
 from typing import Any
 
-from .. import Handler, datagram_handler
+from .. import Accept, Handler, datagram_handler
 
 # The class of what datagram_handler makes. It has no public name.
 DatagramHandler = type(datagram_handler(lambda datagram: None))
@@ -69,6 +69,9 @@ def _load_file(path: str) -> ModuleType:
     if not os.path.isfile(path):
         raise TargetError(f"no such file: {path}")
     folder, name = os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]
+    loaded = sys.modules.get(name)
+    if loaded is not None and getattr(loaded, "__file__", None) == path:  # for another target in the same file
+        return loaded
     if folder not in sys.path:
         sys.path.insert(0, folder)
     spec = importlib.util.spec_from_file_location(name, path)
@@ -102,6 +105,24 @@ def check_target(found: object, target: str, *, factory: bool = False) -> Handle
         inspect.signature(found).bind(None)
     except TypeError:
         raise TargetError(f"{target!r} cannot be called with one argument, a client: {LOOKS_LIKE}") from None
+    return found
+
+
+def check_accept(found: object, target: str, handler: Handler) -> Accept:
+    """Return the object if it can be asked about strangers; otherwise raise :class:`TargetError`."""
+    wanted = "--accept needs a plain function with one argument: def accept(datagram) -> bool | bytes"
+    if isinstance(handler, DatagramHandler):
+        raise TargetError(
+            "--accept has no use beside a datagram_handler, which sees every datagram itself: leave it out"
+        )
+    if inspect.isclass(found) or not callable(found):
+        raise TargetError(f"{target!r} is not a function but {_kind(found)}: {wanted}")
+    if inspect.iscoroutinefunction(_function_of(found)) or inspect.isasyncgenfunction(_function_of(found)):
+        raise TargetError(f"{target!r} is async: {wanted}")
+    try:
+        inspect.signature(found).bind(None)
+    except TypeError:
+        raise TargetError(f"{target!r} cannot be called with one argument, a datagram: {wanted}") from None
     return found
 
 

@@ -20,11 +20,11 @@ from functools import partial
 
 import trio
 
-from .. import Endpoint, Handler, Server, serve_endpoints
+from .. import Accept, Endpoint, Handler, Server, serve_endpoints
 from ._logging import prepare_process
 from ._messages import Failed, Leave, Pipe, Ready, Released, Report, Serve, Settings, Stop
 from ._process import GRACE
-from ._target import TargetError, entered, load_target
+from ._target import TargetError, check_accept, entered, load_target
 
 LOGGER = logging.getLogger("trio_udp")
 
@@ -64,10 +64,14 @@ async def work(end: socket.socket) -> int:
                 cleanup.callback(endpoint.close)
             found = load_target(settings.target, settings.app_dir)
             async with entered(found, settings.target, settings.factory) as handler:
+                accept = None
+                if settings.accept is not None:
+                    accept = load_target(settings.accept, settings.app_dir)
+                    check_accept(accept, settings.accept, handler)
                 await pipe.send(Ready())
                 is_ready = True
                 if isinstance(await pipe.receive(), Serve):
-                    await serve_until_told(pipe, settings, handler, endpoints)
+                    await serve_until_told(pipe, settings, handler, accept, endpoints)
     except TargetError as error:
         await pipe.send(Failed(str(error), 2))
     except BaseException as error:  # SystemExit too
@@ -85,7 +89,9 @@ def take_over(descriptor: int, settings: Settings) -> Endpoint:
     return Endpoint.from_socket(sock, shared=True, max_datagram_size=settings.max_datagram_size)
 
 
-async def serve_until_told(pipe: Pipe, settings: Settings, handler: Handler, endpoints: list[Endpoint]) -> None:
+async def serve_until_told(
+    pipe: Pipe, settings: Settings, handler: Handler, accept: Accept | None, endpoints: list[Endpoint]
+) -> None:
     """Serve until the supervisor says ``Stop`` or is gone; return after the drain."""
     serve = partial(
         serve_endpoints,
@@ -93,6 +99,7 @@ async def serve_until_told(pipe: Pipe, settings: Settings, handler: Handler, end
         endpoints,
         idle_timeout=settings.idle_timeout,
         limits=settings.limits,
+        accept=accept,
         drain_timeout=settings.drain_timeout,
     )
     async with trio.open_nursery() as helpers:
