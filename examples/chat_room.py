@@ -3,7 +3,7 @@
 A forged address never becomes a client: ``accept`` answers "hello" with a token, keeps nothing, and admits those that
 send it back. Late joiners get the last lines. A member who is silent is asked, and leaves if there is no answer.
 
-    python examples/chat_room.py
+    python examples/chat_room.py        (or: trio-udp --accept examples/chat_room.py:accept examples/chat_room.py:chat)
     nc -u 127.0.0.1 9999        (in two or three terminals: "hello", then "join TOKEN ROOM NAME" with the token you get;
                                  then lines for the room: an empty one says you are still there, "/quit" leaves)
 """
@@ -92,10 +92,13 @@ async def handler(rooms: dict[str, Room], client: trio_udp.Client) -> None:
     client.close()
 
 
+chat = partial(handler, {})
+
+
 async def main(host: str | None, port: int, idle_time: float) -> None:
     serve = partial(
         trio_udp.serve,
-        partial(handler, {}),
+        chat,
         port,
         host=host,
         max_datagram_size=500,

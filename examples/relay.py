@@ -4,7 +4,7 @@ Each client has a task and a connection to the server, so that answers find thei
 them alive: the client's own silence ends nothing (``idle_timeout = inf``), instead both ways move one deadline.
 
     python examples/dns_server.py examples/example.zone                 (listens on port 5353)
-    python examples/relay.py --to 127.0.0.1 5353 9999
+    python examples/relay.py --to 127.0.0.1 5353 9999                   (or: trio-udp examples/relay.py:to_dns)
     dig @127.0.0.1 -p 9999 www.example.com
 
 A client costs a socket: let the limit of open files (ulimit -n) be higher than --most.
@@ -49,9 +49,13 @@ async def relay(connect: Callable[[], Awaitable[trio_udp.Connection]], silence: 
         alive.deadline = trio.current_time() + LAST_ANSWERS
 
 
+# By default a connection asks for 4 MiB of kernel memory, which is much for one client.
+connect_to = partial(trio_udp.connect, receive_buffer=262_144)
+to_dns = partial(relay, partial(connect_to, "127.0.0.1", 5353), 60.0)
+
+
 async def main(host: str | None, port: int, to: tuple[str, int], silence: float, most: int) -> None:
-    # By default a connection asks for 4 MiB of kernel memory, which is much for one client.
-    connect = partial(trio_udp.connect, *to, receive_buffer=262_144)
+    connect = partial(connect_to, *to)
     async with trio.open_nursery() as nursery:
         server: trio_udp.Server = await nursery.start(
             partial(

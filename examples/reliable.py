@@ -3,7 +3,8 @@
 The client asks until there is an answer (``trio_udp.request``). So the server may see a request several times: it keeps
 its last answers to each client, and sends one again without doing the work again.
 
-    python examples/reliable.py 9999                    (a server that adds amounts up)
+    python examples/reliable.py 9999                    (a server that adds amounts up; or:
+    trio-udp --idle-timeout 120 examples/reliable.py:handler)
     python examples/reliable.py 9999 --add 10 20 12     (in another terminal: prints each total)
 
 The answers are forgotten with the client: its ``idle_timeout`` must be longer than anyone asks for the same answer.
@@ -18,9 +19,8 @@ import trio
 
 import trio_udp
 
-KEPT = (
-    32  # answers, of each client; it has one request at a time, so these reach back further than any doubled datagram
-)
+# Answers, of each client; it has one request at a time, so these reach back further than any doubled datagram.
+KEPT = 32
 IDLE_TIMEOUT = 120.0
 WAITS = trio_udp.backoff(0.5, attempts=10, most=8)  # 0.5, 1, 2, 4, 8, 8, ...: about a minute
 
@@ -51,6 +51,9 @@ class Account:
                 if len(answers) > KEPT:
                     del answers[next(iter(answers))]
             await client.send(b"%b %b" % (request_id, answers[request_id]))
+
+
+handler = Account().handler
 
 
 async def add(channel: trio.abc.Channel[bytes], amount: int) -> int:

@@ -34,6 +34,23 @@ def test_a_script_serves_until_sigint(serve: Serve, name: str) -> None:
     example.stop(SIGINT)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["chat_room:chat", "--accept", f"{EXAMPLES}/chat_room.py:accept"],
+        ["reliable:handler"],
+        ["relay:to_dns"],
+        ["dns_server:handler"],
+        ["refusing:handler", "--accept", f"{EXAMPLES}/refusing.py:gate.accept"],
+        ["errors:handler"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_runs_with_the_command_line(serve: Serve, arguments: list[str]) -> None:
+    """An example that is tested as a script runs with the command line too."""
+    serve(*arguments).stop()
+
+
 @pytest.mark.parametrize("name", SCRIPTS_THAT_PRINT)
 def test_listens_on_all_interfaces_and_stops_at_sigint(start: Start, name: str) -> None:
     """An example that prints its addresses listens on every interface, and exits with status 0 when interrupted."""
