@@ -22,6 +22,8 @@ SOON = 10.0
 FIRST_DELAY = 0.25
 LONGEST_DELAY = 30.0
 
+STOPPED = "the workers are told to stop"
+
 NOTHING = ServerStatistics(errors={}, **{f.name: 0 for f in attrs.fields(ServerStatistics) if f.name != "errors"})
 
 
@@ -60,6 +62,8 @@ class Slot:
         Raises:
           WorkerError: It does not become ready, and is dead.
         """
+        if self._is_stopped:
+            raise WorkerError(STOPPED)
         process = self._new_process(self)
         self._processes.append(process)
         self._nursery.start_soon(self._run, process)
@@ -68,7 +72,9 @@ class Slot:
         except trio.Cancelled:
             process.stop(last=False)
             raise
-        if state is State.DEAD and not self._is_stopped:
+        if self._is_stopped:
+            raise WorkerError(STOPPED)
+        if state is State.DEAD:
             raise process.failure or WorkerError(f"{process.name} ended before it was ready")
         return process
 

@@ -86,9 +86,12 @@ class Supervision:
         """Replace the workers one after the other."""
         async with self._restarting:
             for slot in self.slots:
-                if self.stop_requested.is_set():
-                    return
-                await slot.replace()
+                try:
+                    if not self.stop_requested.is_set():
+                        await slot.replace()
+                except WorkerError:
+                    if not self.stop_requested.is_set():
+                        raise
 
     def _new_process(self, slot: Slot) -> WorkerProcess:
         descriptors = [endpoint.socket.fileno() for endpoint in slot.endpoints]
