@@ -97,7 +97,7 @@ async def test_uppercase(start: Start, path: str) -> None:
 
 async def test_login(start: Start, path: str) -> None:
     """A conversation with several steps and time limits."""
-    await start(partial(example("login").handler, 5, 5))
+    await start(example("login").handler)
     answers = await ask(path, b"", b"ada", b"lovelace", b"hello", b"quit")
     assert answers == [b"user name? ", b"password? ", b"welcome, ada\n", b"ada: hello", b"goodbye\n"]
 
