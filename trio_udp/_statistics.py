@@ -168,6 +168,12 @@ class ServerStatistics:
         refused += self.refused_full + self.refused_stopping
         return self.delivered + self.waiting + dropped + refused + self.answered_by_accept
 
+    @property
+    def lost(self) -> dict[str, int]:
+        """Every count of datagrams that were lost, by the name of its field: received and not handled, or not sent."""
+        names = [field.name for field in attrs.fields(ServerStatistics)]
+        return {name: getattr(self, name) for name in names if _is_loss(name)}
+
     def __add__(self, other: object) -> "ServerStatistics":
         if not isinstance(other, ServerStatistics):
             return NotImplemented
@@ -180,6 +186,15 @@ class ServerStatistics:
 
     def __radd__(self, other: object) -> "ServerStatistics":
         return self if other == 0 else NotImplemented  # sum() begins with 0
+
+
+def _is_loss(name: str) -> bool:
+    return name.startswith(("dropped_", "refused_")) or name in {
+        "truncated",
+        "sends_withheld",
+        "send_errors",
+        "kernel_dropped",
+    }
 
 
 @attrs.frozen(kw_only=True)

@@ -10,7 +10,19 @@ import trio
 import trio.testing
 
 from trio_udp import Limits, RateLimit, ServerStatistics
-from trio_udp.operate._messages import Failed, Message, Pipe, Ready, Report, Serve, Settings, Stop, decode, encode
+from trio_udp.operate._messages import (
+    Busiest,
+    Failed,
+    Message,
+    Pipe,
+    Ready,
+    Report,
+    Serve,
+    Settings,
+    Stop,
+    decode,
+    encode,
+)
 
 SETTINGS = Settings(
     number=1,
@@ -26,12 +38,22 @@ SETTINGS = Settings(
     max_datagram_size=1_232,
     log_level=20,
     log_format="json",
+    busiest_clients=20,
 )
 NAMES: list[str] = [field.name for field in attrs.fields(ServerStatistics) if field.name != "errors"]
 COUNTS = {name: number for number, name in enumerate(NAMES)}
 STATISTICS = ServerStatistics(errors={"EPERM": 2}, **COUNTS)
 
-MESSAGES: list[Message] = [SETTINGS, Ready(), Failed("two\nlines", 1), Serve(), Stop(last=True), Report(STATISTICS)]
+BUSIEST = Busiest([(("192.0.2.1", 53), 1.5), (("2001:db8::1", 53, 0, 0), 0.5)])
+MESSAGES: list[Message] = [
+    SETTINGS,
+    Ready(),
+    Failed("two\nlines", 1),
+    Serve(),
+    Stop(last=True),
+    Report(STATISTICS),
+    BUSIEST,
+]
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=[type(message).__name__ for message in MESSAGES])

@@ -5,6 +5,7 @@
               <-------    Ready         it has imported everything, and waits; or Failed
     Serve     ------->                  read the sockets from now on
               <-------    Report        ten times a second while something happens, else once a second
+              <-------    Busiest       once a second, if the settings say so
               <-------    Leave         it got a SIGTERM: replace me
     Stop      ------->                  drain and end
               <-------    Released      the next worker may read: this one does not, and handlers have what it had read
@@ -23,7 +24,7 @@ from typing import TypeAlias
 import attrs
 import trio
 
-from .. import Limits, RateLimit, ServerStatistics
+from .. import Address, Limits, RateLimit, ServerStatistics
 
 
 @attrs.frozen(kw_only=True)
@@ -34,6 +35,7 @@ class Settings:
       number: From 1.
       descriptors: One bound socket for each address.
       inherited: Another program holds the sockets too (systemd), so there may be a reader after the last worker.
+      busiest_clients: How many to report.
     """
 
     number: int
@@ -49,6 +51,7 @@ class Settings:
     max_datagram_size: int
     log_level: int
     log_format: str
+    busiest_clients: int
 
 
 @attrs.frozen
@@ -91,8 +94,15 @@ class Report:
     statistics: ServerStatistics
 
 
-Message: TypeAlias = Settings | Ready | Failed | Serve | Stop | Released | Leave | Report
-KINDS = {kind.__name__: kind for kind in (Settings, Ready, Failed, Serve, Stop, Released, Leave, Report)}
+@attrs.frozen
+class Busiest:
+    """Peer addresses of the busiest clients, and their datagrams a second."""
+
+    clients: list[tuple[Address, float]]
+
+
+Message: TypeAlias = Settings | Ready | Failed | Serve | Stop | Released | Leave | Report | Busiest
+KINDS = {kind.__name__: kind for kind in (Settings, Ready, Failed, Serve, Stop, Released, Leave, Report, Busiest)}
 
 
 def encode(message: Message) -> bytes:
@@ -108,6 +118,8 @@ def decode(line: bytes | bytearray) -> Message:
         fields["limits"] = Limits(**limits)
     elif name == "Report":
         fields["statistics"] = ServerStatistics(**fields["statistics"])
+    elif name == "Busiest":
+        fields["clients"] = [(tuple(address), rate) for address, rate in fields["clients"]]
     message: Message = KINDS[name](**fields)
     return message
 

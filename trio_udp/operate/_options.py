@@ -131,6 +131,17 @@ def make_parser() -> Parser:
         help="send at most X times the bytes received, until the handler has validated the client",
     )
 
+    watch = parser.add_argument_group("watch")
+    watch.add_argument(
+        "--live", action="store_true", help="show the traffic on the terminal; a line in the log each 10 s elsewhere"
+    )
+    watch.add_argument(
+        "--metrics",
+        type=_host_and_port,
+        metavar="[HOST:]PORT",
+        help="serve /metrics for Prometheus, /live and /ready by HTTP, on 127.0.0.1 if no HOST is given",
+    )
+
     log = parser.add_argument_group("log, on standard error")
     log.add_argument(
         "--log-level", choices=["debug", "info", "warning", "error", "critical"], default="info", help="info by default"
@@ -179,6 +190,13 @@ def _workers(text: str) -> int:
     if text == "auto":
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return _count(text)
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if colon and not host:
+        raise argparse.ArgumentTypeError(f"must be PORT or HOST:PORT, not {text!r}")
+    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", _port(port)
 
 
 def _rate(text: str) -> RateLimit:

@@ -16,8 +16,8 @@ from enum import Enum
 import attrs
 import trio
 
-from .. import ServerStatistics
-from ._messages import Failed, Leave, Message, Pipe, Ready, Released, Report, Serve, Settings, Stop
+from .. import Address, ServerStatistics
+from ._messages import Busiest, Failed, Leave, Message, Pipe, Ready, Released, Report, Serve, Settings, Stop
 
 LOGGER = logging.getLogger("trio_udp")
 
@@ -115,6 +115,7 @@ class WorkerProcess:
       pid: 0 before it runs.
       failure: Why it has never become ready.
       statistics: What it has reported last; ``None`` before the first report.
+      busiest: Its busiest clients, as it has reported them last, with their datagrams a second.
       began: Time of its start.
       heard: Time of its last message.
       killed: We had to end it, because it was silent or ignored its drain.
@@ -126,6 +127,7 @@ class WorkerProcess:
     pid: int = attrs.field(default=0, init=False)
     failure: WorkerError | None = attrs.field(default=None, init=False)
     statistics: ServerStatistics | None = attrs.field(default=None, init=False)
+    busiest: list[tuple[Address, float]] = attrs.field(factory=list, init=False)
     began: float = attrs.field(factory=trio.current_time, init=False)
     heard: float = attrs.field(factory=trio.current_time, init=False)
     killed: bool = attrs.field(default=False, init=False)
@@ -148,6 +150,10 @@ class WorkerProcess:
     @property
     def is_told_to_stop(self) -> bool:
         return self.state in (State.STOPPING, State.DRAINING)
+
+    @property
+    def is_reading(self) -> bool:
+        return self.state in (State.SERVING, State.LEAVING)
 
     async def wait_for(self, *states: State) -> State:
         """Wait until it is in one of these states, or has passed them and is dead; return its state."""
@@ -258,6 +264,8 @@ class WorkerProcess:
             self.statistics = message.statistics
             if self.state in (State.SERVING, State.LEAVING):
                 self._set_patience(self.patience.silence)
+        elif isinstance(message, Busiest):
+            self.busiest = message.clients
         elif isinstance(message, Failed):
             self.failure = WorkerError(message.text, message.exit_status)
         elif isinstance(message, Ready) and self.state is State.STARTING:

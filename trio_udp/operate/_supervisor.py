@@ -112,6 +112,17 @@ class Supervisor:
         first, *others = [slot.statistics() for slot in self._supervision.slots]
         return sum(others, first)
 
+    @property
+    def busiest_clients(self) -> tuple[tuple[Address, float], ...]:
+        """The peer addresses of the busiest clients of all workers, with their datagrams a second, the busiest first.
+
+        Of the last second or two, and as many for each worker as ``serve_workers`` was told. In a worker with more
+        than 500 clients it may take some seconds until a busy one is found.
+        """
+        workers = [slot.worker for slot in self._slots if slot.worker is not None]
+        found = [client for worker in workers if worker.is_reading for client in worker.busiest]
+        return tuple(sorted(found, key=lambda client: -client[1]))
+
     async def restart(self) -> None:
         """Replace the workers one after the other by new processes, which import everything anew; lose nothing.
 
@@ -164,6 +175,7 @@ async def serve_workers(
     restart_signals: Collection[signal.Signals] = (),
     log_level: int = logging.INFO,
     log_format: Literal["text", "json", "none"] = "text",
+    busiest_clients: int = 0,
     task_status: trio.TaskStatus[Supervisor] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve on ``port`` with several processes, so on several cores; restart them without losing a datagram.
@@ -205,6 +217,8 @@ async def serve_workers(
       stop_signals: Signals that stop as :meth:`Supervisor.stop` does; the second one kills the workers.
       restart_signals: Signals that restart as :meth:`Supervisor.restart` does; errors are logged.
       log_level, log_format: Of the workers, on standard error. ``"none"``: workers do not configure logging.
+      busiest_clients: How many of its busiest clients each worker finds out each second (2 ms of CPU time), for
+        :attr:`Supervisor.busiest_clients`.
       task_status: With ``nursery.start``, gives the :class:`Supervisor`, when all workers serve.
 
     Returns:
@@ -254,6 +268,7 @@ async def serve_workers(
             max_datagram_size=max_datagram_size,
             log_level=log_level,
             log_format=log_format,
+            busiest_clients=busiest_clients,
         )
         supervision = Supervision(bound, settings, Patience(ready_timeout, watchdog, drain_timeout), lame_duck)
         supervisor = Supervisor(supervision)

@@ -21,8 +21,9 @@ from functools import partial
 import trio
 
 from .. import Accept, Endpoint, Handler, Server, serve_endpoints
+from ._busiest import BusiestClients
 from ._logging import prepare_process
-from ._messages import Failed, Leave, Pipe, Ready, Released, Report, Serve, Settings, Stop
+from ._messages import Busiest, Failed, Leave, Pipe, Ready, Released, Report, Serve, Settings, Stop
 from ._process import GRACE
 from ._target import TargetError, check_accept, entered, load_target
 
@@ -107,6 +108,8 @@ async def serve_until_told(
             server: Server = await serving.start(serve)
             helpers.start_soon(report, pipe, server)
             helpers.start_soon(ask_to_leave_at_sigterm, pipe)
+            if settings.busiest_clients:
+                helpers.start_soon(report_busiest_clients, pipe, BusiestClients(server, settings.busiest_clients))
             try:
                 message = await pipe.receive()
                 has_successor = isinstance(message, Stop) and not message.last
@@ -139,6 +142,12 @@ async def report(pipe: Pipe, server: Server) -> None:
         last = statistics
         await pipe.send(Report(statistics))
         await trio.sleep(pause)
+
+
+async def report_busiest_clients(pipe: Pipe, clients: BusiestClients) -> None:
+    while True:
+        await trio.sleep(1)
+        await pipe.send(Busiest(await clients.look()))
 
 
 async def ask_to_leave_at_sigterm(pipe: Pipe) -> None:

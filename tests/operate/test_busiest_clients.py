@@ -1,0 +1,50 @@
+"""Which clients of a worker are the busiest."""
+
+from __future__ import annotations
+
+import trio
+
+from tests.conftest import StartInMemory, echo
+from trio_udp import Address
+from trio_udp.operate._busiest import LOOKED_AT, BusiestClients
+
+
+async def test_busiest_first(start_in_memory: StartInMemory, autojump_clock: trio.testing.MockClock) -> None:
+    """Clients are listed by their datagrams a second since the last look; silent ones are not."""
+    running = await start_in_memory(echo)
+    peers = [("192.0.2.1", port) for port in range(1, 6)]
+    for peer in peers:
+        running.put(b"hello", peer)
+    await running.settle()
+    busiest = BusiestClients(running.server, 3)
+    assert await busiest.look() == []
+    for number, peer in enumerate(peers):
+        for _ in range(number):
+            running.put(b"", peer)
+    await trio.sleep(2)
+    assert await busiest.look() == [(peers[4], 2), (peers[3], 1.5), (peers[2], 1)]
+    await trio.sleep(1)
+    assert await busiest.look() == []
+
+
+async def test_among_more_clients_than_are_looked_at(
+    start_in_memory: StartInMemory, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A busy client among many is found after some time, and stays found."""
+    running = await start_in_memory(echo)
+    busy = ("192.0.2.2", 1)
+    for port in range(1, 2 * LOOKED_AT):
+        running.put(b"", ("192.0.2.1", port))
+    running.put(b"", busy)
+    await running.settle()
+    busiest = BusiestClients(running.server, 3)
+
+    async def look() -> list[tuple[Address, float]]:
+        await trio.sleep(1)
+        running.put(b"", busy)
+        await running.settle()
+        return await busiest.look()
+
+    while not (found := await look()):
+        pass
+    assert [found] + [await look() for _ in range(10)] == [[(busy, 1)]] * 11

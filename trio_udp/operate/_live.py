@@ -1,0 +1,188 @@
+"""``--live``: the terminal of the live view, and the loop that draws; or a line in the log now and then.
+
+It runs in the supervisor, where a slow terminal holds up no datagram. The picture itself is in _view.py. Meanwhile
+standard output and standard error, which workers and their handlers share, go into a pipe; the last lines are shown,
+and written to the terminal when the view ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import attrs
+import trio
+from rich.console import Console
+
+from ._moments import Moment, summary
+from ._view import ASCII_BLOCKS, BLOCKS, MINUTE, picture
+
+LOGGER = logging.getLogger("trio_udp")
+
+LOG_EVERY = 10.0  # seconds, where there is no terminal
+KEPT_LINES = 100  # of what was printed during the view
+LONGEST_LINE = 10_000  # characters
+
+# Seconds that a terminal may take for the last characters. It may be stopped (Ctrl-S), or at the end of a slow line.
+PATIENCE = 1.0
+
+ENTER = "\x1b[?1049h\x1b[?25l\x1b[2J"  # the other screen, without cursor, empty
+LEAVE = "\x1b[?25h\x1b[?1049l"
+HOME = "\x1b[H"
+NEXT_LINE = "\x1b[K\r\n"  # emptying the rest of the line
+REST = "\x1b[J"  # empties the rest of the screen
+
+
+@attrs.define(eq=False)
+class Terminal:
+    """The terminal that the view has for itself.
+
+    Attributes:
+      lines: The last lines that this process, or a worker, has written to standard output or standard error.
+    """
+
+    descriptor: int
+    lines: deque[str] = attrs.field(factory=lambda: deque(maxlen=KEPT_LINES))
+    _writing: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+    _is_entered: bool = attrs.field(default=False, init=False)
+    _is_left: bool = attrs.field(default=False, init=False)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Columns and lines; 80 x 24 where the terminal does not tell."""
+        with suppress(OSError):
+            size = os.get_terminal_size(self.descriptor)
+            if size.columns and size.lines:
+                return size.columns, size.lines
+        return 80, 24
+
+    def show(self, picture: str) -> None:
+        """Show a picture of the whole screen. Waits for the terminal, so call it in a thread."""
+        with self._writing:
+            if not self._is_left and self._is_in_foreground():
+                self._write(("" if self._is_entered else ENTER) + HOME + picture.replace("\n", NEXT_LINE) + REST)
+                self._is_entered = True
+
+    async def leave(self, *, for_ever: bool) -> None:
+        """Give the terminal back as it was, until the next picture or for ever."""
+
+        def leave() -> None:
+            with self._writing:
+                self._is_left = for_ever
+                if self._is_entered:
+                    self._write(LEAVE)
+                    self._is_entered = False
+
+        with trio.move_on_after(PATIENCE, shield=True):
+            await trio.to_thread.run_sync(leave, abandon_on_cancel=True)
+
+    def _is_in_foreground(self) -> bool:
+        """Whether the shell lets us have the terminal: not after ``bg``."""
+        try:
+            return os.tcgetpgrp(self.descriptor) == os.getpgrp()
+        except OSError:  # not the terminal that controls us
+            return True
+
+    def _write(self, text: str) -> None:
+        rest = text.encode(errors="replace")
+        while rest:
+            rest = rest[os.write(self.descriptor, rest) :]
+
+
+@contextmanager
+def take_terminal() -> Iterator[Terminal | None]:
+    """Take the terminal on standard output, until the block ends; ``None`` where there is none that can be drawn on."""
+    if not os.isatty(1) or os.environ.get("TERM") in (None, "", "dumb", "unknown"):
+        yield None
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2) if os.isatty(descriptor)}
+    terminal = Terminal(kept[1])
+    reading, writing = os.pipe()
+    for descriptor in kept:
+        os.dup2(writing, descriptor)
+    os.close(writing)
+    reader = threading.Thread(target=_keep_lines, args=(reading, terminal.lines), name="log of the view", daemon=True)
+    reader.start()
+    try:
+        yield terminal
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, original in kept.items():
+            os.dup2(original, descriptor)
+        reader.join(PATIENCE)  # until the workers have closed it too
+        with suppress(OSError):
+            for line in terminal.lines:
+                print(line, file=sys.stderr)
+        for original in kept.values():
+            os.close(original)
+
+
+def _keep_lines(descriptor: int, lines: deque[str]) -> None:
+    rest = ""
+    with os.fdopen(descriptor, "rb", buffering=0) as pipe:
+        while data := pipe.read(65_536):
+            *whole, rest = (rest + data.decode(errors="replace")).split("\n")
+            lines.extend(whole)
+            rest = rest[-LONGEST_LINE:]
+    if rest:
+        lines.append(rest)
+
+
+async def show_live(look: Callable[[], Moment], terminal: Terminal | None) -> None:
+    """Draw what is seen each second until cancelled; without a terminal, log it each 10 seconds.
+
+    A terminal that is gone ends the view, not the server.
+    """
+    if terminal is None:
+        await _log(look)
+        return
+    try:
+        await _draw(look, terminal)
+    except Exception:
+        LOGGER.exception("the live view has ended; the workers go on")
+    finally:
+        with suppress(OSError):
+            await terminal.leave(for_ever=True)
+
+
+async def _log(look: Callable[[], Moment]) -> None:
+    moments: deque[Moment] = deque(maxlen=2)
+    while True:
+        moments.append(look())
+        if len(moments) == 2:
+            LOGGER.info("%s", summary(moments))
+        await trio.sleep(LOG_EVERY)
+
+
+async def _draw(look: Callable[[], Moment], terminal: Terminal) -> None:
+    console = Console(force_terminal=True)
+    blocks = BLOCKS if console.encoding.startswith("utf") else ASCII_BLOCKS
+    moments: deque[Moment] = deque(maxlen=MINUTE + 1)
+
+    def draw(moments: list[Moment], lines: list[str]) -> None:
+        """In a thread: a picture takes some milliseconds, and a terminal may take any time."""
+        console.size = terminal.size
+        with console.capture() as capture:
+            console.print(picture(moments, lines, *terminal.size, blocks=blocks), end="", soft_wrap=True)
+        terminal.show(capture.get())
+
+    with trio.open_signal_receiver(signal.SIGWINCH, signal.SIGTSTP) as signals:
+        next_look = trio.current_time()
+        while True:
+            with trio.move_on_at(next_look):
+                if await anext(signals) == signal.SIGTSTP:  # Ctrl-Z
+                    await terminal.leave(for_ever=False)
+                    signal.raise_signal(signal.SIGSTOP)  # until fg or bg
+            if trio.current_time() >= next_look:
+                moments.append(look())
+                next_look = max(next_look, trio.current_time() - 1) + 1  # not many at once after a pause
+            await trio.to_thread.run_sync(draw, list(moments), list(terminal.lines), abandon_on_cancel=True)

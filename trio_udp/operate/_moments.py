@@ -1,0 +1,89 @@
+"""What the live view and the metrics show of a running server: looked at in Trio's thread, a value from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import attrs
+import trio
+
+from .. import Address, ServerStatistics
+from ._supervisor import Supervisor, WorkerStatus
+
+# Seconds that rates are averaged over. Workers report at least once a second, so shorter ones would jump.
+WINDOW = 3.0
+
+NOTHING = ServerStatistics(errors={}, **{f.name: 0 for f in attrs.fields(ServerStatistics) if f.name != "errors"})
+
+
+@attrs.frozen(kw_only=True)
+class Moment:
+    """A supervisor at one time.
+
+    Attributes:
+      time: In seconds, of Trio's clock.
+      addresses: That are served, as text.
+      ready: See :attr:`Supervisor.ready`.
+      total: Of all workers.
+      busiest: See :attr:`Supervisor.busiest_clients`.
+    """
+
+    time: float
+    addresses: tuple[str, ...]
+    ready: bool
+    workers: tuple[WorkerStatus, ...]
+    total: ServerStatistics
+    busiest: tuple[tuple[Address, float], ...] = ()
+
+
+def look_at(supervisor: Supervisor) -> Moment:
+    workers = supervisor.workers
+    return Moment(
+        time=trio.current_time(),
+        addresses=tuple(show_address(address) for address in supervisor.addresses),
+        ready=supervisor.ready,
+        workers=workers,
+        busiest=supervisor.busiest_clients,
+        total=sum((worker.statistics for worker in workers), NOTHING),
+    )
+
+
+def show_address(address: object) -> str:
+    """Write an address as people do, without anything that a terminal would obey."""
+    if isinstance(address, (tuple, list)) and len(address) >= 2:
+        host, port = address[:2]
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return printable(str(address))
+
+
+def printable(text: str) -> str:
+    """Replace control characters: handlers may log what strangers send, and a terminal would obey it."""
+    return "".join(character if character.isprintable() else "\N{MIDDLE DOT}" for character in text)
+
+
+def rate(moments: Sequence[Moment], count: Callable[[Moment], float]) -> float:
+    """Return how much a counter has grown in each second of the last 3."""
+    *earlier, last = moments
+    if not earlier:
+        return 0.0
+    first = next((moment for moment in earlier if moment.time >= last.time - WINDOW - 0.5), earlier[-1])
+    return max(count(last) - count(first), 0) / max(last.time - first.time, 0.001)
+
+
+def summary(moments: Sequence[Moment]) -> str:
+    """Say on one line what the server does, for a log."""
+    total, workers = moments[-1].total, moments[-1].workers
+
+    def per_second(name: str) -> float:
+        return rate(moments, lambda moment: getattr(moment.total, name))
+
+    parts = [
+        f"in {per_second('received'):,.0f}/s, {per_second('bytes_received'):,.0f} B/s",
+        f"out {per_second('sent'):,.0f}/s, {per_second('bytes_sent'):,.0f} B/s",
+        f"clients {total.clients}",
+        *(f"{name} {count} ({per_second(name):,.1f}/s)" for name, count in total.lost.items() if count),
+        *(f"{name} {count}" for name, count in sorted(total.errors.items())),
+        f"workers {sum(worker.state == 'serving' for worker in workers)} of {len(workers)} serving",
+        f"restarts {sum(worker.restarts for worker in workers)}",
+    ]
+    return ", ".join(parts)
