@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import socket
 import subprocess
 import threading
 from typing import Any
@@ -11,12 +13,13 @@ import attrs
 import pytest
 import trio
 
-from tests.conftest import ALICE, BOB, StartInMemory, echo
+from tests.conftest import ALICE, BOB, StartInMemory, echo, plain_socket
+from tests.operate.watched import ROOT, ask
 
 pytest.importorskip("prometheus_client")
 from prometheus_client import CollectorRegistry, generate_latest
 
-from trio_udp import Client, Limits, Server, ServerStatistics, metrics
+from trio_udp import Client, Limits, Server, ServerStatistics, connect, metrics, request, serve
 from trio_udp.metrics import ServerCollector
 
 
@@ -56,6 +59,32 @@ async def test_counts_of_a_server(start_in_memory: StartInMemory) -> None:
     assert value("ready") == 1
     running.server.stop()
     assert value("ready") == 0
+
+
+async def test_the_code_in_the_documentation() -> None:
+    """The code in docs/watching.md serves datagrams and metrics, and closes both ports when the server stops."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "watching.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    with plain_socket("127.0.0.1") as peer:
+        udp_port = peer.getsockname()[1]
+    servers = []
+
+    async def tell_server(client: Client) -> None:
+        servers.append(client.server)
+        await echo(client)
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as serving, await connect("127.0.0.1", udp_port) as connection:
+            serving.start_soon(names["serve_with_metrics"], tell_server, udp_port, port)
+            await request(connection, b"abc", lambda answer: answer == b"abc")
+            status, text = await trio.to_thread.run_sync(ask, f"http://127.0.0.1:{port}/metrics")
+            assert (status, 'trio_udp_lost_datagrams_total{reason="refused_full"} 0.0' in text) == (200, True)
+            servers[0].stop()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
 
 
 def test_every_count_is_in_a_metric() -> None:
@@ -131,8 +160,6 @@ def test_after_the_end_of_trio() -> None:
     """Once Trio has ended, the last counts remain."""
 
     async def serve_one() -> CollectorRegistry:
-        from trio_udp import connect, serve
-
         async with trio.open_nursery() as nursery:
             server: Server = await nursery.start(serve, echo, 0)
             registry = registry_of(server)
