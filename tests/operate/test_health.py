@@ -63,6 +63,7 @@ async def test_ready_only_while_serving(nursery: trio.Nursery, caplog: pytest.Lo
         assert 'trio_udp_worker_serving{worker="1"} 1.0\n' in (await ask_in_thread(f"{url}/metrics"))[1]
         workers.cancel_scope.cancel()
     assert await ask_in_thread(f"{url}/ready") == (503, "not ready\n")
+    assert 'trio_udp_worker_serving{worker="1"} 0.0\n' in (await ask_in_thread(f"{url}/metrics"))[1]
     nursery.cancel_scope.cancel()
 
 

@@ -44,9 +44,12 @@ class Health:
         self._registry.register(ServerCollector(supervisor))
 
     def is_ready(self) -> bool:
-        """Whether new clients are welcome: the workers serve, and were not told to stop."""
+        """Whether new clients are welcome: not all workers are dead, and they were not told to stop.
+
+        While a worker is replaced, what arrives waits for the new one, so that changes nothing.
+        """
         supervisor = self._supervisor
-        return supervisor is not None and supervisor.ready and any(w.state == "serving" for w in supervisor.workers)
+        return supervisor is not None and supervisor.ready and any(w.state != "dead" for w in supervisor.workers)
 
     async def serve(self, host: str, port: int, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Answer requests until cancelled.

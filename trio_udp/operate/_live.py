@@ -48,10 +48,12 @@ class Terminal:
     """
 
     descriptor: int
+    encoding: str = "utf-8"
     lines: deque[str] = attrs.field(factory=lambda: deque(maxlen=KEPT_LINES))
     _writing: threading.Lock = attrs.field(factory=threading.Lock, init=False)
     _is_entered: bool = attrs.field(default=False, init=False)
     _is_left: bool = attrs.field(default=False, init=False)
+    _was_suspended: bool = attrs.field(default=False, init=False)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -65,13 +67,23 @@ class Terminal:
     def show(self, picture: str) -> None:
         """Show a picture of the whole screen. Waits for the terminal, so call it in a thread."""
         with self._writing:
-            if not self._is_left and self._is_in_foreground():
+            if not self._is_left and (not self._was_suspended or self._is_in_foreground()):
                 self._write(("" if self._is_entered else ENTER) + HOME + picture.replace("\n", NEXT_LINE) + REST)
                 self._is_entered = True
 
-    async def leave(self, *, for_ever: bool) -> None:
-        """Give the terminal back as it was, until the next picture or for ever."""
+    async def suspend(self) -> None:
+        """Give the terminal back and stop this process, as Ctrl-Z does by default; return after ``fg`` or ``bg``."""
+        await self._leave(for_ever=False)
+        self._was_suspended = True
+        ours = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTSTP)  # the kernel ignores it where no shell could let us go on
+        signal.signal(signal.SIGTSTP, ours)
 
+    async def leave(self) -> None:
+        """Give the terminal back as it was. Later pictures are ignored."""
+        await self._leave(for_ever=True)
+
+    async def _leave(self, *, for_ever: bool) -> None:
         def leave() -> None:
             with self._writing:
                 self._is_left = for_ever
@@ -90,7 +102,7 @@ class Terminal:
             return True
 
     def _write(self, text: str) -> None:
-        rest = text.encode(errors="replace")
+        rest = text.encode(self.encoding, "replace")
         while rest:
             rest = rest[os.write(self.descriptor, rest) :]
 
@@ -104,7 +116,7 @@ def take_terminal() -> Iterator[Terminal | None]:
     sys.stdout.flush()
     sys.stderr.flush()
     kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2) if os.isatty(descriptor)}
-    terminal = Terminal(kept[1])
+    terminal = Terminal(kept[1], sys.stdout.encoding)
     reading, writing = os.pipe()
     for descriptor in kept:
         os.dup2(writing, descriptor)
@@ -120,7 +132,7 @@ def take_terminal() -> Iterator[Terminal | None]:
             os.dup2(original, descriptor)
         reader.join(PATIENCE)  # until the workers have closed it too
         with suppress(OSError):
-            for line in terminal.lines:
+            for line in list(terminal.lines):
                 print(line, file=sys.stderr)
         for original in kept.values():
             os.close(original)
@@ -151,7 +163,7 @@ async def show_live(look: Callable[[], Moment], terminal: Terminal | None) -> No
         LOGGER.exception("the live view has ended; the workers go on")
     finally:
         with suppress(OSError):
-            await terminal.leave(for_ever=True)
+            await terminal.leave()
 
 
 async def _log(look: Callable[[], Moment]) -> None:
@@ -165,7 +177,7 @@ async def _log(look: Callable[[], Moment]) -> None:
 
 async def _draw(look: Callable[[], Moment], terminal: Terminal) -> None:
     console = Console(force_terminal=True)
-    blocks = BLOCKS if console.encoding.startswith("utf") else ASCII_BLOCKS
+    blocks = BLOCKS if terminal.encoding.lower().startswith("utf") else ASCII_BLOCKS
     moments: deque[Moment] = deque(maxlen=MINUTE + 1)
 
     def draw(moments: list[Moment], lines: list[str]) -> None:
@@ -180,8 +192,7 @@ async def _draw(look: Callable[[], Moment], terminal: Terminal) -> None:
         while True:
             with trio.move_on_at(next_look):
                 if await anext(signals) == signal.SIGTSTP:  # Ctrl-Z
-                    await terminal.leave(for_ever=False)
-                    signal.raise_signal(signal.SIGSTOP)  # until fg or bg
+                    await terminal.suspend()
             if trio.current_time() >= next_look:
                 moments.append(look())
                 next_look = max(next_look, trio.current_time() - 1) + 1  # not many at once after a pause
