@@ -24,7 +24,8 @@ if sys.platform == "win32":
 from tests.operate.watched import SECONDS, command, environment
 from trio_udp.operate import _live
 from trio_udp.operate._live import ENTER, HOME, LEAVE, REST, Terminal, show_live
-from trio_udp.operate._moments import NOTHING, Moment
+from trio_udp.operate._moments import Moment
+from trio_udp.operate._slot import NOTHING
 
 MOMENT = Moment(time=0.0, addresses=("192.0.2.1:53",), ready=True, workers=(), total=NOTHING)
 

@@ -9,7 +9,8 @@ import pytest
 from rich.text import Text
 
 from trio_udp import ServerStatistics, WorkerStatus
-from trio_udp.operate._moments import NOTHING, Moment, rate, summary
+from trio_udp.operate._moments import Moment, rate, summary
+from trio_udp.operate._slot import NOTHING
 from trio_udp.operate._view import ASCII_BLOCKS, picture, short, sparkline, volume_of
 
 

@@ -18,6 +18,7 @@ import trio
 from prometheus_client import CollectorRegistry, MetricsHandler
 
 from ..metrics import ServerCollector
+from ._moments import show_address
 from ._supervisor import Supervisor
 
 LOGGER = logging.getLogger("trio_udp")
@@ -80,7 +81,7 @@ class Health:
         async with trio.open_nursery() as answers:
             try:
                 for where in addresses:
-                    LOGGER.info("metrics on http://%s/metrics", _show(where))
+                    LOGGER.info("metrics on http://%s/metrics", show_address(where))
                 task_status.started()
                 await trio.serve_listeners(answer, listeners, handler_nursery=answers)
             finally:
@@ -141,9 +142,6 @@ async def _listen(host: str, port: int) -> list[trio.SocketListener]:
         raise OSError(f"cannot serve metrics on {host}: {error.strerror}; is the name right?") from error
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(f"cannot serve metrics on {_show((host, port))}: {reason}; choose another address") from error
-
-
-def _show(address: tuple[Any, ...]) -> str:
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        raise OSError(
+            f"cannot serve metrics on {show_address((host, port))}: {reason}; choose another address"
+        ) from error

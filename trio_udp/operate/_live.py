@@ -73,7 +73,7 @@ class Terminal:
 
     async def suspend(self) -> None:
         """Give the terminal back and stop this process, as Ctrl-Z does by default; return after ``fg`` or ``bg``."""
-        await self._leave(for_ever=False)
+        await trio.to_thread.run_sync(self._give_back, abandon_on_cancel=True)
         self._was_suspended = True
         ours = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTSTP)  # the kernel ignores it where no shell could let us go on
@@ -81,18 +81,20 @@ class Terminal:
 
     async def leave(self) -> None:
         """Give the terminal back as it was. Later pictures are ignored."""
-        await self._leave(for_ever=True)
-
-    async def _leave(self, *, for_ever: bool) -> None:
-        def leave() -> None:
-            with self._writing:
-                self._is_left = for_ever
-                if self._is_entered:
-                    self._write(LEAVE)
-                    self._is_entered = False
-
+        self._is_left = True
         with trio.move_on_after(PATIENCE, shield=True):
-            await trio.to_thread.run_sync(leave, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(self._give_back, abandon_on_cancel=True)
+
+    def leave_after_crash(self) -> None:
+        """Like :meth:`leave`, where Trio has ended before it could be called."""
+        if not self._is_left:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        with self._writing:
+            if self._is_entered:
+                self._write(LEAVE)
+                self._is_entered = False
 
     def _is_in_foreground(self) -> bool:
         """Whether the shell lets us have the terminal: not after ``bg``."""
@@ -128,6 +130,8 @@ def take_terminal() -> Iterator[Terminal | None]:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        with suppress(OSError):
+            terminal.leave_after_crash()
         for descriptor, original in kept.items():
             os.dup2(original, descriptor)
         reader.join(PATIENCE)  # until the workers have closed it too
@@ -182,9 +186,9 @@ async def _draw(look: Callable[[], Moment], terminal: Terminal) -> None:
 
     def draw(moments: list[Moment], lines: list[str]) -> None:
         """In a thread: a picture takes some milliseconds, and a terminal may take any time."""
-        console.size = terminal.size
+        console.size = width, height = terminal.size
         with console.capture() as capture:
-            console.print(picture(moments, lines, *terminal.size, blocks=blocks), end="", soft_wrap=True)
+            console.print(picture(moments, lines, width, height, blocks=blocks), end="", soft_wrap=True)
         terminal.show(capture.get())
 
     with trio.open_signal_receiver(signal.SIGWINCH, signal.SIGTSTP) as signals:

@@ -8,12 +8,11 @@ import attrs
 import trio
 
 from .. import Address, ServerStatistics
+from ._slot import NOTHING
 from ._supervisor import Supervisor, WorkerStatus
 
 # Seconds that rates are averaged over. Workers report at least once a second, so shorter ones would jump.
 WINDOW = 3.0
-
-NOTHING = ServerStatistics(errors={}, **{f.name: 0 for f in attrs.fields(ServerStatistics) if f.name != "errors"})
 
 
 @attrs.frozen(kw_only=True)
