@@ -174,6 +174,7 @@ async def test_the_command_line_on_a_terminal(ending: signal.Signals) -> None:
         finally:
             if process.returncode is None:
                 process.kill()
+                await process.wait()
         assert termios.tcgetattr(program) == before
 
 

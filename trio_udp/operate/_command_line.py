@@ -27,7 +27,7 @@ from ._options import Parser, make_parser
 from ._process import WorkerError
 from ._supervisor import Supervisor, serve_workers
 from ._target import split_target
-from ._watching import Watch, watching
+from ._watching import Views, watching
 from .systemd import ServiceManager, sockets_from_systemd, warn_of_default_buffers
 
 LOGGER = logging.getLogger("trio_udp")
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level = getattr(logging, options.log_level.upper())
     prepare_process(level, options.log_format, is_worker=False)
     try:
-        with watching(live=options.live, metrics=options.metrics) as watch:
-            return trio.run(_serve, options, level, watch)
+        with watching(live=options.live, metrics=options.metrics) as views:
+            return trio.run(_serve, options, level, views)
     except KeyboardInterrupt:  # before the signals are handled
         return 1
     except (ValueError, TypeError, ImportError) as error:
@@ -97,7 +97,7 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
         parser.error(f"--app-dir {options.app_dir}: no such folder")
 
 
-async def _serve(options: argparse.Namespace, level: int, watch: Watch) -> int:
+async def _serve(options: argparse.Namespace, level: int, views: Views) -> int:
     manager = ServiceManager.from_environment()
     sockets = [sock for _, sock in sockets_from_systemd(one_port=True)] if options.systemd else None
     if options.target is None and not all(_is_loopback(sock.getsockname()[0]) for sock in sockets or ()):
@@ -129,7 +129,7 @@ async def _serve(options: argparse.Namespace, level: int, watch: Watch) -> int:
         restart_signals={signal.SIGHUP},
         log_level=level,
         log_format=options.log_format,
-        busiest_clients=watch.busiest_clients,
+        busiest_clients=views.busiest_clients,
     )
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
@@ -140,7 +140,7 @@ async def _serve(options: argparse.Namespace, level: int, watch: Watch) -> int:
 
         with trio.open_signal_receiver(signal.SIGUSR1) as asked_for_statistics:
             try:
-                await watch.start(nursery)
+                await views.start(nursery)
                 supervisor: Supervisor = await nursery.start(run)
             except EXPECTED as error:  # here, where it is not in a group
                 failure = error
@@ -148,7 +148,7 @@ async def _serve(options: argparse.Namespace, level: int, watch: Watch) -> int:
                 if sockets and options.receive_buffer is None:
                     warn_of_default_buffers(sockets)
                 _announce(supervisor, options)
-                watch.show(nursery, supervisor)
+                views.show(nursery, supervisor)
                 nursery.start_soon(_notify, manager, supervisor)
                 async for _ in asked_for_statistics:
                     log_statistics(supervisor)

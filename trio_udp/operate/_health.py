@@ -142,6 +142,5 @@ async def _listen(host: str, port: int) -> list[trio.SocketListener]:
         raise OSError(f"cannot serve metrics on {host}: {error.strerror}; is the name right?") from error
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(
-            f"cannot serve metrics on {show_address((host, port))}: {reason}; choose another address"
-        ) from error
+        where = show_address((host, port))
+        raise OSError(f"cannot serve metrics on {where}: {reason}; choose another address") from error

@@ -119,7 +119,7 @@ class Supervisor:
         Of the last second or two, and as many for each worker as ``serve_workers`` was told. In a worker with more
         than 500 clients it may take some seconds until a busy one is found.
         """
-        workers = [slot.worker for slot in self._slots if slot.worker is not None]
+        workers = [slot.worker for slot in self._supervision.slots if slot.worker is not None]
         found = [client for worker in workers if worker.is_reading for client in worker.busiest]
         return tuple(sorted(found, key=lambda client: -client[1]))
 

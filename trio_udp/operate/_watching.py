@@ -20,7 +20,7 @@ BUSIEST_CLIENTS = 20  # of each worker; a screen has room for so many in all
 
 
 @attrs.frozen(kw_only=True)
-class Watch:
+class Views:
     """What is shown of a supervisor, and where.
 
     Attributes:
@@ -57,7 +57,7 @@ class Watch:
 
 
 @contextmanager
-def watching(*, live: bool, metrics: tuple[str, int] | None) -> Iterator[Watch]:
+def watching(*, live: bool, metrics: tuple[str, int] | None) -> Iterator[Views]:
     """Prepare what is asked for; with ``live``, take the terminal until the block ends.
 
     Raises:
@@ -71,11 +71,11 @@ def watching(*, live: bool, metrics: tuple[str, int] | None) -> Iterator[Watch]:
             raise ImportError("--metrics needs prometheus-client: pip install 'trio-udp[metrics]'") from None
         health = Health()
     if not live:
-        yield Watch(live=False, terminal=None, health=health, address=metrics or ("", 0))
+        yield Views(live=False, terminal=None, health=health, address=metrics or ("", 0))
         return
     try:
         from ._live import take_terminal
     except ImportError:
         raise ImportError("--live needs rich: pip install 'trio-udp[cli]'") from None
     with take_terminal() as terminal:
-        yield Watch(live=True, terminal=terminal, health=health, address=metrics or ("", 0))
+        yield Views(live=True, terminal=terminal, health=health, address=metrics or ("", 0))
