@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import ExitStack
+
+import pytest
 import trio
 
-from tests.conftest import StartInMemory, echo
+from tests.conftest import StartInMemory, echo, plain_socket
+from tests.operate.conftest import TIMEOUT, Workers, port_of
 from trio_udp import Address
 from trio_udp.operate._busiest import LOOKED_AT, BusiestClients
 
@@ -48,3 +53,23 @@ async def test_among_more_clients_than_are_looked_at(
     while not (found := await look()):
         pass
     assert [found] + [await look() for _ in range(10)] == [[(busy, 1)]] * 11
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="workers need a POSIX system")
+async def test_of_all_workers(workers: Workers) -> None:
+    """The supervisor knows the busiest clients of all workers, if it was told to ask for them."""
+    supervisor = await workers.start(busiest_clients=2)
+    with trio.fail_after(TIMEOUT), ExitStack() as cleanup:
+        port = port_of(supervisor)
+        socks = [cleanup.enter_context(plain_socket("127.0.0.1")) for _ in range(8)]
+        while not (busiest := supervisor.busiest_clients):
+            for number, sock in enumerate(socks):
+                for _ in range(number):
+                    sock.sendto(b"hello", ("127.0.0.1", port))
+            await trio.sleep(0.05)
+        peers = {sock.getsockname() for sock in socks}
+    assert {address for address, _ in busiest} <= peers
+    rates = [rate for _, rate in busiest]
+    assert rates == sorted(rates, reverse=True)
+    await workers.stop(supervisor)
+    assert supervisor.busiest_clients == ()

@@ -5,6 +5,7 @@
                                                               _worker.py     (one process for each worker)
 
     systemd.py      sockets that systemd passes, and notices to it
+    _watching.py    what shows a supervisor: the live view (_live.py, _view.py), metrics and health by HTTP (_health.py)
 
 Uses only public names of the rest of the package, and is not used by it. Read _supervisor.py first.
 """
