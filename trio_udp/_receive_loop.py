@@ -21,7 +21,7 @@ import trio
 from ._admission import Admission
 from ._endpoints import Received
 from ._seats import Place
-from ._server import ServerState, most_queued
+from ._server import ServerState, backlog_of
 
 
 async def receive_loop(hand_out: Callable[[Place, list[Received]], None], server: ServerState, place: Place) -> None:
@@ -35,13 +35,15 @@ async def receive_loop(hand_out: Callable[[Place, list[Received]], None], server
                     # Let evicted handlers end before the next batch. (receive_batch lets tasks run too, but in random
                     # order, so one checkpoint may not be enough.)
                     await trio.lowlevel.checkpoint()
-        # Read the datagrams that had arrived when the stop began: at most as many messages as the buffer can hold.
-        last = counts.messages + (0 if reader.shared else most_queued(place))
-        while reader.ahead or reader.engine.read_ahead or counts.messages < last:
+        # Read the datagrams that had arrived when the stop began, and not many more, whatever goes on arriving.
+        is_left = backlog_of(place)
+        while reader.ahead or reader.engine.read_ahead or (not reader.shared and is_left()):
+            received = counts.received
             batch = await reader.receive_batch(wait=False)
-            if not batch:
+            if batch:
+                hand_out(place, batch)
+            elif counts.received == received:
                 break
-            hand_out(place, batch)
         place.outbox.release()
         server.caught_up(place)
         await server.draining.wait()

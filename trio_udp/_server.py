@@ -188,22 +188,37 @@ class ServerState:
         if place.reader.shared or place.reader.engine.closed:
             return
         counts, may_have_more = place.reader.engine.counts, True
-        last = counts.messages + most_queued(place)
-        while may_have_more and counts.messages < last:
+        is_left = backlog_of(place)
+        while may_have_more and is_left():
             batch: list[Received] = []
             read_before = counts.received
             may_have_more = place.reader.read(batch) and counts.received > read_before
             self.admission.refused_stopping += len(batch)
 
 
-def most_queued(place: Place) -> int:
-    """Return the most messages that the kernel can hold for an endpoint at the moment.
+# Bytes of kernel memory that a message takes besides its payload, at least.
+LEAST_OF_MESSAGE = 512
 
-    Linux tells how much memory they take (``SO_MEMINFO``), and each takes at least 512 bytes. Elsewhere the whole
-    buffer counts.
+
+def backlog_of(place: Place) -> Callable[[], bool]:
+    """Return a function that tells whether messages which the kernel holds now may still be there, unread.
+
+    Linux tells how much memory they take (``SO_MEMINFO``). Elsewhere, and for Unix-domain sockets, it is the number of
+    messages that a full buffer could hold.
     """
-    figures = place.reader.engine.kernel_figures()
-    return (figures.queued or figures.receive_buffer) // 512 + 1
+    counts, kernel = place.reader.engine.counts, place.reader.engine.kernel_figures()
+    messages, size = counts.messages, counts.bytes_received
+    most = (kernel.queued or kernel.receive_buffer) + LEAST_OF_MESSAGE
+
+    def is_left() -> bool:
+        read = LEAST_OF_MESSAGE * (counts.messages - messages)
+        if kernel.queued:
+            # Payloads count too: a message of 60 coalesced datagrams is long, and under a flood of such messages the
+            # number alone would let us read for seconds.
+            read += counts.bytes_received - size
+        return read < most
+
+    return is_left
 
 
 @final

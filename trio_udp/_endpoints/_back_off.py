@@ -24,6 +24,11 @@ class BackOff:
     _fruitless_reads: int = attrs.field(default=0, init=False)
     _answers: int = attrs.field(default=0, init=False)
 
+    @property
+    def has_just_read(self) -> bool:
+        """Whether the last read gave datagrams, perhaps only truncated or malformed ones."""
+        return not self._fruitless_reads
+
     def read_something(self) -> None:
         self._fruitless_reads = self._answers = 0
 

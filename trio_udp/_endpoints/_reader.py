@@ -50,7 +50,8 @@ class Reader:
         cancellation loses no datagram.
 
         Args:
-          wait: If false, return an empty list once the kernel has nothing more.
+          wait: If false, return an empty list once the kernel has nothing more; also after a batch of nothing but
+            truncated or malformed datagrams, so that a flood of them cannot keep the caller here.
 
         Raises:
           trio.ClosedResourceError: The endpoint is closed.
@@ -83,6 +84,8 @@ class Reader:
                 return batch
             if outbox.collecting:
                 outbox.collect([], more_follow=False)
+            if not wait and self.back_off.has_just_read:
+                return batch
             if self.back_off.persists() and (self.may_have_more or engine.is_readable()):
                 outbox.release()
                 if not wait:
