@@ -33,7 +33,9 @@ class Collector:
 
     def handler(self, datagram: trio_udp.Datagram) -> None:
         line = datagram.payload.rstrip(b"\r\n").replace(b"\n", b"\\n")  # or one sender could write another's lines
-        self.file.write(b"%b %b\n" % (datagram.peer_address[0].encode(), line))
+        peer = datagram.peer_address
+        sender = peer[0] if isinstance(peer, tuple) else repr(peer)  # on a Unix-domain socket a name, or None
+        self.file.write(b"%b %b\n" % (sender.encode(), line))
         self.lines += 1
 
     async def write_out(self) -> None:

@@ -39,12 +39,13 @@ async def relay(connect: Callable[[], Awaitable[trio_udp.Connection]], silence: 
                     continue  # nobody listens there now: that is the client's to find out, as without a relay
                 if client.ended is None:
                     alive.deadline = trio.current_time() + silence
-                await client.send(payload)
+                with suppress(OSError):  # longer than the client's version of IP allows
+                    await client.send(payload)
 
         nursery.start_soon(back)
         async for payload in client:
             alive.deadline = trio.current_time() + silence
-            with suppress(ConnectionRefusedError):
+            with suppress(OSError):  # refused, too long, no route: it is lost, as on any network
                 await server.send(payload)
         alive.deadline = trio.current_time() + LAST_ANSWERS
 

@@ -40,10 +40,15 @@ def check_seconds(name: str, seconds: object, *, zero: bool = False) -> float:
     raise ValueError(f"{name} must be {'at least' if zero else 'greater than'} 0, not {seconds!r}")
 
 
+def check_number(name: str, number: object) -> float:
+    """Return ``number``; raise unless it is a number."""
+    if not isinstance(number, (int, float)) or isinstance(number, bool):
+        raise TypeError(f"{name} must be a number, not {number!r}")
+    return number
+
+
 def _positive_number(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{attribute.name} must be a number, not {value!r}")
-    if not 0 < value <= MOST:
+    if not 0 < check_number(attribute.name, value) <= MOST:
         raise ValueError(f"{attribute.name} must be greater than 0, and at most {MOST:g}, not {value!r}")
 
 

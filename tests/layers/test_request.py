@@ -412,12 +412,18 @@ async def wait_for_nothing(payload: bytes) -> bool:
     return True
 
 
+class Waits:
+    async def __call__(self, payload: bytes) -> bool:
+        return True
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"channel": b"a"}, TypeError, "channel must be a trio.abc.Channel, not b'a'"),
         ({"matches": b"a"}, TypeError, "matches must be a plain function of a payload, not b'a'"),
         ({"matches": wait_for_nothing}, TypeError, "matches must be a plain function of a payload, not <function"),
+        ({"matches": Waits()}, TypeError, "matches must be a plain function of a payload, not <"),
         ({"payload": "a"}, TypeError, "bytes-like"),
         ({"waits": 1}, TypeError, r"waits must be numbers of seconds, such as \(1, 2\) or backoff\(\), not 1"),
         ({"waits": ()}, ValueError, r"waits must have at least one number of seconds, and \(\) has none"),
@@ -479,6 +485,8 @@ def test_backoff_is_repeatable() -> None:
         ({"factor": 0.5}, "factor must be at least 1, not 0.5"),
         ({"factor": math.inf}, "factor must be at least 1, not inf"),
         ({"jitter": 1}, "jitter must be at least 0 and less than 1, not 1"),
+        ({"factor": "2"}, "factor must be a number, not '2'"),
+        ({"jitter": None}, "jitter must be a number, not None"),
         ({"most": "60"}, "most must be a number of seconds, not '60'"),
     ],
 )

@@ -13,7 +13,7 @@ import trio
 from trio.testing import MockClock
 
 import trio_udp
-from trio_udp import Client, Connection, TypedChannel, typed
+from trio_udp import Client, Connection, TypedChannel, connect, datagram_handler, request_handler, typed
 from trio_udp.testing import SimulatedNetwork
 
 from ..conftest import ALICE, BOB, StartInMemory, check_adds_up, in_memory, plain_socket, port_of
@@ -308,11 +308,30 @@ async def test_bad_arguments(udp_server: Callable[..., Awaitable[Connection]], n
             call(**functions)
 
 
-@pytest.mark.parametrize("handler", [3, TypedChannel])
+async def yields(channel: TypedChannel[Add, Total]) -> AsyncIterator[int]:
+    yield 1
+
+
+async def takes_two(payload: bytes, client: Client) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [3, TypedChannel, yields, takes_two, request_handler(takes_two), datagram_handler(lambda datagram: None)],
+    ids=["number", "class", "generator", "two arguments", "request_handler", "datagram_handler"],
+)
 def test_bad_handler(handler: Any) -> None:
-    """A handler that cannot be one raises at the call."""
+    """A handler that cannot be one raises at the call, also one that takes clients or datagrams."""
     with pytest.raises(TypeError, match="a typed handler is an async function with one argument"):
         typed(handler, decode=decode_add, encode=encode_total)
+
+
+async def test_bad_channel(udp_server: Callable[..., Awaitable[Connection]]) -> None:
+    """What is no channel raises at the call, such as ``connect(...)`` without ``await``."""
+    with pytest.raises(TypeError, match=r"channel must be a trio.abc.Channel, not <coroutine object connect"):
+        TypedChannel(connecting := connect("127.0.0.1", 9), decode=decode_add, encode=encode_total)  # type: ignore[type-var]
+    connecting.close()
 
 
 async def test_handler_that_is_not_async(simulated_network: SimulatedNetwork) -> None:

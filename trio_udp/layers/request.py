@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -10,7 +9,8 @@ from typing import TypeVar
 import attrs
 import trio
 
-from .._limits import check_seconds
+from .._handlers import is_async
+from .._limits import check_number, check_seconds
 
 T = TypeVar("T")
 
@@ -83,6 +83,7 @@ def backoff(
     first, most = check_seconds("first", first), check_seconds("most", most)
     if not first <= most:
         raise ValueError(f"most must be at least first, {first!r}, not {most!r}")
+    factor, jitter = check_number("factor", factor), check_number("jitter", jitter)
     if not 1 <= factor < float("inf"):
         raise ValueError(f"factor must be at least 1, not {factor!r}")
     if not 0 <= jitter < 1:
@@ -116,7 +117,7 @@ async def request(
     """
     if not isinstance(channel, trio.abc.SendChannel) or not isinstance(channel, trio.abc.ReceiveChannel):
         raise TypeError(f"channel must be a trio.abc.Channel, not {channel!r}")
-    if not callable(matches) or inspect.iscoroutinefunction(matches):
+    if not callable(matches) or is_async(matches):
         raise TypeError(f"matches must be a plain function of a payload, not {matches!r}")
     if not isinstance(waits, Iterable):
         raise TypeError(f"waits must be numbers of seconds, such as (1, 2) or backoff(), not {waits!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Awaitable, Callable
 from types import GenericAlias
 from typing import TYPE_CHECKING, Generic, final
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, Generic, final
 import trio
 
 from .._client import Client
+from .._handlers import DatagramHandler, check_handler, is_async
 from .._log import PeerLog
+from .._requests import makes_room
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar  # with defaults, which the standard library has since Python 3.13
@@ -27,9 +28,17 @@ else:
 
 
 def _plain_function(name: str, function: F) -> F:
-    if not callable(function) or inspect.iscoroutinefunction(function):
+    if not callable(function) or is_async(function):
         raise TypeError(f"{name} must be a plain function, not {function!r}")
     return function
+
+
+def _takes_a_channel(handler: object) -> bool:
+    try:
+        check_handler(handler)
+    except TypeError:
+        return False
+    return not isinstance(handler, DatagramHandler) and not makes_room(handler)  # made by request_handler
 
 
 @final
@@ -62,6 +71,8 @@ class TypedChannel(trio.abc.Channel[Received], Generic[Received, Sent, Transport
         encode: Callable[[Sent], bytes],
         on_decode_error: Callable[[Transport, bytes, Exception], object] | None = None,
     ) -> None:
+        if not isinstance(channel, trio.abc.SendChannel) or not isinstance(channel, trio.abc.ReceiveChannel):
+            raise TypeError(f"channel must be a trio.abc.Channel, not {channel!r}")
         self.channel = channel
         self.decode_errors = 0
         self._decode = _plain_function("decode", decode)
@@ -104,7 +115,7 @@ def typed(
 
     The arguments are those of :class:`TypedChannel`. It works wherever a handler does, so also inside other layers.
     """
-    if not callable(handler) or inspect.isclass(handler):
+    if not _takes_a_channel(handler):
         raise TypeError(f"a typed handler is an async function with one argument, a TypedChannel, not {handler!r}")
     _plain_function("decode", decode)
     _plain_function("encode", encode)
