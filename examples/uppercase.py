@@ -18,7 +18,7 @@ import trio_udp
 
 async def uppercase(client: trio_udp.Client) -> None:
     async for payload in client:
-        print(f"{client.peer_address} wrote {payload!r}")
+        print(f"{client.peer_address!r} wrote {payload!r}")
         await client.send(payload.upper())
 
 

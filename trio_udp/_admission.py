@@ -155,7 +155,7 @@ class Admission:
                 raise TypeError(f"accept must return True, False or bytes, not {answer!r}")
             reply = place.outbox.copy(answer, route) if isinstance(answer, bytes) else None
         except Exception as error:
-            self.errors.write(error, "accept failed on a datagram from %s", datagram.peer_address)
+            self.errors.write(error, "accept failed on a datagram from %r", datagram.peer_address)
             answer, reply = False, None
         except BaseException:  # such as KeyboardInterrupt: the server ends
             self.refused_stopping += 1

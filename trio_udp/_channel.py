@@ -99,7 +99,7 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
 
     def __repr__(self) -> str:
         closed = " closed" if self._state.is_closed else ""
-        return f"<trio_udp.{type(self).__name__} {self.local_address} with {self.peer_address}{closed}>"
+        return f"<trio_udp.{type(self).__name__} {self.local_address!r} with {self.peer_address!r}{closed}>"
 
     @property
     def peer_address(self) -> Address:

@@ -103,10 +103,10 @@ class PeerLog:
     There are lines of one minute to remember, so strangers with any number of addresses cannot make it grow.
     """
 
-    _written: dict[object, float] = attrs.field(factory=dict, init=False)  # when, by peer; the oldest first
+    _written: dict[str, float] = attrs.field(factory=dict, init=False)  # when, by peer; the oldest first
 
     def __call__(self, channel: object, payload: bytes, error: Exception) -> None:
-        now, peer, written = trio.current_time(), getattr(channel, "peer_address", repr(channel)), self._written
+        now, peer, written = trio.current_time(), repr(getattr(channel, "peer_address", channel)), self._written
         while written and not now - SECONDS_OF_SILENCE < written[oldest := next(iter(written))] <= now:
             del written[oldest]
         if peer in written:

@@ -530,7 +530,7 @@ def log_error(source: Client | Datagram, error: Exception) -> None:
     server = source.server
     assert server is not None
     what = "a datagram from" if isinstance(source, Datagram) else "client"
-    server._state.errors.write(error, "Handler of %s %s failed", what, source.peer_address)
+    server._state.errors.write(error, "Handler of %s %r failed", what, source.peer_address)
 
 
 def raise_error(source: Client | Datagram, error: Exception) -> NoReturn:

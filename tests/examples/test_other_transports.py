@@ -44,7 +44,7 @@ async def test_uppercase(nursery: trio.Nursery, tmp_path: Path, capsys: pytest.C
         await connection.send(b"b")
         with trio.fail_after(5):
             assert await connection.receive() == b"B"
-    assert capsys.readouterr().out.splitlines() == ["None wrote b'a'", f"{tmp_path / 'peer'} wrote b'b'"]
+    assert capsys.readouterr().out.splitlines() == ["None wrote b'a'", f"'{tmp_path / 'peer'}' wrote b'b'"]
 
 
 async def test_collector(nursery: trio.Nursery, tmp_path: Path) -> None:

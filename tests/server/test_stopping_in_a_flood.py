@@ -58,7 +58,7 @@ async def test_a_flood_of_nothing_usable_does_not_keep_a_server(engine: str, han
 
 @pytest.mark.skipif(sys.platform != "linux", reason="UDP_SEGMENT is an option of Linux")
 async def test_a_flood_of_coalesced_datagrams_is_not_caught_up_with(engine: str) -> None:
-    """Catching up reads a few times as many datagrams as had arrived at the stop at most, also if they were coalesced."""
+    """Catching up reads at most a few times as many datagrams as had arrived at the stop, also coalesced ones."""
     handler = datagram_handler(lambda datagram: None)
     server = await stop_in_a_flood(handler, bytes(60 * 100), 40, segment=100)
     assert 40 * 60 <= server.statistics().delivered < 5 * 40 * 60

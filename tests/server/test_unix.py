@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import socket
@@ -331,3 +332,31 @@ async def test_handing_a_socket_over(path: str, sockets: ExitStack, nursery: tri
         await trio.testing.wait_all_tasks_blocked(0.01)
         check_adds_up(server)
     assert os.path.exists(path)  # noqa: ASYNC240
+
+
+async def test_names_cannot_forge_lines_of_the_log(
+    start: Start, path: str, sockets: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Control characters, and bytes that are no text, are escaped wherever a peer's name is written."""
+    described: list[str] = []
+
+    async def fail(channel: trio_udp.TypedChannel[int, bytes]) -> None:
+        await channel.receive()
+        described.append(repr(channel))
+        raise ValueError("no")
+
+    def accept(datagram: trio_udp.Datagram) -> bool:
+        described.append(repr(datagram))
+        return bool(datagram.payload[0:1].isalpha() or int(datagram.payload))
+
+    server = await start(trio_udp.typed(fail, decode=int, encode=bytes), accept=accept)
+    for name in (b"a\nERROR:forged", b"b\xff\x1b[31m"):
+        sock = sockets.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        sock.bind(os.path.dirname(os.fsencode(path)) + b"/" + name)
+        for payload in (b"", b"junk", b"1"):  # accept raises; it does not decode; the handler raises
+            sock.sendto(payload, path)
+        await settle()
+    lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(lines) == 6
+    assert all(line.isprintable() for line in [*lines, *described])
+    assert server.statistics().handler_errors == 2

@@ -61,7 +61,7 @@ class Datagram(metaclass=NoPublicConstructor):
         self._replied = 0  # bytes
 
     def __repr__(self) -> str:
-        return f"<trio_udp.Datagram of {len(self.payload)} bytes from {self.peer_address} to {self.destination}>"
+        return f"<trio_udp.Datagram of {len(self.payload)} bytes from {self.peer_address!r} to {self.destination!r}>"
 
     @property
     def peer_address(self) -> Address:

@@ -88,7 +88,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         return make_endpoint(engine, shared=shared, receive_buffer_requested=requested)
 
     def __repr__(self) -> str:
-        return f"<trio_udp.Endpoint {self.local_address}{' closed' if self.closed else ''}>"
+        return f"<trio_udp.Endpoint {self.local_address!r}{' closed' if self.closed else ''}>"
 
     @property
     def socket(self) -> trio.socket.SocketType:
