@@ -74,7 +74,9 @@ async def ask(seconds: float, port: int, version: int, chosen: list[str] | None)
         nursery.start_soon(send_questions, endpoint, port, version, chosen)
         with trio.move_on_after(seconds):
             async for datagram in endpoint:
-                who = datagram.payload.decode(errors="backslashreplace"), datagram.peer_address[0]
+                text = datagram.payload.decode(errors="replace")
+                # Anyone may answer: nothing that moves the cursor, or forges a line.
+                who = "".join(filter(str.isprintable, text)), datagram.peer_address[0]
                 if who not in found:
                     found.add(who)
                     print(*who, flush=True)

@@ -19,7 +19,7 @@ import trio
 
 import trio_udp
 
-# Answers, of each client; it has one request at a time, so these reach back further than any doubled datagram.
+# Answers of each client. It has one request at a time, so these reach back further than any doubled datagram.
 KEPT = 32
 IDLE_TIMEOUT = 120.0
 WAITS = trio_udp.backoff(0.5, attempts=10, most=8)  # 0.5, 1, 2, 4, 8, 8, ...: about a minute

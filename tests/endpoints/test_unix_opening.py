@@ -350,3 +350,14 @@ async def test_a_datagram_of_the_largest_size(path: str) -> None:
         await connection.send(bytes(100_000))
         assert len((await endpoint.receive()).payload) == 100_000
         assert endpoint.statistics().truncated == 1
+
+
+async def test_the_choice_of_an_engine_is_for_udp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRIO_UDP_ENGINE=linux does not keep a program from taking over Unix-domain sockets."""
+    monkeypatch.setenv("TRIO_UDP_ENGINE", "linux")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with theirs:
+        async with trio_udp.Endpoint.from_socket(ours) as endpoint:
+            theirs.send(b"a")
+            with trio.fail_after(5):
+                assert (await endpoint.receive()).payload == b"a"

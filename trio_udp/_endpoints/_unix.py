@@ -1,7 +1,7 @@
 """Opening Unix-domain datagram sockets: from a path or an abstract name to an endpoint, bound or connected.
 
 A program that ends without closing its socket leaves the file behind. Such a stale file is replaced, and a living
-socket never is: who replaces a file holds a lock on its folder, from the proof that nobody has it until it is replaced.
+socket never is: the folder is locked from the check that nobody has the file until it is replaced.
 """
 
 from __future__ import annotations

@@ -33,6 +33,11 @@ def _plain_function(name: str, function: F) -> F:
     return function
 
 
+def _check_channel(channel: object) -> None:
+    if not isinstance(channel, trio.abc.SendChannel) or not isinstance(channel, trio.abc.ReceiveChannel):
+        raise TypeError(f"channel must be a trio.abc.Channel, not {channel!r}")
+
+
 def _takes_a_channel(handler: object) -> bool:
     try:
         check_handler(handler)
@@ -71,8 +76,7 @@ class TypedChannel(trio.abc.Channel[Received], Generic[Received, Sent, Transport
         encode: Callable[[Sent], bytes],
         on_decode_error: Callable[[Transport, bytes, Exception], object] | None = None,
     ) -> None:
-        if not isinstance(channel, trio.abc.SendChannel) or not isinstance(channel, trio.abc.ReceiveChannel):
-            raise TypeError(f"channel must be a trio.abc.Channel, not {channel!r}")
+        _check_channel(channel)
         self.channel = channel
         self.decode_errors = 0
         self._decode = _plain_function("decode", decode)

@@ -39,7 +39,7 @@ async def test_uppercase(start: Start, capsys: pytest.CaptureFixture[str]) -> No
     async with secured.connected() as channel:
         await channel.send(b"hello")
         assert await channel.receive() == b"HELLO"
-    assert capsys.readouterr().out == "198.51.100.1 wrote b'hello'\n"
+    assert capsys.readouterr().out == "('198.51.100.1', 49152) wrote b'hello'\n"
 
 
 async def test_echo_options(start: Start, capsys: pytest.CaptureFixture[str]) -> None:

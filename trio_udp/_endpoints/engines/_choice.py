@@ -26,13 +26,16 @@ def engine_for(
       proxies: Senders that put a header in front of each payload.
 
     Raises:
-      ValueError: ``TRIO_UDP_ENGINE`` names no engine, or one that cannot serve this socket.
+      ValueError: ``TRIO_UDP_ENGINE`` names no engine, or one that cannot serve this socket. It does not concern
+        Unix-domain sockets.
     """
     if proxies:
         return ProxyEngine(engine_for(sock, INNER_SIZE, shared=shared), proxies, max_datagram_size)
     name = os.environ.get("TRIO_UDP_ENGINE", "")
     if name not in ("", "linux", "portable"):
         raise ValueError(f"TRIO_UDP_ENGINE must be linux or portable, not {name!r}")
+    if sock.family == AF_UNIX:
+        return unix_engine(sock, max_datagram_size, shared=shared)
     if name != "portable" and sys.platform == "linux":
         try:
             from .linux import LinuxEngine, can_serve
@@ -43,6 +46,4 @@ def engine_for(
                 return LinuxEngine(sock, max_datagram_size, shared=shared)
     if name == "linux":
         raise ValueError(f"TRIO_UDP_ENGINE=linux, but there is no such engine for {sock!r}")
-    if sock.family == AF_UNIX:
-        return unix_engine(sock, max_datagram_size, shared=shared)
     return portable_engine(sock, max_datagram_size, shared=shared)
