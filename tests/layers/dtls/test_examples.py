@@ -53,7 +53,7 @@ async def test_echo_options(start: Start, capsys: pytest.CaptureFixture[str]) ->
 
 async def test_login(start: Start, autojump_clock: trio.testing.MockClock) -> None:
     """The handler of login.py: steps, time limits, an idle timeout of its own and a goodbye that says why."""
-    secured = await start(partial(load("login").handler, 20.0, 600.0))
+    secured = await start(load("login").handler)
     async with secured.connected() as channel:
         for line, answer in (
             (b"", b"user name? "),
@@ -71,7 +71,7 @@ async def test_login(start: Start, autojump_clock: trio.testing.MockClock) -> No
 
 async def test_login_while_the_server_stops(start: Start) -> None:
     """A login that has begun may end while the server drains."""
-    secured = await start(partial(load("login").handler, 20.0, 600.0))
+    secured = await start(load("login").handler)
     async with secured.connected() as channel:
         await channel.send(b"anything")
         assert await channel.receive() == b"user name? "
