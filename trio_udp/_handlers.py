@@ -97,8 +97,9 @@ def ask_both(accept: Accept | None, handler: object) -> Accept | None:
 def show_as(client: Client, channel: Client) -> None:
     """Let the server show a client as the channel of a layer over it, in ``Server.clients`` and ``send_to_all``."""
     seat = seat_of(client)
-    seat.shared.running[seat] = channel
-    seat.shared.layered = True
+    if seat in seat.shared.running:
+        seat.shared.running[seat] = channel
+        seat.shared.layered = True
 
 
 class NotAwaitable(TypeError):
@@ -117,28 +118,40 @@ async def run_handler(
         while True:
             taken_before = seat.delivered
             try:
-                awaitable = handler(client)
-                if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
-                    raise NotAwaitable(f"handler {handler!r} returned {awaitable!r}, not an awaitable: {LOOKS_LIKE}")
-                await awaitable
+                await call(handler, client)
             except NotAwaitable as error:
                 return crash(error)
-            except Exception as error:
-                handler_failed(client, error)
-            except BaseExceptionGroup as group:
-                # From a nursery in the handler. Report its Exceptions and re-raise Cancelled; if it holds another
-                # BaseException, raise the whole group.
-                errors, others = group.split(Exception)
-                if errors is None or others is None or others.split(trio.Cancelled)[1] is not None:
-                    raise
-                handler_failed(client, errors)
-                raise others from None
+            except BaseException as error:
+                handler_raised(client, error)
             if not seat.payloads or seat.delivered == taken_before:
                 return
     finally:
         if not seat.is_closed:
             seat.finish(CLOSED)
         seat.shared.remove(seat)
+
+
+def call(handler: Callable[[Client], Awaitable[object]], client: Client) -> Awaitable[object]:
+    """Call a handler, and return what to await."""
+    awaitable = handler(client)
+    if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
+        raise NotAwaitable(f"handler {handler!r} returned {awaitable!r}, not an awaitable: {LOOKS_LIKE}")
+    return awaitable
+
+
+def handler_raised(client: Client, error: BaseException) -> None:
+    """Report the exception of a handler that is being handled if it is an error; re-raise it if it is none."""
+    if isinstance(error, Exception):
+        return handler_failed(client, error)
+    if isinstance(error, BaseExceptionGroup):
+        # From a nursery in the handler. Report its Exceptions and re-raise Cancelled; if it holds another
+        # BaseException, raise the whole group.
+        errors, others = error.split(Exception)
+        if errors is not None and others is not None and others.split(trio.Cancelled)[1] is None:
+            handler_failed(client, errors)
+            raise others from None
+    del error  # its traceback refers to this frame: avoid a reference cycle
+    raise
 
 
 def handler_failed(client: Client, error: Exception) -> None:
@@ -189,8 +202,8 @@ def is_async(function: object) -> bool:
 def accepts_one_argument(function: Callable[..., object]) -> bool:
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some C functions have no signature
-        return True
+    except (TypeError, ValueError):  # some C functions have no signature, nor has a partial with too many arguments
+        return not isinstance(function, functools.partial)
     try:
         signature.bind(None)
     except TypeError:

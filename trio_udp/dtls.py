@@ -4,7 +4,8 @@
 other end. See docs/dtls.md.
 """
 
-from .layers.dtls._channel import DTLSChannel as DTLSChannel, Session as Session
+from .layers.dtls._channel import DTLSChannel as DTLSChannel
+from .layers.dtls._ends import Session as Session
 from .layers.dtls._secure import SecuredHandler as SecuredHandler, connect as connect, secure as secure
 
 __all__ = ["DTLSChannel", "SecuredHandler", "Session", "connect", "secure"]

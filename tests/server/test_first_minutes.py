@@ -142,6 +142,7 @@ APP = App.__new__(App)
         (no_argument, "cannot be called with one argument"),
         (two_arguments, "cannot be called with one argument"),
         (lambda: None, "cannot be called with one argument"),
+        (partial(with_default, None, None), "cannot be called with one argument"),  # type: ignore[arg-type]
         (APP.nothing, "cannot be called with one argument"),
         (None, "cannot be called"),
         (9999, "cannot be called"),

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from OpenSSL import SSL
 
 from trio_udp.layers.dtls._association import BROKEN, ENDED, ESTABLISHED, HANDSHAKE, Association
-from trio_udp.layers.dtls._context import prepare
-from trio_udp.layers.dtls._records import longest_message
+from trio_udp.layers.dtls._context import DTLS_1_2, prepare
+from trio_udp.layers.dtls._records import longest_message, split
 
 from .conftest import Authority, Identity
 from .test_records import hello, record
@@ -194,3 +194,31 @@ async def test_forged_records_of_any_length(authority: Authority, identity: Iden
     pair.to_client += pair.server.close()  # an alert
     pair.deliver()
     assert pair.client.stage is ENDED
+
+
+async def test_half_a_hello_in_an_association_breaks_it(contexts: tuple[SSL.Context, SSL.Context]) -> None:
+    """A peer that begins to negotiate again, and sends a part of its hello only, breaks its association, and no more.
+
+    OpenSSL can send nothing then, because it waits for the other parts.
+    """
+    hostile = SSL.Context(SSL.DTLS_METHOD)
+    hostile.set_max_proto_version(DTLS_1_2)
+    hostile.set_options(SSL.OP_NO_QUERY_MTU)
+    hostile.set_alpn_protos([b"x" * 200])  # a long hello
+    pair = Pair(*contexts)
+    connection = SSL.Connection(hostile)
+    connection.set_ciphertext_mtu(MTU)
+    connection.set_connect_state()
+    pair.client = Association(hostile, prepare(contexts[0]), MTU, "server", connection)
+    pair.to_server = pair.client.begin()
+    pair.deliver()
+    assert pair.stages == (ESTABLISHED, ESTABLISHED)
+    connection.set_ciphertext_mtu(260)
+    connection.renegotiate()
+    with pytest.raises(SSL.WantReadError):
+        connection.do_handshake()
+    fragments = split(connection.bio_read(2000))
+    assert len(fragments) > 1
+    assert (pair.server.take(fragments[0]), pair.server.stage) == ([], ESTABLISHED)
+    assert pair.server.protect(b"x") == b""
+    assert (pair.server.stage, pair.server.reason) == (BROKEN, "the peer began to negotiate again")

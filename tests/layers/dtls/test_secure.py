@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Awaitable
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -145,6 +146,41 @@ async def test_an_error_ends_one_client(start: Start) -> None:
         await other.send(b"fine")
         assert await other.receive() == b"fine"
     assert secured.server.statistics().handler_errors == len(errors) == 1
+
+
+async def test_an_error_beside_a_cancellation_is_reported_with_the_channel(
+    start: Start, autojump_clock: trio.testing.MockClock
+) -> None:
+    """on_error gets the channel, never the client below it, whatever way the handler raises."""
+    errors: list[tuple[object, list[str]]] = []
+
+    async def clean_up() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise ValueError("while cleaning up")
+
+    async def handler(channel: DTLSChannel) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(clean_up)
+            await channel.send(await channel.receive())
+            await trio.sleep_forever()
+
+    def fail(channel: DTLSChannel) -> Awaitable[None]:
+        raise ValueError("at the call")
+
+    def on_error(client: object, error: Exception) -> None:
+        errors.append((type(client), [str(inner) for inner in getattr(error, "exceptions", [error])]))
+
+    for raises in (handler, fail):
+        secured = await start(raises, on_error=on_error, drain_timeout=1)
+        async with secured.connected() as channel:
+            with suppress(trio.EndOfChannel, trio.BrokenResourceError):
+                await channel.send(b"x")
+                await channel.receive()
+            secured.server.stop()
+            await trio.sleep(2)
+    assert errors == [(DTLSChannel, ["while cleaning up"]), (DTLSChannel, ["at the call"])]
 
 
 async def test_a_handler_that_returns_no_awaitable_ends_the_server(
@@ -451,6 +487,10 @@ async def test_a_client_can_be_connected_to_from_the_server(
         await channel.send(b"x")
         assert await channel.receive() == b"x"
         assert channel.local_address == SERVER
+        assert list(server.clients) == [channel]
+        await server.send_to_all(b"to everybody")  # also to this one, and so encrypted
+        assert await channel.receive() == b"to everybody"
+    assert list(server.clients) == []
 
 
 def test_cookies_are_those_of_the_context(server_context: SSL.Context) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import ssl
 
@@ -9,7 +10,7 @@ import pytest
 import trio
 from OpenSSL import SSL
 
-from trio_udp.dtls import DTLSChannel, secure
+from trio_udp.dtls import DTLSChannel, connect, secure
 
 from .conftest import NAME, Authority, Identity, Start, echo
 
@@ -181,9 +182,21 @@ def test_hosts_and_sizes_that_make_no_sense(client_context: SSL.Context, server_
     with pytest.raises(ValueError, match="are for clients"):
         DTLSChannel(transport, server_context, server_side=True, server_hostname=NAME)
     for mtu in (100, 70_000):
-        with pytest.raises(ValueError, match="mtu must be from 228 to 65507"):
+        with pytest.raises(ValueError, match="mtu must be from 548 to 65507"):
             DTLSChannel(transport, client_context, mtu=mtu)
     with pytest.raises(TypeError, match="mtu must be an int"):
         secure(echo, server_context, mtu=1e3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="handshake_timeout must be greater than 0"):
         secure(echo, server_context, handshake_timeout=0)
+
+
+async def test_connecting_checks_its_arguments_first(client_context: SSL.Context) -> None:
+    """No host, or no time between two repetitions, raises before anything is sent; verification is never left out."""
+    with pytest.raises(TypeError, match="server_hostname must be a str, not None"):
+        await connect(None, 9, client_context)  # type: ignore[arg-type]
+    for seconds in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="retransmit_timeout must be greater than 0"):
+            await connect("127.0.0.1", 9, client_context, retransmit_timeout=seconds)
+    transport: trio.abc.Channel[bytes] = object()  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="retransmit_timeout must be a number of seconds"):
+        await DTLSChannel(transport, client_context).do_handshake(retransmit_timeout=None)  # type: ignore[arg-type]

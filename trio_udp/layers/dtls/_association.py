@@ -20,8 +20,6 @@ from ._context import reason_of
 from ._cookies import Cookies
 from ._identity import Identity
 from ._records import (
-    RECORD_HEADER,
-    count_records,
     is_client_hello,
     is_of_handshake,
     is_unprotected,
@@ -97,7 +95,7 @@ class Association:
     is_server: bool = attrs.field(init=False)
     _flight: list[bytes] = attrs.field(factory=list, init=False)  # records
     _next_number: int = attrs.field(default=0, init=False)  # of a record of epoch 0
-    # Bytes that protection adds to a record. What is shorter is forged, and would make OpenSSL 3.5 give up.
+    # Bytes of a record without payload. What is shorter is forged, and would make OpenSSL 3.5 give up.
     _shortest: int = attrs.field(default=0, init=False)
     _heard: int = attrs.field(default=0, init=False)  # bytes
     _seen: int = attrs.field(default=-1, init=False)  # the peer's last handshake message
@@ -122,11 +120,11 @@ class Association:
         ssl, stage = self.ssl, self.stage
         if stage is ESTABLISHED:
             if not is_unprotected(datagram):
-                records = count_records(datagram, self._shortest)
-                if not records or ssl is None:
+                records = split(datagram)
+                if ssl is None or min(map(len, records)) < self._shortest:
                     return []
                 ssl.bio_write(datagram)
-                return self._read(len(datagram), only_one=records == 1)
+                return self._read(len(datagram), only_one=len(records) == 1)
             # What anybody can forge does not reach OpenSSL, which would believe some of it.
             if self.is_server and is_client_hello(datagram):
                 return self._take_hello(datagram)
@@ -143,10 +141,17 @@ class Association:
         return self._copies() if self._renew_flight() else self._old_flight()
 
     def protect(self, payload: bytes) -> bytes:
-        """Return the datagram that carries a payload, of 1 to ``MAX_PAYLOAD`` bytes; only while ``ESTABLISHED``."""
-        assert self.ssl is not None
-        self.ssl.send(payload)
-        return self.ssl.bio_read(len(payload) + OVERHEAD)
+        """Return the datagram that carries a payload of 1 to ``MAX_PAYLOAD`` bytes; empty unless ``ESTABLISHED``."""
+        ssl = self.ssl
+        if self.stage is not ESTABLISHED or ssl is None:
+            return b""
+        try:
+            ssl.send(payload)
+        except SSL.Error:
+            # OpenSSL has got a fragment of a hello in a record of this association, and waits for the rest of it.
+            self.fail("the peer began to negotiate again")
+            return b""
+        return ssl.bio_read(len(payload) + OVERHEAD)
 
     def fail(self, reason: str) -> None:
         """Break the association."""
@@ -225,7 +230,7 @@ class Association:
         # If this last step has made nothing, then the other end's flight was the last one, and there is nothing that
         # we would have to repeat.
         self.stage = ESTABLISHED
-        self._shortest = self.mtu - RECORD_HEADER - self.ssl.get_cleartext_mtu()
+        self._shortest = self.mtu - self.ssl.get_cleartext_mtu()
         last = self._begin_flight()
         # Datagrams that overtook the end of the handshake are in OpenSSL already.
         return [*last, *self._read(MAX_PAYLOAD, only_one=False)]

@@ -4,58 +4,29 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, final
 
-import attrs
 import trio
 from OpenSSL import SSL
 
-from ._association import BROKEN, CLOSED, ENDED, ESTABLISHED, HANDSHAKE, MAX_PAYLOAD, Association
-from ._context import check_has_certificate, prepare
-from ._identity import Identity, check_host, sni_of
+import trio_udp
+
+from ..._handlers import show_as
+from ..._limits import check_seconds
+from ._association import BROKEN, CLOSED, ENDED, ESTABLISHED, HANDSHAKE, MAX_PAYLOAD
+from ._ends import MTU, Session, client_end, host_of, server_end
 from ._over_client import OverClient
-from ._records import count_records
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
-
-    import trio_udp
-
-# Bytes in a datagram: those that fit into the smallest packet that IPv6 must carry, less 48 of headers.
-MTU = 1_232
-
-# Bounds of the MTU: OpenSSL takes no less, UDP over IPv4 no more.
-LEAST_MTU, MOST_MTU = 228, 65_507
 
 # The longest wait for an answer in a handshake, in seconds (RFC 6347 section 4.2.4.1). Each wait is twice the last one.
 LONGEST_WAIT = 60.0
 
 # Payloads that one receive_many() returns, as of a trio_udp.Client.
 MANY = 64
-
-
-@final
-@attrs.frozen(eq=False)
-class Session:
-    """What a client needs to resume a session: a shorter handshake, in which no certificate is sent.
-
-    From :attr:`DTLSChannel.session`, for ``session=``, with the same context. It holds keys: keep it to yourself.
-
-    Attributes:
-      server_hostname: The name that the server's certificate was verified for, or ``None``. It can be resumed for this
-        name only, since a resumed handshake shows no certificate.
-    """
-
-    server_hostname: str | None
-    _session: SSL.Session = attrs.field(repr=False)
-
-    def apply(self, connection: SSL.Connection, server_hostname: str | None) -> None:
-        """Let a connection resume this session."""
-        if server_hostname != self.server_hostname:
-            raise ValueError(f"the session is one with {self.server_hostname!r}, not with {server_hostname!r}")
-        connection.set_session(self._session)
 
 
 @final
@@ -104,23 +75,16 @@ class DTLSChannel(OverClient):
         mtu: int = MTU,
         session: Session | None = None,
     ) -> None:
-        cookies = prepare(context)
-        check_mtu(mtu)
         address = getattr(transport_channel, "peer_address", None)
-        if server_side:
-            if server_hostname is not None or session is not None:
-                raise ValueError("server_hostname and session are for clients")
-            check_has_certificate(context)
-            association = Association(context, cookies, mtu, address)
+        if not server_side:
+            self._association = client_end(context, mtu, address, server_hostname, session)
+        elif server_hostname is None and session is None:
+            self._association = server_end(context, mtu, address)
         else:
-            identity = None if server_hostname is None else Identity(check_host(server_hostname))
-            if session is not None and not _hello_fits(_client(context, mtu, identity, session)):
-                session = None
-            association = Association(
-                context, cookies, mtu, address, _client(context, mtu, identity, session), identity
-            )
+            raise ValueError("server_hostname and session are for clients")
         super().__init__(transport_channel)
-        self._association = association
+        if isinstance(transport_channel, trio_udp.Client):  # nobody may send to it in the clear by mistake
+            show_as(transport_channel, self)  # type: ignore[arg-type]
         self._lock: trio.Lock | None = trio.Lock()  # until the handshake is over
         self._taken = 0
         self._receiving = 0  # tasks, of which all but one are about to fail
@@ -145,11 +109,12 @@ class DTLSChannel(OverClient):
         Cancellation:
           A handshake that was cancelled goes on when this is called again.
         """
+        first_wait = check_seconds("retransmit_timeout", retransmit_timeout)
         lock = self._lock
         if lock is not None:
             async with lock:
                 if self._association.stage is HANDSHAKE:
-                    await self._shake_hands(retransmit_timeout)
+                    await self._shake_hands(first_wait)
                     self._lock = None
         else:
             await trio.lowlevel.checkpoint()
@@ -172,16 +137,15 @@ class DTLSChannel(OverClient):
                     association.fail("the conversation ended")
                     return
             if datagram is not None:
-                answer = association.take(datagram)
-                if association.is_begun:
-                    self._validate()
+                answer = self._take(datagram)
+                if association.is_begun and hasattr(self._transport, "validate"):
+                    self._transport.validate()  # the cookie has shown that
             else:
                 answer = association.repeat()
                 wait, began = min(2 * wait, LONGEST_WAIT), trio.current_time()
             await self._send_all(answer)
             if association.flights != flights:  # progress; what made none, such as junk, must not put off repetition
                 wait, flights, began = first_wait, association.flights, trio.current_time()
-        self._close_if_replaced()
 
     async def receive(self) -> bytes:
         """Wait for the peer's next payload and return it; never empty.
@@ -208,20 +172,23 @@ class DTLSChannel(OverClient):
         if payloads:
             await trio.lowlevel.checkpoint()
         while not payloads:
-            try:
-                if association.stage is not ESTABLISHED:
-                    await self._become_established()
-                    continue
+            if association.stage is HANDSHAKE:
+                await self.do_handshake()
+            elif association.stage is ENDED or association.stage is BROKEN:
+                await trio.lowlevel.checkpoint()
+                self._raise_if_broken()
+                raise over
+            else:
                 self._receiving += 1
                 try:
-                    datagram = await self._transport.receive()
+                    datagram = await self._transport.receive()  # which raises what it should once we have closed it
+                except trio.EndOfChannel:
+                    raise over from None
                 finally:
                     self._receiving -= 1
-            except trio.EndOfChannel:
-                raise over from None
-            answer = association.take(datagram)
-            if answer:
-                await self._send_all(answer)
+                answer = self._take(datagram)
+                if answer:
+                    await self._send_all(answer)
         self._taken += 1
         return payloads.pop(0)
 
@@ -235,12 +202,10 @@ class DTLSChannel(OverClient):
         if association.stage is HANDSHAKE:
             raise trio.WouldBlock
         while not association.payloads:
-            if association.stage is not ESTABLISHED:
-                self._close_if_replaced()
-                if association.stage is CLOSED:
-                    self._transport.receive_nowait()
-                self._raise_end()
-            self._send_all_nowait(association.take(self._transport.receive_nowait()))
+            if association.stage is ENDED or association.stage is BROKEN:
+                self._raise_if_broken()
+                raise trio.EndOfChannel
+            self._send_all_nowait(self._take(self._transport.receive_nowait()))
         self._taken += 1
         return association.payloads.pop(0)
 
@@ -273,10 +238,12 @@ class DTLSChannel(OverClient):
         payload = _payload(value)
         association = self._association
         if not association.confirmed:
-            await self._look_for_repetitions()
-        if association.stage is not ESTABLISHED and not await self._may_send():
-            return
-        await self._transport.send(association.protect(payload))
+            await self._prepare_to_send()
+        datagram = association.protect(payload)
+        if datagram:
+            await self._transport.send(datagram)
+        else:
+            await self._send_nothing()
 
     def send_nowait(self, payload: trio_udp.Payload) -> None:
         """Like :meth:`send`, without waiting.
@@ -288,22 +255,23 @@ class DTLSChannel(OverClient):
         association = self._association
         if association.stage is HANDSHAKE:
             raise trio.WouldBlock
-        if association.stage is ESTABLISHED:
-            self._transport.send_nowait(association.protect(copy))
-        elif association.stage is CLOSED:
-            self._transport.send_nowait(b"")  # raises, as in _raise_closed()
-        elif not association.is_server:
-            raise trio.BrokenResourceError(self._why_broken())
+        datagram = association.protect(copy)
+        if datagram or association.stage is CLOSED:
+            self._transport.send_nowait(datagram)  # raises once we have closed it
+        else:
+            self._raise_if_broken(or_ended=True)
 
     async def send_many(self, payloads: Iterable[trio_udp.Payload]) -> None:
         """Send many payloads, in order. Everything is checked first; if :meth:`send` would refuse one, none is sent."""
         copies = [_payload(payload) for payload in payloads]
         association = self._association
         if not association.confirmed:
-            await self._look_for_repetitions()
-        if association.stage is not ESTABLISHED and not await self._may_send():
-            return
-        await self._transport.send_many([association.protect(copy) for copy in copies])
+            await self._prepare_to_send()
+        datagrams = [association.protect(copy) for copy in copies]
+        if all(datagrams):
+            await self._transport.send_many(datagrams)
+        else:
+            await self._send_nothing()
 
     def close(self) -> None:
         """Tell the peer that the association is over, if there is room to send that, and close both. Idempotent."""
@@ -343,7 +311,7 @@ class DTLSChannel(OverClient):
         if association.is_server or association.ssl is None or association.stage in (HANDSHAKE, BROKEN):
             return None
         session = association.ssl.get_session()
-        return None if session is None else Session(_host_of(association.identity), session)
+        return None if session is None else Session(host_of(association.identity), session)
 
     @property
     def ended(self) -> Literal["idle", "evicted", "stopping", "closed"] | None:
@@ -356,69 +324,46 @@ class DTLSChannel(OverClient):
         ended: Literal["idle", "evicted", "stopping"] | None = getattr(self._transport, "ended", None)
         return ended
 
-    async def _become_established(self) -> None:
-        """Shake hands if that is not done; otherwise raise what says that the association is over."""
-        association = self._association
-        if association.stage is HANDSHAKE:
-            await self.do_handshake()
-        if association.stage is ESTABLISHED:
-            return
-        self._close_if_replaced()
-        if association.stage is CLOSED:
-            await self._raise_closed()
-        await trio.lowlevel.checkpoint()
-        self._raise_end()
+    def _take(self, datagram: bytes) -> list[bytes]:
+        """Take in a datagram; return what to send. Make way if the peer has begun another association with it."""
+        answer = self._association.take(datagram)
+        if self._association.replaced and hasattr(self._transport, "close"):
+            self._transport.close()  # the hello, which the peer repeats, then makes it a client
+        return answer
 
-    async def _may_send(self) -> bool:
-        """Shake hands if that is not done; otherwise say whether there is anybody to send to, or raise."""
+    async def _prepare_to_send(self) -> None:
+        """Shake hands if that is not done. Until the peer has shown that it has our last flight, see what has arrived.
+
+        It may be the peer's repeated flight, and a handler that only sends would never see it. If a task is receiving,
+        that sees it.
+        """
         association = self._association
         if association.stage is HANDSHAKE:
             await self.do_handshake()
-        if association.stage is CLOSED:
+        receive_nowait = getattr(self._transport, "receive_nowait", None)
+        if self._receiving or receive_nowait is None:
+            return
+        with suppress(trio.WouldBlock, trio.EndOfChannel):
+            while association.stage is ESTABLISHED and not association.confirmed:
+                await self._send_all(self._take(receive_nowait()))
+
+    async def _send_nothing(self) -> None:
+        """End a send that has nobody to send to."""
+        if self._association.stage is CLOSED:
             await self._raise_closed()
-        if association.stage is not ESTABLISHED and not association.is_server:
-            raise trio.BrokenResourceError(self._why_broken())
+        self._raise_if_broken(or_ended=True)
         await trio.lowlevel.checkpoint()
-        return association.stage is ESTABLISHED
 
     async def _raise_closed(self) -> NoReturn:
         # The channel below raises it, so that a server knows the error of its own client, which is a normal end.
         await self._transport.send(b"")
         raise trio.ClosedResourceError
 
-    def _raise_end(self) -> NoReturn:
-        if self._association.stage is BROKEN and not self._association.is_server:
-            raise trio.BrokenResourceError(self._why_broken())
-        raise trio.EndOfChannel
-
-    def _why_broken(self) -> str:
-        return self._association.reason or "the peer has closed the association"
-
-    async def _look_for_repetitions(self) -> None:
-        """Take in what has arrived, before anything shows that the peer has our last flight, unless a task does anyway.
-
-        It may be the peer's repeated flight, and a handler that only sends would never see it.
-        """
-        receive_nowait = getattr(self._transport, "receive_nowait", None)
+    def _raise_if_broken(self, *, or_ended: bool = False) -> None:
+        """Raise what a client is told. A server's handler is told of an end only: a stranger's fault is no error."""
         association = self._association
-        if self._receiving or receive_nowait is None or association.stage is not ESTABLISHED:
-            return
-        with suppress(trio.WouldBlock, trio.EndOfChannel):
-            while not association.confirmed and association.stage is ESTABLISHED:
-                await self._send_all(association.take(receive_nowait()))
-        self._close_if_replaced()
-
-    def _validate(self) -> None:
-        """Tell a server's client that its address is verified: the cookie has shown that."""
-        validate: Callable[[], object] | None = getattr(self._transport, "validate", None)
-        if validate is not None:
-            validate()
-
-    def _close_if_replaced(self) -> None:
-        """Make way for the peer's new association: its hello, which it repeats, then makes it a client."""
-        association = self._association
-        if association.replaced and hasattr(self._transport, "close"):
-            self._transport.close()
+        if not association.is_server and (association.stage is BROKEN or or_ended):
+            raise trio.BrokenResourceError(association.reason or "the peer has closed the association")
 
     async def _send_all(self, datagrams: list[bytes]) -> None:
         try:
@@ -444,43 +389,8 @@ def has_waiting(channel: DTLSChannel) -> bool:
     association = channel._association
     with suppress(trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
         while association.stage is ESTABLISHED and not association.payloads:
-            channel._send_all_nowait(association.take(channel._transport.receive_nowait()))
+            channel._send_all_nowait(channel._take(channel._transport.receive_nowait()))
     return association.stage is not CLOSED and bool(association.payloads)
-
-
-def check_mtu(mtu: object) -> None:
-    if not isinstance(mtu, int) or isinstance(mtu, bool):
-        raise TypeError(f"mtu must be an int, not {mtu!r}")
-    if not LEAST_MTU <= mtu <= MOST_MTU:
-        raise ValueError(f"mtu must be from {LEAST_MTU} to {MOST_MTU} bytes, not {mtu!r}")
-
-
-def _client(context: SSL.Context, mtu: int, identity: Identity | None, session: Session | None) -> SSL.Connection:
-    """Make a client's connection, before its handshake."""
-    connection = SSL.Connection(context)
-    connection.set_ciphertext_mtu(mtu)
-    connection.set_connect_state()
-    if identity is not None:
-        connection.set_verify(SSL.VERIFY_PEER, identity.verify)
-        name = sni_of(identity.host)
-        if name is not None:
-            connection.set_tlsext_host_name(name)
-    if session is not None:
-        if not isinstance(session, Session):
-            raise TypeError(f"session must be a trio_udp.dtls.Session, not {session!r}")
-        session.apply(connection, _host_of(identity))
-    return connection
-
-
-def _hello_fits(connection: SSL.Connection) -> bool:
-    """Whether a client's hello is in one piece: a long session ticket may divide it, and then no server answers."""
-    with suppress(SSL.WantReadError):
-        connection.do_handshake()
-    return count_records(connection.bio_read(1 << 16)) == 1
-
-
-def _host_of(identity: Identity | None) -> str | None:
-    return None if identity is None else identity.host
 
 
 def _payload(value: trio_udp.Payload) -> bytes:

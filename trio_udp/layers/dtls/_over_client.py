@@ -20,61 +20,53 @@ class OverClient(trio.abc.Channel[bytes]):
     __slots__ = ("__weakref__", "_transport")
 
     def __init__(self, transport_channel: trio.abc.Channel[bytes]) -> None:
-        self._transport: Any = transport_channel
+        # Typed as what it is at a server. Other channels have some of these names.
+        self._transport: trio_udp.Client = transport_channel  # type: ignore[assignment]
 
     @property
     def transport_channel(self) -> trio.abc.Channel[bytes]:
         """The channel that it runs over. Sending by it sends in the clear."""
-        channel: trio.abc.Channel[bytes] = self._transport
-        return channel
+        return self._transport
 
     @property
     def peer_address(self) -> trio_udp.Address:
         """The other end's address, as the ``socket`` module gives it."""
-        address: trio_udp.Address = self._transport.peer_address
-        return address
+        return self._transport.peer_address
 
     @property
     def local_address(self) -> trio_udp.Address:
         """Our own address, which our datagrams leave from."""
-        address: trio_udp.Address = self._transport.local_address
-        return address
+        return self._transport.local_address
 
     @property
     def destination(self) -> trio_udp.Address:
         """See :attr:`trio_udp.Client.destination`."""
-        address: trio_udp.Address = self._transport.destination
-        return address
+        return self._transport.destination
 
     @property
     def interface(self) -> int | None:
         """See :attr:`trio_udp.Client.interface`."""
-        interface: int | None = self._transport.interface
-        return interface
+        return self._transport.interface
 
     @property
     def endpoint(self) -> trio_udp.Endpoint:
         """See :attr:`trio_udp.Client.endpoint`."""
-        endpoint: trio_udp.Endpoint = self._transport.endpoint
-        return endpoint
+        return self._transport.endpoint
 
     @property
     def credentials(self) -> trio_udp.Credentials | None:
         """See :attr:`trio_udp.Client.credentials`."""
-        credentials: trio_udp.Credentials | None = self._transport.credentials
-        return credentials
+        return self._transport.credentials
 
     @property
     def server(self) -> trio_udp.Server:
         """See :attr:`trio_udp.Client.server`. Its ``clients`` are channels like this one."""
-        server: trio_udp.Server = self._transport.server
-        return server
+        return self._transport.server
 
     @property
     def idle_timeout(self) -> float:
         """See :attr:`trio_udp.Client.idle_timeout`. Settable."""
-        seconds: float = self._transport.idle_timeout
-        return seconds
+        return self._transport.idle_timeout
 
     @idle_timeout.setter
     def idle_timeout(self, seconds: float) -> None:
@@ -83,8 +75,7 @@ class OverClient(trio.abc.Channel[bytes]):
     @property
     def validated(self) -> bool:
         """Whether the peer's address is verified: at a server, once there is a handshake."""
-        validated: bool = self._transport.validated
-        return validated
+        return self._transport.validated
 
     def validate(self) -> None:
         """See :meth:`trio_udp.Client.validate`. A handshake has done it already."""
@@ -92,8 +83,7 @@ class OverClient(trio.abc.Channel[bytes]):
 
     def transaction(self) -> AbstractContextManager[None]:
         """See :meth:`trio_udp.Client.transaction`."""
-        block: AbstractContextManager[None] = self._transport.transaction()
-        return block
+        return self._transport.transaction()
 
     def statistics(self) -> Any:
         """Return the statistics of the channel below, in datagrams and their bytes."""

@@ -112,37 +112,24 @@ def message_number_of(datagram: bytes) -> int | None:
 
 def longest_message(datagram: bytes) -> int:
     """Return the length of the longest unprotected handshake message that a datagram announces, in fragments or not."""
-    longest = position = 0
-    while position + RECORD_HEADER <= len(datagram):
-        is_plain = datagram[position] == HANDSHAKE and datagram[position + 3 : position + 5] == b"\0\0"
-        message = position + RECORD_HEADER
-        position = message + int.from_bytes(datagram[position + 11 : position + 13], "big")
-        while is_plain and message + MESSAGE_PART <= position:
-            longest = max(longest, int.from_bytes(datagram[message + 1 : message + 4], "big"))
-            message += MESSAGE_PART + int.from_bytes(datagram[message + 9 : message + 12], "big")
+    longest = 0
+    for record in split(datagram):
+        position = RECORD_HEADER
+        while record[0] == HANDSHAKE and record[3:5] == b"\0\0" and position + MESSAGE_PART <= len(record):
+            longest = max(longest, int.from_bytes(record[position + 1 : position + 4], "big"))
+            position += MESSAGE_PART + int.from_bytes(record[position + 9 : position + 12], "big")
     return longest
 
 
-def count_records(datagram: bytes, shortest: int = 0) -> int:
-    """Return how many records a datagram has; 0 if the content of any has less than ``shortest`` bytes."""
-    count = position = 0
-    while position + RECORD_HEADER <= len(datagram):
-        length = int.from_bytes(datagram[position + 11 : position + 13], "big")
-        if length < shortest:
-            return 0
-        position += RECORD_HEADER + length
-        count += 1
-    return count
-
-
-def split(records: bytes) -> list[bytes]:
-    """Divide OpenSSL's output into records: it writes several into its BIO without saying where each ends."""
-    divided = []
-    while records:
-        end = RECORD_HEADER + int.from_bytes(records[11:13], "big")
-        divided.append(records[:end])
-        records = records[end:]
-    return divided
+def split(datagram: bytes) -> list[bytes]:
+    """Divide a datagram, or OpenSSL's output, into records; the last one may be cut short."""
+    records = []
+    position = 0
+    while position < len(datagram):
+        end = position + RECORD_HEADER + int.from_bytes(datagram[position + 11 : position + 13], "big")
+        records.append(datagram[position:end])
+        position = end
+    return records
 
 
 def number_of(record: bytes) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import socket
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias, final
@@ -14,11 +13,13 @@ from OpenSSL import SSL
 import trio_udp
 
 # What a layer needs of handlers: the same checks, and the same care for their errors.
-from ..._handlers import LOOKS_LIKE, DatagramHandler, NotAwaitable, check_handler, handler_failed, show_as
+from ..._handlers import DatagramHandler, NotAwaitable, call, check_handler, handler_raised
 from ..._limits import check_seconds
-from ._channel import MTU, DTLSChannel, Session, check_mtu, has_waiting, taken_from
+from ._channel import DTLSChannel, has_waiting, taken_from
 from ._context import check_has_certificate, prepare
 from ._cookies import Cookies
+from ._ends import MTU, Session, check_mtu
+from ._identity import check_host
 
 # A handler written for a Client runs unchanged, although what it gets is a DTLSChannel with the same names.
 Securable: TypeAlias = Callable[[DTLSChannel], Awaitable[object]] | Callable[[trio_udp.Client], Awaitable[object]]
@@ -48,20 +49,16 @@ class SecuredHandler:
     async def __call__(self, client: trio_udp.Client) -> None:
         """Shake hands with a client, and run the handler with its :class:`DTLSChannel`."""
         channel = DTLSChannel(client, self._context, server_side=True, mtu=self._mtu)
-        show_as(client, channel)  # type: ignore[arg-type]  # from the beginning: nobody may send to it in the clear
         try:
             calls = await self._shakes_hands(channel)
             while calls:  # again while it leaves payloads behind, as over plain UDP
                 taken_before = taken_from(channel)
-                awaitable = self._handler(channel)
-                if not inspect.isawaitable(awaitable):
-                    raise NotAwaitable(
-                        f"handler {self._handler!r} returned {awaitable!r}, not an awaitable: {LOOKS_LIKE}"
-                    )
                 try:
-                    await awaitable
-                except Exception as error:
-                    handler_failed(channel, error)  # type: ignore[arg-type]
+                    await call(self._handler, channel)  # type: ignore[arg-type]
+                except NotAwaitable:
+                    raise
+                except BaseException as error:
+                    handler_raised(channel, error)  # type: ignore[arg-type]
                 calls = taken_from(channel) != taken_before and has_waiting(channel)
         finally:
             channel.close()
@@ -176,6 +173,8 @@ async def connect(
       TypeError, ValueError: An argument makes no sense, or the context cannot be changed any more.
     """
     prepare(context)
+    name = check_host(host if server_hostname is None else server_hostname)  # None would be to verify nothing
+    check_seconds("retransmit_timeout", retransmit_timeout)
     connection = await trio_udp.connect(
         host, port, local_address=local_address, receive_buffer=receive_buffer, configure=configure
     )
@@ -183,7 +182,7 @@ async def connect(
         channel = DTLSChannel(
             connection,
             context,
-            server_hostname=host if server_hostname is None else server_hostname,
+            server_hostname=name,
             mtu=mtu,
             session=session,
         )
