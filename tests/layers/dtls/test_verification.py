@@ -8,6 +8,7 @@ import ssl
 
 import pytest
 import trio
+import trio.testing
 from OpenSSL import SSL
 
 from trio_udp.dtls import DTLSChannel, connect, secure
@@ -200,3 +201,24 @@ async def test_connecting_checks_its_arguments_first(client_context: SSL.Context
     transport: trio.abc.Channel[bytes] = object()  # type: ignore[assignment]
     with pytest.raises(TypeError, match="retransmit_timeout must be a number of seconds"):
         await DTLSChannel(transport, client_context).do_handshake(retransmit_timeout=None)  # type: ignore[arg-type]
+
+
+async def test_a_function_of_the_context_that_raises(
+    start: Start, authority: Authority, identity: Identity, client_identity: Identity
+) -> None:
+    """An error in a function that the user's context calls is the program's: on_error gets it, with the channel."""
+    errors: list[tuple[object, str]] = []
+
+    def verify(*_: object) -> bool:
+        raise LookupError("no such user")
+
+    context = authority.context(identity)
+    context.set_verify(SSL.VERIFY_PEER, verify)
+    secured = await start(context=context, on_error=lambda client, error: errors.append((type(client), str(error))))
+    channel = await secured.open(context=authority.context(client_identity))
+    async with channel, trio.open_nursery() as nursery:
+        nursery.start_soon(channel.do_handshake)
+        await trio.testing.wait_all_tasks_blocked()
+        assert errors == [(DTLSChannel, "no such user")]
+        assert (secured.handler.handshakes_failed, list(secured.server.clients)) == (1, [])
+        nursery.cancel_scope.cancel()

@@ -50,7 +50,7 @@ CHUNK = 1_280
 # Least time between two repetitions of the last flight, in seconds: anybody can ask for one with a forged datagram.
 REPEAT_EVERY = 0.5
 
-# Copies of each datagram of a flight that is repeated; see Association._copies().
+# Copies of each datagram of a flight that is repeated; see Association.repeat().
 REPEAT_COPIES = 2
 
 
@@ -118,27 +118,31 @@ class Association:
     def take(self, datagram: bytes) -> list[bytes]:
         """Take in a datagram that has arrived; return datagrams to send. ``stage`` and ``payloads`` say what it was."""
         ssl, stage = self.ssl, self.stage
+        if stage is ESTABLISHED and not is_unprotected(datagram):
+            records = split(datagram)
+            if ssl is None or min(map(len, records)) < self._shortest:
+                return []
+            ssl.bio_write(datagram)
+            return self._read(len(datagram), only_one=len(records) == 1)
+        if not datagram or stage not in (HANDSHAKE, ESTABLISHED):
+            return []
+        if self.is_server and is_client_hello(datagram):
+            return self._take_hello(datagram)
         if stage is ESTABLISHED:
-            if not is_unprotected(datagram):
-                records = split(datagram)
-                if ssl is None or min(map(len, records)) < self._shortest:
-                    return []
-                ssl.bio_write(datagram)
-                return self._read(len(datagram), only_one=len(records) == 1)
             # What anybody can forge does not reach OpenSSL, which would believe some of it.
-            if self.is_server and is_client_hello(datagram):
-                return self._take_hello(datagram)
             return self._repeat_soon() if is_of_handshake(datagram) else []
-        if stage is HANDSHAKE and datagram:
-            if self.is_server and is_client_hello(datagram):
-                return self._take_hello(datagram)
-            if ssl is not None:
-                return self._go_on(datagram)
-        return []
+        return [] if ssl is None else self._go_on(datagram)
 
     def repeat(self) -> list[bytes]:
-        """Return the current flight of the handshake once more: there was no answer in time."""
-        return self._copies() if self._renew_flight() else self._old_flight()
+        """Return the current flight of the handshake once more: there was no answer in time.
+
+        The network loses some datagrams, so it is each of them twice. Waits double, so after a few losses another one
+        costs a minute. Through 30 % loss one or two handshakes of a hundred were not done after 150 seconds without
+        this, and one of 1,800 with it.
+        """
+        if not self._renew_flight():
+            self._flight, self._next_number = renumber(self._flight, self._next_number)
+        return REPEAT_COPIES * pack(self._flight, self.mtu)
 
     def protect(self, payload: bytes) -> bytes:
         """Return the datagram that carries a payload of 1 to ``MAX_PAYLOAD`` bytes; empty unless ``ESTABLISHED``."""
@@ -279,19 +283,7 @@ class Association:
         if now < self._repeated_at + REPEAT_EVERY:
             return []
         self._repeated_at = now
-        return self._old_flight()
-
-    def _old_flight(self) -> list[bytes]:
-        self._flight, self._next_number = renumber(self._flight, self._next_number)
-        return self._copies()
-
-    def _copies(self) -> list[bytes]:
-        """Return the datagrams of a flight that has to be repeated: the network loses some, so each of them twice.
-
-        Waits double, so after a few losses another one costs a minute. Through 30 % loss one or two handshakes of a
-        hundred were not done after 150 seconds without this, and one of 1,800 with it.
-        """
-        return REPEAT_COPIES * pack(self._flight, self.mtu)
+        return self.repeat()
 
     def _begin_flight(self) -> list[bytes]:
         """Return what a step of the handshake has made: our next flight, if it is anything."""

@@ -77,6 +77,9 @@ class SecuredHandler:
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as reason:
             error = reason.with_traceback(None)  # which would keep the whole association
             error.__context__ = error.__cause__ = None
+        except Exception as raised:  # by a function of the user's that the context calls
+            handler_raised(channel, raised)  # type: ignore[arg-type]
+            error = raised.with_traceback(None)
         else:
             self.handshakes += 1
             return True
