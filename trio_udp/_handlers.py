@@ -140,8 +140,8 @@ def call(handler: Callable[[Client], Awaitable[object]], client: Client) -> Awai
 
 
 def handler_raised(client: Client, error: BaseException) -> None:
-    """Report the exception of a handler that is being handled if it is an error; re-raise it if it is none."""
-    if isinstance(error, Exception):
+    """Report the exception of a handler that is being handled if it is the handler's; otherwise re-raise it."""
+    if isinstance(error, Exception) and not isinstance(error, NotAwaitable):
         return handler_failed(client, error)
     if isinstance(error, BaseExceptionGroup):
         # From a nursery in the handler. Report its Exceptions and re-raise Cancelled; if it holds another

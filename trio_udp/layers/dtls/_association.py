@@ -73,6 +73,7 @@ class Association:
 
     Attributes:
       address: The peer's; what a cookie is for.
+      ssl: ``None`` at a server that waits for a hello with a valid cookie.
       payloads: Received, and not yet taken.
       reason: Why it is broken.
       flights: How many flights we have sent, repetitions not counted.
@@ -105,11 +106,6 @@ class Association:
 
     def __attrs_post_init__(self) -> None:
         self.is_server = self.ssl is None
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether a handshake is under way or done; a server's waits for a hello with a valid cookie."""
-        return self.ssl is not None
 
     def begin(self) -> list[bytes]:
         """Return the datagrams to begin with, or to go on with after an interruption."""

@@ -138,7 +138,7 @@ class DTLSChannel(OverClient):
                     return
             if datagram is not None:
                 answer = self._take(datagram)
-                if association.is_begun and hasattr(self._transport, "validate"):
+                if association.ssl is not None and hasattr(self._transport, "validate"):
                     self._transport.validate()  # the cookie has shown that
             else:
                 answer = association.repeat()

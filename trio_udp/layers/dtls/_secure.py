@@ -13,7 +13,7 @@ from OpenSSL import SSL
 import trio_udp
 
 # What a layer needs of handlers: the same checks, and the same care for their errors.
-from ..._handlers import DatagramHandler, NotAwaitable, call, check_handler, handler_raised
+from ..._handlers import DatagramHandler, call, check_handler, handler_raised
 from ..._limits import check_seconds
 from ._channel import DTLSChannel, has_waiting, taken_from
 from ._context import check_has_certificate, prepare
@@ -55,8 +55,6 @@ class SecuredHandler:
                 taken_before = taken_from(channel)
                 try:
                     await call(self._handler, channel)  # type: ignore[arg-type]
-                except NotAwaitable:
-                    raise
                 except BaseException as error:
                     handler_raised(channel, error)  # type: ignore[arg-type]
                 calls = taken_from(channel) != taken_before and has_waiting(channel)
