@@ -60,6 +60,8 @@ async def ask(host: str, port: int, trusted: str | None, line: str, seconds: flo
                 print((await channel.receive()).decode())
     except ConnectionRefusedError:
         return f"nobody listens on {host} port {port}"
+    except OSError as error:
+        return f"cannot ask {host} port {port}: {error.strerror}"
     except (trio.BrokenResourceError, trio.EndOfChannel) as error:
         return str(error) or "the server has closed the connection"
     except trio.TooSlowError:
@@ -79,9 +81,15 @@ if __name__ == "__main__":
     parser.add_argument("--trust", metavar="FILE", help="certificates to trust; those of the system by default")
     parser.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS", help="with --ask")
     arguments = parser.parse_args()
-    if arguments.ask is not None:
-        host = arguments.host or "localhost"
-        sys.exit(trio.run(ask, host, arguments.port, arguments.trust, arguments.ask, arguments.timeout))
-    if arguments.cert is None or arguments.key is None:
+    if arguments.ask == "":
+        parser.error("--ask: DTLS has no empty payloads")
+    if arguments.ask is None and (arguments.cert is None or arguments.key is None):
         parser.error("a server needs --cert and --key")
-    trio.run(serve, arguments.host, arguments.port, arguments.cert, arguments.key)
+    try:
+        if arguments.ask is None:
+            trio.run(serve, arguments.host, arguments.port, arguments.cert, arguments.key)
+        else:
+            host = arguments.host or "localhost"
+            sys.exit(trio.run(ask, host, arguments.port, arguments.trust, arguments.ask, arguments.timeout))
+    except SSL.Error as error:
+        sys.exit(f"no such certificate or key, or they do not belong together: {error}")
