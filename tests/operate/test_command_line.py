@@ -133,6 +133,16 @@ def test_an_error_inside_the_module(tmp_path: Path) -> None:
     assert lines[-1] == "ZeroDivisionError: division by zero"
 
 
+def test_a_module_that_does_not_parse(tmp_path: Path) -> None:
+    """A syntax error is told with its line, without the frames of this package that lead to it; the status is 1."""
+    (tmp_path / "unfinished.py").write_text("def handler(:\n")
+    status, output, error = run_to_the_end("--port", "0", f"{tmp_path}/unfinished.py:handler")
+    assert (status, output) == (1, "")
+    lines = error.splitlines()
+    assert lines[:2] == [f'  File "{tmp_path}/unfinished.py", line 1', "    def handler(:"]
+    assert lines[-1] == "SyntaxError: invalid syntax"
+
+
 def test_a_worker_that_exits_at_its_start() -> None:
     """A module that ends the process ends the command, with its reason."""
     status, _, error = run_to_the_end("--port", "0", f"{APPS}:tell_pid", TRIO_UDP_TEST_EXIT="1")
@@ -154,6 +164,10 @@ def test_addresses_that_cannot_be_bound() -> None:
     status, _, error = run_to_the_end("--host", "192.0.2.1", "--port", "0", f"{APPS}:tell_pid")
     assert (status, error.count("\n")) == (1, 1)
     assert "cannot bind 192.0.2.1 port 0; give an address of this machine as --host" in error
+    status, _, error = run_to_the_end("--host", "fe80::1%nowhere", "--port", "0", f"{APPS}:tell_pid")
+    assert (status, error.count("\n")) == (1, 1)
+    assert "'fe80::1%nowhere'" in error
+    assert error.endswith("; is the name right?\n")
 
 
 def test_systemd_without_systemd() -> None:
@@ -197,6 +211,37 @@ def test_ctrl_c_reaches_the_whole_group(run_command: RunCommand) -> None:
 
 
 @needs_proc
+def test_ctrl_c_spares_a_worker_that_starts(run_command: RunCommand) -> None:
+    """Workers are in process groups of their own: a Ctrl-C would end one whose interpreter ignores no signal yet."""
+    command = run_command("--workers", "2", "--host", "127.0.0.1", f"{APPS}:tell_pid")
+    workers = command.children()
+    assert [os.getpgid(pid) for pid in workers] == workers
+    command.end(signal.SIGTERM)
+
+
+@needs_proc
+def test_systemd_is_told_that_a_long_stop_goes_on(run_command: RunCommand, tmp_path: Path) -> None:
+    """Notices name the workers that serve; the watchdog is fed until the end of the drain."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"{tmp_path}/notify")
+        manager.settimeout(TIMEOUT)
+        command = run_command(
+            *("--drain", "600", "--host", "127.0.0.1", f"{APPS}:ignore_the_drain"),
+            NOTIFY_SOCKET=f"{tmp_path}/notify",
+            WATCHDOG_USEC="100000",
+        )
+        assert manager.recv(1000) == b"READY=1\nSTATUS=1 worker serves"
+        with command.peer() as peer:
+            ask(peer)
+        os.kill(command.pid, signal.SIGTERM)
+        while (notice := manager.recv(1000)) == b"WATCHDOG=1":
+            pass
+        assert notice == b"STOPPING=1\nSTATUS=stopping"
+        assert [manager.recv(1000), manager.recv(1000)] == [b"WATCHDOG=1", b"WATCHDOG=1"]
+    command.end(signal.SIGTERM)
+
+
+@needs_proc
 def test_a_second_signal_ends_at_once(run_command: RunCommand) -> None:
     """A second SIGTERM kills the workers, whatever their handlers do; the status is 1."""
     command = run_command("--drain", "600", "--host", "127.0.0.1", f"{APPS}:ignore_the_drain")
@@ -215,10 +260,10 @@ def test_a_second_signal_ends_at_once(run_command: RunCommand) -> None:
 
 
 @needs_proc
-@pytest.mark.parametrize("handler", ["tell_pid", "block"])
-def test_workers_do_not_outlive_the_supervisor(run_command: RunCommand, handler: str) -> None:
+@pytest.mark.parametrize(("handler", "drain"), [("tell_pid", "inf"), ("block", "0.5")])
+def test_workers_do_not_outlive_the_supervisor(run_command: RunCommand, handler: str, drain: str) -> None:
     """When the supervisor is killed its workers end, even one that is blocked, and the port is free."""
-    command = run_command("--workers", "2", "--drain", "0.5", "--host", "127.0.0.1", f"{APPS}:{handler}")
+    command = run_command("--workers", "2", "--drain", drain, "--host", "127.0.0.1", f"{APPS}:{handler}")
     workers = command.children()
     assert len(workers) == 2
     with command.peer() as peer:

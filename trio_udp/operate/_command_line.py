@@ -158,14 +158,19 @@ async def _serve(options: argparse.Namespace, level: int, views: Views) -> int:
 
 
 async def _notify(manager: ServiceManager, supervisor: Supervisor) -> None:
-    """Tell systemd that the service is ready, that all workers answer, and that it stops."""
-    manager.notify(READY=1, STATUS=f"{len(supervisor.workers)} workers serve")
+    """Tell systemd that the service is ready, that all workers answer, and that it stops, until cancelled."""
+    workers = len(supervisor.workers)
+    manager.notify(READY=1, STATUS="1 worker serves" if workers == 1 else f"{workers} workers serve")
+    interval = manager.watchdog_interval or math.inf
     while not supervisor.stopping:
-        with trio.move_on_after(manager.watchdog_interval or math.inf):
+        with trio.move_on_after(interval):
             await supervisor.wait_stopping()
         if supervisor.answering:
             manager.notify(WATCHDOG=1)
-    manager.notify(STOPPING=1, STATUS="the workers drain")
+    manager.notify(STOPPING=1, STATUS="stopping")
+    while True:  # a stop may take longer than systemd waits for the watchdog, and workers end one after the other
+        await trio.sleep(interval)
+        manager.notify(WATCHDOG=1)
 
 
 def _announce(supervisor: Supervisor, options: argparse.Namespace) -> None:

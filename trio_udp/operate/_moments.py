@@ -9,6 +9,7 @@ import trio
 
 from .. import Address, ServerStatistics
 from ._slot import NOTHING
+from ._sockets import describe_address
 from ._supervisor import Supervisor, WorkerStatus
 
 # Seconds that rates are averaged over. Workers report at least once a second, so shorter ones would jump.
@@ -49,10 +50,7 @@ def look_at(supervisor: Supervisor) -> Moment:
 
 def show_address(address: object) -> str:
     """Write an address as people do, without anything that a terminal would obey."""
-    if isinstance(address, (tuple, list)) and len(address) >= 2:
-        host, port = address[:2]
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return printable(str(address))
+    return printable(describe_address(address))
 
 
 def printable(text: str) -> str:

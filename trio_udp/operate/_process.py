@@ -21,12 +21,7 @@ from ._messages import Busiest, Failed, Leave, Message, Pipe, Ready, Released, R
 
 LOGGER = logging.getLogger("trio_udp")
 
-# Runs before the imports, which take 0.2 s: a Ctrl-C reaches the whole process group, and here it must do nothing.
-WORKER = """\
-import signal
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-from trio_udp.operate._worker import main
-main()"""
+WORKER = "from trio_udp.operate._worker import main; main()"
 
 # The options -W of this process. (Those in the environment are inherited.)
 WARNINGS = [f"-W{option}" for option in sys.warnoptions]
@@ -184,6 +179,9 @@ class WorkerProcess:
                 process = await trio.lowlevel.open_process(
                     [sys.executable, *WARNINGS, "-c", WORKER, str(theirs.fileno())],
                     pass_fds=[theirs.fileno(), *self.settings.descriptors],
+                    # A Ctrl-C is for the supervisor. In its process group, it would end a worker that is starting, with
+                    # a traceback: no program can ignore a signal before the interpreter runs it.
+                    start_new_session=True,
                 )
             try:
                 await self._follow(process, pipe)

@@ -50,7 +50,10 @@ async def _bind_all(
     for number, endpoints in enumerate(bound):
         for host in hosts:
             # The first bind is exclusive: another server on the port is an error, not somebody to share clients with.
-            opened = await open_endpoints(port, host=host, reuse_port=number > 0, receive_buffer=receive_buffer)
+            try:
+                opened = await open_endpoints(port, host=host, reuse_port=number > 0, receive_buffer=receive_buffer)
+            except socket.gaierror as error:
+                raise socket.gaierror(error.errno, f"{error.strerror}: {host!r}") from None
             for endpoint in opened:
                 stack.callback(endpoint.close)
                 if number == 0 and workers > 1:
@@ -58,6 +61,13 @@ async def _bind_all(
             endpoints += opened
             port = opened[0].local_address[1]
     return bound
+
+
+def describe_address(address: object) -> str:
+    if not isinstance(address, tuple):
+        return str(address)
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def deal(sockets: Sequence[socket.socket], workers: int, receive_buffer: int | None) -> list[list[Endpoint]]:
@@ -71,9 +81,10 @@ def deal(sockets: Sequence[socket.socket], workers: int, receive_buffer: int | N
         by_address.setdefault(sock.getsockname(), []).append(sock)
     for address, group in by_address.items():
         if len(group) < workers:
+            where = describe_address(address)
             raise ValueError(
-                f"{workers} workers need a socket each, but only {len(group)} are for {address}: use fewer workers, "
-                "or more sockets (one ListenDatagram= for each, and ReusePort=yes)"
+                f"{workers} workers need {workers} sockets for {where}, not {len(group)}: use fewer workers, or "
+                "more sockets (one ListenDatagram= for each, and ReusePort=yes)"
             )
     dealt: list[list[Endpoint]] = [[] for _ in range(workers)]
     for group in by_address.values():

@@ -23,7 +23,7 @@ from ._messages import Settings
 from ._process import Patience, WorkerProcess
 from ._reload import watch_python_files
 from ._slot import Slot
-from ._sockets import bind_all, deal, steer_by_address
+from ._sockets import bind_all, deal, describe_address, steer_by_address
 from ._supervision import Supervision
 from ._target import split_target
 
@@ -63,7 +63,8 @@ class Supervisor:
         self._supervision = supervision
 
     def __repr__(self) -> str:
-        return f"<trio_udp.Supervisor of {len(self.workers)} workers on {', '.join(map(_describe, self.addresses))}>"
+        addresses = ", ".join(map(describe_address, self.addresses))
+        return f"<trio_udp.Supervisor of {len(self.workers)} workers on {addresses}>"
 
     @property
     def addresses(self) -> tuple[Address, ...]:
@@ -277,7 +278,9 @@ async def serve_workers(
         def started() -> None:
             nonlocal has_started
             how = f"Ctrl-C or kill {os.getpid()}" if stop_signals else "Supervisor.stop()"
-            LOGGER.info("serving %s on %s; to stop: %s", target, ", ".join(map(_describe, supervisor.addresses)), how)
+            LOGGER.info(
+                "serving %s on %s; to stop: %s", target, ", ".join(map(describe_address, supervisor.addresses)), how
+            )
             task_status.started(supervisor)
             has_started = True
 
@@ -294,13 +297,6 @@ async def serve_workers(
         for endpoints in bound:
             for endpoint in endpoints:
                 endpoint.close()
-
-
-def _describe(address: Address) -> str:
-    if not isinstance(address, tuple):
-        return str(address)
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _part_of(limits: Limits, workers: int) -> Limits:

@@ -38,10 +38,13 @@ SLOW_REPORT = 1.0
 # leave in order. Longer is no use: the kernel's buffer may fill meanwhile.
 HAND_OVER = 0.05
 
+# Seconds, a year: time.sleep raises for infinity, which a drain may take.
+LONGEST_SLEEP = 365 * 86_400.0
+
 
 def main() -> None:
     """Run a worker; the only argument is the descriptor of its end of the pipe."""
-    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):  # meant for the supervisor, but sent to the whole process group
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):  # meant for the supervisor, but sent to all its processes
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     sys.argv[1:], descriptor = [], int(sys.argv[1])
     with socket.socket(fileno=descriptor) as end:
@@ -163,16 +166,21 @@ def end_without_supervisor(descriptor: int, seconds: float) -> None:
         poll = select.poll()
         poll.register(descriptor, 0)  # only whether the other end is closed
         poll.poll()
-        time.sleep(seconds)
+        time.sleep(min(seconds, LONGEST_SLEEP))
         os._exit(1)
 
     threading.Thread(target=watch, name="end without supervisor", daemon=True).start()
 
 
 def traceback_of_user(error: BaseException) -> str:
-    """Format an error with its traceback, without the frames of this package and of the import system before it."""
+    """Format an error with its traceback, without the frames of this package and of the import system before it.
+
+    A file that Python cannot parse has no frame of the user's; the error itself names the line.
+    """
     ours = (os.path.dirname(__file__), os.path.dirname(importlib.__file__), contextlib.__file__, "<frozen importlib")
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith(ours):
         trace = trace.tb_next
-    return "".join(traceback.format_exception(type(error), error, trace or error.__traceback__)).rstrip()
+    if trace is None and not isinstance(error, SyntaxError):
+        trace = error.__traceback__
+    return "".join(traceback.format_exception(type(error), error, trace)).rstrip()
