@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,7 +19,7 @@ import trio
 import trio_udp
 from trio_udp import Limits, RateLimit, ServerStatistics, Supervisor, WorkerError
 
-from .conftest import APPS, TIMEOUT, Workers, port_of
+from .conftest import APPS, ROOT, TIMEOUT, Workers, port_of
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="elsewhere the kernel does not spread clients over sockets"
@@ -356,6 +357,12 @@ async def test_cancelling_kills_the_workers() -> None:
         ({"watchdog": 1}, "watchdog must be at least 2, not 1"),
         ({"idle_timeout": float("nan")}, "idle_timeout must be at least 0.001, not nan"),
         ({"target": "no colon"}, "'no colon' is no target: write module:handler or path/file.py:handler"),
+        ({"accept": "no colon"}, "'no colon' is no target: write module:handler or path/file.py:handler"),
+        ({"host": []}, "host must not be an empty list; None stands for every interface"),
+        ({"sockets": []}, "sockets must not be an empty list"),
+        ({"log_format": "xml"}, "log_format must be one of ('text', 'json', 'none'), not 'xml'"),
+        ({"max_datagram_size": 0}, "max_datagram_size must be at least 1, not 0"),
+        ({"busiest_clients": -1}, "busiest_clients must be at least 0, not -1"),
     ],
 )
 async def test_wrong_arguments(arguments: dict[str, object], message: str) -> None:
@@ -363,3 +370,41 @@ async def test_wrong_arguments(arguments: dict[str, object], message: str) -> No
     call: Callable[..., Awaitable[None]] = trio_udp.serve_workers
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         await call(**{"target": "module:handler", "port": 0, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": 5}, "target and accept must be strings such as 'module:handler', not 5"),
+        ({"host": [5]}, "host must be a string, None or a list of them, not [5]"),
+        ({"workers": True}, "workers must be an int, not True"),
+        ({"log_level": "info"}, "log_level must be an int, not 'info'"),
+        ({"lame_duck": None}, "lame_duck must be a number of seconds, not None"),
+    ],
+)
+async def test_arguments_of_a_wrong_type(arguments: dict[str, object], message: str) -> None:
+    """An argument of a wrong type raises before anything is bound or started."""
+    call: Callable[..., Awaitable[None]] = trio_udp.serve_workers
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        await call(**{"target": "module:handler", "port": 0, **arguments})
+
+
+def test_workers_import_from_where_the_supervisor_does(tmp_path: Path) -> None:
+    """A program that extends ``sys.path`` gets its workers' packages from there too, trio_udp included."""
+    (tmp_path / "only_here.py").write_text("NUMBER = 5\n")
+    (tmp_path / "app.py").write_text("from only_here import NUMBER\nasync def handler(client): ...\n")
+    program = f"""if True:
+        import sys
+        sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]
+        import trio, trio_udp
+        async def main():
+            async with trio.open_nursery() as nursery:
+                serve = trio_udp.serve_workers
+                supervisor = await nursery.start(lambda **status: serve("app:handler", 0, host="127.0.0.1", **status))
+                supervisor.stop()
+        trio.run(main)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd="/", capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -21,7 +21,8 @@ from ._messages import Busiest, Failed, Leave, Message, Pipe, Ready, Released, R
 
 LOGGER = logging.getLogger("trio_udp")
 
-WORKER = "from trio_udp.operate._worker import main; main()"
+# What follows the descriptor is the path of this process: a worker imports the same packages, this one included.
+WORKER = "import sys; sys.path[:] = sys.argv[2:]; from trio_udp.operate._worker import main; main()"
 
 # The options -W of this process. (Those in the environment are inherited.)
 WARNINGS = [f"-W{option}" for option in sys.warnoptions]
@@ -177,7 +178,7 @@ class WorkerProcess:
             pipe = Pipe(ours)
             with theirs, trio.CancelScope(shield=True):  # or a process might start that nobody knows
                 process = await trio.lowlevel.open_process(
-                    [sys.executable, *WARNINGS, "-c", WORKER, str(theirs.fileno())],
+                    [sys.executable, *WARNINGS, "-c", WORKER, str(theirs.fileno()), *sys.path],
                     pass_fds=[theirs.fileno(), *self.settings.descriptors],
                     # A Ctrl-C is for the supervisor. In its process group, it would end a worker that is starting, with
                     # a traceback: no program can ignore a signal before the interpreter runs it.

@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import socket
-import sys
 from collections.abc import Collection, Sequence
 from typing import Literal, final
 
@@ -19,13 +18,13 @@ import attrs
 import trio
 
 from .. import Address, Limits, ServerStatistics
+from ._arguments import check_counts, check_hosts, check_names, check_platform, check_seconds, check_settings
 from ._messages import Settings
 from ._process import Patience, WorkerProcess
 from ._reload import watch_python_files
 from ._slot import Slot
 from ._sockets import bind_all, deal, describe_address, steer_by_address
 from ._supervision import Supervision
-from ._target import split_target
 
 LOGGER = logging.getLogger("trio_udp")
 
@@ -234,17 +233,23 @@ async def serve_workers(
     Cancellation:
       Kills the workers and closes the sockets.
     """
-    for name in (target, accept):
-        if name is not None:
-            split_target(name)
-    seconds: list[tuple[str, object, float]] = [  # name, value and the least that makes sense
-        ("idle_timeout", idle_timeout, 0.001),
-        ("drain_timeout", drain_timeout, 0),
-        ("lame_duck", lame_duck, 0),
-        ("watchdog", watchdog, 2),  # workers report once a second
-        ("ready_timeout", ready_timeout, 0),
-    ]
-    _check_arguments(workers, steer, limits, seconds)
+    check_platform()
+    check_names(target, *([] if accept is None else [accept]))
+    check_hosts(host, sockets)
+    check_settings(steer, limits, log_format)
+    check_counts(
+        workers=(workers, 1),
+        max_datagram_size=(max_datagram_size, 1),
+        log_level=(log_level, 0),
+        busiest_clients=(busiest_clients, 0),
+    )
+    check_seconds(
+        idle_timeout=(idle_timeout, 0.001),
+        drain_timeout=(drain_timeout, 0),
+        lame_duck=(lame_duck, 0),
+        watchdog=(watchdog, 2),  # workers report once a second
+        ready_timeout=(ready_timeout, 0),
+    )
     app_dir = os.path.abspath(app_dir)  # noqa: ASYNC240  # asks for the current folder only
     watch = watch_python_files(app_dir, target) if reload else None
     if sockets is None:
@@ -315,22 +320,3 @@ def _status(slot: Slot, worker: WorkerProcess) -> WorkerStatus:
         killed=slot.killed,
         statistics=slot.statistics(),
     )
-
-
-def _check_arguments(workers: object, steer: object, limits: object, seconds: list[tuple[str, object, float]]) -> None:
-    """Raise for the caller's mistakes now, rather than in every worker."""
-    if not isinstance(workers, int) or isinstance(workers, bool):
-        raise TypeError(f"workers must be an int, not {workers!r}")
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, not {workers!r}")
-    if steer not in (None, "address"):
-        raise ValueError(f"steer must be 'address' or None, not {steer!r}")
-    if not isinstance(limits, Limits):
-        raise TypeError(f"limits must be Limits, not {limits!r}")
-    for name, value, least in seconds:
-        if not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number of seconds, not {value!r}")
-        if not value >= least:
-            raise ValueError(f"{name} must be at least {least:g}, not {value!r}")
-    if sys.platform == "win32":
-        raise OSError("workers need a POSIX system, which can pass sockets to a process: use trio_udp.serve")
