@@ -270,6 +270,7 @@ def test_workers_do_not_outlive_the_supervisor(run_command: RunCommand, handler:
         ask(peer)
     os.kill(command.pid, signal.SIGKILL)
     wait_until_gone(workers)
+    assert command.wait() == (-signal.SIGKILL, [])  # and nothing was logged
     assert is_free(command.port)
 
 
