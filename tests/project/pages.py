@@ -1,0 +1,83 @@
+"""The code in the pages of docs/, as modules and programs that tests run.
+
+A page is a module: its ``python`` blocks, one after the other, with the line numbers of the page. Blocks inside an HTML
+comment are part of it, and not of what readers see: there a page keeps the tests of the code beside them. A statement
+``trio.run(...)`` is left out.
+
+A block under ``<!-- program: b"hello" -> b"HELLO" -->`` is a program too: it runs as a process that is sent the first
+payload, and must answer with the second one. Programs for other libraries (and in Go) are nothing else.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import attrs
+import trio
+
+import trio_udp
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+TESTS = ROOT / "tests"
+
+BLOCK = re.compile(r"^(?:<!-- program: (?P<dialogue>.*?) -->\n)?```(?P<language>python|go)\n(?P<code>.*?)^```", re.M | re.S)
+
+
+@attrs.frozen
+class Block:
+    """A block of code in a page.
+
+    Attributes:
+      dialogue: What the program is sent and answers; empty if it is no program.
+    """
+
+    page: Path
+    line: int
+    language: str
+    code: str
+    dialogue: tuple[tuple[bytes, bytes], ...]
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(DOCS)}:{self.line}"
+
+
+def pages() -> list[Path]:
+    """All pages, except those that a file of tests names because it runs their code itself."""
+    tests = "".join(path.read_text() for path in TESTS.rglob("test_*.py"))
+    return [page for page in sorted(DOCS.rglob("*.md")) if f"{page.name}" not in tests]
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    found = []
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start("code")) + 1
+        pairs = re.findall(r'(b"[^"]*") -> (b"[^"]*")', match["dialogue"] or "")
+        dialogue = tuple((ast.literal_eval(sent), ast.literal_eval(answer)) for sent, answer in pairs)
+        found.append(Block(page, line, match["language"], match["code"], dialogue))
+    return found
+
+
+def as_module(page: Path) -> ModuleType:
+    """Run the code of a page, and return its names."""
+    name = "docs." + ".".join(page.relative_to(DOCS).with_suffix("").parts)
+    module = ModuleType(name)
+    module.__dict__.update(trio=trio, trio_udp=trio_udp)
+    sys.modules[name] = module  # dataclasses look there
+    for block in blocks(page):
+        tree = ast.parse("\n" * (block.line - 1) + block.code) if block.language == "python" else ast.Module([], [])
+        is_run = [_runs_trio(statement) for statement in tree.body]
+        if block.dialogue and not any(is_run):
+            continue
+        tree.body = [statement for statement, run in zip(tree.body, is_run, strict=True) if not run]
+        exec(compile(tree, str(page), "exec", dont_inherit=True), module.__dict__)
+    return module
+
+
+def _runs_trio(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and ast.unparse(statement).startswith("trio.run(")
