@@ -2,7 +2,8 @@
 
 A page is a module: its ``python`` blocks, one after the other, with the line numbers of the page. Blocks inside an HTML
 comment are part of it, and not of what readers see: there a page keeps the tests of the code beside them. A statement
-``trio.run(...)`` is left out.
+``trio.run(...)`` is left out. (If a block awaits something outside a function, as a guide may show, nothing of the page is
+run: its names and arguments are checked.)
 
 A block under ``<!-- program: b"hello" -> b"HELLO" -->`` is a program too: it runs as a process that is sent the first
 payload, and must answer with the second one. Programs for other libraries (and in Go) are nothing else.
@@ -26,6 +27,9 @@ DOCS = ROOT / "docs"
 TESTS = ROOT / "tests"
 
 BLOCK = re.compile(r"^(?:<!-- program: (?P<dialogue>.*?) -->\n)?```(?P<language>python|go)\n(?P<code>.*?)^```", re.M | re.S)
+
+LITERAL = r'(b"(?:[^"\\]|\\.)*")'
+PAIR = re.compile(f"{LITERAL} -> {LITERAL}")
 
 
 @attrs.frozen
@@ -57,8 +61,9 @@ def blocks(page: Path) -> list[Block]:
     found = []
     for match in BLOCK.finditer(text):
         line = text.count("\n", 0, match.start("code")) + 1
-        pairs = re.findall(r'(b"[^"]*") -> (b"[^"]*")', match["dialogue"] or "")
+        pairs = PAIR.findall(match["dialogue"] or "")
         dialogue = tuple((ast.literal_eval(sent), ast.literal_eval(answer)) for sent, answer in pairs)
+        assert dialogue or not match["dialogue"], f"{page}:{line}"
         found.append(Block(page, line, match["language"], match["code"], dialogue))
     return found
 
@@ -67,7 +72,7 @@ def as_module(page: Path) -> ModuleType:
     """Run the code of a page, and return its names."""
     name = "docs." + ".".join(page.relative_to(DOCS).with_suffix("").parts)
     module = ModuleType(name)
-    module.__dict__.update(trio=trio, trio_udp=trio_udp)
+    module.__dict__.update(trio=trio, trio_udp=trio_udp, __file__=str(page))
     sys.modules[name] = module  # dataclasses look there
     for block in blocks(page):
         tree = ast.parse("\n" * (block.line - 1) + block.code) if block.language == "python" else ast.Module([], [])
@@ -79,5 +84,18 @@ def as_module(page: Path) -> ModuleType:
     return module
 
 
+def awaits_outside_functions(page: Path) -> bool:
+    """Whether a page shows lines that only make sense inside an async function of the reader's."""
+    for block in blocks(page):
+        if block.language == "python":
+            try:
+                compile(block.code, str(page), "exec", dont_inherit=True)
+            except SyntaxError:
+                return True
+    return False
+
+
 def _runs_trio(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.If) and ast.unparse(statement.test) == "__name__ == '__main__'":
+        return _runs_trio(statement.body[-1])
     return isinstance(statement, ast.Expr) and ast.unparse(statement).startswith("trio.run(")

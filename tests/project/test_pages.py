@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import importlib.util
+import inspect
 import re
 import shutil
 import socket
@@ -14,9 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from .pages import DOCS, Block, as_module, blocks, pages
+import trio_udp
 
-PROGRAMS = [block for page in pages() for block in blocks(page) if block.dialogue]
+from .pages import DOCS, Block, as_module, awaits_outside_functions, blocks, pages
+
+ALL_BLOCKS = [block for page in pages() for block in blocks(page)]
+PROGRAMS = [block for block in ALL_BLOCKS if block.dialogue]
 TIMEOUT = 20.0  # seconds
 
 
@@ -24,6 +29,8 @@ def collect() -> None:
     """Make the tests inside pages tests of this module."""
     threshold = gc.get_threshold()
     for page in pages():
+        if awaits_outside_functions(page):
+            continue
         module = as_module(page)
         prefix = re.sub(r"\W", "_", str(page.relative_to(DOCS).with_suffix("")))
         for name, thing in vars(module).items():
@@ -83,6 +90,18 @@ def test_program(block: Block, tmp_path: Path) -> None:
             assert program.stderr is not None
             errors = program.stderr.read()
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("block", [block for block in ALL_BLOCKS if block.language == "python"], ids=str)
+def test_names_and_arguments(block: Block) -> None:
+    """What a page uses of trio_udp is there, and takes the keywords that the page gives it."""
+    for node in ast.walk(compile(block.code, str(block), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | ast.PyCF_ONLY_AST)):
+        match node:
+            case ast.Attribute(value=ast.Name("trio_udp"), attr=name):
+                assert name == "testing" or hasattr(trio_udp, name), name
+            case ast.Call(func=ast.Attribute(value=ast.Name("trio_udp"), attr=name), keywords=keywords):
+                parameters = inspect.signature(getattr(trio_udp, name)).parameters
+                assert {keyword.arg for keyword in keywords} - {None} <= set(parameters)
 
 
 def test_pages_have_code() -> None:
