@@ -28,7 +28,6 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 nitpicky = True
-suppress_warnings = ["toc.empty_glob"]  # index.md may name a page before it is written
 
 # The reference: docstrings as they are, in the order of the source.
 autodoc_default_options = {"members": True, "member-order": "bysource"}
