@@ -41,9 +41,13 @@ WRITTEN_OUT = {
     "DatagramHandler": "Handler",
     "RequestFunction": "Callable[[bytes, Client], Awaitable[Payload | None]]",
     "Network": "str | ipaddress.IPv4Network | ipaddress.IPv6Network | ipaddress.IPv4Address | ipaddress.IPv6Address",
+    "Securable": "Callable[[DTLSChannel], Awaitable[object]] | Callable[[trio_udp.Client], Awaitable[object]]",
     "stdlib_socket": "socket",
 }
-nitpick_ignore_regex = [("py:class", r"(trio_udp\.layers\.\w+\.)?(Received|Sent|T|Transport)")]  # type variables
+nitpick_ignore_regex = [
+    ("py:class", r"(trio_udp\.layers\.\w+\.)?(Received|Sent|T|Transport)"),  # type variables
+    ("py:class", r"(OpenSSL\.)?SSL\.\w+|Certificate"),  # of pyOpenSSL and cryptography
+]
 
 # Names of Trio and Python that we refer to are written down in docs/inventories, a line for each, and packed into the
 # format of intersphinx here. So a build needs no network and is the same everywhere; a link that a new release of Trio
@@ -76,16 +80,26 @@ html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", 
 html_copy_source = False
 
 
-def prepare_page(app: object, name: str, content: list[str]) -> None:
-    """Leave out HTML comments, which hold a page's tests; lead links to files outside docs/ to the repository."""
-    folder = posixpath.join("docs", posixpath.dirname(name))
+def prepare_page(app: Sphinx, name: str, content: list[str]) -> None:
+    """Make a page of docs/ one of the site.
+
+    A page that only includes a file of the repository is that file. HTML comments, which hold a page's tests, are left
+    out. Links to files outside docs/ lead to the repository.
+    """
+    here = folder = posixpath.join("docs", posixpath.dirname(name))
+    text = content[0]
+    included = re.fullmatch(r"```\{include\} (\S+)\n```\n", text)
+    if included:
+        file = posixpath.normpath(posixpath.join(here, included[1]))
+        folder, text = posixpath.dirname(file), (DOCS.parent / file).read_text()
 
     def link(match: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(folder, match[1]))
-        return match[0] if path.startswith(("docs/", "..")) or path.endswith(".svg") else f"]({REPOSITORY}/blob/main/{path})"
+        outside = not path.startswith("docs/") and not path.endswith(".svg")
+        return f"]({REPOSITORY}/blob/main/{path}" if outside else f"]({posixpath.relpath(path, here)}"
 
-    text = re.sub(r"<!--.*?-->\n?", "", content[0], flags=re.DOTALL)
-    content[0] = re.sub(r"\]\((\.\./[^)\s#]+)\)", link, text)
+    text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
+    content[0] = re.sub(r"\]\(([^)\s#:]+)(?=[)#])", link, text)
 
 
 def signature_as_written(
@@ -106,9 +120,7 @@ def signature_as_written(
     return tuple(re.sub(r"\b\w+\b", lambda word: WRITTEN_OUT.get(word[0], word[0]), part) for part in shown)
 
 
-def one_attribute_a_line(
-    app: object, what: str, name: str, thing: object, options: object, lines: list[str]
-) -> None:
+def one_attribute_a_line(app: object, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
     """Give each of several attributes that a docstring describes together a line of its own."""
     for position in range(len(lines) - 1, -1, -1):
         together = re.match(r"( +)(\w+(?:, \w+)+): ", lines[position])

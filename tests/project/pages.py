@@ -1,9 +1,9 @@
-"""The code in the pages of docs/, as modules and programs that tests run.
+"""The code in the pages of docs/ and in CONTRIBUTING.md, as modules and programs that tests run.
 
 A page is a module: its ``python`` blocks, one after the other, with the line numbers of the page. Blocks inside an HTML
 comment are part of it, and not of what readers see: there a page keeps the tests of the code beside them. A statement
-``trio.run(...)`` is left out. (If a block awaits something outside a function, as a guide may show, nothing of the page is
-run: its names and arguments are checked.)
+``trio.run(...)`` is left out. (If a block awaits something outside a function, as a guide may show, nothing of the page
+is run: its names and arguments are checked. So are those of a block under ``<!-- not run: why -->``.)
 
 A block under ``<!-- program: b"hello" -> b"HELLO" -->`` is a program too: it runs as a process that is sent the first
 payload, and must answer with the second one. Programs for other libraries (and in Go) are nothing else.
@@ -26,7 +26,11 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 TESTS = ROOT / "tests"
 
-BLOCK = re.compile(r"^(?:<!-- program: (?P<dialogue>.*?) -->\n)?```(?P<language>python|go)\n(?P<code>.*?)^```", re.M | re.S)
+BLOCK = re.compile(
+    r"^(?:<!-- program: (?P<dialogue>[^\n]*?) -->\n|<!-- not run: (?P<reason>[^\n]*?) -->\n)?"
+    r"```(?P<language>python|go)\n(?P<code>.*?)^```",
+    re.MULTILINE | re.DOTALL,
+)
 
 LITERAL = r'(b"(?:[^"\\]|\\.)*")'
 PAIR = re.compile(f"{LITERAL} -> {LITERAL}")
@@ -38,6 +42,7 @@ class Block:
 
     Attributes:
       dialogue: What the program is sent and answers; empty if it is no program.
+      is_run: It stands under no ``<!-- not run: why -->``.
     """
 
     page: Path
@@ -45,15 +50,17 @@ class Block:
     language: str
     code: str
     dialogue: tuple[tuple[bytes, bytes], ...]
+    is_run: bool
 
     def __str__(self) -> str:
-        return f"{self.page.relative_to(DOCS)}:{self.line}"
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
 def pages() -> list[Path]:
     """All pages, except those that a file of tests names because it runs their code itself."""
     tests = "".join(path.read_text() for path in TESTS.rglob("test_*.py"))
-    return [page for page in sorted(DOCS.rglob("*.md")) if f"{page.name}" not in tests]
+    documents = [page for page in sorted(DOCS.rglob("*.md")) if "_build" not in page.parts]
+    return [page for page in [*documents, ROOT / "CONTRIBUTING.md"] if f'"{page.name}"' not in tests]
 
 
 def blocks(page: Path) -> list[Block]:
@@ -64,22 +71,24 @@ def blocks(page: Path) -> list[Block]:
         pairs = PAIR.findall(match["dialogue"] or "")
         dialogue = tuple((ast.literal_eval(sent), ast.literal_eval(answer)) for sent, answer in pairs)
         assert dialogue or not match["dialogue"], f"{page}:{line}"
-        found.append(Block(page, line, match["language"], match["code"], dialogue))
+        found.append(Block(page, line, match["language"], match["code"], dialogue, match["reason"] is None))
     return found
 
 
 def as_module(page: Path) -> ModuleType:
     """Run the code of a page, and return its names."""
-    name = "docs." + ".".join(page.relative_to(DOCS).with_suffix("").parts)
+    name = "pages." + ".".join(page.relative_to(ROOT).with_suffix("").parts)
     module = ModuleType(name)
     module.__dict__.update(trio=trio, trio_udp=trio_udp, __file__=str(page))
     sys.modules[name] = module  # dataclasses look there
     for block in blocks(page):
-        tree = ast.parse("\n" * (block.line - 1) + block.code) if block.language == "python" else ast.Module([], [])
-        is_run = [_runs_trio(statement) for statement in tree.body]
-        if block.dialogue and not any(is_run):
+        if block.language != "python" or not block.is_run:
             continue
-        tree.body = [statement for statement, run in zip(tree.body, is_run, strict=True) if not run]
+        tree = ast.parse("\n" * (block.line - 1) + block.code)
+        statements = [statement for statement in tree.body if not _runs_trio(statement)]
+        if block.dialogue and len(statements) == len(tree.body):
+            continue  # a program for another library
+        tree.body = statements
         exec(compile(tree, str(page), "exec", dont_inherit=True), module.__dict__)
     return module
 

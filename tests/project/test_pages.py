@@ -1,4 +1,4 @@
-"""The pages of docs/ tell the truth: all their code runs. How is in pages.py."""
+"""The pages of docs/, and CONTRIBUTING.md, tell the truth: all their code runs. How is in pages.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 
 import trio_udp
 
-from .pages import DOCS, Block, as_module, awaits_outside_functions, blocks, pages
+from .pages import ROOT, Block, as_module, awaits_outside_functions, blocks, pages
 
 ALL_BLOCKS = [block for page in pages() for block in blocks(page)]
 PROGRAMS = [block for block in ALL_BLOCKS if block.dialogue]
@@ -32,7 +32,7 @@ def collect() -> None:
         if awaits_outside_functions(page):
             continue
         module = as_module(page)
-        prefix = re.sub(r"\W", "_", str(page.relative_to(DOCS).with_suffix("")))
+        prefix = re.sub(r"\W", "_", str(page.relative_to(ROOT).with_suffix("")))
         for name, thing in vars(module).items():
             if name.startswith("test_"):
                 globals()[f"test_{prefix}__{name.removeprefix('test_')}"] = thing
@@ -107,4 +107,4 @@ def test_names_and_arguments(block: Block) -> None:
 def test_pages_have_code() -> None:
     """Programs and tests of pages were found."""
     assert len(PROGRAMS) > 10
-    assert sum(name.startswith("test_howto_") for name in globals()) > 10
+    assert sum(name.startswith("test_docs_howto_") for name in globals()) > 10
