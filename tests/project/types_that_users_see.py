@@ -1,7 +1,7 @@
 # pyright: strict
 """What a type checker says to a user's program. mypy and pyright check this file; nothing runs it.
 
-A line with ``# type: ignore[...]`` must be an error: mypy warns if it is none (``warn_unused_ignores``), as does pyright.
+A line with ``# type: ignore[...]`` must be an error: if it is none, both warn.
 """
 # pyright: reportUnnecessaryTypeIgnoreComment=error
 

@@ -57,8 +57,8 @@ def sockets_from_systemd(*, one_port: bool = False) -> list[tuple[str, socket.so
     """Take over the datagram sockets that systemd has passed to this process: name and socket of each, in order.
 
     The name is ``FileDescriptorName=`` of the unit, by default the unit's own name. The sockets are as systemd made
-    them, so they may be blocking, but child processes do not inherit them. :func:`trio_udp.endpoints_from_systemd` tells the
-    rest.
+    them, so they may be blocking, but child processes do not inherit them. :func:`trio_udp.endpoints_from_systemd`
+    tells the rest.
 
     Args:
       one_port: Take UDP sockets only, all of the same port, as for the workers of one server.
