@@ -120,7 +120,7 @@ def signature_as_written(
     return tuple(re.sub(r"\b\w+\b", lambda word: WRITTEN_OUT.get(word[0], word[0]), part) for part in shown)
 
 
-def one_attribute_a_line(app: object, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+def one_attribute_a_line(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
     """Give each of several attributes that a docstring describes together a line of its own."""
     for position in range(len(lines) - 1, -1, -1):
         together = re.match(r"( +)(\w+(?:, \w+)+): ", lines[position])
@@ -134,7 +134,14 @@ def one_attribute_a_line(app: object, what: str, name: str, thing: object, optio
             ]
 
 
+def text_of_property(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Restore what a property says: napoleon takes the words before a colon in its first line for its type."""
+    if what == "property" and any(line.startswith(":type:") for line in lines):
+        lines[:] = [*(inspect.getdoc(thing) or "").splitlines(), ""]
+
+
 def setup(app: Sphinx) -> None:
     app.connect("source-read", prepare_page)
     app.connect("autodoc-process-signature", signature_as_written)
     app.connect("autodoc-process-docstring", one_attribute_a_line, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", text_of_property, priority=600)  # after it

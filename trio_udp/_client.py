@@ -56,7 +56,7 @@ class Client(DatagramChannel):
 
     @property
     def destination(self) -> Address:
-        """The address that its datagrams were sent to, which is our own, a group or a broadcast address."""
+        """The address that its datagrams were sent to: our own, a group or a broadcast address."""
         return self._state.outbox.engine.destination(self._state.route)
 
     @property

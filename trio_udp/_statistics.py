@@ -162,7 +162,7 @@ class ServerStatistics:
 
     @property
     def accounted_for(self) -> int:
-        """The sum of all fates of a datagram, which is equal to ``received``."""
+        """The sum of all fates of a datagram: equal to ``received``."""
         dropped = self.dropped_inbox_full + self.dropped_at_end + self.truncated
         refused = self.refused_malformed + self.refused_source + self.refused_by_rate + self.refused_by_accept
         refused += self.refused_full + self.refused_stopping

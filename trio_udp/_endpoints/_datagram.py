@@ -75,7 +75,7 @@ class Datagram(metaclass=NoPublicConstructor):
 
     @property
     def destination(self) -> Address:
-        """The address it was sent to, which is our own, a group or a broadcast address."""
+        """The address it was sent to: our own, a group or a broadcast address."""
         return self._origin.outbox.engine.destination(self._route)
 
     @property

@@ -234,7 +234,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
 
     @property
     def multicast_hops(self) -> int:
-        """Time to live of what this endpoint sends to groups, 0 to 255; 1, the default, stays on the link."""
+        """Time to live of what this endpoint sends to groups: 0 to 255; 1, the default, stays on the link."""
         return multicast_of(self._reader.engine).hops
 
     @multicast_hops.setter

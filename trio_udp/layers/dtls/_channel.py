@@ -292,7 +292,7 @@ class DTLSChannel(OverClient):
 
     @property
     def ssl_connection(self) -> SSL.Connection | None:
-        """OpenSSL's own object, for its cipher, protocols, keying material. A server has none before the hello."""
+        """OpenSSL's own object, to look at: cipher, protocols, keying material. A server has none before the hello."""
         return self._association.ssl
 
     @property
