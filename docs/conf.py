@@ -29,8 +29,8 @@ myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 nitpicky = True
 
-# The reference: docstrings as they are, in the order of the source.
-autodoc_default_options = {"members": True, "member-order": "bysource"}
+# The reference: docstrings as they are.
+autodoc_default_options = {"members": True}
 python_maximum_signature_line_length = 80
 napoleon_attr_annotations = False
 napoleon_custom_sections = [("Errors", "notes_style"), ("Cancellation", "notes_style")]
