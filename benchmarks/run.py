@@ -1,6 +1,6 @@
 """Measure trio_udp and its peers under the same loads, and write the results down.
 
-    pip install -e '.[benchmarks]'
+    pip install -e . --group benchmarks
     python benchmarks/run.py              # half an hour; writes benchmarks/results
     python benchmarks/run.py --quick      # two minutes, to see that everything runs; the figures mean little
 

@@ -79,6 +79,8 @@ async def serve(
     same client until its handler returns. If it returns or raises while datagrams wait, it is called again with the
     same client, provided that it took any.
 
+    Nothing that a stranger sends raises here: see :class:`ServerStatistics`.
+
     Args:
       handler: Async function, called with a :class:`Client`; or a :func:`datagram_handler`, or a
         :func:`request_handler`. A plain function that returns an awaitable works too. A ``trio.EndOfChannel`` that
@@ -131,8 +133,6 @@ async def serve(
       trio.ClosedResourceError: Every endpoint was closed under the running server.
       KeyboardInterrupt, SystemExit: Bare, not in a group; other errors of the group become the ``__cause__``.
       BaseExceptionGroup: ``on_error`` raised, or a handler raised something that is not an ``Exception``.
-
-      Nothing that a stranger sends raises here: see :class:`ServerStatistics`.
 
     Cancellation:
       Ends every client at once and closes the sockets; datagrams still in inboxes are dropped.

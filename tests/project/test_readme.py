@@ -14,10 +14,11 @@ import pytest
 
 import trio_udp
 
-ROOT = Path(__file__).parents[2]
+from .pages import DOCS, ROOT
+
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *(page for page in sorted(DOCS.rglob("*.md")) if "_build" not in page.parts)]
 
 # What the variables of the README's programs are.
 VARIABLES = {
@@ -83,7 +84,7 @@ def test_every_argument_exists() -> None:
     assert checked
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_leads_somewhere(document: Path) -> None:
     """Files that a document links to are there."""
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):
@@ -91,7 +92,7 @@ def test_every_link_leads_somewhere(document: Path) -> None:
             assert (document.parent / target).is_file(), target
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_named_is_there(document: Path) -> None:
     """Files of this project that a document names, for example as the tests of a promise, are there."""
     if document.name in ("testing.md", "results.md"):  # these name files of the reader's own

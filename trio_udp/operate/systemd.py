@@ -57,14 +57,14 @@ def sockets_from_systemd(*, one_port: bool = False) -> list[tuple[str, socket.so
     """Take over the datagram sockets that systemd has passed to this process: name and socket of each, in order.
 
     The name is ``FileDescriptorName=`` of the unit, by default the unit's own name. The sockets are as systemd made
-    them, so they may be blocking, but child processes do not inherit them. :func:`endpoints_from_systemd` tells the
-    rest.
+    them, so they may be blocking, but child processes do not inherit them. :func:`trio_udp.endpoints_from_systemd`
+    tells the rest.
 
     Args:
       one_port: Take UDP sockets only, all of the same port, as for the workers of one server.
 
     Raises:
-      ValueError: As :func:`endpoints_from_systemd`, or the sockets are not what ``one_port`` asks for.
+      ValueError: As :func:`trio_udp.endpoints_from_systemd`, or the sockets are not what ``one_port`` asks for.
     """
     names = _passed_names(os.environ)
     with ExitStack() as stack:

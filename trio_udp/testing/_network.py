@@ -92,7 +92,7 @@ class SimulatedNetwork(Conditions):
         shared: bool = False,
         proxies: Iterable[Network] = (),
     ) -> Endpoint:
-        """Open an endpoint at any address, for :func:`serve_endpoints`.
+        """Open an endpoint at any address, for :func:`~trio_udp.serve_endpoints`.
 
         It has no ``socket``: reading that attribute raises ``io.UnsupportedOperation``, an ``OSError``.
 
@@ -112,7 +112,7 @@ class SimulatedNetwork(Conditions):
           shared: Open the endpoint over a socket that a supervisor holds: when the endpoint is closed, the socket
             stays, and datagrams wait in its buffer for the next endpoint that is opened there with ``shared=True`` (and
             the same ``own_hosts``). Buffer sizes and ``allow_broadcast`` stay as the first endpoint set them.
-          proxies: As for :func:`open_endpoints`.
+          proxies: As for :func:`~trio_udp.open_endpoints`.
 
         Raises:
           OSError: ``EADDRINUSE``: the address is taken.

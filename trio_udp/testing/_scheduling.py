@@ -10,7 +10,7 @@ from ..layers.request import JITTER
 
 
 def deterministic_scheduling(seed: int) -> AbstractContextManager[None]:
-    """Let a seed decide in which order Trio runs its tasks, and the jitter of :func:`backoff`, in a block.
+    """Let a seed decide in which order Trio runs its tasks, and the jitter of :func:`~trio_udp.backoff`, in a block.
 
     ``with deterministic_scheduling(seed): trio.run(...)`` does the same each time if the program does: with
     ``trio.testing.MockClock``, with a :class:`SimulatedNetwork` instead of a real one, and without threads. The fixture
