@@ -95,6 +95,7 @@ async def open_endpoints(
     check_buffer_size("send_buffer", send_buffer)
     _check_configure(configure)
     networks = Networks.parse("proxies", proxies)
+    _check_trio_runs()
     if reuse_port and not hasattr(socket, "SO_REUSEPORT"):
         raise ValueError("reuse_port=True is not possible on this platform: leave it out")
     options = Options(receive_buffer, send_buffer, configure)
@@ -148,6 +149,7 @@ async def open_connected_endpoint(
       OSError: The kernel's error for the first address, with the address in its message. Or the name is unknown.
       TypeError, ValueError: An argument makes no sense, or does not go with the family of the peer.
     """
+    _check_trio_runs()
     _check_port(port, least=1)
     _check_number("flowinfo", flowinfo, 0xFFFFF)
     _check_number("scope_id", scope_id, 0xFFFFFFFF)
@@ -317,6 +319,13 @@ def _make_endpoint(
 ) -> Endpoint:
     engine = engine_for(trio.socket.from_stdlib_socket(sock), max_datagram_size, proxies=proxies)
     return make_endpoint(engine, receive_buffer_requested=requested)
+
+
+def _check_trio_runs() -> None:
+    if not trio.lowlevel.in_trio_run():
+        raise RuntimeError(
+            "no Trio is running: use trio.run(), or trio.lowlevel.start_guest_run() beside asyncio or another loop"
+        )
 
 
 def _check_port(port: int, *, least: int) -> None:
