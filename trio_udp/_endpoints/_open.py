@@ -198,7 +198,9 @@ def _address_errors(action: str, address: Address) -> Iterator[None]:
         yield
     except OSError as error:
         # OSError() chooses the subclass by errno, so this has the class of the original.
-        named = OSError(error.errno, f"{error.strerror}: cannot {action} {describe(address)}")
+        needs_privilege = error.errno == errno.EACCES and action == "bind" and address[1] < 1024
+        advice = "; ports below 1024 need CAP_NET_BIND_SERVICE, or a socket from systemd" if needs_privilege else ""
+        named = OSError(error.errno, f"{error.strerror}: cannot {action} {describe(address)}{advice}")
         raise AddressError(named) from None
 
 
