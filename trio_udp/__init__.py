@@ -1,4 +1,18 @@
-"""UDP servers with structured concurrency: one task and one bounded, ordered inbox for each client."""
+"""UDP servers with structured concurrency: one task and one bounded, ordered inbox for each client.
+
+    trio.run(trio_udp.serve, handler, 9999)             # async def handler(client), once for each address that writes
+
+serve(handler, port)            a server; serve_endpoints(), serve_workers() on sockets of your own, on all CPUs
+connect(host, port)             the other end
+@request_handler                a handler made of an async function that answers one datagram
+@datagram_handler               a handler made of a plain function that sees every datagram, without clients
+Limits(...), RateLimit(...)     bounds on what strangers can take
+open_endpoints(port)            sockets without a server
+request(channel, payload, ...)  ask until there is an answer;  typed(handler, ...): objects instead of bytes
+testing                         a network in memory, for tests
+
+help(trio_udp.serve) explains every argument.
+"""
 
 from types import FunctionType
 from typing import TYPE_CHECKING

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Literal, final
 
 import trio
 
@@ -138,12 +138,15 @@ class Client(DatagramChannel):
         """
         return await self._state.__anext__(trio.EndOfChannel)
 
-    # The inbox itself is iterated over: a call in between would cost time for every datagram.
-    def __aiter__(self) -> Any:
-        return self._state
+    # The inbox itself is iterated over: a call in between would cost time for every datagram. Type checkers see what
+    # trio.abc.ReceiveChannel says: each item is bytes.
+    if not TYPE_CHECKING:
 
-    def __anext__(self) -> Any:
-        return self._state.__anext__()
+        def __aiter__(self):
+            return self._state
+
+        def __anext__(self):
+            return self._state.__anext__()
 
     def receive_nowait(self) -> bytes:
         """Like :meth:`receive`, without waiting.

@@ -24,6 +24,7 @@ async def handler(client: trio_udp.Client) -> None:
     assert_type(client.receive_nowait(), bytes)
     assert_type(await client.receive_many(), list[bytes])
     async for payload in client:
+        assert_type(payload, bytes)
         await client.send(payload)
         await client.send(bytearray(payload))
         await client.send(memoryview(payload))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
+import re
 import signal
 import socket
 import subprocess
@@ -17,12 +19,13 @@ from typing import Any
 import attrs
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
 
 import trio_udp
 from trio_udp import Client, Limits, Server, ServerStatistics, serve
 
-from ..conftest import ALICE, BOB, StartInMemory, echo
+from ..conftest import ALICE, BOB, StartInMemory, StartServer, echo
 
 
 def run_program(source: str, *, interrupt: bool = False) -> tuple[int, str]:
@@ -233,7 +236,50 @@ async def test_a_wrong_port_is_named(port: Any) -> None:
         await serve(echo, port)
 
 
+@pytest.mark.parametrize(
+    ("payload", "message"), [("hello", "not str: use .encode()"), (5, "not int"), (None, "not NoneType")], ids=repr
+)
+async def test_a_wrong_payload_is_named(start_in_memory: StartInMemory, payload: Any, message: str) -> None:
+    """What is no payload raises at the call, and says what to do."""
+    on = await start_in_memory(echo)
+    with pytest.raises(TypeError, match=re.escape(f"a payload is bytes, {message}")):
+        await on.server.send_to(payload, ALICE)
+
+
+async def test_a_forgotten_await_is_named(start_in_memory: StartInMemory) -> None:
+    """A coroutine as payload asks for the await that is missing."""
+    on = await start_in_memory(echo)
+    forgotten: Any = echo(on.server)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="is there an await missing"):
+        await on.server.send_to(forgotten, ALICE)
+    forgotten.close()
+
+
+@pytest.mark.parametrize(
+    "call", [partial(serve, echo, 0), partial(trio_udp.connect, "127.0.0.1", 9)], ids=["serve", "connect"]
+)
+def test_asyncio_is_told_about_guest_mode(call: Callable[[], Any]) -> None:
+    """Without Trio the message names both ways to run it."""
+    with pytest.raises(RuntimeError, match="start_guest_run"):
+        asyncio.run(call())
+
+
+async def test_broadcast_is_told_about_its_option(start_on_loopback: StartServer) -> None:
+    """A broadcast that the socket does not allow names the option that does."""
+    server = await start_on_loopback(host="0.0.0.0")
+    with pytest.raises(PermissionError, match="SO_BROADCAST"):
+        await server.send_to(b"", ("255.255.255.255", 9))
+    with pytest.raises(PermissionError, match="SO_BROADCAST"):
+        server.send_to_nowait(b"", ("255.255.255.255", 9))
+
+
 # help() and type checkers.
+
+
+def test_help_begins_with_the_functions() -> None:
+    """help(trio_udp) names the functions before the list of modules and classes."""
+    text = inspect.getdoc(trio_udp) or ""
+    assert text.index("serve(handler, port)") < text.index("connect(host, port)") < text.index("testing")
 
 
 def public_members() -> Iterator[tuple[str, object]]:

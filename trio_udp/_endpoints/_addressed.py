@@ -5,6 +5,7 @@ The program chose the address, so the kernel's error is raised. Errors of replie
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -78,14 +79,30 @@ async def send_on(way: Way, payload: Payload) -> None:
     outbox, _ = way
     outgoing = _outgoing(way, payload)
     await trio.lowlevel.checkpoint()
-    if not outbox.send([outgoing], raising=True):
-        await outbox.wait_for_room(outgoing, raising=True)
+    try:
+        if not outbox.send([outgoing], raising=True):
+            await outbox.wait_for_room(outgoing, raising=True)
+    except PermissionError as error:
+        raise _explained(error, way) from None
 
 
 def send_on_nowait(way: Way, payload: Payload) -> None:
     outbox, _ = way
-    if not outbox.send([_outgoing(way, payload)], raising=True):
-        raise trio.WouldBlock
+    try:
+        if not outbox.send([_outgoing(way, payload)], raising=True):
+            raise trio.WouldBlock
+    except PermissionError as error:
+        raise _explained(error, way) from None
+
+
+def _explained(error: PermissionError, way: Way) -> PermissionError:
+    """Say what an address needs that the socket is not allowed to send to."""
+    outbox, route = way
+    to = outbox.engine.peer_address(route)
+    if error.errno == errno.EACCES and is_internet(to) and (is_limited_broadcast(to) or outbox.engine.is_broadcast(to)):
+        needs = f"{to[0]} is a broadcast address, and the socket needs the option SO_BROADCAST (see configure=)"
+        return PermissionError(error.errno, f"{error.strerror}: {needs}")
+    return error
 
 
 def _outgoing(way: Way, payload: Payload) -> Outgoing:

@@ -95,6 +95,7 @@ async def open_endpoints(
     check_buffer_size("send_buffer", send_buffer)
     _check_configure(configure)
     networks = Networks.parse("proxies", proxies)
+    _check_trio_runs()
     if reuse_port and not hasattr(socket, "SO_REUSEPORT"):
         raise ValueError("reuse_port=True is not possible on this platform: leave it out")
     options = Options(receive_buffer, send_buffer, configure)
@@ -148,6 +149,7 @@ async def open_connected_endpoint(
       OSError: The kernel's error for the first address, with the address in its message. Or the name is unknown.
       TypeError, ValueError: An argument makes no sense, or does not go with the family of the peer.
     """
+    _check_trio_runs()
     _check_port(port, least=1)
     _check_number("flowinfo", flowinfo, 0xFFFFF)
     _check_number("scope_id", scope_id, 0xFFFFFFFF)
@@ -196,7 +198,9 @@ def _address_errors(action: str, address: Address) -> Iterator[None]:
         yield
     except OSError as error:
         # OSError() chooses the subclass by errno, so this has the class of the original.
-        named = OSError(error.errno, f"{error.strerror}: cannot {action} {describe(address)}")
+        needs_privilege = error.errno == errno.EACCES and action == "bind" and address[1] < 1024
+        advice = "; ports below 1024 need CAP_NET_BIND_SERVICE, or a socket from systemd" if needs_privilege else ""
+        named = OSError(error.errno, f"{error.strerror}: cannot {action} {describe(address)}{advice}")
         raise AddressError(named) from None
 
 
@@ -317,6 +321,13 @@ def _make_endpoint(
 ) -> Endpoint:
     engine = engine_for(trio.socket.from_stdlib_socket(sock), max_datagram_size, proxies=proxies)
     return make_endpoint(engine, receive_buffer_requested=requested)
+
+
+def _check_trio_runs() -> None:
+    if not trio.lowlevel.in_trio_run():
+        raise RuntimeError(
+            "no Trio is running: use trio.run(), or trio.lowlevel.start_guest_run() beside asyncio or another loop"
+        )
 
 
 def _check_port(port: int, *, least: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import socket
 from collections.abc import Sequence
@@ -41,6 +42,13 @@ FULL_THOUGH_WRITABLE = 0.01
 # Replies to single datagrams that are kept back at most. An echo of 64 clients with four datagrams each costs 0.61 of
 # uvloop with this, and 0.85 if each batch is answered by itself.
 MOST_COLLECTED = 3 * BATCH
+
+
+def hint(payload: object) -> str:
+    """What a beginner has probably forgotten."""
+    if isinstance(payload, str):
+        return ": use .encode()"
+    return ": is there an await missing?" if inspect.isawaitable(payload) else ""
 
 
 @attrs.define(eq=False)
@@ -109,7 +117,10 @@ class Outbox:
         """
         if type(payload) is not bytes:
             # memoryview rejects numbers and lists: bytes(5) and bytes([1, 2]) would work, and mean something else.
-            payload = bytes(memoryview(payload))
+            try:
+                payload = bytes(memoryview(payload))
+            except TypeError:
+                raise TypeError(f"a payload is bytes, not {type(payload).__name__}{hint(payload)}") from None
         # Every route carries at least as much as IPv4. Computing this route's limit would cost more than the rest.
         if len(payload) > MAX_PAYLOAD_IPV4 and len(payload) > self.engine.max_payload(route):
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
