@@ -18,6 +18,7 @@ import attrs
 import trio
 
 from .._log import LOGGER
+from .._trio import is_in_trio
 from ._address import Address, describe, family_of, is_link_local, numeric_address
 from ._buffers import (
     check_buffer_size,
@@ -324,7 +325,7 @@ def _make_endpoint(
 
 
 def _check_trio_runs() -> None:
-    if not trio.lowlevel.in_trio_run():
+    if not is_in_trio():
         raise RuntimeError(
             "no Trio is running: use trio.run(), or trio.lowlevel.start_guest_run() beside asyncio or another loop"
         )
