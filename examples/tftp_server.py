@@ -4,7 +4,7 @@ A client is the address and port of one transfer, so the handler runs once for e
 answers from a port of its own, as TFTP wants it: ``connect``, from the address that the request was sent to, gives a
 :class:`trio_udp.Connection`, which receives from this client only. For others, the kernel says, that port is closed.
 
-    python examples/tftp_server.py --write /srv/tftp 6969
+    python examples/tftp_server.py --root /srv/tftp --write 6969
     curl -T big.iso tftp://127.0.0.1:6969/
     curl tftp://127.0.0.1:6969/big.iso -o copy.iso
 
@@ -37,8 +37,8 @@ UNDEFINED, NOT_FOUND, NOT_ALLOWED, DISK_FULL, ILLEGAL, _, EXISTS = range(7)  # w
 FIRST_WAIT = 1.0  # seconds for an answer, before any has been measured
 LEAST_WAIT = 0.02
 MOST_WAIT = 8.0  # some clients repeat nothing until they have heard nothing for 5 seconds, not even what they ignore
-ATTEMPTS = 8
-ATTEMPTS_AT_FIRST = 4  # while the client has shown nothing but a request, whose address may be forged
+ATTEMPTS = 12  # the last one about half a minute after the first
+ATTEMPTS_AT_FIRST = 5  # while the client has shown nothing but a request, whose address may be forged
 LINGER = 6.0  # seconds after the last ACK, in which the client may ask for it again
 DRAIN = 30.0  # seconds for transfers to finish once the server is stopped
 CHUNK = 262_144  # bytes to read and write at once
@@ -139,11 +139,10 @@ class Transfer:
         """Send a file: a window of blocks at a time, beginning with the first that has not arrived (RFC 7440)."""
         if (confirmation := self.terms.confirmation()) is not None:
             await self._exchange(lambda: [confirmation], lambda kind, number, _: (kind, number) == (ACK, 0) or None)
-        window: deque[bytes] = deque()
-        first = 1  # number of the first block in the window
+        window: deque[bytes] = deque()  # the blocks after those that have been confirmed
 
         def count_arrived(kind: int, number: int, _: bytes) -> int | None:
-            arrived = (number - first + 1) % 65_536
+            arrived = (number - self._confirmed) % 65_536
             return arrived if kind == ACK and 1 <= arrived <= len(window) else None
 
         async with aclosing(self._blocks(read)) as blocks:
@@ -152,10 +151,10 @@ class Transfer:
                 while len(window) < self.terms.window and not is_last:
                     block = await anext(blocks)
                     self.size += len(block)
-                    window.append(pack("!HH", DATA, (first + len(window)) % 65_536) + block)
+                    window.append(pack("!HH", DATA, (self._confirmed + len(window) + 1) % 65_536) + block)
                     is_last = len(block) < self.terms.block
                 arrived = await self._exchange(lambda: list(window), count_arrived)
-                first += arrived
+                self._confirmed += arrived
                 for _ in range(arrived):
                     window.popleft()
 
@@ -180,7 +179,7 @@ class Transfer:
     async def confirm(self) -> None:
         """Say that all has arrived; and go on saying so, for as long as the client may ask again."""
         await self.connection.send_many(self._confirmation())
-        with self._linger as linger:
+        with self._linger as linger, suppress(ConnectionRefusedError):  # usually, the client has closed its port
             linger.deadline = trio.current_time() + LINGER
             async for packet in self.connection:
                 if packet[:2] == pack("!H", DATA):
@@ -189,7 +188,7 @@ class Transfer:
     async def begin_again(self, client: trio_udp.Client) -> None:
         """Repeat our first answer each time that the client repeats its request; until the server stops.
 
-        A timer does not repeat that one: curl (7.88), if it gets the options twice, sends its second block as the first.
+        A timer does not repeat that one: when curl (7.88) gets the options twice, its second block becomes the first.
         """
         with suppress(ConnectionRefusedError):
             async for _ in client:
@@ -217,11 +216,11 @@ class Transfer:
     async def _exchange(self, packets: Callable[[], list[bytes]], take: Callable[[int, int, bytes], T | None]) -> T:
         """Send packets until ``take(kind, number, rest)`` returns something for an answer; again after each wait."""
         if self._round_trip is not None:
-            waits = trio_udp.backoff(max(4 * self._round_trip, LEAST_WAIT), attempts=ATTEMPTS, factor=4, most=MOST_WAIT)
+            waits = trio_udp.backoff(max(4 * self._round_trip, LEAST_WAIT), attempts=ATTEMPTS, most=MOST_WAIT)
         elif self.terms.timeout is not None:
             waits = trio_udp.backoff(self.terms.timeout, attempts=ATTEMPTS, factor=1, jitter=0)
         else:
-            waits = trio_udp.backoff(FIRST_WAIT, attempts=ATTEMPTS_AT_FIRST, factor=4, most=MOST_WAIT)
+            waits = trio_udp.backoff(FIRST_WAIT, attempts=ATTEMPTS_AT_FIRST, most=MOST_WAIT)
         for attempt, wait in enumerate(waits):
             await self.connection.send_many(packets())
             sent = trio.current_time()
@@ -238,6 +237,8 @@ class Transfer:
                         sample = trio.current_time() - sent
                         before = sample if self._round_trip is None else self._round_trip
                         self._round_trip = before + (sample - before) / 8
+                    elif self._round_trip is None:
+                        self._round_trip = FIRST_WAIT / 4  # a guess
                     return taken
         raise Aborted("no answer")
 
@@ -398,14 +399,12 @@ async def main(root: str, host: str | None, port: int, writable: bool, most: int
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("directory", help="with the files to serve")
     parser.add_argument("port", nargs="?", type=int, default=69)
     parser.add_argument("--host", help="name or address to bind; all interfaces by default")
+    parser.add_argument("--root", default=".", metavar="DIRECTORY", help="with the files; the current one by default")
     parser.add_argument("--write", action="store_true", help="let anyone add files")
     parser.add_argument("--most", type=int, default=10**9, metavar="BYTES", help="of a file that is added")
     arguments = parser.parse_args()
-    if not os.path.isdir(arguments.directory):
-        parser.error(f"{arguments.directory} is not a directory")
-    trio.run(
-        main, os.path.realpath(arguments.directory), arguments.host, arguments.port, arguments.write, arguments.most
-    )
+    if not os.path.isdir(arguments.root):
+        parser.error(f"{arguments.root} is not a directory")
+    trio.run(main, os.path.realpath(arguments.root), arguments.host, arguments.port, arguments.write, arguments.most)
