@@ -321,7 +321,7 @@ def test_40_megabytes_through_loss(start: Start, tmp_path: Path) -> None:
 
 
 def test_both_ends_in_virtual_time() -> None:
-    """12 MB reach the other end byte for byte, through loss, doubling and reordering; block numbers begin again at 0."""
+    """12 MB reach the other end through loss, doubling and reordering; block numbers begin again at 0."""
     source = random.Random(3).randbytes(12_000_000)
     copy = bytearray()
     network = SimulatedNetwork(seed=4, loss=0.1, duplicate=0.05, reorder=0.05, latency=(0.001, 0.003))
