@@ -21,7 +21,16 @@ import pytest
 from .conftest import EXAMPLES, TIMEOUT, Serve, Start, ask, waiting, without_signals
 
 SCRIPTS = ["uppercase", "time_server", "slow_work", "refusing", "errors", "login", "service", "lobby", "collector"]
-SCRIPTS_THAT_PRINT = ["echo_options", "chat_room", "reliable", "relay", "sntp_server", "stun_server", "tftp_server", "syslog_collector"]
+SCRIPTS_THAT_PRINT = [
+    "echo_options",
+    "chat_room",
+    "reliable",
+    "relay",
+    "sntp_server",
+    "stun_server",
+    "tftp_server",
+    "syslog_collector",
+]
 
 pytestmark = without_signals
 
