@@ -30,6 +30,7 @@ SCRIPTS_THAT_PRINT = [
     "stun_server",
     "tftp_server",
     "syslog_collector",
+    "coap_server",
 ]
 
 pytestmark = without_signals
