@@ -75,8 +75,8 @@ def test_100_000_messages_and_a_stop_in_the_middle(start: Start, query: Query, t
     logger(example, "-t", "burst", "-f", str(lines))
     loggen = [program("loggen", "syslog-ng-core"), "--dgram", "--inet", "--quiet", "-r", "30000", "-n", "80000"]
     with subprocess.Popen([*loggen, "127.0.0.1", str(example.port)], stderr=subprocess.DEVNULL) as sending:
-        while query("select count(*) from messages where app != 'burst'") < [(20_000,)]:
-            pass
+        while query("select count(*) from messages where app != 'burst'") < [(5_000,)]:
+            assert sending.poll() is None
         stopped = figures(example.stop())
         sending.kill()
     rows = [str(message) for (message,) in query("select message from messages order by id")]
@@ -88,7 +88,7 @@ def test_100_000_messages_and_a_stop_in_the_middle(start: Start, query: Query, t
         assert numbers == sorted(set(numbers))
     missing = 20_000 - len(burst) + generated[-1] + 1 - len(generated)
     assert missing <= stopped["dropped by the kernel"]  # if that is 0, as where root runs this: none
-    assert 20_000 <= len(generated) < 80_000
+    assert 5_000 <= len(generated) < 80_000
 
 
 def test_everything_that_has_reached_the_machine(start: Start, query: Query) -> None:
