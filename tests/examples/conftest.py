@@ -1,9 +1,16 @@
-"""``start`` and ``serve`` run an example as a process, ``load`` imports one to run it on a simulated network."""
+"""``start`` and ``serve`` run an example as a process, ``load`` imports one to run it on a simulated network.
+
+``program`` finds a program that an example is tested with.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from types import ModuleType
+
+import pytest
 
 from ..project.conftest import EXAMPLES, serve as serve, start as start
 
@@ -16,3 +23,14 @@ def load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def program(name: str, package: str) -> str:
+    """Return the path of a program. Without it the test is skipped; in CI, where it is installed, the test fails."""
+    path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+    if path is None:
+        message = f"{name} is missing: install Debian's package {package}"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return path

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from trio_udp import Datagram, Limits, RateLimit, Server
 
 from ..conftest import StartServer, check_adds_up, port_of
 from ..project.conftest import EXAMPLES, Start, without_signals
+from .conftest import program
 
 ZONE_FILE = EXAMPLES / "example.zone"
 PROXY_HOST = "127.0.0.9"  # where dnsdist sends queries from
@@ -33,16 +32,6 @@ CONFIGURATION = """
 setACL({{"127.0.0.0/8", "::1/128"}})
 newServer{{address="{backend}", source="{source}", useProxyProtocol=true, checkName="example.com."}}
 """
-
-
-def program(name: str, package: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        message = f"{name} is missing: install Debian's package {package}"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    return path
 
 
 @pytest.fixture

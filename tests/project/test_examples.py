@@ -21,7 +21,17 @@ import pytest
 from .conftest import EXAMPLES, TIMEOUT, Serve, Start, ask, waiting, without_signals
 
 SCRIPTS = ["uppercase", "time_server", "slow_work", "refusing", "errors", "login", "service", "lobby", "collector"]
-SCRIPTS_THAT_PRINT = ["echo_options", "chat_room", "reliable", "relay"]
+SCRIPTS_THAT_PRINT = [
+    "echo_options",
+    "chat_room",
+    "reliable",
+    "relay",
+    "sntp_server",
+    "stun_server",
+    "tftp_server",
+    "syslog_collector",
+    "coap_server",
+]
 
 pytestmark = without_signals
 
