@@ -124,7 +124,7 @@ async def test_it_is_chosen(monkeypatch: pytest.MonkeyPatch, asked_for: str, fam
 async def test_an_engine_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     """A TRIO_UDP_ENGINE that names no engine raises ValueError."""
     monkeypatch.setenv("TRIO_UDP_ENGINE", "fast")
-    with open_socket(socket.AF_INET) as sock, pytest.raises(ValueError, match="TRIO_UDP_ENGINE.*fast"):
+    with open_socket(socket.AF_INET) as sock, pytest.raises(ValueError, match=r"TRIO_UDP_ENGINE.*fast"):
         Endpoint.from_socket(sock)
 
 
