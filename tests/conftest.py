@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -22,6 +23,10 @@ SERVER = ("192.0.2.53", 53)
 ALICE = ("192.0.2.1", 1000)
 BOB = ("192.0.2.2", 2000)
 CAROL = ("192.0.2.3", 3000)
+
+# A shell makes its background jobs ignore SIGINT, and the programs that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Enough for all that a test lets arrive at once: its subject is the server, not what a kernel would drop.
 PLENTY = 2**40

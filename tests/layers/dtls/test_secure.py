@@ -253,7 +253,7 @@ async def test_the_gate_may_be_hidden(start: Start) -> None:
         server.stop()
 
 
-async def test_limits_hold(start: Start) -> None:
+async def test_limits_hold(start: Start, autojump_clock: trio.testing.MockClock) -> None:
     """max_clients and clients_per_host hold for DTLS clients: those refused get no answer to their second hello."""
     limits = trio_udp.Limits(max_clients=2, clients_per_host=1, when_full="evict_idle")
     secured = await start(limits=limits)
