@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import logging
 import logging.handlers
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +13,6 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,27 +24,10 @@ import trio_udp
 from tests.conftest import check_adds_up, echo
 from trio_udp import Datagram, Server
 
+from ..project.conftest import EXAMPLES
+from .conftest import load, program
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="abstract names and credentials are Linux's")
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-@functools.cache
-def example(name: str) -> Any:
-    """Import an example as a module."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def program(name: str, package: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is missing: install Debian's package {package}")
-    return found
 
 
 @pytest.fixture
@@ -91,20 +70,20 @@ async def ask(path: str, *payloads: bytes) -> list[bytes]:
 
 async def test_uppercase(start: Start, path: str) -> None:
     """The handler of the first example."""
-    await start(example("uppercase").uppercase)
+    await start(load("uppercase").uppercase)
     assert await ask(path, b"hello", b"", b"world") == [b"HELLO", b"", b"WORLD"]
 
 
 async def test_login(start: Start, path: str) -> None:
     """A conversation with several steps and time limits."""
-    await start(example("login").handler)
+    await start(load("login").handler)
     answers = await ask(path, b"", b"ada", b"lovelace", b"hello", b"quit")
     assert answers == [b"user name? ", b"password? ", b"welcome, ada\n", b"ada: hello", b"goodbye\n"]
 
 
 async def test_errors(start: Start, path: str) -> None:
     """A handler that answers malformed payloads."""
-    await start(example("errors").handler)
+    await start(load("errors").handler)
     assert await ask(path, b'{"add": 5}', b"[") == [
         b'{"total": 5.0}\n',
         b'{"error": "Expecting value: line 1 column 2 (char 1)"}\n',
@@ -124,7 +103,7 @@ async def test_a_request_handler(start: Start, path: str) -> None:
 
 async def test_a_datagram_handler(start: Start, path: str) -> None:
     """A ``datagram_handler``."""
-    await start(example("time_server").tell_time)
+    await start(load("time_server").tell_time)
     (answer,) = await ask(path, b"")
     assert len(answer) == 24
 
@@ -132,7 +111,7 @@ async def test_a_datagram_handler(start: Start, path: str) -> None:
 async def test_dns(start: Start, path: str, nursery: trio.Nursery) -> None:
     """The DNS example, asked by dig through a relay from UDP."""
     socat, dig = program("socat", "socat"), program("dig", "bind9-dnsutils")
-    module = example("dns_server")
+    module = load("dns_server")
     zone = module.load_zone(str(EXAMPLES / "example.zone"))
 
     @trio_udp.datagram_handler
@@ -199,7 +178,7 @@ async def test_python_s_own_handler(start: Start, path: str) -> None:
 async def test_socat(start: Start, path: str, address: str) -> None:
     """socat, connected and not: each line is answered."""
     socat = program("socat", "socat")
-    server = await start(example("uppercase").uppercase)
+    server = await start(load("uppercase").uppercase)
     command = [socat, "-t", "0.2", "-", address.format(path=path)]
     with trio.fail_after(10):
         result = await trio.run_process(command, stdin=b"hello\n", capture_stdout=True)
@@ -235,7 +214,7 @@ def syslog(path: str, capfd: pytest.CaptureFixture[str]) -> Iterator[subprocess.
 @given(st.binary(max_size=50) | st.from_regex(rb"<[0-9]{1,4}>.*", fullmatch=True))
 def test_syslog_messages(message: bytes) -> None:
     """Whatever is sent, the syslog example makes one printable line of it, with a facility and a severity."""
-    module = example("syslog_unix")
+    module = load("syslog_unix")
     priority, text = module.parse(message)
     facility, severity = priority.split(".")
     assert facility in module.FACILITIES
@@ -243,7 +222,7 @@ def test_syslog_messages(message: bytes) -> None:
     assert text.isprintable()
 
 
-def test_syslog_example(path: str, syslog: subprocess.Popen[str]) -> None:
+def test_syslog_load(path: str, syslog: subprocess.Popen[str]) -> None:
     """The syslog example prints priority, process and text, one line each, and ends at SIGTERM without its file."""
     logger = program("logger", "bsdutils")
     assert os.stat(path).st_mode & 0o777 == 0o620

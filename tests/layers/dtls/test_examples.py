@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import trio
@@ -17,20 +15,12 @@ import trio.testing
 
 import trio_udp
 
+from ...examples.conftest import load
 from ...project.conftest import EXAMPLES, TIMEOUT, Start as StartExample, start as start_example, without_signals
 from .conftest import Authority, Identity, Start
 from .test_peers import needs
 
 __all__ = ["start_example"]  # a fixture
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 async def test_uppercase(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
