@@ -424,7 +424,7 @@ class Waits:
         ({"matches": b"a"}, TypeError, "matches must be a plain function of a payload, not b'a'"),
         ({"matches": wait_for_nothing}, TypeError, "matches must be a plain function of a payload, not <function"),
         ({"matches": Waits()}, TypeError, "matches must be a plain function of a payload, not <"),
-        ({"payload": "a"}, TypeError, "bytes-like"),
+        ({"payload": "a"}, TypeError, "a payload is bytes"),
         ({"waits": 1}, TypeError, r"waits must be numbers of seconds, such as \(1, 2\) or backoff\(\), not 1"),
         ({"waits": ()}, ValueError, r"waits must have at least one number of seconds, and \(\) has none"),
         ({"waits": (0,)}, ValueError, "each of waits must be greater than 0, not 0"),

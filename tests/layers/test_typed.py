@@ -217,7 +217,7 @@ async def test_payload_that_does_not_encode(udp_server: Callable[..., Awaitable[
     )
     with pytest.raises(TypeError, match="not JSON serializable"):
         await channel.send(object())
-    with pytest.raises(TypeError, match="bytes-like"):
+    with pytest.raises(TypeError, match="a payload is bytes"):
         await TypedChannel(connection, decode=json.loads, encode=str).send(1)  # type: ignore[arg-type]
     assert connection.statistics().sent == 0
     await channel.send(5)
