@@ -218,8 +218,12 @@ class Outbox:
     def flush(self, *, raising: bool = False) -> None:
         """Send as much of the queue as the kernel takes now.
 
-        After an error a datagram is tried once more. An error that goes away was the answer to an earlier datagram, see
-        udp(7). One that stays is the datagram's own, which is then dropped.
+        An error may be the answer to an earlier datagram, see udp(7). So a datagram is tried again, once, after an
+        error of that kind, and with ``raising`` after any error. If the second try fails, the error is the datagram's
+        own, and the datagram is dropped.
+
+        Without ``raising`` the first error is counted at once. With it, only once a second try has shown that it
+        belongs to an earlier datagram.
         """
         queue, failed = self.queue, None
         while queue:

@@ -16,12 +16,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import ModuleType
 from typing import Any
 
-from .. import Accept, Handler, datagram_handler
-
-# The class of what datagram_handler makes. It has no public name.
-DatagramHandler = type(datagram_handler(lambda datagram: None))
-
-LOOKS_LIKE = "a handler is an async function with one argument: async def handler(client)"
+from .. import Accept, Handler
+from .._handlers import LOOKS_LIKE, DatagramHandler, accepts_one_argument
 
 
 class TargetError(ValueError):
@@ -101,10 +97,8 @@ def check_target(found: object, target: str, *, factory: bool = False) -> Handle
     if not factory and not inspect.iscoroutinefunction(function):
         hint = "or use @datagram_handler, or --factory for a function that returns a context manager"
         raise TargetError(f"{target!r} is not async: {LOOKS_LIKE}; {hint}")
-    try:
-        inspect.signature(found).bind(None)
-    except TypeError:
-        raise TargetError(f"{target!r} cannot be called with one argument, a client: {LOOKS_LIKE}") from None
+    if not accepts_one_argument(found):
+        raise TargetError(f"{target!r} cannot be called with one argument, a client: {LOOKS_LIKE}")
     return found
 
 
@@ -119,10 +113,8 @@ def check_accept(found: object, target: str, handler: Handler) -> Accept:
         raise TargetError(f"{target!r} is not a function but {_kind(found)}: {wanted}")
     if inspect.iscoroutinefunction(_function_of(found)) or inspect.isasyncgenfunction(_function_of(found)):
         raise TargetError(f"{target!r} is async: {wanted}")
-    try:
-        inspect.signature(found).bind(None)
-    except TypeError:
-        raise TargetError(f"{target!r} cannot be called with one argument, a datagram: {wanted}") from None
+    if not accepts_one_argument(found):
+        raise TargetError(f"{target!r} cannot be called with one argument, a datagram: {wanted}")
     return found
 
 
