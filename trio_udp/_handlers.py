@@ -185,7 +185,7 @@ def check_handler(handler: object) -> None:
         raise TypeError(f"handler is a class, {handler!r}: {LOOKS_LIKE}; pass a bound method of an instance")
     if not callable(handler):
         raise TypeError(f"handler cannot be called, {handler!r}: {LOOKS_LIKE}")
-    called = _unwrapped(handler)
+    called = unwrapped(handler)
     if inspect.isasyncgenfunction(called):
         raise TypeError(f"handler is an async generator function, {handler!r}: {LOOKS_LIKE}, without yield")
     if inspect.isgeneratorfunction(called):
@@ -195,7 +195,7 @@ def check_handler(handler: object) -> None:
 
 
 def is_async(function: object) -> bool:
-    called = _unwrapped(function)
+    called = unwrapped(function)
     return inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called)
 
 
@@ -211,7 +211,7 @@ def accepts_one_argument(function: Callable[..., object]) -> bool:
     return True
 
 
-def _unwrapped(function: object) -> object:
+def unwrapped(function: object) -> object:
     """Unwrap ``partial``, and return ``__call__`` of a callable object."""
     while isinstance(function, functools.partial):
         function = function.func

@@ -5,7 +5,6 @@ An error that the user's module raises itself passes unchanged.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import inspect
@@ -17,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from .. import Accept, Handler
-from .._handlers import LOOKS_LIKE, DatagramHandler, accepts_one_argument
+from .._handlers import LOOKS_LIKE, DatagramHandler, accepts_one_argument, is_async, unwrapped
 
 
 class TargetError(ValueError):
@@ -89,7 +88,7 @@ def check_target(found: object, target: str, *, factory: bool = False) -> Handle
     """
     if isinstance(found, DatagramHandler):
         return found
-    function = _function_of(found)
+    function = unwrapped(found)
     if inspect.isclass(found) or not callable(found):
         raise TargetError(f"{target!r} is not a function but {_kind(found)}: {LOOKS_LIKE}")
     if inspect.isasyncgenfunction(function):
@@ -111,7 +110,7 @@ def check_accept(found: object, target: str, handler: Handler) -> Accept:
         )
     if inspect.isclass(found) or not callable(found):
         raise TargetError(f"{target!r} is not a function but {_kind(found)}: {wanted}")
-    if inspect.iscoroutinefunction(_function_of(found)) or inspect.isasyncgenfunction(_function_of(found)):
+    if is_async(found):
         raise TargetError(f"{target!r} is async: {wanted}")
     if not accepts_one_argument(found):
         raise TargetError(f"{target!r} cannot be called with one argument, a datagram: {wanted}")
@@ -144,14 +143,6 @@ def _context_manager(found: object, target: str) -> AbstractAsyncContextManager[
             manager.close()  # or Python warns that it was never awaited
         raise TargetError(f"{target!r} returned {_kind(manager)}: {wanted} (see contextlib.asynccontextmanager)")
     return manager
-
-
-def _function_of(found: object) -> object:
-    """Unwrap ``partial``, and return ``__call__`` of a callable object."""
-    while isinstance(found, functools.partial):
-        found = found.func
-    is_function = inspect.isfunction(found) or inspect.ismethod(found) or inspect.isbuiltin(found)
-    return found if is_function or not callable(found) else type(found).__call__
 
 
 def _kind(found: object) -> str:
