@@ -45,19 +45,19 @@ class Client(DatagramChannel):
 
     @property
     def server(self) -> trio_udp.Server:
-        """The :class:`Server` it belongs to."""
+        """The :class:`Server` that the client belongs to."""
         server: trio_udp.Server | None = self._state.place.server
         assert server is not None
         return server
 
     @property
     def endpoint(self) -> Endpoint:
-        """The :class:`Endpoint` that its datagrams arrive on."""
+        """The :class:`Endpoint` that the client's datagrams arrive on."""
         return self._state.place.endpoint
 
     @property
     def destination(self) -> Address:
-        """The address that its datagrams were sent to: our own, a group or a broadcast address."""
+        """The address that the client's datagrams were sent to: our own, a group or a broadcast address."""
         return self._state.outbox.engine.destination(self._state.route)
 
     @property
@@ -70,7 +70,7 @@ class Client(DatagramChannel):
 
     @property
     def credentials(self) -> Credentials | None:
-        """The process that sends its datagrams; ``None`` without ``credentials=True`` of :func:`open_unix_endpoint`.
+        """The process that sends the datagrams; ``None`` without ``credentials=True`` of :func:`open_unix_endpoint`.
 
         It stays the same: another process that sends from this name is another client.
         """

@@ -236,7 +236,7 @@ class Server(metaclass=NoPublicConstructor):
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
-        """The endpoints that it serves on; ``server.endpoints[0].local_address[1]`` is the port."""
+        """The endpoints that the server serves on; ``server.endpoints[0].local_address[1]`` is the port."""
         return tuple(place.endpoint for place in self._state.places)
 
     @property

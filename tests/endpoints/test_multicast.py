@@ -315,9 +315,9 @@ async def test_a_dual_stack_endpoint_joins_both_families(network: Network) -> No
     assert await heard(endpoint, peers_ipv6, GROUP_IPV6) == [("2001:db8:1::2", "one")]
     endpoint.leave_group(GROUP, interface="two")
     assert await heard(endpoint, peers, GROUP) == []
-    with pytest.raises(ValueError, match=r"receives nothing of the address family of 239\.1\.2\.3"):
+    with pytest.raises(ValueError, match=r"does not receive the address family of 239\.1\.2\.3"):
         network.endpoint("::").join_group(GROUP, interface="two")
-    with pytest.raises(ValueError, match="receives nothing of the address family of ff02::1234"):
+    with pytest.raises(ValueError, match="does not receive the address family of ff02::1234"):
         network.endpoint().join_group(GROUP_IPV6, interface="two")
 
 
@@ -343,7 +343,7 @@ async def test_an_endpoint_bound_to_one_address(caplog: pytest.LogCaptureFixture
     async with endpoint:
         endpoint.join_group(GROUP, interface="lo")
     assert caplog.messages == [
-        f"an endpoint bound to 127.0.0.1 hears nothing of group {GROUP}: bind it to all addresses"
+        f"an endpoint bound to 127.0.0.1 receives nothing from group {GROUP}: bind it to all addresses"
     ]
 
 
