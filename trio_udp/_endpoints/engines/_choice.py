@@ -26,8 +26,8 @@ def engine_for(
       proxies: Senders that put a header in front of each payload.
 
     Raises:
-      ValueError: ``TRIO_UDP_ENGINE`` names no engine, or one that cannot serve this socket. It does not concern
-        Unix-domain sockets.
+      ValueError: ``TRIO_UDP_ENGINE`` names no engine, or one that cannot serve this socket. Unix-domain sockets ignore
+        it.
     """
     if proxies:
         return ProxyEngine(engine_for(sock, INNER_SIZE, shared=shared), proxies, max_datagram_size)
@@ -45,5 +45,5 @@ def engine_for(
             if can_serve(sock):
                 return LinuxEngine(sock, max_datagram_size, shared=shared)
     if name == "linux":
-        raise ValueError(f"TRIO_UDP_ENGINE=linux, but there is no such engine for {sock!r}")
+        raise ValueError(f"TRIO_UDP_ENGINE=linux, but that engine cannot serve {sock!r}")
     return portable_engine(sock, max_datagram_size, shared=shared)
