@@ -140,8 +140,7 @@ class Client(DatagramChannel):
         return await self._state.__anext__(trio.EndOfChannel)
 
     # Iterate over the inbox itself: a call in between would cost time for every datagram. Type checkers see the types
-    # of
-    # trio.abc.ReceiveChannel: each item is bytes.
+    # of trio.abc.ReceiveChannel: each item is bytes.
     if not TYPE_CHECKING:
 
         def __aiter__(self):
@@ -161,7 +160,7 @@ class Client(DatagramChannel):
     async def receive_many(self) -> list[bytes]:
         """Wait for a datagram, and return the payloads of all that wait by then: at least one, at most 64, in order.
 
-        The twin of :meth:`send_many`. Errors and cancellation are as for :meth:`receive`.
+        The counterpart of :meth:`send_many`. Errors and cancellation are as for :meth:`receive`.
         """
         first = await self._state.__anext__(trio.EndOfChannel)
         return [first, *self._state.take_many(BATCH - 1)]

@@ -183,7 +183,7 @@ class Connection(DatagramChannel):
     async def receive_many(self) -> list[bytes]:
         """Wait for a datagram, and return the payloads of all that wait by then: at least one, at most 64, in order.
 
-        The twin of :meth:`send_many`. Errors and cancellation are as for :meth:`receive`.
+        The counterpart of :meth:`send_many`. Errors and cancellation are as for :meth:`receive`.
         """
         many = [await self.receive()]
         many += [payload for payload, _, _ in self._state.incoming.reader.take_ahead(BATCH - 1)]

@@ -96,8 +96,8 @@ class RateLimit:
       ipv4_prefix, ipv6_prefix: Leading bits of an address that identify a source.
       buckets: Maximum number of buckets in memory, about 250 bytes each, besides one for each client. The server
         forgets a source, which then has a full bucket again, once ``buckets / 2`` other sources have come since its
-        last datagram. Choose more than twice the number of sources that can come in ``burst / per_second`` seconds,
-        the time in which an empty bucket fills.
+        last datagram. Choose more than twice the number of sources that can come in ``burst / per_second`` seconds, the
+        time in which an empty bucket fills.
     """
 
     per_second: float = attrs.field(validator=_positive_number)

@@ -166,7 +166,7 @@ class Seat(Inbox):
         self.requests += 1
 
     def end_request(self) -> None:
-        """Note that a running request has ended. After the last one, silence begins anew."""
+        """Note that a running request has ended. After the last one, silence begins again."""
         self.requests -= 1
         if not self.requests and self.is_awaited:
             self.waiting_since: float = self.outbox.turn.now()

@@ -21,8 +21,8 @@ class EndpointStatistics:
       receive_errors: Errors of reading.
       send_errors: Datagrams that the kernel or the network refused to send.
       errors: Both kinds of error by name: ``{"EHOSTUNREACH": 2}``.
-      kernel_dropped: Datagrams that the kernel dropped before they were read, nearly always because the receive
-        buffer was full. No other count includes them. Coalesced datagrams (GSO, GRO) count as one. Linux only
+      kernel_dropped: Datagrams that the kernel dropped before they were read, nearly always because the receive buffer
+        was full. No other count includes them. Coalesced datagrams (GSO, GRO) count as one. Linux only
         (``SO_MEMINFO``); 0 elsewhere.
       kernel_queued: Bytes of kernel memory that hold datagrams not yet read. Linux only; 0 elsewhere.
       receive_buffer: Bytes that the kernel granted, as ``setsockopt`` counts them. Linux lets datagrams fill twice as

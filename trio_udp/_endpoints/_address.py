@@ -1,7 +1,7 @@
 """Addresses: parsing, packing, and the kinds that matter to a server. Pure functions that make no system call.
 
-The functions take the address of any datagram socket. The address of a Unix-domain socket is not a tuple but a path,
-an abstract name or ``None``, and is none of the kinds here. Only ``numeric_address`` and ``pack_address`` fail on it.
+The functions take the address of any datagram socket. The address of a Unix-domain socket is not a tuple but a path, an
+abstract name or ``None``, and is none of the kinds here. Only ``numeric_address`` and ``pack_address`` fail on it.
 """
 
 from __future__ import annotations

@@ -26,12 +26,12 @@ class Sent:
     Attributes:
       times: How often it was sent.
       until: When to forget it.
-      heard: How often each socket has received it.
+      received: How often each socket has received it.
     """
 
     times: int
     until: float
-    heard: dict[Engine, int] = attrs.field(factory=dict, init=False)
+    received: dict[Engine, int] = attrs.field(factory=dict, init=False)
 
 
 @attrs.define(eq=False)
@@ -67,7 +67,7 @@ class Echoes:
     def take(self, payload: bytes, engine: Engine) -> bool:
         """Whether a payload from our own address is an echo. A socket receives one for each time it was sent."""
         sent = self.expected.get(hash(payload))
-        if sent is None or sent.heard.get(engine, 0) >= sent.times:
+        if sent is None or sent.received.get(engine, 0) >= sent.times:
             return False
-        sent.heard[engine] = sent.heard.get(engine, 0) + 1
+        sent.received[engine] = sent.received.get(engine, 0) + 1
         return True

@@ -270,14 +270,17 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         set_interface(self._reader.engine, interface)
 
     def close(self) -> None:
-        """Close the socket. Collected replies are sent if the kernel takes them now. Idempotent."""
+        """Close the socket. Collected replies are sent if the kernel takes them now. Idempotent.
+
+        Calls that wait on the endpoint raise ``trio.ClosedResourceError``, and so does a server without any other.
+        """
         try:
             self._reader.outbox.close()
         finally:
             self._reader.engine.close()
 
     async def aclose(self) -> None:
-        """Close the endpoint. A server that runs on it loses this endpoint's clients; see :func:`serve_endpoints`."""
+        """Like :meth:`close`, and a checkpoint. A server that runs on the endpoint loses its clients there."""
         self.close()
         await trio.lowlevel.checkpoint()
 

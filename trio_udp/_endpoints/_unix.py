@@ -59,8 +59,8 @@ async def open_unix_endpoint(
       credentials: Let the kernel tell which process sent each datagram: :attr:`Datagram.credentials`,
         :attr:`Client.credentials`. A client is then one pair of name and credentials, and a host in ``Limits`` is a
         user. Linux only.
-      max_datagram_size: Longest payload to accept, in bytes; longer datagrams are counted as truncated. More than
-        about 130,000 makes every read slower, also of short datagrams.
+      max_datagram_size: Longest payload to accept, in bytes; longer datagrams are counted as truncated. More than about
+        130,000 makes every read slower, also of short datagrams.
       receive_buffer: Bytes of kernel memory to ask for (``SO_RCVBUF``). On Linux it has no effect: the number of
         datagrams that wait for a socket is limited, by ``net.unix.max_dgram_qlen``.
       send_buffer: Bytes of kernel memory to ask for, for datagrams that their receivers have not read yet

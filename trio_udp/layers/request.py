@@ -48,7 +48,7 @@ class NoAnswerError(trio.TooSlowError):
 
 @attrs.frozen
 class Backoff(Iterable[float]):
-    """Waits with random jitter, drawn anew in each iteration."""
+    """Waits with random jitter, drawn again in each iteration."""
 
     first: float
     attempts: int

@@ -55,8 +55,7 @@ class TypedChannel(trio.abc.Channel[Received], Generic[Received, Sent, Transport
     A payload for which ``decode`` raises an ``Exception`` is skipped, and the conversation continues: that is the
     peer's fault, not the handler's. It is counted, and logged at most once a minute for each peer. With
     ``on_decode_error(channel, payload, exception)`` that is called instead of the log: to answer with
-    ``channel.send_nowait(...)``, or to raise. An exception of ``encode`` is raised by :meth:`send`, and nothing is
-    sent.
+    ``channel.send_nowait(...)``, or to raise. An exception of ``encode`` leaves :meth:`send`, and nothing is sent.
 
     Attributes:
       channel: The channel of bytes, with everything else that it has: ``channel.peer_address``, ``channel.server``.

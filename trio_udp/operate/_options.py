@@ -46,60 +46,62 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"trio-udp {__version__}")
 
-    where = parser.add_argument_group("sockets")
-    where.add_argument(
+    sockets = parser.add_argument_group("sockets")
+    sockets.add_argument(
         "--host", action="append", metavar="HOST", help="name or address to bind; may be repeated; all by default"
     )
-    where.add_argument(
+    sockets.add_argument(
         "--port", type=_port, metavar="PORT", help="9999 by default; 0 lets the kernel choose and prints the choice"
     )
-    where.add_argument("--systemd", action="store_true", help="serve on the sockets that systemd passes")
-    where.add_argument(
+    sockets.add_argument("--systemd", action="store_true", help="serve on the sockets that systemd passes")
+    sockets.add_argument(
         "--receive-buffer",
         type=_count,
         metavar="BYTES",
         help="kernel memory for datagrams not yet read; 4 MiB by default",
     )
 
-    what = parser.add_argument_group("handler")
-    what.add_argument("--app-dir", default=".", metavar="DIR", help="folder to import from; the current one by default")
-    what.add_argument(
+    handler = parser.add_argument_group("handler")
+    handler.add_argument(
+        "--app-dir", default=".", metavar="DIR", help="folder to import from; the current one by default"
+    )
+    handler.add_argument(
         "--factory",
         action="store_true",
         help="the target is a function that returns an async context manager, which yields the handler",
     )
 
-    what.add_argument(
+    handler.add_argument(
         "--accept",
         metavar="module:function",
         help="a plain function that decides about every stranger's datagram: True, False, or bytes to answer",
     )
 
-    how = parser.add_argument_group("workers")
-    how.add_argument(
+    workers = parser.add_argument_group("workers")
+    workers.add_argument(
         "--workers",
         type=_workers,
         default=1,
         metavar="N",
         help="number of processes, 1 by default; auto: one for each CPU",
     )
-    how.add_argument("--steer", choices=["address"], help="send all ports of one IP address to one worker")
-    how.add_argument("--reload", action="store_true", help="restart when a Python file changes")
-    how.add_argument(
+    workers.add_argument("--steer", choices=["address"], help="send all ports of one IP address to one worker")
+    workers.add_argument("--reload", action="store_true", help="restart when a Python file changes")
+    workers.add_argument(
         "--drain",
         type=_at_least(0, " s"),
         default=5.0,
         metavar="S",
         help="seconds for handlers to finish at a stop; 5 by default",
     )
-    how.add_argument(
+    workers.add_argument(
         "--lame-duck",
         type=_at_least(0, " s"),
         default=0.0,
         metavar="S",
         help="seconds to keep serving after SIGTERM, no longer ready, before the drain; 0 by default",
     )
-    how.add_argument(
+    workers.add_argument(
         "--watchdog",
         type=_at_least(2, " s"),
         default=5.0,

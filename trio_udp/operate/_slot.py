@@ -17,7 +17,7 @@ from ._process import State, WorkerError, WorkerProcess
 
 LOGGER = logging.getLogger("trio_udp")
 
-# If a worker dies within so many seconds, each restart waits longer: 0, 0.25, 0.5, 1, ... seconds.
+# If a worker dies within this many seconds, each restart waits longer: 0, 0.25, 0.5, 1, ... seconds.
 SOON = 10.0
 FIRST_DELAY = 0.25
 LONGEST_DELAY = 30.0
@@ -141,8 +141,7 @@ class Slot:
         self._processes.remove(process)
         self.killed += process.killed
         if (last := process.statistics) is not None:
-            # After a drain nothing waits and no handler is left. After a sudden death, count these as dropped and
-            # cancelled.
+            # After a drain nothing waits and no handler is left. After a sudden death, count those as lost.
             cancelled = last.handlers_cancelled or (last.clients if process.killed else 0)
             dropped = last.dropped_at_end + last.waiting
             self._past += attrs.evolve(last, waiting=0, clients=0, dropped_at_end=dropped, handlers_cancelled=cancelled)

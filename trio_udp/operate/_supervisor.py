@@ -28,7 +28,7 @@ from ._supervision import Supervision
 
 LOGGER = logging.getLogger("trio_udp")
 
-# A worker counts as answering for so many seconds after each report. Workers report at least once a second.
+# A worker counts as answering for this many seconds after each report. Workers report at least once a second.
 ANSWERS_WITHIN = 2.5
 
 
@@ -209,8 +209,8 @@ async def serve_workers(
       limits: For all workers together: each gets its part of ``max_clients`` and ``total_bytes``.
       drain_timeout: Seconds that handlers have to finish when a worker stops. A worker that has not ended 2 seconds
         later is killed.
-      lame_duck: Seconds to keep serving after :meth:`Supervisor.stop`, while :attr:`Supervisor.ready` is false, so
-        that load balancers send their clients elsewhere.
+      lame_duck: Seconds to keep serving after :meth:`Supervisor.stop`, while :attr:`Supervisor.ready` is false, so that
+        load balancers send their clients elsewhere.
       watchdog: Seconds without a report after which a worker is killed and replaced, because it is stopped or blocked;
         at least 2.
       ready_timeout: Seconds for a new worker to import the target and enter its factory.

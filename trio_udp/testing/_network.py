@@ -42,9 +42,9 @@ class SimulatedNetwork(Conditions):
     """A network in memory, on Trio's clock, with random network conditions that a seed determines.
 
     Endpoints and connections on it have the same types as on a real network. By default no datagram is lost, and all
-    arrive at once. Assign to an attribute to change a condition at any time, for the datagrams sent from then on.
-    Use it inside Trio, best with ``trio.testing.MockClock(autojump_threshold=0)`` (in pytest: ``autojump_clock``);
-    nothing needs to be closed. Under :func:`deterministic_scheduling` the same seed gives the same run, byte for byte.
+    arrive at once. Assign to an attribute to change a condition at any time, for the datagrams sent from then on. Use
+    it inside Trio, best with ``trio.testing.MockClock(autojump_threshold=0)`` (in pytest: ``autojump_clock``); nothing
+    needs to be closed. Under :func:`deterministic_scheduling` the same seed gives the same run, byte for byte.
 
     Attributes:
       seed: Seed of the network's random numbers. Read-only.
@@ -109,9 +109,9 @@ class SimulatedNetwork(Conditions):
             endpoint bound to all addresses at the same port. By default it sends from the first of them. Without
             ``own_hosts`` an endpoint bound to all addresses sends from the loopback address.
           allow_broadcast: Allow sending to 255.255.255.255, as ``SO_BROADCAST`` does.
-          shared: Open the endpoint over a socket that a supervisor holds. When the endpoint is closed, the socket
-            stays open, and datagrams wait in its buffer for the next endpoint that is opened there with ``shared=True``
-            (and the same ``own_hosts``). Buffer sizes and ``allow_broadcast`` stay as the first endpoint set them.
+          shared: Open the endpoint over a socket that a supervisor holds. When the endpoint is closed, the socket stays
+            open, and datagrams wait in its buffer for the next endpoint that is opened there with ``shared=True`` (and
+            the same ``own_hosts``). Buffer sizes and ``allow_broadcast`` stay as the first endpoint set them.
           proxies: As for :func:`~trio_udp.open_endpoints`.
 
         Raises:

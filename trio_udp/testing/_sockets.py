@@ -209,7 +209,9 @@ class SocketTable:
         if is_multicast(destination):
             members = self._members.get(destination[0], ())
             candidates = [
-                socket for socket in members if (heard := socket.groups[destination[0]]) is None or source[0] in heard
+                socket
+                for socket in members
+                if (sources := socket.groups[destination[0]]) is None or source[0] in sources
             ]
         return [
             socket
@@ -226,21 +228,21 @@ class SocketTable:
             raise OSError(errno.EADDRINUSE, f"{os.strerror(errno.EADDRINUSE)}: already in group {host}")
         if source is None:
             return
-        heard = socket.groups[host]
-        if heard is None:  # as on Linux, naming a source ends the membership for all
-            heard = socket.groups[host] = set()
-        if source in heard:
+        sources = socket.groups[host]
+        if sources is None:  # as on Linux, naming a source ends the membership for all
+            sources = socket.groups[host] = set()
+        if source in sources:
             raise OSError(errno.EADDRNOTAVAIL, f"{os.strerror(errno.EADDRNOTAVAIL)}: already in group {host}")
-        heard.add(source)
+        sources.add(source)
 
     def leave(self, socket: SimulatedSocket, host: str, source: str | None = None) -> None:
         """Remove a member; without a source, for all of its sources."""
-        heard = socket.groups.get(host, set())
-        if host not in socket.groups or (source is not None and (heard is None or source not in heard)):
+        sources = socket.groups.get(host, set())
+        if host not in socket.groups or (source is not None and (sources is None or source not in sources)):
             raise OSError(errno.EADDRNOTAVAIL, f"{os.strerror(errno.EADDRNOTAVAIL)}: not in group {host}")
-        if source is not None and heard is not None:
-            heard.remove(source)
-            if heard:
+        if source is not None and sources is not None:
+            sources.remove(source)
+            if sources:
                 return
         del socket.groups[host]
         self._members[host].remove(socket)

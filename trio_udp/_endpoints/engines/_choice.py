@@ -26,8 +26,8 @@ def engine_for(
       proxies: Senders that put a header in front of each payload.
 
     Raises:
-      ValueError: ``TRIO_UDP_ENGINE`` names no engine, or one that cannot serve this socket. Unix-domain sockets ignore
-        it.
+      ValueError: ``TRIO_UDP_ENGINE`` names no engine, or one that cannot serve this socket. It has no effect on
+        Unix-domain sockets.
     """
     if proxies:
         return ProxyEngine(engine_for(sock, INNER_SIZE, shared=shared), proxies, max_datagram_size)

@@ -55,8 +55,8 @@ def is_own_host(family: int, address: Address) -> bool:
     if not _can_bind(family, (UNUSED_ADDRESSES[socket.AddressFamily(family)], 0)):
         return True
     # With the setting ip_nonlocal_bind, common on load balancers, a socket can be bound to any address. Then compare
-    # the
-    # source: the kernel sends to a local address from that same address, except to secondary addresses of an interface.
+    # the source: the kernel sends to a local address from that same address, except to secondary addresses of an
+    # interface.
     with suppress(OSError):
         return source(None, family, address)[0] == host
     return False

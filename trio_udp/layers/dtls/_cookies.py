@@ -14,7 +14,7 @@ import trio
 
 from ._records import ClientHello, hello_verify_request, parse_client_hello
 
-# A cookie contains the number of the current period of so many seconds. It is valid until the next period is over.
+# Seconds of a period. A cookie depends on the number of the current period, and is valid until the next one is over.
 PERIOD = 30
 
 # Bytes of a cookie. A HelloVerifyRequest (48) is then never longer than the ClientHello that it answers (at least 67).

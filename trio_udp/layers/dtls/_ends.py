@@ -26,8 +26,8 @@ LEAST_MTU, MOST_MTU = 548, 65_507
 class Session:
     """A session that a client can resume, with a shorter handshake in which no certificate is sent.
 
-    It comes from :attr:`DTLSChannel.session` and is for ``session=``, with the same context. It holds keys: keep it
-    secret.
+    It comes from :attr:`DTLSChannel.session` and is for ``session=``, with the same context. Keep it secret: it holds
+    keys.
 
     Attributes:
       server_hostname: The name that the server's certificate was verified for, or ``None``. The session can be resumed

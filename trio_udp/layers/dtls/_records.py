@@ -18,7 +18,7 @@ MESSAGE_PART = 12  # the header of a handshake message, or of a fragment of one
 CHANGE_CIPHER_SPEC, HANDSHAKE = 20, 22
 CLIENT_HELLO, HELLO_VERIFY_REQUEST = 1, 3
 
-# HelloVerifyRequest says DTLS 1.0 whatever is negotiated afterwards: RFC 6347 section 4.2.1.
+# HelloVerifyRequest says DTLS 1.0, regardless of the version negotiated later: RFC 6347 section 4.2.1.
 DTLS_1_0 = b"\xfe\xff"
 
 # A datagram that begins with a handshake message: type, epoch, number and length of the record; type, length and number
@@ -79,8 +79,8 @@ def hello_verify_request(hello: ClientHello, cookie: bytes) -> bytes:
     """Return the datagram that asks a client for its hello again, with a cookie."""
     length = (3 + len(cookie)).to_bytes(3, "big")
     message = b"%c%b\0\0\0\0\0%b%b%c%b" % (HELLO_VERIFY_REQUEST, length, length, DTLS_1_0, len(cookie), cookie)
-    # The record repeats the number of the client's record, so that several requests cannot use one number twice
-    # (RFC 6347 section 4.2.1).
+    # The record repeats the number of the client's record, so that several requests cannot use one number twice (RFC
+    # 6347 section 4.2.1).
     return b"%c%b\0\0%b%b%b" % (HANDSHAKE, DTLS_1_0, hello.record_number, len(message).to_bytes(2, "big"), message)
 
 

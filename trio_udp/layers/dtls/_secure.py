@@ -112,8 +112,8 @@ def secure(
       handler: An async function of one argument, a ``request_handler``, or anything else that ``serve`` takes except a
         ``datagram_handler``.
       context: From ``OpenSSL.SSL.Context(SSL.DTLS_METHOD)``, with certificate and key, not yet used. To request
-        clients' certificates, call its ``set_verify`` and ``load_verify_locations``. Set everything before this call:
-        a context cannot be changed once it is used.
+        clients' certificates, call its ``set_verify`` and ``load_verify_locations``. Set everything before this call: a
+        context cannot be changed once it is used.
       mtu: The most bytes of a datagram in the handshake.
       handshake_timeout: Seconds that a handshake may take.
 
