@@ -30,7 +30,7 @@ LOOK_AGAIN: Any = None
 
 @attrs.define(eq=False)
 class Shared:
-    """What all inboxes of one server share: their limits, the server's phase, and running counts."""
+    """The state that all inboxes of one server share: their limits, the server's phase, and running counts."""
 
     limits: Limits
     phase: Phase = attrs.field(default=RUNNING, init=False)

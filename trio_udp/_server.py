@@ -223,7 +223,7 @@ def backlog_of(place: Place) -> Callable[[], bool]:
 
 @final
 class Server(metaclass=NoPublicConstructor):
-    """A running server, as ``await nursery.start(serve, ...)`` and ``Client.server`` give it."""
+    """A running server, as ``await nursery.start(serve, ...)`` and ``Client.server`` return it."""
 
     __slots__ = ("__weakref__", "_state")
 
@@ -351,7 +351,7 @@ class Server(metaclass=NoPublicConstructor):
                     sender.give_back(len(unsent))
 
     async def _send_through_layers(self, payload: Payload, clients: list[Client]) -> None:
-        """:meth:`send_to_all` where each client gets bytes of its own, which the channel of a layer makes."""
+        """Like :meth:`send_to_all`, where the channel of a layer makes different bytes for each client."""
         seats = [seat_of(client) for client in clients]
         if any(seat.shared is not self._state.seats for seat in seats):
             raise ValueError("send_to_all was given a client of another server")

@@ -99,7 +99,7 @@ class ClientStatistics:
 
 @attrs.frozen(kw_only=True)
 class ServerStatistics:
-    """What has happened to every datagram that a server read, and to its clients.
+    """Counts of all datagrams that a server has read or sent, by their fate, and of its clients.
 
     Nothing disappears: ``received == accounted_for``, always. Statistics of several servers can be added, also with
     ``sum()``. ``kernel_dropped`` is not part of ``received``.

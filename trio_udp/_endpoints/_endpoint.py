@@ -272,7 +272,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
     def close(self) -> None:
         """Close the socket. Collected replies are sent if the kernel takes them now. Idempotent.
 
-        Calls that wait on the endpoint raise ``trio.ClosedResourceError``, and so does a server without any other.
+        Calls that wait on it raise ``trio.ClosedResourceError``. So does a server once all its endpoints are closed.
         """
         try:
             self._reader.outbox.close()

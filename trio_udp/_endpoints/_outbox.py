@@ -45,7 +45,7 @@ MOST_COLLECTED = 3 * BATCH
 
 
 def hint(payload: object) -> str:
-    """Return the probable mistake behind a wrong payload, to end an error message with."""
+    """Return a hint about the likely mistake behind a wrong payload, to end an error message."""
     if isinstance(payload, str):
         return ": use .encode()"
     return ": is there an await missing?" if inspect.isawaitable(payload) else ""

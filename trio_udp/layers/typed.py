@@ -55,7 +55,7 @@ class TypedChannel(trio.abc.Channel[Received], Generic[Received, Sent, Transport
     A payload for which ``decode`` raises an ``Exception`` is skipped, and the conversation continues: that is the
     peer's fault, not the handler's. It is counted, and logged at most once a minute for each peer. With
     ``on_decode_error(channel, payload, exception)`` that is called instead of the log: to answer with
-    ``channel.send_nowait(...)``, or to raise. An exception of ``encode`` leaves :meth:`send`, and nothing is sent.
+    ``channel.send_nowait(...)``, or to raise. An exception of ``encode`` is raised by :meth:`send`; nothing is sent.
 
     Attributes:
       channel: The channel of bytes, with everything else that it has: ``channel.peer_address``, ``channel.server``.
@@ -100,7 +100,10 @@ class TypedChannel(trio.abc.Channel[Received], Generic[Received, Sent, Transport
                 self._on_decode_error(self.channel, payload, error)
 
     async def send(self, value: Sent) -> None:  # type: ignore[override]
-        """Encode an object and send it. Errors are those of ``encode`` and the channel's, as is cancellation."""
+        """Encode an object and send it.
+
+        Errors are those of ``encode`` and of the channel's ``send``. Cancellation is as for that.
+        """
         await self.channel.send(self._encode(value))
 
     async def aclose(self) -> None:
@@ -115,10 +118,10 @@ def typed(
     encode: Callable[[Sent], bytes],
     on_decode_error: Callable[[Transport, bytes, Exception], object] | None = None,
 ) -> Callable[[Transport], Awaitable[object]]:
-    """Turn a handler of a :class:`TypedChannel` into one of bytes: ``serve(typed(f, decode=..., encode=...), 9999)``.
+    """Turn a handler that takes a :class:`TypedChannel` into one that takes a channel of bytes, such as a ``Client``.
 
-    The arguments are those of :class:`TypedChannel`. The result works wherever a handler does, so also inside other
-    layers. An invalid argument raises ``TypeError``.
+    Used as ``serve(typed(handler, decode=..., encode=...), 9999)``. The arguments are those of :class:`TypedChannel`.
+    The result works wherever a handler does, so also inside other layers. An invalid argument raises ``TypeError``.
     """
     if not _takes_a_channel(handler):
         raise TypeError(f"a typed handler is an async function with one argument, a TypedChannel, not {handler!r}")

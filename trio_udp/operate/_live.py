@@ -41,7 +41,7 @@ REST = "\x1b[J"  # clears the rest of the screen
 
 @attrs.define(eq=False)
 class Terminal:
-    """The terminal, which the view controls.
+    """The terminal of the view.
 
     Attributes:
       lines: The last lines that this process, or a worker, has written to standard output or standard error.

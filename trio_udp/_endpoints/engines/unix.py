@@ -47,7 +47,7 @@ NO_PEER = {errno.ENOENT, errno.ENOTCONN, errno.ECONNREFUSED}
 @final
 @attrs.frozen
 class Credentials:
-    """The process that sent a Unix-domain datagram, as the kernel vouches for it.
+    """The process that sent a Unix-domain datagram, according to the kernel.
 
     Attributes:
       pid: Its process ID; 0 if it is in a PID namespace that we cannot see into.
