@@ -1,0 +1,111 @@
+"""The page of ``statsd_server.py`` by HTTP: some files, and server-sent events that a script of the page follows.
+
+It knows nothing of StatsD. The HTTP is h11's, which does no I/O of its own; each connection takes one request. A
+browser that comes back names the last event that it has seen, and gets those after it (HTML standard, 9.2).
+"""
+
+import json
+import time
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
+
+import attrs
+import h11
+import trio
+
+PATIENCE = 5.0  # seconds that a browser may take to ask, or to take an event
+MOST_CONNECTIONS = 32
+
+CONTENT_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+HEADERS = [
+    ("Cache-Control", "no-store"),
+    ("Connection", "close"),
+    ("Content-Security-Policy", "default-src 'self'"),
+    ("X-Content-Type-Options", "nosniff"),
+]
+
+
+@attrs.define(eq=False)
+class Page:
+    """The page by HTTP, one request for each connection, and the events that it follows."""
+
+    events: deque[tuple[int, bytes]]  # the last ones, each with its number
+    files: dict[str, tuple[str, bytes]]  # by path
+    is_over: bool = False
+    news: trio.Event = attrs.field(factory=trio.Event)
+    connections: int = 0
+
+    @classmethod
+    def load(cls, most_events: int) -> "Page":
+        paths = [path for path in Path(__file__).parent.iterdir() if path.suffix in CONTENT_TYPES]
+        files = {f"/{path.name}": (CONTENT_TYPES[path.suffix], path.read_bytes()) for path in paths}
+        return cls(deque(maxlen=most_events), files | {"/": files["/index.html"]})
+
+    def publish(self, figures: dict[str, object]) -> None:
+        """Give figures to all pages. Events have the time as their number, which also grows over a restart."""
+        now = int(time.time() * 1000)
+        number = max(now, self.events[-1][0] + 1) if self.events else now
+        data = json.dumps({"time": number} | figures, allow_nan=False)
+        self.events.append((number, f"id: {number}\ndata: {data}\n\n".encode()))
+        self.wake()
+
+    def close(self) -> None:
+        """Let pages have the last event."""
+        self.is_over = True
+        self.wake()
+
+    def wake(self) -> None:
+        self.news.set()
+        self.news = trio.Event()
+
+    async def answer(self, stream: trio.SocketStream) -> None:
+        self.connections += 1
+        try:
+            if self.connections <= MOST_CONNECTIONS:
+                await self.answer_request(stream)
+        except (h11.RemoteProtocolError, trio.BrokenResourceError, trio.TooSlowError):
+            pass  # the browser has gone, is too slow, or is none
+        finally:
+            self.connections -= 1
+
+    async def answer_request(self, stream: trio.SocketStream) -> None:
+        connection = h11.Connection(h11.SERVER)
+        with trio.fail_after(PATIENCE):
+            while (request := connection.next_event()) is h11.NEED_DATA:
+                connection.receive_data(await stream.receive_some())
+        if isinstance(request, h11.Request):
+            async with aclosing(self.respond(request)) as parts:
+                async for part in parts:
+                    with trio.fail_after(PATIENCE):
+                        await stream.send_all(connection.send(part) or b"")
+
+    async def respond(self, request: h11.Request) -> AsyncGenerator[h11.Event, None]:
+        """Give the parts of the answer to a request."""
+        path = request.target.decode().partition("?")[0]
+        if request.method != b"GET":
+            yield h11.Response(status_code=405, headers=[("Allow", "GET"), ("Content-Length", "0"), *HEADERS])
+        elif path == "/events":
+            yield h11.Response(status_code=200, headers=[("Content-Type", "text/event-stream"), *HEADERS])
+            yield h11.Data(data=b"retry: 1000\n\n")  # milliseconds until a page that has lost us tries again
+            last = dict(request.headers).get(b"last-event-id", b"0")
+            seen = int(last) if last.isdigit() and len(last) < 20 else 0
+            while True:
+                news, is_over = self.news, self.is_over
+                for number, event in [each for each in self.events if each[0] > seen]:
+                    yield h11.Data(data=event)
+                    seen = number
+                if is_over:
+                    break
+                await news.wait()
+        elif path in self.files:
+            content_type, content = self.files[path]
+            length = ("Content-Length", str(len(content)))
+            yield h11.Response(
+                status_code=200, headers=[("Content-Type", f"{content_type}; charset=utf-8"), length, *HEADERS]
+            )
+            yield h11.Data(data=content)
+        else:
+            yield h11.Response(status_code=404, headers=[("Content-Length", "0"), *HEADERS])
+        yield h11.EndOfMessage()
