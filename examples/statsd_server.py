@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import attrs
 import trio
@@ -38,7 +38,7 @@ HISTORY = 120.0  # seconds that a page shows
 GRACE = 1.0  # seconds for the last event, when the server has stopped
 
 LINE = re.compile(
-    rb"([^\x00-\x1f\x7f:|]{1,200}):([^|]{1,200})\|(c|g|ms|h|s)(?:\|@([^|]{1,20}))?(?:\|#([^\x00-\x1f\x7f|]{1,200}))?"
+    rb"([^\x00-\x1f\x7f:|]{1,200}):([^|]{1,200})\|(c|g|ms|h|d|s)(?:\|@([^|]{1,20}))?(?:\|#([^\x00-\x1f\x7f|]{1,200}))?"
 )
 NUMBER = re.compile(rb"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
@@ -133,7 +133,14 @@ class Set(Metric):
         return {"unique": len(members)}
 
 
-TYPES: dict[bytes, type[Metric]] = {b"c": Counter, b"g": Gauge, b"ms": Timer, b"h": Histogram, b"s": Set}
+TYPES: dict[bytes, type[Metric]] = {
+    b"c": Counter,
+    b"g": Gauge,
+    b"ms": Timer,
+    b"h": Histogram,
+    b"d": Histogram,  # DogStatsD's distributions
+    b"s": Set,
+}
 
 
 @attrs.define(eq=False)
@@ -187,7 +194,7 @@ class StatsD:
 
     def flush(self, now: float) -> dict[str, object]:
         """Return the figures of the interval that ends now, and forget metrics that have been silent for long."""
-        seconds, self.now = now - self.now, now
+        seconds, self.now = max(now - self.now, 1e-3), now
         self.metrics = {key: metric for key, metric in self.metrics.items() if now - metric.changed < FORGET}
         metrics: dict[str, dict[str, dict[str, float]]] = {kind.__name__.lower(): {} for kind in TYPES.values()}
         for (kind, name), metric in sorted(self.metrics.items(), key=lambda item: item[0][1]):
@@ -204,6 +211,11 @@ class StatsD:
         return {"seconds": seconds, "metrics": metrics, "lines": lines, **counts}
 
 
+def show(address: tuple[Any, ...]) -> str:
+    host, port, *_ = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 async def main(host: str | None, port: int, page_host: str, page_port: int, interval: float) -> None:
     endpoints = await trio_udp.open_endpoints(port, host=host)
     try:
@@ -218,16 +230,8 @@ async def main(host: str | None, port: int, page_host: str, page_port: int, inte
     def report(server: trio_udp.Server) -> None:
         statistics = server.statistics()
         counts = attrs.asdict(statistics) | {"lost": statistics.lost}
-        addresses = ["{}:{}".format(*endpoint.local_address) for endpoint in endpoints]
-        page.publish(
-            {
-                "begun": begun,
-                "interval": interval,
-                "addresses": addresses,
-                **statsd.flush(trio.current_time()),
-                "server": counts,
-            }
-        )
+        about = {"begun": begun, "interval": interval, "addresses": [show(each.local_address) for each in endpoints]}
+        page.publish({**about, **statsd.flush(trio.current_time()), "server": counts})
 
     async def report_regularly(server: trio_udp.Server) -> None:
         while True:
@@ -243,9 +247,9 @@ async def main(host: str | None, port: int, page_host: str, page_port: int, inte
             server: trio_udp.Server = await serving.start(serve)
             background.start_soon(report_regularly, server)
             for endpoint in server.endpoints:
-                print("listening on {}:{}".format(*endpoint.local_address), flush=True)
+                print(f"listening on {show(endpoint.local_address)}", flush=True)
             for listener in listeners:
-                print("page on http://{}:{}/".format(*listener.socket.getsockname()), flush=True)
+                print(f"page on http://{show(listener.socket.getsockname())}/", flush=True)
         # All that had arrived when the signal came is summed up by now.
         report(server)
         page.close()

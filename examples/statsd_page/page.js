@@ -138,9 +138,9 @@ class Card {
   }
 
   show(figure, rows, points, event, age = 0) {
-    const output = $("output", this.element);
-    output.textContent = figure === undefined ? "–" : this.unit.endsWith("/s") ? formatRate(figure) : format(figure);
-    output.classList.toggle("long", output.textContent.length > 9);
+    const value = $("b", this.element);
+    value.textContent = figure === undefined ? "–" : this.unit.endsWith("/s") ? formatRate(figure) : format(figure);
+    value.classList.toggle("long", value.textContent.length > 9);
     $(".unit", this.element).textContent = age > 0 ? `${this.unit}, ${age} s ago` : this.unit;
     this.element.classList.toggle("old", age > 0);
     $("dl", this.element).replaceChildren(...rows.map(([term, description, tone]) => {
