@@ -84,9 +84,9 @@ class Page:
     async def respond(self, request: h11.Request) -> AsyncGenerator[h11.Event, None]:
         """Give the parts of the answer to a request."""
         path = request.target.decode().partition("?")[0]
-        if request.method != b"GET":
-            yield h11.Response(status_code=405, headers=[("Allow", "GET"), ("Content-Length", "0"), *HEADERS])
-        elif path == "/events":
+        if request.method not in (b"GET", b"HEAD"):
+            yield h11.Response(status_code=405, headers=[("Allow", "GET, HEAD"), ("Content-Length", "0"), *HEADERS])
+        elif path == "/events" and request.method == b"GET":
             yield h11.Response(status_code=200, headers=[("Content-Type", "text/event-stream"), *HEADERS])
             yield h11.Data(data=b"retry: 1000\n\n")  # milliseconds until a page that has lost us tries again
             last = dict(request.headers).get(b"last-event-id", b"0")
@@ -101,11 +101,10 @@ class Page:
                 await news.wait()
         elif path in self.files:
             content_type, content = self.files[path]
-            length = ("Content-Length", str(len(content)))
-            yield h11.Response(
-                status_code=200, headers=[("Content-Type", f"{content_type}; charset=utf-8"), length, *HEADERS]
-            )
-            yield h11.Data(data=content)
+            about = [("Content-Type", f"{content_type}; charset=utf-8"), ("Content-Length", str(len(content)))]
+            yield h11.Response(status_code=200, headers=[*about, *HEADERS])
+            if request.method == b"GET":
+                yield h11.Data(data=content)
         else:
             yield h11.Response(status_code=404, headers=[("Content-Length", "0"), *HEADERS])
         yield h11.EndOfMessage()

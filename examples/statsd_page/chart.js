@@ -4,8 +4,7 @@
 // the line has a gap. The value axis begins at zero, unless the chart is of values for which zero is not special.
 
 const WINDOW = 120_000;
-const TOP = 12, RIGHT = 10, BOTTOM = 22;
-const STEPS = [1, 2, 2.5, 5, 10];
+const TOP = 24, RIGHT = 10, BOTTOM = 22;
 
 const exact = new Intl.NumberFormat("en", { maximumFractionDigits: 3 });
 const clock = new Intl.DateTimeFormat("en", { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
@@ -25,28 +24,30 @@ function svg(name, attributes, ...children) {
 
 // Numbers for an axis: as short as they can be while they differ.
 function short(values) {
-  const power = Math.min(5, Math.max(0, Math.floor(Math.log10(Math.max(...values.map(Math.abs))) / 3)));
   for (let digits = 3; ; digits++) {
-    const texts = values.map((value) =>
-      value === 0 ? "0" : Number((value / 1000 ** power).toPrecision(digits)) + ["", "k", "M", "G", "T", "P"][power]);
+    const texts = values.map((value) => {
+      const power = value === 0 ? 0 : Math.min(5, Math.max(0, Math.floor(Math.log10(Math.abs(value)) / 3)));
+      return Number((value / 1000 ** power).toPrecision(digits)) + ["", "k", "M", "G", "T", "P"][power];
+    });
     if (digits > 12 || new Set(texts).size === texts.length) return texts;
   }
 }
 
-// Round values to write at the axis, about three of them, from one at or under `low` to one at or over `high`.
-export function ticks(low, high) {
+// Round values to write at the axis, five or so, from one at or under `low` to one at or over `high`.
+function ticks(low, high, leastStep) {
   if (low === high) high = low + (Math.abs(low) || 1);
-  const rough = (high - low) / 3;
+  const rough = (high - low) / 4;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = STEPS.find((each) => each * power >= rough * 0.999) * power;
+  const step = Math.max(leastStep, [1, 2, 5, 10].find((each) => each * power >= rough * 0.999) * power);
   const first = Math.floor(low / step + 1e-9), last = Math.ceil(high / step - 1e-9);
   return Array.from({ length: last - first + 1 }, (_, i) => Number(((first + i) * step).toPrecision(12)));
 }
 
 export class Chart {
-  // series: [{name, label, tone}]; unit: what is behind a number, as in "5 ms".
-  constructor(element, { label, unit, series, height = 148, fromZero = true, steps = false }) {
-    Object.assign(this, { element, label, unit, series, height, fromZero, steps, points: [], now: 0, gap: Infinity, pointer: null });
+  // series: [{name, label, tone}]; unit: what is behind a number, as in "5 ms"; whole: there is no half of it;
+  // steps: a value holds until the next one.
+  constructor(element, { label, unit, series, height = 156, fromZero = true, whole = false, steps = false }) {
+    Object.assign(this, { element, unit, series, height, fromZero, leastStep: Number(whole), steps, points: [], now: 0, gap: Infinity, pointer: null });
     this.svg = svg("svg", { role: "img", height, "aria-label": label });
     element.append(this.svg);
     new ResizeObserver(() => this.draw()).observe(element);
@@ -71,7 +72,7 @@ export class Chart {
     const shown = this.points.filter((point) => point.time >= this.now - WINDOW);
     const values = shown.flatMap((point) => this.series.map(({ name }) => point[name])).filter(Number.isFinite);
     if (this.fromZero || !values.length) values.push(0);
-    const marks = ticks(Math.min(...values), Math.max(...values));
+    const marks = ticks(Math.min(...values), Math.max(...values), this.leastStep);
     const texts = short(marks);
     const left = 12 + 6.4 * Math.max(...texts.map((text) => text.length));
     const low = marks[0], high = marks[marks.length - 1];
@@ -90,7 +91,7 @@ export class Chart {
     const lines = marks.map((mark) =>
       svg("line", { class: mark === 0 ? "zero" : "grid", x1: left, x2: width - RIGHT, y1: y(mark), y2: y(mark) }));
     const numbers = marks.map((mark, i) => svg("text", { x: left - 8, y: y(mark) + 4, "text-anchor": "end" }, texts[i]));
-    const unit = svg("text", { class: "unit", x: left - 4, y: TOP + 4 }, this.unit);
+    const unit = svg("text", { class: "unit", x: 0, y: 11 }, this.unit);
     const labels = [["2 min ago", 0, "start"], ["1 min ago", 0.5, "middle"], ["now", 1, "end"]];
     if (width - left < 220) labels.splice(1, 1);
     const times = labels.map(([text, at, anchor]) =>

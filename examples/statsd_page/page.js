@@ -44,6 +44,7 @@ const KINDS = {
   histogram: { unit: "", ...DISTRIBUTION },
   set: {
     unit: "unique",
+    whole: true,
     figure: "unique",
     rows: (last, points) => [["Max", format(Math.max(...points.map((point) => point.unique)))]],
     series: [{ name: "unique", label: "unique", tone: "amber" }],
@@ -105,7 +106,7 @@ const SERVER = [
     },
   },
   {
-    title: "Senders", unit: "addresses",
+    title: "Senders", unit: "addresses", whole: true,
     levels: { senders: (event) => event.senders },
     series: [{ name: "senders", label: "senders", tone: "violet" }],
     rows: (event, points) => [
@@ -114,7 +115,7 @@ const SERVER = [
     ],
   },
   {
-    title: "Metrics", unit: "names",
+    title: "Metrics", unit: "names", whole: true,
     levels: { names: (event) => event.names },
     series: [{ name: "names", label: "names", tone: "violet" }],
     rows: ({ most_names, lines }) => [
@@ -190,7 +191,7 @@ function showServer() {
   for (const item of server) {
     const { view, points } = item;
     if (!item.card) {
-      item.card = new Card(view.title, "", { ...view, height: 112 });
+      item.card = new Card(view.title, "", { ...view, height: 124 });
       $("#server").append(item.card.element);
     }
     const last = points.at(-1);

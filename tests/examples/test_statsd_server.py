@@ -65,8 +65,8 @@ class Running:
         """Return all events from before up to when so many lines have come."""
 
         def have_come(event: Event) -> bool:
-            lines = event["lines"]
-            return sum(lines[name] for name in ("accepted", "malformed", "refused_names", "refused_values")) >= count
+            names = ("accepted", "malformed", "refused_names", "refused_values")
+            return sum(int(event["lines"][name]) for name in names) >= count
 
         return self.events_until(have_come)
 
@@ -85,18 +85,18 @@ def run(start: Start) -> RunStatsD:
     return run
 
 
-def total(events: list[Event], name: str, figure: str = "count", kind: str = "counter") -> float:
-    """Add up a figure over all intervals."""
-    return sum(event["metrics"][kind][name][figure] for event in events if name in event["metrics"][kind])
+def total(events: list[Event], name: str) -> float:
+    """Add up what a counter has counted in all intervals."""
+    counters = [event["metrics"]["counter"] for event in events]
+    return sum(float(named[name]["count"]) for named in counters if name in named)
 
 
-def distribution(events: list[Event], name: str, kind: str = "timer") -> dict[str, float]:
-    """Return the figures of the only interval in which values came, without the rate."""
-    [figures] = [
-        event["metrics"][kind][name] for event in events if event["metrics"][kind].get(name, {"count": 0})["count"]
-    ]
+def timings(events: list[Event], name: str) -> dict[str, float]:
+    """Return a timer's figures in the only interval in which values came, without the rate."""
+    found = [event["metrics"]["timer"].get(name, {"count": 0}) for event in events]
+    [figures] = [dict(figures) for figures in found if figures["count"]]
     assert figures.pop("rate") > 0
-    return dict(figures)
+    return figures
 
 
 # Clients that are not ours.
@@ -129,7 +129,7 @@ def test_statsd_from_pypi(run: RunStatsD) -> None:
     assert last["metrics"]["counter"]["shop.orders"]["total"] == total(events, "shop.orders") == 40
     assert last["metrics"]["gauge"] == {"shop.stock": {"value": 8}, "shop.below": {"value": -3}}
     expected = {"count": 200, "min": 1, "mean": 100.5, "max": 200, "p50": 100, "p95": 190, "p99": 198}
-    assert distribution(events, "shop.checkout") == expected
+    assert timings(events, "shop.checkout") == expected
     assert max(event["metrics"]["set"].get("shop.buyers", {"unique": 0})["unique"] for event in events) == 2
     assert last["lines"]["malformed"] == 0
     sampled = last["lines"]["accepted"] - (3 + 3 + 200 + 3 + 3 + 1)
@@ -368,7 +368,7 @@ def test_requests(run: RunStatsD) -> None:
         request = urllib.request.Request(server.url + path, method=method)
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                assert answer.read()
+                assert bool(answer.read()) == (method == "GET")
                 return answer.status, answer.headers["Content-Type"]
         except urllib.error.HTTPError as error:
             with error:
@@ -381,7 +381,8 @@ def test_requests(run: RunStatsD) -> None:
     assert ask("") == (200, "text/html; charset=utf-8")
     assert ask("page.js?1") == (200, "text/javascript; charset=utf-8")
     assert ask("__init__.py") == ask("../statsd_server.py") == ask("page.js/") == (404, "")
-    assert ask("", "POST") == ask("events", "HEAD") == (405, "")
+    assert ask("", "HEAD") == (200, "text/html; charset=utf-8")
+    assert ask("", "POST") == (405, "")
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /events HTTP/1.1\r\n", b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n"])
