@@ -260,6 +260,13 @@ async def main(host: str | None, port: int, page_host: str, page_port: int, inte
     print(f"dropped by the kernel: {server.statistics().kernel_dropped}")
 
 
+def port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65_535:
+        raise ValueError
+    return value
+
+
 def seconds(text: str) -> float:
     value = float(text)
     if not 0.1 <= value <= 60:
@@ -269,10 +276,10 @@ def seconds(text: str) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("port", nargs="?", type=int, default=8125)
+    parser.add_argument("port", nargs="?", type=port, default=8125)
     parser.add_argument("--host", default="127.0.0.1", help="name or address to bind (default: %(default)s)")
     parser.add_argument("--page-host", default="127.0.0.1", help="the same for the page, which is for friends only")
-    parser.add_argument("--page-port", type=int, default=8126, metavar="PORT")
+    parser.add_argument("--page-port", type=port, default=8126, metavar="PORT")
     parser.add_argument("--interval", type=seconds, default=1.0, metavar="SECONDS", help="from 0.1 to 60 (default: 1)")
     arguments = parser.parse_args()
     try:
