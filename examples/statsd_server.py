@@ -1,17 +1,18 @@
-"""A StatsD server with a live page: counters, gauges, timers with percentiles, sets, and the server's own statistics.
+"""A StatsD server with a live page: it aggregates counters, gauges, timers and sets, and shows its own statistics.
 
-``datagram_handler`` sees every datagram in arrival order over all senders, so a gauge has the value that was sent last,
-whoever sent it. Each second, what has arrived is summed up and goes to every open page as one server-sent event. The
-events of the last two minutes are kept: a page that is opened, or comes back, gets those that it has not seen.
+One ``datagram_handler`` receives the datagrams of all senders in arrival order, so a gauge has the last value that
+arrived, regardless of its sender. Once a second, the server sends the figures of that second to each open page, as a
+server-sent event. It keeps the events of the last two minutes for pages that open later or reconnect.
 
     pip install '.[examples]' && python examples/statsd_server.py        (then open the page that it names)
     echo "tea.cups:1|c" | nc -u -w0 127.0.0.1 8125
 
-A datagram has one line or more: ``NAME:VALUE|TYPE``, then perhaps ``|@RATE`` for a sample, and DogStatsD's ``|#TAGS``,
-which become part of the name. Types are ``c``, ``g`` (``+3`` and ``-3`` change the value), ``ms``, ``h`` and ``s``.
+A datagram has one or more lines ``NAME:VALUE|TYPE``. A line may end with a sample rate, ``|@RATE``, and DogStatsD's
+tags, ``|#TAGS``, which become part of the name. The types are ``c``, ``g`` (``+3`` and ``-3`` change the value),
+``ms``, ``h``, ``d`` and ``s``.
 
-Nothing that strangers send ends it or makes it grow without bound: malformed lines are counted, and so are lines with a
-new name, or a value that has to be kept, when there are too many. Left out: handing on to Graphite.
+Memory is bounded: lines beyond the limits below are refused and counted. Malformed lines are counted too. Left out:
+forwarding to Graphite.
 """
 
 import argparse
@@ -30,12 +31,12 @@ import trio_udp
 
 MOST_NAMES = 1_000  # metrics
 MOST_VALUES = 200_000  # lines of timers and sets in one interval: 20 MB
-MOST_SENDERS = 10_000  # addresses to tell apart in one interval
+MOST_SENDERS = 10_000  # addresses that are counted in one interval
 FORGET = 600.0  # seconds of silence after which a metric is forgotten
-LARGEST, SMALLEST_RATE = 1e15, 1e-6  # no sum of such values is infinite
+LARGEST, SMALLEST_RATE = 1e15, 1e-6  # so no sum becomes infinite
 
 HISTORY = 120.0  # seconds that a page shows
-GRACE = 1.0  # seconds for the last event, when the server has stopped
+GRACE = 1.0  # seconds for sending the last event after the server has stopped
 
 LINE = re.compile(
     rb"([^\x00-\x1f\x7f:|]{1,200}):([^|]{1,200})\|(c|g|ms|h|d|s)(?:\|@([^|]{1,20}))?(?:\|#([^\x00-\x1f\x7f|]{1,200}))?"
@@ -50,19 +51,19 @@ def number(text: bytes) -> float:
 
 
 def percentile(ordered: list[float], percent: int) -> float:
-    """Return the smallest value that at least so many percent of the values do not exceed (the nearest rank)."""
+    """Return the smallest value that at least ``percent`` % of the values do not exceed (nearest rank)."""
     return ordered[-(-len(ordered) * percent // 100) - 1]
 
 
 @attrs.define
 class Metric:
-    """What has arrived for one name. An interval ends with ``flush``, which returns its figures."""
+    """The values of one name in the current interval. ``flush`` returns their figures and begins the next interval."""
 
     keeps_values: ClassVar[bool] = False
     changed: float = 0.0  # by Trio's clock
 
     def add(self, text: bytes, weight: float) -> None:
-        """Take a value, which stands for ``weight`` of them. Raises ``ValueError``."""
+        """Add a value that stands for ``weight`` values. Raises ``ValueError`` if it cannot be parsed."""
         raise NotImplementedError
 
     def flush(self, seconds: float) -> dict[str, float]:
@@ -100,7 +101,7 @@ class Gauge(Metric):
 class Timer(Metric):
     keeps_values = True
     values: list[float] = attrs.field(factory=list)
-    count: float = 0.0  # more than there are values, if they are a sample
+    count: float = 0.0  # larger than the number of values if they are a sample
 
     def add(self, text: bytes, weight: float) -> None:
         self.values.append(number(text))
@@ -117,13 +118,13 @@ class Timer(Metric):
 
 
 class Histogram(Timer):
-    """As a timer, but its values are no milliseconds."""
+    """A timer for values that are not milliseconds."""
 
 
 @attrs.define
 class Set(Metric):
     keeps_values = True
-    members: set[int] = attrs.field(factory=set)  # hashes of 64 bits, which strangers cannot foresee
+    members: set[int] = attrs.field(factory=set)  # 64-bit hashes, which strangers cannot predict
 
     def add(self, text: bytes, weight: float) -> None:
         self.members.add(hash(text))
@@ -145,7 +146,7 @@ TYPES: dict[bytes, type[Metric]] = {
 
 @attrs.define(eq=False)
 class StatsD:
-    """All metrics, and counts of the lines that came: each is in exactly one of them."""
+    """All metrics, and the counts of lines: each line is in exactly one count."""
 
     metrics: dict[tuple[type[Metric], str], Metric] = attrs.field(factory=dict)
     accepted: int = 0
@@ -169,7 +170,7 @@ class StatsD:
                     self.last_malformed = line[:200].decode(errors="backslashreplace")
 
     def add(self, line: bytes) -> None:
-        """Take a line, or raise ``ValueError``."""
+        """Handle one line. Raises ``ValueError`` if it is malformed."""
         found = LINE.fullmatch(line)
         if found is None:
             raise ValueError(f"not NAME:VALUE|TYPE: {line!r}")
@@ -225,7 +226,7 @@ async def main(host: str | None, port: int, page_host: str, page_port: int, inte
             endpoint.close()
         raise OSError(f"no page on port {page_port} of {page_host}: {error.strerror or error}") from error
     statsd, page = StatsD(now=trio.current_time()), Page.load(int(HISTORY / interval))
-    begun = int(time.time() * 1000)  # tells pages that a restart has begun all counts anew
+    begun = int(time.time() * 1000)  # a new value tells the page that all counts began again
 
     def report(server: trio_udp.Server) -> None:
         statistics = server.statistics()
@@ -250,7 +251,7 @@ async def main(host: str | None, port: int, page_host: str, page_port: int, inte
                 print(f"listening on {show(endpoint.local_address)}", flush=True)
             for listener in listeners:
                 print(f"page on http://{show(listener.socket.getsockname())}/", flush=True)
-        # All that had arrived when the signal came is summed up by now.
+        # The server has handled everything that had reached the machine when the signal came.
         report(server)
         page.close()
         answers.cancel_scope.deadline = trio.current_time() + GRACE

@@ -1,7 +1,8 @@
-"""The page of ``statsd_server.py`` by HTTP: some files, and server-sent events that a script of the page follows.
+"""The page of ``statsd_server.py``: its files over HTTP, and the server-sent events that its script reads.
 
-It knows nothing of StatsD. The HTTP is h11's, which does no I/O of its own; each connection takes one request. A
-browser that comes back names the last event that it has seen, and gets those after it (HTML standard, 9.2).
+This module knows nothing of StatsD. h11 parses the requests and does no I/O; each connection handles one request. A
+browser that reconnects sends the number of the last event that it received, and gets the later ones (HTML standard,
+"Server-sent events").
 """
 
 import json
@@ -15,7 +16,7 @@ import attrs
 import h11
 import trio
 
-PATIENCE = 5.0  # seconds that a browser may take to ask, or to take an event
+PATIENCE = 5.0  # seconds for a request to arrive, and for each part of the answer to be sent
 MOST_CONNECTIONS = 32
 
 CONTENT_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -29,9 +30,9 @@ HEADERS = [
 
 @attrs.define(eq=False)
 class Page:
-    """The page by HTTP, one request for each connection, and the events that it follows."""
+    """The files of the page, and its last events."""
 
-    events: deque[tuple[int, bytes]]  # the last ones, each with its number
+    events: deque[tuple[int, bytes]]  # the last ones, with their numbers
     files: dict[str, tuple[str, bytes]]  # by path
     is_over: bool = False
     news: trio.Event = attrs.field(factory=trio.Event)
@@ -44,7 +45,7 @@ class Page:
         return cls(deque(maxlen=most_events), files | {"/": files["/index.html"]})
 
     def publish(self, figures: dict[str, object]) -> None:
-        """Give figures to all pages. Events have the time as their number, which also grows over a restart."""
+        """Send figures to all open pages. The number of an event is its time, so it grows across restarts too."""
         now = int(time.time() * 1000)
         number = max(now, self.events[-1][0] + 1) if self.events else now
         data = json.dumps({"time": number} | figures, allow_nan=False)
@@ -52,7 +53,7 @@ class Page:
         self.wake()
 
     def close(self) -> None:
-        """Let pages have the last event."""
+        """End the streams of all open pages after the last event."""
         self.is_over = True
         self.wake()
 
@@ -66,7 +67,7 @@ class Page:
             if self.connections <= MOST_CONNECTIONS:
                 await self.answer_request(stream)
         except (h11.RemoteProtocolError, trio.BrokenResourceError, trio.TooSlowError):
-            pass  # the browser has gone, is too slow, or is none
+            pass  # the browser has left, is too slow, or sent something other than HTTP
         finally:
             self.connections -= 1
 
@@ -82,13 +83,13 @@ class Page:
                         await stream.send_all(connection.send(part) or b"")
 
     async def respond(self, request: h11.Request) -> AsyncGenerator[h11.Event, None]:
-        """Give the parts of the answer to a request."""
+        """Yield the parts of the answer to a request."""
         path = request.target.decode().partition("?")[0]
         if request.method not in (b"GET", b"HEAD"):
             yield h11.Response(status_code=405, headers=[("Allow", "GET, HEAD"), ("Content-Length", "0"), *HEADERS])
         elif path == "/events" and request.method == b"GET":
             yield h11.Response(status_code=200, headers=[("Content-Type", "text/event-stream"), *HEADERS])
-            yield h11.Data(data=b"retry: 1000\n\n")  # milliseconds until a page that has lost us tries again
+            yield h11.Data(data=b"retry: 1000\n\n")  # milliseconds until a page reconnects
             last = dict(request.headers).get(b"last-event-id", b"0")
             seen = int(last) if last.isdigit() and len(last) < 20 else 0
             while True:

@@ -1,7 +1,7 @@
-// A line chart in plain SVG, of the last two minutes. It knows nothing of metrics: it draws the points it is given.
+// A line chart of the last two minutes in plain SVG. It knows nothing of metrics.
 //
-// A point is {time, NAME: number, ...}, time in milliseconds. Where a number is missing, or no point came for a while,
-// the line has a gap. The value axis begins at zero, unless the chart is of values for which zero is not special.
+// A point is {time, NAME: number, ...}, with time in milliseconds. A line has a gap where a number is missing, or where
+// no point came for a while. The value axis begins at zero, except with fromZero: false.
 
 const WINDOW = 120_000;
 const TOP = 24, RIGHT = 10, BOTTOM = 22;
@@ -9,7 +9,7 @@ const TOP = 24, RIGHT = 10, BOTTOM = 22;
 const exact = new Intl.NumberFormat("en", { maximumFractionDigits: 3 });
 const clock = new Intl.DateTimeFormat("en", { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
 
-// A rate is measured, so it has three digits or so; all other numbers are shown as they are.
+// A rate is a measurement, so it has about three digits. Other numbers are exact, to three decimals.
 export const formatRate = (rate) => exact.format(Math.abs(rate) < 100 ? Number(rate.toPrecision(3)) : Math.round(rate));
 
 export const format = (value) =>
@@ -22,7 +22,7 @@ function svg(name, attributes, ...children) {
   return element;
 }
 
-// Numbers for an axis: as short as they can be while they differ.
+// Texts for the numbers of an axis: as short as possible, but all different.
 function short(values) {
   for (let digits = 3; ; digits++) {
     const texts = values.map((value) => {
@@ -33,7 +33,7 @@ function short(values) {
   }
 }
 
-// Round values to write at the axis, five or so, from one at or under `low` to one at or over `high`.
+// About five round values for an axis, which include `low` and `high`.
 function ticks(low, high, leastStep) {
   if (low === high) high = low + (Math.abs(low) || 1);
   const rough = (high - low) / 4;
@@ -44,8 +44,8 @@ function ticks(low, high, leastStep) {
 }
 
 export class Chart {
-  // series: [{name, label, tone}]; unit: what is behind a number, as in "5 ms"; whole: there is no half of it;
-  // steps: a value holds until the next one.
+  // series: [{name, label, tone}]; unit: follows a number, as in "5 ms"; whole: values are integers;
+  // steps: a value is valid until the next one.
   constructor(element, { label, unit, series, height = 156, fromZero = true, whole = false, steps = false }) {
     Object.assign(this, { element, unit, series, height, fromZero, leastStep: Number(whole), steps, points: [], now: 0, gap: Infinity, pointer: null });
     this.svg = svg("svg", { role: "img", height, "aria-label": label });
@@ -114,7 +114,7 @@ export class Chart {
     const place = (point) => `${x(point.time).toFixed(1)} ${y(point[name]).toFixed(1)}`;
     const path = runs.map((run) => `M${place(run[0])}` + run.slice(1).map((point) =>
       this.steps ? `H${x(point.time).toFixed(1)}V${y(point[name]).toFixed(1)}` : `L${place(point)}`).join("")).join("");
-    // A run of one point has no line: the round cap of one of no length is a dot.
+    // A run of one point has no line; a line of length zero with round caps is a dot.
     const dots = runs.filter((run) => run.length === 1).map((run) => `M${place(run[0])}h0`).join("");
     const last = runs.length && runs.at(-1).at(-1);
     return [
@@ -123,7 +123,7 @@ export class Chart {
     ];
   }
 
-  // The point under the pointer: when it was, and its values.
+  // Time and values of the point that is closest to the pointer.
   readout(points, left, width, x, y) {
     if (this.pointer === null || !points.length) return [];
     const pointer = this.pointer - this.svg.getBoundingClientRect().left;

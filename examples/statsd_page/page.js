@@ -1,9 +1,9 @@
-// The live page: follows /events, keeps what two minutes bring, and shows it. The pictures are chart.js's.
+// The live page: it reads /events, keeps the last two minutes, and shows them. chart.js draws the charts.
 
 import { Chart, format, formatRate } from "./chart.js";
 
 const WINDOW = 120_000; // milliseconds
-const MOST_CARDS = 60; // more are found by the filter
+const MOST_CARDS = 60; // the filter finds the others
 const moment = new Intl.DateTimeFormat("en", { dateStyle: "medium", timeStyle: "short", hourCycle: "h23" });
 const $ = (selector, element = document) => element.querySelector(selector);
 
@@ -21,7 +21,7 @@ const DISTRIBUTION = {
   ],
 };
 
-// How each kind of metric is shown: the figure in large, the figures below it, and the lines of its chart.
+// How each kind of metric is shown: the large figure, the small figures below it, and the lines of its chart.
 const KINDS = {
   counter: {
     unit: "/s",
@@ -53,7 +53,7 @@ const KINDS = {
 
 const sum = (counts) => Object.values(counts).reduce((total, count) => total + count, 0);
 
-// The server's own charts. Counts grow, so what is shown is by how much, a second.
+// The server's own charts. Of `counts`, which only grow, a chart shows the growth per second; of `levels`, the value.
 const SERVER = [
   {
     title: "Datagrams", unit: "/s",
@@ -126,7 +126,7 @@ const SERVER = [
   },
 ];
 
-// A card: a name, a figure in large, some in small, and a chart.
+// A card: a name, a large figure, small figures, and a chart.
 class Card {
   constructor(title, kind, { unit, ...options }) {
     this.element = $("#card").content.firstElementChild.cloneNode(true);
@@ -157,8 +157,9 @@ class Card {
   }
 }
 
-// What has come. `event` is the last one; `metrics` are maps by kind and name, in the order of the server.
+// `event` is the last one; `metrics` has the points of each metric by kind and name, in the order of the server.
 let event = null;
+let arrived = 0; // when it did, in milliseconds
 let metrics = new Map();
 const server = SERVER.map((view) => ({ view, points: [], card: null }));
 const choice = { kind: "", text: "" };
@@ -222,7 +223,7 @@ function showMetrics() {
       metric.card = new Card(metric.name, metric.kind, view);
       metric.card.element.dataset.metric = `${metric.kind}:${metric.name}`;
     }
-    // Timers have figures only where values came: show the last ones, and how old they are.
+    // A timer without values in an interval has no figures: show the last ones, and their age.
     const last = metric.points.findLast((point) => view.figure in point) ?? metric.points.at(-1);
     const rows = view.figure in last ? view.rows(last, metric.points) : [];
     metric.card.show(last[view.figure], rows, metric.points, event, Math.round((event.time - last.time) / 1000));
@@ -262,16 +263,26 @@ function tell(state, text) {
   $("#status").textContent = text;
 }
 
+// A server that hangs keeps the connection open.
+function noticeSilence() {
+  const silence = performance.now() - arrived;
+  if (event && $("#status").className !== "lost" && silence > Math.max(2000, event.interval * 3000)) {
+    tell("silent", `No data for ${Math.round(silence / 1000)} s`);
+  }
+}
+
 function follow() {
   const source = new EventSource("events");
   source.onopen = () => tell("live", "Live");
   source.onmessage = (message) => {
     take(JSON.parse(message.data));
+    arrived = performance.now();
+    tell("live", "Live");
     showSoon();
   };
   source.onerror = () => {
     tell("lost", "Server is away, trying again…");
-    if (source.readyState === EventSource.CLOSED) setTimeout(follow, 2000); // answered by something that is not ours
+    if (source.readyState === EventSource.CLOSED) setTimeout(follow, 2000); // something else answers on this port
   };
 }
 
@@ -284,4 +295,5 @@ $("#kinds").addEventListener("click", ({ target }) => {
   if (button) choice.kind = button.dataset.kind;
   showSoon();
 });
+setInterval(noticeSilence, 1000);
 follow();

@@ -138,7 +138,7 @@ def figures(card: Any) -> dict[str, str]:
 
 
 def test_values_are_those_that_were_sent(watch: Open) -> None:
-    """Each kind of metric, and the counts of the server, are shown with exactly the values that were sent."""
+    """Each kind of metric, and the counts of the server, have exactly the values that were sent."""
     with watch() as watched:
         expect(watched.page.locator("#empty")).to_contain_text(f"nc -u -w0 127.0.0.1 {watched.example.port}")
         timings = "\n".join(f"checkout:{value}|ms" for value in range(1, 201))
@@ -164,7 +164,7 @@ def test_values_are_those_that_were_sent(watch: Open) -> None:
 
 
 def test_charts_move(watch: Open) -> None:
-    """A metric's line and the server's lines change when datagrams arrive, and with time; axes have units."""
+    """Lines change when datagrams arrive; axes have units; the pointer shows the values of a point."""
     with watch() as watched:
         watched.send("hits:5|c")
         line = watched.card("counter:hits").locator("path[data-series=rate]")
@@ -183,11 +183,14 @@ def test_charts_move(watch: Open) -> None:
 
 
 def test_lost_datagrams_are_shown(watch: Open) -> None:
-    """What the kernel dropped is on the page, beside the rest: together all that was sent."""
+    """The page says that the server hangs, and then how many datagrams the kernel dropped: all but those received."""
     with watch() as watched:
+        expect(watched.server_card("Datagrams")).to_be_visible()
         watched.example.signal(SIGSTOP)
         watched.send(*["burst:1|c"] * 30_000)
+        expect(watched.page.locator("#status")).to_have_text(re.compile(r"^No data for \d+ s$"))
         watched.example.signal(SIGCONT)
+        expect(watched.page.locator("#status")).to_have_text("Live")
         card = watched.server_card("Lost datagrams")
         expect(card.locator("dd").first).not_to_have_text("0")
         dropped, by_server = (int(text.replace(",", "")) for text in card.locator("dd").all_inner_texts())
@@ -196,7 +199,7 @@ def test_lost_datagrams_are_shown(watch: Open) -> None:
 
 
 def test_nothing_is_cut_off(watch: Open) -> None:
-    """Long names, large numbers and small ones find room on a wide window and on a phone."""
+    """Long names and large and small numbers fit, in a wide window and on a phone."""
     with watch() as watched:
         watched.send(f"{'a.very.long.name.' * 11}:1|ms|#region:eu,host:web-17", "x" * 200 + ":999999999999999|g")
         watched.send("tiny:0.0000123|g", "huge:-1e15|g", "count:999999999999|c|@0.001", "x" * 250)
@@ -215,7 +218,7 @@ def test_nothing_is_cut_off(watch: Open) -> None:
 
 
 def test_light_and_dark(watch: Open) -> None:
-    """The page takes its colours from the system's choice; every text differs from its ground by 4.5:1 (WCAG 2, AA)."""
+    """The colours follow the system's setting, and each text has a contrast of at least 4.5:1 (WCAG 2, AA)."""
     with watch() as watched:
         watched.send("a:1|c\na:1|g\na:1|ms\na:1|s\nnonsense")
         expect(watched.page.locator("#metrics article")).to_have_count(4)
@@ -228,7 +231,7 @@ def test_light_and_dark(watch: Open) -> None:
 
 
 def test_after_a_restart(watch: Open) -> None:
-    """The page says that the server is away, and goes on when it is back: with new counts, and a gap in the lines."""
+    """The page says that the server is away, and continues when it is back: with new counts, and a gap in the lines."""
     with watch() as watched:
         watched.send("hits:5|c")
         total = watched.card("counter:hits").locator("dd").nth(1)
@@ -242,7 +245,7 @@ def test_after_a_restart(watch: Open) -> None:
 
 
 def test_many_metrics_and_the_filter(watch: Open) -> None:
-    """Of many metrics the first are shown; the rest are found by name and by kind."""
+    """The page shows the first 60 metrics; the filter finds the others by name and by kind."""
     with watch() as watched:
         for start in range(0, 100, 50):
             watched.send("\n".join(f"metric.{number:02}:{number}|g" for number in range(start, start + 50)))
