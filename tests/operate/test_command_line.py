@@ -163,7 +163,7 @@ def test_addresses_that_cannot_be_bound() -> None:
     )
     status, _, error = run_to_the_end("--host", "192.0.2.1", "--port", "0", f"{APPS}:tell_pid")
     assert (status, error.count("\n")) == (1, 1)
-    assert "cannot bind 192.0.2.1 port 0; give an address of this machine as --host" in error
+    assert "cannot bind 192.0.2.1 port 0; use an address of this machine as --host" in error
     status, _, error = run_to_the_end("--host", "fe80::1%nowhere", "--port", "0", f"{APPS}:tell_pid")
     assert (status, error.count("\n")) == (1, 1)
     assert "'fe80::1%nowhere'" in error

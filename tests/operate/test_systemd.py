@@ -119,8 +119,8 @@ def test_the_first_datagram_is_answered() -> None:
             assert peer.recv(100) == b"2 again"
         assert stop(process) == [
             "blocking: True",
-            "2 of 2 sockets from systemd have the kernel's default receive buffer of 212992 bytes: bursts, and what "
-            "arrives during a restart, may be lost. Write ReceiveBuffer=4M in the .socket unit",
+            "2 of 2 sockets from systemd have the kernel's default receive buffer of 212992 bytes: datagrams of "
+            "bursts, and those that arrive during a restart, may be lost. Write ReceiveBuffer=4M in the .socket unit",
             "left over: []",
             "inherited by children: [False, False]",
         ]
