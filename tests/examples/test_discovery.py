@@ -72,10 +72,10 @@ def test_several_servers_on_one_machine(closing: ExitStack, port: int) -> None:
     assert found.returncode == 0
 
 
-def test_nobody(port: int) -> None:
+def test_no_answer(port: int) -> None:
     """Without a server the client says so, and ends with status 1."""
     found = ask("--interface", "lo", "--port", port, "--seconds", 0.1)
-    assert (found.stdout, found.stderr, found.returncode) == ("", "nobody is there\n", 1)
+    assert (found.stdout, found.stderr, found.returncode) == ("", "no answer\n", 1)
 
 
 def test_an_unknown_interface(port: int) -> None:

@@ -447,9 +447,9 @@ def test_client_gives_up(server: socket.socket) -> None:
     assert waiting(server) == [b"hello"] * 3
 
 
-def test_client_says_that_nobody_listens(server: socket.socket) -> None:
+def test_client_says_that_nothing_listens(server: socket.socket) -> None:
     """A refusal by the server's machine is reported at once."""
     port = server.getsockname()[1]
     server.close()
     result = run_client(port, "--timeout", "60", "hello")
-    assert (result.stdout, result.stderr, result.returncode) == ("", f"nobody listens on 127.0.0.1 port {port}\n", 1)
+    assert (result.stdout, result.stderr, result.returncode) == ("", f"nothing listens on 127.0.0.1 port {port}\n", 1)

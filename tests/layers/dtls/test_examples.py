@@ -182,4 +182,4 @@ def test_dtls_echo(start_example: StartExample, authority: Authority, identity: 
     assert printed[:2] == [r"127.0.0.1 wrote b'hello from OpenSSL\n'", "127.0.0.1 wrote b'hello'"]
     assert printed[2].startswith("handshakes: 2, failed: 1 (last: ")
     result = run_client(server.port, authority.certificate)
-    assert (result.stderr, result.returncode) == (f"nobody listens on localhost port {server.port}\n", 1)
+    assert (result.stderr, result.returncode) == (f"nothing listens on localhost port {server.port}\n", 1)
