@@ -1,4 +1,4 @@
-"""Limits for strangers who send too much, or make us send too much to a victim: rates and amplification."""
+"""Limits for strangers who send too much, or who make us send too much to a victim: rates and amplification."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def limits(per_second: float, burst: int, **options: Any) -> Limits:
 async def test_a_source_may_send_a_burst_and_then_so_many_a_second(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """Datagrams beyond the rate limit are refused before they reach a client; silence fills the bucket again."""
+    """A rate-limited source gets no more than its burst, then ``per_second`` a second; silence refills the bucket."""
     run = await start_in_memory(echo, limits=limits(2, 5))
     answered = []
     for seconds in (0, 0.5, 1, 10, 0):
@@ -144,7 +144,7 @@ async def test_accept_is_not_asked_about_what_is_too_much(
     ],
 )
 def test_prefixes(one: str, other: str, same: bool) -> None:
-    """By default a /24 of IPv4, mapped into IPv6 or not, and a /56 of IPv6 are one source."""
+    """By default an IPv4 /24, mapped into IPv6 or not, and an IPv6 /56 are one source each."""
     limiter = RateLimiter(RateLimit(1))
     assert (limiter.bucket_of(host_bytes((one, 1))) is limiter.bucket_of(host_bytes((other, 2)))) == same
 
@@ -163,7 +163,7 @@ def test_prefixes_are_the_first_bits(one: Any, other: Any, ipv4_bits: int, ipv6_
 
 
 def test_a_million_sources_do_not_make_the_table_grow() -> None:
-    """Many sources make the table forget those that have been quiet; one that is always busy stays limited."""
+    """Many sources make the table forget quiet ones; a source that is always busy stays limited."""
     limiter = RateLimiter(RateLimit(10, 5, buckets=1_000))
     admitted = 0
     for number in range(1_000_000):

@@ -1,4 +1,4 @@
-"""accept: the user's function that is asked about every stranger, and may answer at once."""
+"""accept: the user's function that is called for every stranger, and may answer immediately."""
 
 from __future__ import annotations
 
@@ -438,7 +438,7 @@ async def test_twenty_thousand_strangers_are_answered_and_nothing_is_kept(start_
 
 
 async def test_an_answer_leaves_from_the_address_that_was_written_to(start_in_memory: StartInMemory) -> None:
-    """On an endpoint bound to all addresses, the answer leaves from the address that the stranger wrote to."""
+    """On an endpoint bound to all addresses, the answer leaves from the address that the stranger sent to."""
     network = SimulatedNetwork()
     hosts = ("192.0.2.53", "192.0.2.54")
     on = InMemory(network, network.endpoint("0.0.0.0", 53, own_hosts=hosts, receive_buffer=PLENTY))
@@ -455,7 +455,7 @@ async def test_an_answer_leaves_from_the_address_that_was_written_to(start_in_me
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("wildcard", [True, False])
 async def test_answers_over_a_real_socket(nursery: trio.Nursery, wildcard: bool) -> None:
-    """Answers of accept leave from the address written to, on real sockets bound to all addresses or to one."""
+    """Answers of accept leave from the address the stranger sent to, on sockets bound to all addresses or to one."""
     (endpoint,) = await open_endpoints(0, host="0.0.0.0" if wildcard else "127.0.0.2")
     server: Server = await nursery.start(
         lambda task_status: serve_endpoints(

@@ -96,7 +96,7 @@ async def test_what_a_lone_endpoint_has_read_is_handled(shared: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["client", "datagram"])
 async def test_catching_up_ends_while_more_keeps_arriving(autojump_clock: MockClock, kind: str) -> None:
-    """A stop ends soon though each datagram that is read brings another one."""
+    """A stop ends soon even if each datagram that is read brings another one."""
     run = in_memory()
 
     def one_more(datagram: Datagram) -> bytes:
@@ -137,7 +137,7 @@ async def test_the_socket_is_read_once_more(autojump_clock: MockClock) -> None:
 
 
 async def test_what_arrives_while_cancelled_handlers_tidy_up(autojump_clock: MockClock) -> None:
-    """The count of refused datagrams is true up to the moment in which the socket is closed."""
+    """The count of refused datagrams is exact up to the moment at which the socket is closed."""
     run = in_memory()
 
     async def handler(client: Client) -> None:
@@ -189,7 +189,7 @@ async def test_a_datagram_handler_refuses_what_comes_later(autojump_clock: MockC
 
 @pytest.fixture
 def held() -> Iterator[socket.socket]:
-    """A socket that a supervisor holds."""
+    """A socket that a supervisor holds open."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_194_304)
         sock.bind(("127.0.0.1", 0))
@@ -388,7 +388,7 @@ async def test_sigterm(autojump_clock: MockClock, caplog: pytest.LogCaptureFixtu
 
 
 async def test_a_second_signal(autojump_clock: MockClock) -> None:
-    """A second signal ends the drain at once; the handlers it cancels are counted, and so is what arrives last."""
+    """A second signal ends the drain at once. The handlers that it cancels and the last datagrams are counted."""
     run = in_memory()
 
     async def handler(client: Client) -> None:

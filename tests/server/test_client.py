@@ -162,7 +162,7 @@ async def test_two_tasks_cannot_receive_at_once(start_in_memory: StartInMemory) 
 
 
 class Taker:
-    """A handler that only takes datagrams, and says when all clients together have sent the expected number."""
+    """A handler that only takes datagrams, and reports when all clients together have sent the expected number."""
 
     def __init__(self, expected: int) -> None:
         self.taken = 0
@@ -388,7 +388,7 @@ async def test_a_handler_that_leaves_what_it_has_not_looked_at(start_in_memory: 
 
 
 async def test_receive_many(start_in_memory: StartInMemory) -> None:
-    """receive_many returns all that waits, in order, at least one datagram and at most 64."""
+    """receive_many returns all waiting datagrams, in order, at least one and at most 64."""
     seen: list[list[bytes]] = []
     wanted = [b"%d" % i for i in range(100)]
 

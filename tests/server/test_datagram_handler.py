@@ -29,7 +29,7 @@ def repeat(datagram: Datagram) -> bytes:
 
 
 async def test_what_the_function_returns_is_the_reply(start_in_memory: StartInMemory) -> None:
-    """A datagram_handler's bytes go to where the datagram came from, even b""; None is no reply."""
+    """A datagram_handler's bytes go back to the datagram's source, even b""; None is no reply."""
 
     @trio_udp.datagram_handler
     def reply(datagram: Datagram) -> bytes | None:
@@ -596,7 +596,7 @@ def test_users_make_no_datagrams() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8")
 @pytest.mark.usefixtures("engine")
 async def test_replies_leave_from_where_the_datagram_was_sent_to(nursery: trio.Nursery) -> None:
-    """On a socket bound to all addresses each reply leaves from the address that was written to."""
+    """On a socket bound to all addresses, each reply leaves from the address that its datagram was sent to."""
     (endpoint,) = await open_endpoints(0, host="0.0.0.0")
     port = endpoint.local_address[1]
     seen: list[tuple[Any, Any]] = []
@@ -666,7 +666,7 @@ async def test_replies_to_one_client_are_merged(nursery: trio.Nursery) -> None:
 
 
 async def test_a_collector_of_all_that_a_real_socket_brings(nursery: trio.Nursery, engine: str) -> None:
-    """A handler that answers nothing sends nothing, and serves several endpoints in one function."""
+    """A handler without answers sends nothing, and can serve several endpoints."""
     endpoints: list[Endpoint] = [
         *await open_endpoints(0, host="127.0.0.1"),
         *await open_endpoints(0, host="127.0.0.1"),
@@ -690,7 +690,7 @@ async def test_a_collector_of_all_that_a_real_socket_brings(nursery: trio.Nurser
 
 
 async def test_replies_to_many_batches_arrive_in_order(nursery: trio.Nursery, engine: str) -> None:
-    """Each of three peers whose datagrams fill many batches gets all its replies in order, the last ones too."""
+    """Three peers whose datagrams fill many batches each get all their replies in order, including the last ones."""
     endpoints = await trio_udp.open_endpoints(0, host="127.0.0.1")
     address = endpoints[0].local_address
     peers = [await trio_udp.connect(*address) for _ in range(3)]

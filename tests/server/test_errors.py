@@ -48,7 +48,7 @@ async def test_an_error_ends_only_its_client(start_in_memory: StartInMemory, cap
 async def test_garbage_is_not_a_log_flood(
     start_in_memory: StartInMemory, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At most 10 tracebacks a second are logged, and then how many were not, in time and at the end."""
+    """At most 10 tracebacks a second are logged. The number of suppressed ones is logged in time and at the end."""
     run = await start_in_memory(divide)
 
     async def fail(times: int) -> list[str]:
@@ -361,7 +361,7 @@ async def test_the_same_endpoint_twice_closes_all() -> None:
 
 
 async def test_endpoints_beside_something_else_are_closed() -> None:
-    """serve_endpoints raises TypeError for something else than endpoints, and closes those that it was given."""
+    """serve_endpoints raises TypeError for an object that is not an endpoint, and closes the endpoints in the list."""
     first, last = in_memory().endpoint, in_memory().endpoint
     endpoints: Any = [first, "not an endpoint", last]
     with pytest.raises(TypeError, match="not an endpoint"):
@@ -412,7 +412,7 @@ async def test_a_handler_that_returns_no_awaitable_ends_the_server() -> None:
 
 
 async def test_a_plain_function_that_returns_an_awaitable_is_a_handler(start_in_memory: StartInMemory) -> None:
-    """``lambda client: handler(client, ...)`` will do as a handler."""
+    """A plain function that returns an awaitable is a handler, such as ``lambda client: handler(client, ...)``."""
     run = await start_in_memory(lambda client: echo(client))
     run.put(b"x")
     await run.settle()
@@ -431,7 +431,7 @@ def test_serve_takes_what_its_parts_take() -> None:
 async def test_logging_is_the_standard_library(
     start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The logger is called trio_udp and can be silenced as any other."""
+    """The logger is called trio_udp and can be silenced like any other."""
     run = await start_in_memory(divide)
     logging.getLogger("trio_udp").disabled = True
     try:
@@ -443,7 +443,7 @@ async def test_logging_is_the_standard_library(
 
 
 async def test_a_closed_handler_nursery_is_the_callers_mistake() -> None:
-    """With a handler_nursery that is closed already, the server ends with Trio's error."""
+    """With a handler_nursery that is already closed, the server ends with Trio's error."""
     run = in_memory()
     async with trio.open_nursery() as handler_nursery:
         pass

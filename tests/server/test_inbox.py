@@ -22,7 +22,7 @@ from ..conftest import ALICE, BOB, RunningInMemory, StartInMemory, check_adds_up
 async def collect(
     start_in_memory: StartInMemory, limits: Limits, *payloads: bytes
 ) -> tuple[RunningInMemory, list[bytes]]:
-    """Let payloads arrive while the handler is busy; return what it takes afterwards."""
+    """Let payloads arrive while the handler is busy; return the payloads that it takes afterwards."""
     taken: list[bytes] = []
     go_on = trio.Event()
 
@@ -46,7 +46,7 @@ async def collect(
 
 
 async def test_a_full_inbox_drops_the_newest(start_in_memory: StartInMemory) -> None:
-    """A full inbox drops and counts new datagrams by default, and keeps those that wait."""
+    """By default a full inbox drops and counts new datagrams, and keeps the waiting ones."""
     run, taken = await collect(start_in_memory, Limits(inbox_datagrams=3), *[b"%d" % i for i in range(10)])
     assert taken == [b"0", b"1", b"2"]
     assert run.server.statistics().dropped_inbox_full == 7

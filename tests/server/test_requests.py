@@ -72,7 +72,7 @@ def test_the_handler_looks_like_the_function() -> None:
 
     @trio_udp.request_handler
     async def reply(payload: bytes, client: Client) -> None:
-        """Say nothing."""
+        """Return no reply."""
 
     assert (reply.__name__, reply.__doc__) == ("reply", "Say nothing.")
     assert list(inspect.signature(reply).parameters) == ["client"]
@@ -86,6 +86,6 @@ def test_a_timeout_must_be_positive(timeout: float) -> None:
 
 
 def test_it_takes_a_function() -> None:
-    """A timeout given by position, as in request_handler(2), raises TypeError."""
+    """A positional timeout, as in request_handler(2), raises TypeError."""
     with pytest.raises(TypeError, match="2"):
         trio_udp.request_handler(2)  # type: ignore[call-overload]

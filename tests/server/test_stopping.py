@@ -179,7 +179,7 @@ async def test_a_transaction_can_begin_during_the_drain(
 
 
 async def test_a_transaction_ends_with_drain_timeout(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A transaction that never ends delays the server for drain_timeout at most."""
+    """A transaction that never ends delays the stop by at most drain_timeout."""
 
     async def handler(client: Client) -> None:
         with client.transaction():
@@ -415,7 +415,7 @@ async def test_signals_stop_the_server(autojump_clock: MockClock) -> None:
 
 
 async def test_the_second_signal_stops_at_once(autojump_clock: MockClock) -> None:
-    """The second signal of stop_signals cancels handlers that still run; serve returns normally all the same."""
+    """The second signal of stop_signals cancels running handlers, and serve still returns normally."""
     run = in_memory()
 
     async def handler(client: Client) -> None:
