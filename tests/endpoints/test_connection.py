@@ -125,7 +125,7 @@ async def test_from_a_socket_pair() -> None:
             assert await connection.receive() == b"y"
 
 
-async def test_sockets_that_are_no_connection(far_end: socket.socket) -> None:
+async def test_sockets_that_cannot_be_connections(far_end: socket.socket) -> None:
     """from_socket refuses an unconnected socket, a stream and an object that is not a socket, and leaves them open."""
     with pytest.raises(ValueError, match="not a connected socket"):
         Connection.from_socket(far_end)
@@ -384,7 +384,7 @@ async def test_a_refusal_is_raised_once(connection: Connection, far_end: socket.
     assert statistics.errors == {"ECONNREFUSED": 1}
 
 
-async def test_a_refusal_comes_before_what_came_after_it(connection: Connection, far_end: socket.socket) -> None:
+async def test_an_earlier_refusal_comes_before_a_later_datagram(connection: Connection, far_end: socket.socket) -> None:
     """receive raises an earlier refusal first, even if the server is back and has sent a datagram."""
     with refuse_next(connection, far_end) as again, trio.fail_after(5):
         again.sendto(b"answer", connection.local_address)
@@ -402,7 +402,7 @@ async def test_refusals_one_after_the_other(connection: Connection, far_end: soc
             await connection.receive()
 
 
-async def test_a_refusal_met_by_a_send_wakes_nobody_else(connection: Connection, far_end: socket.socket) -> None:
+async def test_a_refusal_that_a_send_raised_is_not_raised_again(connection: Connection, far_end: socket.socket) -> None:
     """A refusal that a send has raised is not raised by a waiting receive, which returns the next datagram."""
     received: list[bytes] = []
 

@@ -173,7 +173,7 @@ async def test_many_clients_at_once(world: World, start: StartServer) -> None:
     check_adds_up(server)
 
 
-async def test_what_is_too_long_is_the_senders_mistake(connection: Connection) -> None:
+async def test_a_payload_that_is_too_long_raises(connection: Connection) -> None:
     """Sending 65,508 bytes raises EMSGSIZE, and the connection goes on."""
     with pytest.raises(OSError, match="too long") as info:
         await connection.send(bytes(65_508))
@@ -196,7 +196,9 @@ async def test_truncated_datagrams_are_counted_and_dropped(world: World, start: 
     check_adds_up(server)
 
 
-async def test_only_the_peer_is_heard(world: World, start: StartServer, connection: Connection) -> None:
+async def test_a_connection_receives_from_its_peer_only(
+    world: World, start: StartServer, connection: Connection
+) -> None:
     """A connection does not receive a datagram that a stranger sends to its address."""
     stranger = await start()
     await stranger.send_to(b"forged", connection.local_address)
@@ -206,7 +208,7 @@ async def test_only_the_peer_is_heard(world: World, start: StartServer, connecti
         connection.receive_nowait()
 
 
-async def test_send_to_reaches_who_has_never_written(start: StartServer) -> None:
+async def test_send_to_reaches_an_address_that_has_never_sent(start: StartServer) -> None:
     """send_to reaches an address that has never sent anything, which sees the server's own address."""
     seen = []
 
@@ -220,7 +222,7 @@ async def test_send_to_reaches_who_has_never_written(start: StartServer) -> None
     assert (server.statistics().sent, server.statistics().bytes_sent) == (1, 4)
 
 
-async def test_nobody_can_write_to_port_zero(world: World, start: StartServer) -> None:
+async def test_sending_to_port_zero_raises(world: World, start: StartServer) -> None:
     """Sending to port 0 raises the kernel's EINVAL, and is counted once; connecting to it is a ValueError."""
     server = await start()
     with pytest.raises(OSError, match="Invalid") as info:
@@ -255,7 +257,7 @@ async def test_answers_leave_from_the_address_written_to(world: World, start: St
     assert server.statistics().clients_started == 2
 
 
-async def test_what_came_before_the_server_is_served(world: World, nursery: trio.Nursery) -> None:
+async def test_datagrams_wait_in_an_endpoint_until_a_server_runs(world: World, nursery: trio.Nursery) -> None:
     """Datagrams wait in an endpoint until a server runs on it."""
     endpoint = await world.endpoint()
     async with await world.connect(*endpoint.local_address) as connection:

@@ -77,7 +77,7 @@ def test_the_table_is_unambiguous() -> None:
             assert name == "EWOULDBLOCK" or reason_for(error) == reason or errno.EWOULDBLOCK == error.errno
 
 
-def test_what_is_not_in_the_table_is_the_machines() -> None:
+def test_an_unknown_errno_is_a_fault_of_the_machine() -> None:
     """An errno that the table of faults lacks is treated as a fault of the machine."""
     assert fault_of(OSError(99_999, "")) is Fault.MACHINE
     assert fault_of(OSError()) is Fault.MACHINE
@@ -485,7 +485,7 @@ async def test_a_file_descriptor_that_is_gone(
 
 
 @pytest.mark.parametrize("faulty", KINDS[1:], indirect=True)
-async def test_a_file_descriptor_that_is_no_socket_any_more(faulty: FaultySocket) -> None:
+async def test_a_file_descriptor_that_is_not_a_socket_any_more(faulty: FaultySocket) -> None:
     """Waiting for a file descriptor that is another kind of file by now raises ClosedResourceError."""
     with open(os.devnull) as other:  # noqa: ASYNC230
         os.dup2(other.fileno(), faulty.fileno)

@@ -82,7 +82,7 @@ def test_control_messages_are_taken_apart_as_they_were_made(messages: list[Messa
 
 
 @given(other | in_pktinfo, st.binary(max_size=200) | st.lists(anything).map(raw), st.integers(0, 40))
-def test_control_bytes_that_make_no_sense(whole: Message, control: bytes, cut_off: int) -> None:
+def test_malformed_control_bytes(whole: Message, control: bytes, cut_off: int) -> None:
     """Malformed control bytes raise nothing, and the whole messages in them are found."""
     control = control[: max(0, len(control) - cut_off)]
     first, *others = unpack_control(pack_control(*whole) + control)
@@ -92,7 +92,7 @@ def test_control_bytes_that_make_no_sense(whole: Message, control: bytes, cut_of
 
 @given(st.lists(anything))
 @example([(*IP_INFO, b"")])
-def test_only_a_whole_address_is_one(messages: list[Message]) -> None:
+def test_a_structure_of_the_wrong_length_is_ignored(messages: list[Message]) -> None:
     """A structure of the wrong length is ignored, so the kernel chooses the source of a reply."""
     arrival = understand(messages)
     kinds = [(level, kind, len(data)) for level, kind, data in arrival.reply]

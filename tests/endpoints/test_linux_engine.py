@@ -163,7 +163,7 @@ async def test_replies_of_one_size_leave_as_one(start: Start, peer: socket.socke
     assert next(iter(server.clients)).statistics().sent == 23
 
 
-async def test_each_client_is_told_what_it_sent_itself(start: Start, peer: socket.socket) -> None:
+async def test_each_client_counts_its_own_replies(start: Start, peer: socket.socket) -> None:
     """A client and the next client of the same peer each count their own replies, even in one message."""
     clients = []
 
@@ -201,7 +201,7 @@ async def test_coalesced_datagrams_are_divided(start: Start, peer: socket.socket
     check_adds_up(server)
 
 
-async def test_what_is_more_than_a_batch_waits_its_turn(start: Start, peer: socket.socket) -> None:
+async def test_coalesced_datagrams_count_one_by_one(start: Start, peer: socket.socket) -> None:
     """Coalesced datagrams count one by one for fairness, so a default inbox loses none of them."""
     handler = Collector()
     server = await start(handler)
@@ -238,7 +238,7 @@ async def test_coalesced_datagrams_of_a_connection(peer: socket.socket) -> None:
                 assert connection.statistics().waiting < 64
 
 
-async def test_closing_ends_what_is_ahead(start: Start, peer: socket.socket) -> None:
+async def test_closing_drops_datagrams_that_were_read_ahead(start: Start, peer: socket.socket) -> None:
     """A closed endpoint serves no stranger, even if its datagrams were read with the last batch."""
     started = []
 
@@ -258,7 +258,7 @@ async def test_closing_ends_what_is_ahead(start: Start, peer: socket.socket) -> 
     check_adds_up(server)
 
 
-async def test_a_socket_that_others_have_too_is_left_as_it_was(start: Start) -> None:
+async def test_other_holders_of_a_socket_get_single_datagrams_again(start: Start) -> None:
     """Other holders of the socket get single datagrams again after the endpoint is closed."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
@@ -434,7 +434,7 @@ async def test_a_refusing_filter_is_not_a_missing_call(
 # The kernel's figures
 
 
-async def test_what_the_kernel_has_dropped_is_told(peer: socket.socket) -> None:
+async def test_datagrams_that_the_kernel_dropped_are_counted(peer: socket.socket) -> None:
     """Statistics count datagrams that the kernel dropped at a full receive buffer, and show the bytes in the buffer."""
     (endpoint,) = await trio_udp.open_endpoints(0, host="127.0.0.1", receive_buffer=10_000)
     for _ in range(100):

@@ -522,7 +522,7 @@ def share(sock: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("as_function", [False, True])
-async def test_a_server_is_no_client_of_itself(nursery: trio.Nursery, as_function: bool) -> None:
+async def test_a_server_is_not_its_own_client(nursery: trio.Nursery, as_function: bool) -> None:
     """A server refuses its own datagrams to a group, and serves a program with the same address and port."""
     taken: list[bytes] = []
 
@@ -556,7 +556,7 @@ async def test_a_server_is_no_client_of_itself(nursery: trio.Nursery, as_functio
 
 
 @needs_namespaces
-async def test_a_server_hears_its_broadcast(network: Network, nursery: trio.Nursery) -> None:
+async def test_a_server_refuses_its_own_broadcast(network: Network, nursery: trio.Nursery) -> None:
     """A server refuses its own broadcasts, limited and directed."""
     endpoint = network.endpoint(broadcast=True)
     server: Server = await nursery.start(serve_endpoints, echo, [endpoint])

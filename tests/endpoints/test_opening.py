@@ -373,7 +373,7 @@ async def test_configure_is_called_with_each_socket_before_it_is_bound() -> None
         assert seen == [(socket.socket, True, True)] * 2
 
 
-async def test_configure_overrides_what_we_have_set() -> None:
+async def test_configure_overrides_our_options() -> None:
     """An option that ``configure`` sets overrides ours."""
     async with opened(send_buffer=20_000) as (before,):
         ours = before.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)

@@ -54,7 +54,7 @@ def test_ipv6_replies_name_the_interface_only_where_it_is_needed(address: str, i
     assert own_end(arrival.reply) == (raw(address), scope)
 
 
-def test_multicast_is_no_address_to_send_from() -> None:
+def test_a_group_is_not_a_source_address() -> None:
     """The reply to a datagram to an IPv6 group leaves on its interface, from an address that the kernel chooses."""
     arrival = understand([in6_pktinfo("ff02::1", 3)])
     assert arrival == Arrival((in6_pktinfo("::", 3),), raw("ff02::1"), 0, ())

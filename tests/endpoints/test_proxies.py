@@ -361,7 +361,7 @@ async def test_takes_over_an_inherited_socket(engine: str) -> None:
     assert sock.fileno() == -1
 
 
-async def test_no_proxies_is_no_engine_more(engine: str) -> None:
+async def test_without_proxies_there_is_no_other_engine(engine: str) -> None:
     """An endpoint without ``proxies``, or with an empty list, has the plain engine."""
     empty: list[dict[str, Any]] = [{}, {"proxies": []}]
     for options in empty:
@@ -382,7 +382,7 @@ async def test_senders_without_number(autojump_clock: trio.testing.MockClock) ->
         assert len(reader.engine._is_proxy) <= MAX_ROUTES  # type: ignore[attr-defined]
 
 
-async def test_a_group_is_no_proxy() -> None:
+async def test_a_group_is_not_a_proxy() -> None:
     """A group address is never trusted, even inside a network in ``proxies``, because no answer may go there."""
     network = SimulatedNetwork()
     endpoint = network.endpoint("192.0.2.53", 53, proxies=["0.0.0.0/0"])

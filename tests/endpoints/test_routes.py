@@ -152,7 +152,9 @@ async def test_a_unicast_destination_is_the_local_address(
 
 
 @pytest.mark.parametrize("destination", [GROUP, BROADCAST])
-async def test_groups_and_broadcast_addresses_are_told(make: Make, peer: socket.socket, destination: str) -> None:
+async def test_groups_and_broadcast_addresses_are_destinations(
+    make: Make, peer: socket.socket, destination: str
+) -> None:
     """A datagram to a group or a broadcast address has it as its destination; replies leave from our own address."""
     engine = make("0.0.0.0")
     join(engine)
@@ -339,7 +341,7 @@ async def test_ancillary_data_is_empty_by_default(make: Make, peer: socket.socke
 # Sending
 
 
-async def test_sending_takes_what_one_call_allows(make: Make, peer: socket.socket) -> None:
+async def test_sending_to_many_peers(make: Make, peer: socket.socket) -> None:
     """Datagrams to many peers, equal or not, arrive once and in order, and the counts add up."""
     engine = make()
     route = engine.route(peer.getsockname())

@@ -179,7 +179,7 @@ async def test_other_control_messages_do_not_mislead(start_on_loopback: StartSer
 
 
 @needs_pktinfo
-async def test_datagrams_that_came_before_the_server(nursery: trio.Nursery) -> None:
+async def test_datagrams_that_arrived_before_the_server(nursery: trio.Nursery) -> None:
     """Datagrams that already wait in an inherited socket belong to the same client as those that follow."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind(("0.0.0.0", 0))
@@ -195,7 +195,7 @@ async def test_datagrams_that_came_before_the_server(nursery: trio.Nursery) -> N
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="IP_RECVERR is Linux's")
-async def test_an_error_queue_that_nobody_reads_is_no_busy_loop(start_on_loopback: StartServer) -> None:
+async def test_an_unread_error_queue_causes_no_busy_loop(start_on_loopback: StartServer) -> None:
     """A server does not spin if the user has set IP_RECVERR on its socket."""
     server = await start_on_loopback()
     server.endpoints[0].socket.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR
@@ -235,7 +235,7 @@ async def test_many_at_once_arrive_in_order(start_on_loopback: StartServer) -> N
     check_adds_up(server)
 
 
-async def test_a_client_that_is_gone_disturbs_nobody(start_on_loopback: StartServer) -> None:
+async def test_a_client_that_is_gone_affects_no_other(start_on_loopback: StartServer) -> None:
     """Replies to a closed port end neither the server nor another conversation."""
     server = await start_on_loopback()
     with peer(server) as stays:
@@ -276,7 +276,7 @@ async def test_port_in_use(start_on_loopback: StartServer) -> None:
     assert info.value.errno == errno.EADDRINUSE
 
 
-async def test_a_failed_bind_closes_what_was_opened(start_on_loopback: StartServer) -> None:
+async def test_a_failed_bind_closes_opened_sockets(start_on_loopback: StartServer) -> None:
     """If the port of one family is taken, the socket of the other family does not stay bound."""
     taken = await start_on_loopback(host="::1")
     with pytest.raises(OSError, match="in use"):

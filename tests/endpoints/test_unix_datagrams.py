@@ -332,7 +332,7 @@ async def test_a_server_that_goes_away_while_a_send_waits(path: str) -> None:
                 endpoint.close()
 
 
-async def test_only_the_server_is_heard(path: str, named: socket.socket) -> None:
+async def test_a_connection_receives_from_its_server_only(path: str, named: socket.socket) -> None:
     """A connection never receives datagrams that other peers send to its name, even while its server is gone."""
     async with await trio_udp.connect_unix(named.getsockname(), local_path=path) as connection:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:

@@ -141,7 +141,7 @@ async def test_a_stale_file_is_replaced(path: str, kind: int) -> None:
 
 @pytest.mark.parametrize("connected", [False, True])
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
-async def test_a_living_socket_is_left_alone(path: str, kind: int, connected: bool) -> None:
+async def test_a_socket_in_use_is_not_replaced(path: str, kind: int, connected: bool) -> None:
     """The path of a socket in use, also of a connected or a stream socket, cannot be bound."""
     with socket.socket(socket.AF_UNIX, kind) as living, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         living.bind(path)
@@ -157,7 +157,7 @@ async def test_a_living_socket_is_left_alone(path: str, kind: int, connected: bo
         assert os.lstat(path).st_ino == before
 
 
-async def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+async def test_files_that_are_not_sockets_are_never_replaced(tmp_path: Path) -> None:
     """A regular file, a folder and a symbolic link are never replaced."""
     (tmp_path / "file").write_text("precious")
     (tmp_path / "folder").mkdir()

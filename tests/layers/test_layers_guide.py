@@ -133,7 +133,7 @@ async def test_client(start_on_loopback: Callable[..., Awaitable[trio_udp.Server
     assert board == names["Board"]([names["Move"](1, 2)])
 
 
-async def test_what_does_not_decode(start_in_memory: StartInMemory) -> None:
+async def test_payloads_that_do_not_decode(start_in_memory: StartInMemory) -> None:
     """``on_decode_error`` answers a payload that does not decode."""
     on = await start_in_memory(run("json", "Payloads that do not decode")["handler"])
     on.put(b"junk")

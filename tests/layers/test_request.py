@@ -197,7 +197,7 @@ async def test_no_answer(
     assert vars(pickle.loads(pickle.dumps(error))) == vars(error)
 
 
-async def test_nobody_listens_yet(
+async def test_a_server_that_starts_late(
     simulated_network: SimulatedNetwork, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     """A refusal does not end a request: a server that starts meanwhile answers the next attempt."""

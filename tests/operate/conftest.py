@@ -34,7 +34,7 @@ class Workers:
     _ended: dict[trio_udp.Supervisor, trio.Event] = attrs.field(factory=dict, init=False)
 
     async def start(self, target: str = "tell_pid", **options: Any) -> trio_udp.Supervisor:
-        """Start workers on 127.0.0.1, by default two that tell their pid; keywords are those of ``serve_workers``."""
+        """Start workers on 127.0.0.1 with keywords of ``serve_workers``; by default two that answer with their pid."""
         defaults: dict[str, Any] = {"host": "127.0.0.1", "workers": 2, "app_dir": str(ROOT), "log_format": "none"}
         target = target if ":" in target else f"{APPS}:{target}"
         ended = trio.Event()

@@ -220,7 +220,7 @@ def test_ctrl_c_spares_a_worker_that_starts(run_command: RunCommand) -> None:
 
 
 @needs_proc
-def test_systemd_is_told_that_a_long_stop_goes_on(run_command: RunCommand, tmp_path: Path) -> None:
+def test_systemd_learns_that_a_long_stop_goes_on(run_command: RunCommand, tmp_path: Path) -> None:
     """Notices to systemd name the serving workers, and the watchdog is fed until the end of the drain."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"{tmp_path}/notify")

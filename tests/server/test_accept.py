@@ -32,7 +32,7 @@ from ..conftest import (
 NEIGHBOUR = ("192.0.2.1", 1001)  # another port of ALICE's host
 
 
-async def test_what_accept_is_shown(start_in_memory: StartInMemory) -> None:
+async def test_accept_gets_a_datagram(start_in_memory: StartInMemory) -> None:
     """accept is called with a Datagram that has payload, addresses, endpoint and server."""
     seen: list[Datagram] = []
 
@@ -214,7 +214,7 @@ async def test_reply_nowait_inside_accept(start_in_memory: StartInMemory, caplog
     assert run.sent == [(ALICE, b"yes"), (BOB, b"you too")]
 
 
-async def test_an_answer_that_finds_no_room_is_dropped(
+async def test_an_answer_at_a_full_send_buffer_is_dropped(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
     """An answer of accept that finds the send buffer full is dropped and counted under EAGAIN; nothing waits for it."""
@@ -228,7 +228,7 @@ async def test_an_answer_that_finds_no_room_is_dropped(
     assert (s.answered_by_accept, s.send_errors, s.errors) == (3, 2, {"EAGAIN": 2})
 
 
-async def test_what_cannot_be_answered_is_not_answered(start_in_memory: StartInMemory) -> None:
+async def test_accept_cannot_answer_an_unanswerable_source(start_in_memory: StartInMemory) -> None:
     """accept is called for datagrams from port 0 and the unspecified address; its answer is a send error."""
     run = await start_in_memory(echo, accept=lambda datagram: b"x")
     run.put(b"x", ("192.0.2.1", 0))

@@ -67,7 +67,7 @@ async def test_the_server_owns_it(engine: str) -> None:
         assert was_closed, end
 
 
-async def test_a_drain_handles_what_arrived_there(autojump_clock: MockClock) -> None:
+async def test_a_drain_handles_datagrams_on_an_added_endpoint(autojump_clock: MockClock) -> None:
     """A stop handles datagrams that had arrived on an endpoint that was added right before."""
     network = SimulatedNetwork()
     first, second = network.endpoint(*SERVER), network.endpoint(*SECOND)
@@ -83,7 +83,7 @@ async def test_a_drain_handles_what_arrived_there(autojump_clock: MockClock) -> 
     check_adds_up(server)
 
 
-async def test_what_was_read_before_is_handed_over(autojump_clock: MockClock) -> None:
+async def test_datagrams_that_were_read_ahead_go_to_clients(autojump_clock: MockClock) -> None:
     """Datagrams that the endpoint had read ahead go to clients; those that receive() returned are not counted."""
     network = SimulatedNetwork()
     first, second = network.endpoint(*SERVER), network.endpoint(*SECOND)

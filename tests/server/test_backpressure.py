@@ -248,7 +248,7 @@ async def test_closing_a_client_wakes_its_senders(start_in_memory: StartInMemory
     assert run.sent_to(ALICE) == [b"1"]
 
 
-async def test_what_cannot_leave_before_closing_is_counted(
+async def test_replies_that_cannot_leave_before_closing_are_counted(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
     """Replies that find no room until drain_timeout is over count as send errors."""
@@ -307,7 +307,7 @@ async def test_a_real_full_buffer(far_end: socket.socket, unix_server: Server) -
     assert unix_server.statistics().sent == 1_000
 
 
-async def test_a_peer_whose_own_buffer_is_full(far_end: socket.socket, nursery: trio.Nursery) -> None:
+async def test_a_full_buffer_of_an_unconnected_peer(far_end: socket.socket, nursery: trio.Nursery) -> None:
     """A full buffer of an unconnected peer makes no task spin, though the kernel does not report when it has room."""
 
     async def handler(client: Client) -> None:

@@ -97,7 +97,7 @@ async def test_a_client_can_say_goodbye(start_in_memory: StartInMemory, autojump
     assert run.sent_to(ALICE) == [b"goodbye"]
 
 
-async def test_end_of_channel_is_no_error(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+async def test_end_of_channel_is_not_an_error(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
     """An EndOfChannel that leaves the handler, alone or from a nursery in it, is a normal end."""
 
     async def receive_for_ever(client: Client) -> None:

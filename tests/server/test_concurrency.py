@@ -45,7 +45,7 @@ async def test_replies_leave_as_they_are_ready(start_in_memory: StartInMemory, a
     check_adds_up(run.server)
 
 
-async def test_no_more_than_so_many_at_once(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+async def test_at_most_concurrency_requests_run(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
     """At most ``concurrency`` requests of one client run at a time; others wait in its inbox, in arrival order."""
     running: dict[Any, int] = {}
     most: dict[Any, int] = {}
@@ -138,7 +138,7 @@ async def test_an_error_cancels_no_sibling(start_in_memory: StartInMemory, autoj
     assert (s.handler_errors, s.clients_started) == (1, 1)
 
 
-async def test_an_error_that_crashes_the_server_is_told_once(autojump_clock: MockClock) -> None:
+async def test_an_error_that_crashes_the_server_is_reported_once(autojump_clock: MockClock) -> None:
     """on_error is called once for an error, even if on_error raises; the server then ends with that exception."""
     told: list[Exception] = []
     on = in_memory()

@@ -118,7 +118,7 @@ async def test_on_error_may_crash_the_server() -> None:
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-async def test_what_is_not_an_exception_always_propagates(error: type[BaseException]) -> None:
+async def test_exceptions_that_end_the_program_always_propagate(error: type[BaseException]) -> None:
     """SystemExit and KeyboardInterrupt in a handler end the server and leave serve bare, not in a group."""
     run = in_memory()
 
@@ -259,7 +259,9 @@ async def test_receive_errors_are_counted_and_survived(start_in_memory: StartInM
     check_adds_up(run.server)
 
 
-async def test_an_error_that_lasts_is_no_busy_loop(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+async def test_a_persistent_error_causes_no_busy_loop(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
     """A server whose reads keep failing retries at intervals, and recovers."""
     run = await start_in_memory(echo)
     for _ in range(100):
@@ -419,7 +421,7 @@ async def test_a_plain_function_that_returns_an_awaitable_is_a_handler(start_in_
     assert run.sent_to(ALICE) == [b"x"]
 
 
-def test_serve_takes_what_its_parts_take() -> None:
+def test_serve_takes_the_keywords_of_its_parts() -> None:
     """Every keyword of open_endpoints and serve_endpoints is one of serve, with the same default."""
     of_serve = inspect.signature(trio_udp.serve).parameters
     for part in (trio_udp.open_endpoints, serve_endpoints):
@@ -470,7 +472,7 @@ async def test_a_cancelled_handler_nursery_leaves_the_server_alone() -> None:
     check_adds_up(server)
 
 
-async def test_what_is_in_hand_when_the_server_crashes_is_counted() -> None:
+async def test_the_rest_of_a_batch_is_counted_when_the_server_crashes() -> None:
     """The counters add up even if accept raises KeyboardInterrupt or handler_nursery is closed."""
 
     def accept(datagram: Datagram) -> bool:
@@ -495,7 +497,7 @@ async def test_what_is_in_hand_when_the_server_crashes_is_counted() -> None:
         check_adds_up(servers[0])
 
 
-async def test_an_accept_that_turns_out_to_be_async_accepts_nobody(
+async def test_an_accept_that_returns_a_coroutine_accepts_no_stranger(
     start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An accept that returns a coroutine accepts no stranger, and the log says so."""

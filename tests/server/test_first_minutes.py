@@ -76,7 +76,7 @@ def test_ctrl_c_can_be_caught() -> None:
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
-async def test_what_ends_the_program_is_bare(end: type[BaseException]) -> None:
+async def test_exceptions_that_end_the_program_are_bare(end: type[BaseException]) -> None:
     """KeyboardInterrupt and SystemExit of a handler leave serve bare, out of nested nurseries too."""
 
     async def fail() -> None:
@@ -152,7 +152,7 @@ APP = App.__new__(App)
         (object(), "cannot be called"),
     ],
 )
-async def test_what_is_no_handler(handler: Any, message: str) -> None:
+async def test_invalid_handlers(handler: Any, message: str) -> None:
     """serve refuses an invalid handler before it binds a socket, in one line that shows a valid handler."""
 
     def bound(sock: socket.socket) -> None:
@@ -183,7 +183,7 @@ async def test_a_handler_that_was_called_already() -> None:
         functools.wraps(with_default)(lambda *args: with_default(*args)),
     ],
 )
-async def test_what_is_a_handler(start_in_memory: StartInMemory, handler: Callable[[Client], Any]) -> None:
+async def test_valid_handlers(start_in_memory: StartInMemory, handler: Callable[[Client], Any]) -> None:
     """A handler may be a method, an object with async __call__, a partial, or a function that returns a coroutine."""
     run = await start_in_memory(handler)
     run.put(b"x")
@@ -258,13 +258,13 @@ async def test_a_forgotten_await_is_named(start_in_memory: StartInMemory) -> Non
 @pytest.mark.parametrize(
     "call", [partial(serve, echo, 0), partial(trio_udp.connect, "127.0.0.1", 9)], ids=["serve", "connect"]
 )
-def test_asyncio_is_told_about_guest_mode(call: Callable[[], Any]) -> None:
+def test_the_error_under_asyncio_names_guest_mode(call: Callable[[], Any]) -> None:
     """Without Trio, the message names both ways to run Trio."""
     with pytest.raises(RuntimeError, match="start_guest_run"):
         asyncio.run(call())
 
 
-async def test_broadcast_is_told_about_its_option(start_on_loopback: StartServer) -> None:
+async def test_the_error_for_broadcast_names_the_option(start_on_loopback: StartServer) -> None:
     """The error for a broadcast that the socket does not allow names the option to set."""
     server = await start_on_loopback(host="0.0.0.0")
     with pytest.raises(PermissionError, match="SO_BROADCAST"):
@@ -345,7 +345,7 @@ def test_messages_about_limits_are_one_line(arguments: dict[str, Any]) -> None:
     assert len(info.value.args) == 1
 
 
-def test_what_only_the_package_makes() -> None:
+def test_classes_without_a_public_constructor() -> None:
     """Calling Server, Client, Connection, Endpoint or Datagram says that it has no public constructor."""
     for name in ("Server", "Client", "Connection", "Endpoint", "Datagram"):
         with pytest.raises(TypeError, match="no public constructor"):

@@ -112,7 +112,7 @@ async def test_one_client_does_not_drop_anothers_datagrams(start_in_memory: Star
     assert run.server.statistics().dropped_inbox_full == 2
 
 
-async def test_a_datagram_that_is_waited_for_needs_no_room(start_in_memory: StartInMemory) -> None:
+async def test_a_payload_for_a_waiting_handler_needs_no_room(start_in_memory: StartInMemory) -> None:
     """A payload that goes straight to a waiting handler may be longer than inbox_bytes, and than total_bytes leaves."""
     taken = []
 
@@ -136,7 +136,7 @@ async def test_a_datagram_that_is_waited_for_needs_no_room(start_in_memory: Star
     check_adds_up(run.server)
 
 
-async def test_a_slow_client_holds_nobody_up(start_in_memory: StartInMemory) -> None:
+async def test_a_slow_client_delays_no_other(start_in_memory: StartInMemory) -> None:
     """While one inbox overflows, another client loses nothing."""
 
     async def handler(client: Client) -> None:

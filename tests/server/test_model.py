@@ -543,7 +543,7 @@ CHANGES_TIMEOUT = [
         when_inbox_full=st.sampled_from(["drop_newest", "drop_oldest"]),
     ),
 )
-def test_a_server_does_what_its_model_does(
+def test_a_server_agrees_with_its_model(
     before: list[tuple[Any, ...]], end: tuple[Any, ...], after: list[tuple[Any, ...]], limits: Limits
 ) -> None:
     """A server and its model agree on clients, results of each receive, sent datagrams, and every counter."""

@@ -14,7 +14,7 @@ from trio_udp import Client
 from ..conftest import ALICE, BOB, StartInMemory, check_adds_up
 
 
-async def test_what_the_function_returns_is_the_reply(start_in_memory: StartInMemory) -> None:
+async def test_the_result_of_the_function_is_the_reply(start_in_memory: StartInMemory) -> None:
     """Bytes that the function of a request_handler returns are the reply, empty ones included; None is no reply."""
 
     @trio_udp.request_handler

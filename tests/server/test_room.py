@@ -282,7 +282,7 @@ async def test_a_full_table_is_a_warning_once_a_minute(
     assert when == [0, 60, 120]
 
 
-async def test_a_stranger_who_takes_a_place_is_no_warning(
+async def test_no_warning_while_clients_can_be_evicted(
     start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The log does not warn about a full table while clients can be evicted."""
@@ -293,7 +293,7 @@ async def test_a_stranger_who_takes_a_place_is_no_warning(
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-async def test_what_a_server_says_of_itself(
+async def test_log_lines_of_a_server(
     start_in_memory: StartInMemory, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At INFO the log says which addresses are served, that a stop began, and how it ended."""

@@ -147,7 +147,7 @@ async def test_addresses_that_no_endpoint_can_use(
     assert server.statistics().send_errors == 0
 
 
-async def test_nonsense_is_no_address(start_on_loopback: StartServer) -> None:
+async def test_invalid_addresses(start_on_loopback: StartServer) -> None:
     """Names, ports out of range and tuples of the wrong length or types raise at the call, and the server goes on."""
     server = await start_on_loopback(host=None)
     wrong: list[Any] = [(host, 9) for host in ("localhost", "", "1.2.3.4\0", "fe80::1%none", "::g", None, 5)]
@@ -197,7 +197,7 @@ async def test_a_dual_stack_socket(engine: str, nursery: trio.Nursery) -> None:
         assert sock6.recv(100) == b"x"
 
 
-async def test_it_makes_nobody_a_client(start_on_loopback: StartServer) -> None:
+async def test_send_to_makes_no_client(start_on_loopback: StartServer) -> None:
     """The receiver of a send_to is a stranger as before; its answer makes it a client."""
     server = await start_on_loopback()
     with plain_socket() as sock:

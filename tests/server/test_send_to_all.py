@@ -145,7 +145,7 @@ async def test_a_client_of_another_server(start_in_memory: StartInMemory) -> Non
     assert run.sent == other.sent == []
 
 
-async def test_what_finds_no_room_is_counted(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+async def test_a_full_send_buffer_is_counted(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
     """A client whose datagram finds the send buffer full does not get it, and counts a send error."""
     run = await start_in_memory(listen, on=narrow())
     for address in (ALICE, BOB, CAROL):
@@ -177,7 +177,7 @@ async def test_amplification_holds_for_each(start_in_memory: StartInMemory) -> N
     assert run.server.statistics().sends_withheld == 1
 
 
-async def test_what_found_no_room_uses_up_no_allowance(
+async def test_a_dropped_datagram_does_not_count_towards_amplification(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
     """A datagram that was dropped at a full send buffer does not count towards the amplification limit."""

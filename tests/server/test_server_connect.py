@@ -109,7 +109,7 @@ async def test_a_link_local_peer(engine: str, nursery: trio.Nursery, bound_to: s
     ],
     ids=str,
 )
-async def test_addresses_that_are_no_single_peer(start_on_loopback: StartServer, address: Address) -> None:
+async def test_addresses_that_are_not_a_single_peer(start_on_loopback: StartServer, address: Address) -> None:
     """Server.connect raises ValueError for a group, a broadcast address, the unspecified address and port 0."""
     server = await start_on_loopback(host=None)
     with pytest.raises(ValueError, match=r".+"):
@@ -308,7 +308,7 @@ async def test_a_drain_waits_for_its_owner(autojump_clock: MockClock) -> None:
     check_adds_up(server)
 
 
-async def test_a_drain_closes_what_its_owner_does_not(autojump_clock: MockClock) -> None:
+async def test_drain_timeout_closes_the_client(autojump_clock: MockClock) -> None:
     """After drain_timeout, a Server.connect client is closed; no handler is cancelled, and its owner's task goes on."""
     run = in_memory()
     async with trio.open_nursery() as nursery:

@@ -118,7 +118,7 @@ async def test_a_busy_handler_is_never_ended(start_in_memory: StartInMemory, aut
     assert run.server.statistics().handler_errors == 0
 
 
-async def test_what_arrives_while_the_handler_is_busy_is_no_silence(
+async def test_a_datagram_that_waited_during_long_work_is_received(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
     """A datagram that waited during long work is received, even if the idle timeout is over."""

@@ -121,7 +121,7 @@ async def test_a_program_of_this_machine_may_write_to_a_group(
     check_adds_up(machine.server)
 
 
-async def test_groups_and_the_broadcast_address_are_no_sources(start: StartMachine) -> None:
+async def test_groups_and_the_broadcast_address_are_refused_sources(start: StartMachine) -> None:
     """A datagram whose source is a group or 255.255.255.255 is refused, whatever its destination."""
     machine = await start()
     for source in ((GROUP, 9), ("239.255.255.250", 1900), (BROADCAST, 9)):
@@ -131,7 +131,7 @@ async def test_groups_and_the_broadcast_address_are_no_sources(start: StartMachi
     assert await machine.refuses((GROUP, 0), (OWN, 5000))
 
 
-async def test_what_a_server_sends_to_a_group_and_hears_itself(start: StartMachine) -> None:
+async def test_a_server_refuses_its_own_datagrams_to_a_group(start: StartMachine) -> None:
     """A server in a group refuses its own datagrams to the group, and is not its own client."""
     machine = await start()
     await machine.server.send_to(b"hello", (GROUP, 5000), local_address=(OWN, 5000))
@@ -155,7 +155,7 @@ async def test_an_echo_beside_a_program_with_our_address(start: StartMachine) ->
     check_adds_up(machine.server)
 
 
-async def test_an_echo_is_heard_once(start: StartMachine, autojump_clock: MockClock) -> None:
+async def test_an_echo_is_refused_once(start: StartMachine, autojump_clock: MockClock) -> None:
     """A second datagram with the same payload from our address is delivered, also after the echo was forgotten."""
     machine = await start()
     await machine.server.send_to(b"same", (GROUP, 5000), local_address=(OWN, 5000))

@@ -249,7 +249,7 @@ async def test_a_flood_from_ten_thousand_names(start: Start, path: str, sockets:
 # Stopping
 
 
-async def test_what_has_arrived_is_handled(start: Start, path: str, sockets: ExitStack) -> None:
+async def test_datagrams_that_have_arrived_are_handled(start: Start, path: str, sockets: ExitStack) -> None:
     """A server that stops handles and answers all datagrams that have arrived, refuses the rest, removes its file."""
     server = await start()
     sock = peer(sockets, connect=path)

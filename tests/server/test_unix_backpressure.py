@@ -267,7 +267,9 @@ async def test_closing_while_sends_wait(start: Start, make_peer: Callable[[], Pe
     assert server.statistics().handler_errors == 0
 
 
-async def test_closing_a_lone_endpoint(path: str, make_peer: Callable[[], Peer], nursery: trio.Nursery) -> None:
+async def test_closing_an_endpoint_without_a_server(
+    path: str, make_peer: Callable[[], Peer], nursery: trio.Nursery
+) -> None:
     """On an endpoint without a server too, a waiting reply and a waiting ``send_to`` raise ClosedResourceError."""
     endpoint = await trio_udp.open_unix_endpoint(path, send_buffer=SMALL)
     silent = make_peer()
@@ -345,7 +347,7 @@ async def test_empty_datagrams(start: Start, path: str, sockets: ExitStack) -> N
     assert server.statistics().errors == {"EAGAIN": 300 - len(received)}
 
 
-async def test_a_kernel_that_tells_nothing_of_queues(
+async def test_without_sock_diag_there_are_no_shares(
     start: Start, path: str, sockets: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without sock_diag there are no shares: peers that do not read can leave no room for others."""

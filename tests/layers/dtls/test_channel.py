@@ -48,7 +48,7 @@ async def test_payloads_come_in_order_and_unchanged(start: Start) -> None:
     assert (secured.handler.handshakes, secured.handler.handshakes_failed) == (1, 0)
 
 
-async def test_what_cannot_be_a_record_is_refused(start: Start) -> None:
+async def test_payloads_that_cannot_be_a_record_are_refused(start: Start) -> None:
     """A payload that is empty, too long or not bytes raises at the call, and the channel stays usable."""
     secured = await start()
     async with secured.connected() as channel:
@@ -131,7 +131,7 @@ async def test_closing_tells_the_peer(start: Start) -> None:
         await channel.do_handshake()
 
 
-async def test_a_handler_that_returns_tells_the_client(start: Start) -> None:
+async def test_a_handler_that_returns_closes_the_clients_channel(start: Start) -> None:
     """When the handler returns, the client's channel ends, and sending raises BrokenResourceError."""
 
     async def once(channel: DTLSChannel) -> None:
@@ -202,9 +202,7 @@ async def test_cancelling_a_receive_loses_nothing(start: Start, autojump_clock: 
     assert received == [b"%d" % number for number in range(50)]
 
 
-async def test_a_sender_does_not_take_what_a_receiver_waits_for(
-    start: Start, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_a_sender_takes_no_payload_from_a_receiver(start: Start, autojump_clock: trio.testing.MockClock) -> None:
     """While one task waits to receive, the sends of another task do not keep payloads from it."""
     secured = await start()
     secured.network.latency = (0.1, 0.1)
@@ -225,7 +223,7 @@ async def test_a_sender_does_not_take_what_a_receiver_waits_for(
     assert received == [(0.2, b"0"), (0.4, b"1"), (0.6, b"2")]
 
 
-async def test_closing_drops_what_waits(start: Start) -> None:
+async def test_closing_drops_waiting_payloads(start: Start) -> None:
     """Payloads that have arrived and were not received are dropped when the channel is closed."""
     secured = await start()
     channel = await secured.open()
@@ -451,7 +449,9 @@ async def test_a_session_that_is_too_long_is_left_out(
     assert (secured.handler.handshakes, secured.handler.handshakes_failed) == (2, 0)
 
 
-async def test_a_forgotten_session_is_no_error(start: Start, server_context: SSL.Context, authority: Authority) -> None:
+async def test_a_forgotten_session_is_not_an_error(
+    start: Start, server_context: SSL.Context, authority: Authority
+) -> None:
     """A server that does not know a session, for example after a restart, does a full handshake."""
     secured = await start()
     async with secured.connected() as channel:

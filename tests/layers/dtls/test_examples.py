@@ -115,7 +115,7 @@ async def test_lobby(start: Start) -> None:
     assert not any(word in event.payload for event in secured.network.events for word in (b"hello", b"everybody"))
 
 
-async def test_nobody_is_sent_to_in_the_clear(start: Start, autojump_clock: trio.testing.MockClock) -> None:
+async def test_send_to_all_sends_nothing_in_the_clear(start: Start, autojump_clock: trio.testing.MockClock) -> None:
     """send_to_all skips clients whose handshake is not complete."""
     secured = await start()
     secured.network.latency = (0.1, 0.1)

@@ -274,7 +274,7 @@ async def test_gnutls_serv(authority: Authority, identity: Identity) -> None:
             assert await channel.receive() == b"hello\n"
 
 
-async def test_nobody_listens(client_context: SSL.Context) -> None:
+async def test_connecting_to_a_closed_port(client_context: SSL.Context) -> None:
     """Connecting to a closed port fails at once with the kernel's error, and leaves no socket."""
     with trio.fail_after(PATIENCE), pytest.raises(ConnectionRefusedError):
         await connect("127.0.0.1", free_port(), client_context)

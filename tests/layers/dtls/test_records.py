@@ -77,7 +77,7 @@ def test_a_hello_of_openssl_is_parsed() -> None:
         lambda whole: whole[:60] + b"\xff" + whole[61:],  # a cookie beyond the end
     ],
 )
-def test_what_is_no_whole_hello_is_none(change: object) -> None:
+def test_malformed_hellos(change: object) -> None:
     """Truncated, fragmented and contradictory ClientHellos, and other records, are rejected."""
     assert parse_client_hello(hello()) is not None
     assert callable(change)
@@ -133,7 +133,7 @@ async def test_a_second_hello_is_never_answered_with_a_cookie(cookies: Cookies) 
     assert cookies.judge(hello(cookie=question[28:], message_number=2), ALICE) is False
 
 
-async def test_the_answer_is_no_longer_than_the_question(cookies: Cookies) -> None:
+async def test_the_answer_is_shorter_than_the_hello(cookies: Cookies) -> None:
     """A cookie cannot be used for amplification: even the shortest ClientHello is longer."""
     question = cookies.judge(hello(), ALICE)
     assert isinstance(question, bytes)

@@ -65,7 +65,7 @@ async def test_handlers_of_all_shapes(start: Start, autojump_clock: trio.testing
         assert sorted([await channel.receive() for _ in range(3)]) == [b"A", b"B", b"C"]
 
 
-async def test_what_cannot_be_secured(server_context: SSL.Context) -> None:
+async def test_objects_that_cannot_be_secured(server_context: SSL.Context) -> None:
     """Datagram handlers, classes, generators, wrong signatures and secured handlers are refused with one clear line."""
     with pytest.raises(TypeError, match="a datagram_handler cannot be secured, because DTLS needs clients"):
         secure(trio_udp.datagram_handler(lambda datagram: None), server_context)  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ async def test_a_timeout_of_a_request_is_counted(start: Start, autojump_clock: t
     assert secured.server.statistics().requests_timed_out == 1
 
 
-async def test_a_handler_is_called_again_for_what_it_left(start: Start) -> None:
+async def test_a_handler_is_called_again_for_waiting_payloads(start: Start) -> None:
     """A handler that returns or raises while payloads wait is called again with the same channel, and loses nothing."""
     channels: set[DTLSChannel] = set()
     errors: list[str] = []
@@ -254,7 +254,7 @@ async def test_the_gate_may_be_hidden(start: Start) -> None:
 
 
 async def test_limits_hold(start: Start, autojump_clock: trio.testing.MockClock) -> None:
-    """max_clients and clients_per_host hold for DTLS clients: those refused get no answer to their second hello."""
+    """max_clients and clients_per_host apply to DTLS clients; a refused one gets no answer to its second hello."""
     limits = trio_udp.Limits(max_clients=2, clients_per_host=1, when_full="evict_idle")
     secured = await start(limits=limits)
     async with secured.connected(host="198.51.100.1"), secured.connected(host="198.51.100.2") as second:
@@ -360,7 +360,7 @@ async def test_silence_ends_a_client(start: Start, autojump_clock: trio.testing.
         assert 10 <= trio.current_time() <= 12.5
 
 
-async def test_a_drain_handles_what_has_arrived_and_says_goodbye(start: Start) -> None:
+async def test_a_drain_handles_arrived_payloads_and_closes_channels(start: Start) -> None:
     """A server that stops handles the payloads that have arrived, and closes its channels with a close_notify."""
     ends: list[object] = []
 

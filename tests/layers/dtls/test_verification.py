@@ -132,7 +132,7 @@ async def test_no_common_cipher(start: Start, authority: Authority) -> None:
     assert "no shared cipher" in str(secured.handler.last_error)
 
 
-async def test_failures_are_no_errors_of_the_handler(start: Start) -> None:
+async def test_failed_handshakes_are_not_errors_of_the_handler(start: Start) -> None:
     """A failed handshake reaches neither the handler nor on_error, and leaves no memory in use."""
     errors: list[object] = []
     secured = await start(on_error=lambda client, error: errors.append(error))
@@ -172,7 +172,7 @@ async def test_a_context_can_serve_many(start: Start, server_context: SSL.Contex
         assert await channel.receive() == b"x"
 
 
-def test_hosts_and_sizes_that_make_no_sense(client_context: SSL.Context, server_context: SSL.Context) -> None:
+def test_invalid_hosts_and_sizes(client_context: SSL.Context, server_context: SSL.Context) -> None:
     """Invalid arguments raise when the channel or the handler is made."""
     transport: trio.abc.Channel[bytes] = object()  # type: ignore[assignment]
     for name in ("", "a b", "."):

@@ -127,7 +127,7 @@ async def test_send_to() -> None:
 
 
 @over_both_engines
-async def test_what_the_kernel_says_about_send_to_is_raised() -> None:
+async def test_send_to_raises_the_kernels_error() -> None:
     """send_to raises and counts the kernel's error about its datagram, and the endpoint stays open."""
     async with opened() as endpoint:
         for address, error in ((("127.0.0.1", 0), errno.EINVAL), (("255.255.255.255", 9), errno.EACCES)):
@@ -167,7 +167,7 @@ async def test_a_reply_leaves_from_where_the_datagram_was_sent_to() -> None:
 
 @linux_only
 @over_both_engines
-async def test_a_broadcast_tells_its_interface() -> None:
+async def test_a_broadcast_has_an_interface() -> None:
     """A datagram to a broadcast address has that destination and an interface; a reply leaves from our own address."""
     async with opened("0.0.0.0") as endpoint:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
@@ -319,7 +319,7 @@ async def test_a_server_counts_from_the_moment_it_takes_the_endpoint(nursery: tr
     check_adds_up(server)
 
 
-async def test_what_was_read_ahead_is_the_servers(nursery: trio.Nursery) -> None:
+async def test_a_server_handles_read_ahead_datagrams(nursery: trio.Nursery) -> None:
     """A server that takes over an endpoint handles the datagrams that the endpoint had read ahead."""
     on = in_memory()
     for number in range(100):
@@ -336,7 +336,7 @@ async def test_what_was_read_ahead_is_the_servers(nursery: trio.Nursery) -> None
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("attempt", range(5))  # Trio's task order is random
-async def test_what_was_read_ahead_is_handled_by_a_server_that_stops_at_once(
+async def test_read_ahead_datagrams_are_handled_by_a_server_that_stops(
     nursery: trio.Nursery, shared: bool, attempt: int
 ) -> None:
     """A server that stops at once still handles datagrams that its endpoint had read ahead."""
@@ -516,7 +516,7 @@ async def test_sending_waits_for_room(nursery: trio.Nursery, autojump_clock: Moc
     assert (s.sent, s.send_errors) == (3, 0)
 
 
-async def test_port_zero_is_heard_and_not_answered() -> None:
+async def test_a_datagram_from_port_zero_is_delivered_and_not_answered() -> None:
     """A datagram from port 0 or the unspecified address is received; a reply to it is counted, not sent or raised."""
     on = in_memory()
     on.put(b"1", ("192.0.2.1", 0))
