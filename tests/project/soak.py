@@ -564,7 +564,7 @@ class Soak:
             self.expect("no client was evicted", s.clients_evicted > 0)
 
     def check_answers(self, answers: Counter[int], handlers: Handlers, calm: int, flood: int) -> None:
-        """Check that a flood does not lower the share of answers to the regulars' datagrams that reached the server."""
+        """Check that a flood does not lower the share of answers to datagrams of regular peers that arrived."""
         reached = handlers.reached
         before, during = (answers[phase] / max(1, reached[phase]) for phase in (calm, flood))
         print(f"    regulars answered: {before:.1%} of {reached[calm]}, in the flood {during:.1%} of {reached[flood]}")
