@@ -1,18 +1,19 @@
 /* The load for every server: closed loops over loopback, cheap enough that only the server's cost counts.
  *
- *     load PORT PID WARM SECONDS echo CLIENTS IN_FLIGHT    64 bytes each; the server answers with the same
- *     load PORT PID WARM SECONDS out                       the server answers every request with OUT_BURST datagrams
- *     load PORT PID WARM SECONDS in                        the server acknowledges every IN_BURST-th datagram
- *     load PORT PID WARM SECONDS fan MEMBERS               the server sends each question to all members
+ *     load PORT PIDS WARM SECONDS echo CLIENTS IN_FLIGHT    64 bytes each; the server answers with the same
+ *     load PORT PIDS WARM SECONDS out BURST                 the server answers every request with BURST datagrams
+ *     load PORT PIDS WARM SECONDS in                        the server acknowledges every IN_BURST-th datagram
+ *     load PORT PIDS WARM SECONDS fan MEMBERS               the server sends each question to all members
  *
- * It warms up the server with process id PID for WARM seconds, and until every client has been answered. Then it measures
- * for SECONDS, and prints as JSON: the datagrams that came through, the time and the server's CPU time for them, and the
- * datagrams that were lost or out of order since the start. With 0 SECONDS it only gets every client answered.
+ * Warms the server up for WARM seconds, and until every client has been seen, then measures for SECONDS. A negative WARM:
+ * measures from the first datagram on, until every client has been seen. PIDS are the server's process ids, with commas
+ * between them. Prints as JSON how many datagrams came through in how much time and CPU time of the server, and how many
+ * were lost or came out of order, and the longest round trip, from the very beginning.
  *
  * A hundred thousand clients do not need a hundred thousand sockets. There is one socket, bound to all addresses.
  * IP_PKTINFO sets the source of each datagram to 127.0.0.1, 127.0.0.2 and so on, and says which of them got an answer.
  *
- * STREAM_SIZE, OUT_BURST, IN_BURST, JOIN and RECEIVE_BUFFER are defined on the compiler's command line, as in servers.py. */
+ * STREAM_SIZE, IN_BURST, JOIN and RECEIVE_BUFFER are defined on the compiler's command line, as in traffic.py. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -35,15 +36,17 @@ enum {
     STALL = 5,                    /* seconds of silence after which all that is on its way counts as lost; not less,
                                      for garbage collection among 100,000 clients takes a while */
     MAX_STALLS = 3,               /* in a row */
+    MAX_PROCESSES = 64,           /* of the server */
     MAX_CLIENTS = (1 << 24) - 2,  /* in 127.0.0.0/8 */
     BUCKETS = 200000, BUCKET_NS = 100, /* round trips are counted in steps of 0.1 µs, up to 20 ms */
 };
 
 static struct sockaddr_in server = {.sin_family = AF_INET};
-static clockid_t server_clock;
+static clockid_t server_clocks[MAX_PROCESSES];
+static int processes;
 static double warm, seconds;
 
-static uint64_t received, lost, out_of_order;
+static uint64_t received, lost, out_of_order, longest_round_trip;
 static uint32_t round_trips[BUCKETS];
 static struct {
     uint64_t first_call, began, server_then, received_then; /* nanoseconds, and datagrams, at the beginning */
@@ -62,21 +65,28 @@ static uint64_t nanoseconds(clockid_t clock) {
     return t.tv_sec * 1000000000ull + t.tv_nsec;
 }
 
+static uint64_t server_nanoseconds(void) {
+    uint64_t sum = 0;
+    for (int i = 0; i < processes; i++) sum += nanoseconds(server_clocks[i]);
+    return sum;
+}
+
 /* Called again and again; true from the end of the measurement on. */
 static bool time_is_up(bool every_client_seen) {
     if (measured.ended) return true;
     uint64_t now = nanoseconds(CLOCK_MONOTONIC);
+    bool from_the_first = warm < 0;
     if (!measured.first_call) measured.first_call = now;
     if (!measured.began) {
-        if (every_client_seen && now - measured.first_call >= warm * 1e9) {
+        if (from_the_first || (every_client_seen && now - measured.first_call >= warm * 1e9)) {
             measured.began = now;
-            measured.server_then = nanoseconds(server_clock);
+            measured.server_then = server_nanoseconds();
             measured.received_then = received;
             memset(round_trips, 0, sizeof round_trips);
         }
-    } else if (now - measured.began >= seconds * 1e9) {
+    } else if (from_the_first ? every_client_seen : now - measured.began >= seconds * 1e9) {
         measured.took = now - measured.began;
-        measured.server_took = nanoseconds(server_clock) - measured.server_then;
+        measured.server_took = server_nanoseconds() - measured.server_then;
         measured.datagrams = received - measured.received_then;
         measured.ended = true;
     }
@@ -110,6 +120,12 @@ static int receive(int fd, struct mmsghdr *messages, int most) {
     }
     stalls = 0;
     return got;
+}
+
+static void count_round_trip(uint64_t took) {
+    uint64_t bucket = took / BUCKET_NS;
+    round_trips[bucket < BUCKETS ? bucket : BUCKETS - 1]++;
+    if (took > longest_round_trip) longest_round_trip = took;
 }
 
 /* ---- echo ---- */
@@ -213,8 +229,7 @@ static void load_echo(uint32_t clients, uint32_t in_flight) {
                 out_of_order++;
             else
                 next_expected[client] = m->payload.number + 1;
-            uint64_t bucket = (now - m->payload.sent_at) / BUCKET_NS;
-            round_trips[bucket < BUCKETS ? bucket : BUCKETS - 1]++;
+            count_round_trip(now - m->payload.sent_at);
             received++;
             on_their_way--;
             if (!stop) {
@@ -276,8 +291,7 @@ static void load_fan(uint32_t members) {
                 out_of_order++;
             else
                 next_expected[member] = m->payload.number + 1;
-            uint64_t bucket = (now - m->payload.sent_at) / BUCKET_NS;
-            round_trips[bucket < BUCKETS ? bucket : BUCKETS - 1]++;
+            count_round_trip(now - m->payload.sent_at);
             received++;
             if (due) due--;
         }
@@ -297,7 +311,7 @@ static double round_trip(double share) {
 
 /* The first byte of each datagram is its number within its burst. What the server's kernel sends as one large packet
  * arrives here as one too (UDP_GRO), as it does where a network card takes such packets apart. */
-static void load_out(void) {
+static void load_out(unsigned burst) {
     enum { AT_ONCE = 16, ROOM = 65536 };
     static char payload[AT_ONCE][ROOM], control[AT_ONCE][CMSG_SPACE(sizeof(int))];
     static struct iovec iov[AT_ONCE];
@@ -313,9 +327,9 @@ static void load_out(void) {
     for (;;) {
         bool stop = time_is_up(true);
         if (stop && due == 0) return;
-        while (!stop && due + OUT_BURST <= OUT_REQUESTS * OUT_BURST) {
+        while (!stop && due + burst <= OUT_REQUESTS * burst) {
             if (send(fd, "more", 4, 0) != 4) fail("send");
-            due += OUT_BURST;
+            due += burst;
         }
         for (int i = 0; i < AT_ONCE; i++) headers[i].msg_hdr.msg_controllen = sizeof control[i];
         int got = receive(fd, headers, AT_ONCE);
@@ -328,7 +342,7 @@ static void load_out(void) {
             for (unsigned at = 0; at < headers[i].msg_len; at += STREAM_SIZE) {
                 unsigned number = (unsigned char)payload[i][at];
                 if (number != expected) out_of_order++;
-                expected = (number + 1) % OUT_BURST;
+                expected = (number + 1) % burst;
                 received++;
                 if (due) due--;
             }
@@ -370,22 +384,23 @@ int main(int argc, char **argv) {
     if (argc < 6) return 2;
     server.sin_port = htons(atoi(argv[1]));
     server.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    if (clock_getcpuclockid(atoi(argv[2]), &server_clock)) fail("clock_getcpuclockid");
+    for (char *pid = strtok(argv[2], ","); pid && processes < MAX_PROCESSES; pid = strtok(NULL, ","))
+        if ((errno = clock_getcpuclockid(atoi(pid), &server_clocks[processes++]))) fail("clock_getcpuclockid");
     warm = atof(argv[3]);
     seconds = atof(argv[4]);
     if (!strcmp(argv[5], "echo") && argc == 8)
         load_echo(atoi(argv[6]), atoi(argv[7]));
     else if (!strcmp(argv[5], "fan") && argc == 7)
         load_fan(atoi(argv[6]));
-    else if (!strcmp(argv[5], "out"))
-        load_out();
+    else if (!strcmp(argv[5], "out") && argc == 7)
+        load_out(atoi(argv[6]));
     else if (!strcmp(argv[5], "in"))
         load_in();
     else
         return 2;
     printf("{\"datagrams\": %llu, \"seconds\": %.9f, \"server_seconds\": %.9f, \"lost\": %llu, \"out_of_order\": %llu, "
-           "\"round_trip_p50\": %.1f, \"round_trip_p99\": %.1f}\n",
+           "\"round_trip_p50\": %.1f, \"round_trip_p99\": %.1f, \"round_trip_longest\": %.1f}\n",
            (unsigned long long)measured.datagrams, measured.took / 1e9, measured.server_took / 1e9,
-           (unsigned long long)lost, (unsigned long long)out_of_order, round_trip(0.5), round_trip(0.99));
+           (unsigned long long)lost, (unsigned long long)out_of_order, round_trip(0.5), round_trip(0.99), longest_round_trip / 1e3);
     return 0;
 }
