@@ -93,7 +93,7 @@ class Load(NamedTuple):
         server = [str(port), ",".join(map(str, pids)), str(pace.warm), str(pace.seconds)]
         result = run_load([programs.load, *server, *self.arguments()])
         if not result["datagrams"]:
-            raise _Failed("has not answered while it was measured")
+            raise MeasurementFailed("has not answered while it was measured")
         return result | {
             "micros": result["server_seconds"] / result["datagrams"] * 1e6,
             "rate": result["datagrams"] / result["seconds"],
@@ -125,8 +125,8 @@ class IdleMemory(NamedTuple):
             return {"bytes_per_client": (resident_bytes(process.pid) - before) / clients}
 
 
-class _Failed(Exception):
-    pass
+class MeasurementFailed(Exception):
+    """A server or a load has not done what it should; the text says which, and what it has said."""
 
 
 @contextmanager
@@ -149,17 +149,17 @@ def running(
         try:
             assert process.stdout is not None
             if not select.select([process.stdout], [], [], START_TIMEOUT)[0]:
-                raise _Failed(f"has not started within {START_TIMEOUT} seconds")
+                raise MeasurementFailed(f"has not started within {START_TIMEOUT} seconds")
             port = process.stdout.readline()
             if not port:
-                raise _Failed("has not started")
+                raise MeasurementFailed("has not started")
             yield process, int(port)
             if process.poll() is not None:
-                raise _Failed("has ended while it was measured")
-        except _Failed as failure:
+                raise MeasurementFailed("has ended while it was measured")
+        except MeasurementFailed as failure:
             process.kill()
             errors.seek(0)
-            sys.exit(f"{' '.join(command)}: {failure}\n{errors.read()}")
+            raise MeasurementFailed(f"{' '.join(command)}: {failure}\n{errors.read()}") from None
         finally:
             process.kill()  # and leaving the with statement waits for it
 
@@ -169,9 +169,9 @@ def run_load(command: list[str]) -> dict[str, float]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_TIMEOUT)
     except subprocess.TimeoutExpired:
-        raise _Failed(f"could not be measured within {LOAD_TIMEOUT} seconds") from None
+        raise MeasurementFailed(f"could not be measured within {LOAD_TIMEOUT} seconds") from None
     if done.returncode:
-        raise _Failed(f"could not be measured: {done.stderr.strip()}")
+        raise MeasurementFailed(f"could not be measured: {done.stderr.strip()}")
     result: dict[str, float] = json.loads(done.stdout)
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 import trio
@@ -70,6 +71,11 @@ def on_all_interfaces(what: str) -> None:
 
 def with_limits(what: str) -> None:
     task_per_client(what, limits=generous_limits())
+
+
+def with_rare_collections(what: str) -> None:
+    gc.set_threshold(700, 10, 1_000)  # as the command line and the workers do
+    task_per_client(what)
 
 
 def with_send_to_all(what: str) -> None:
@@ -183,6 +189,7 @@ def endpoint_alone(what: str) -> None:
 SERVERS: dict[str, Callable[[str], None]] = {
     "trio_udp": task_per_client,
     "trio_udp portable": portable,
+    "trio_udp gc.set_threshold": with_rare_collections,
     "trio_udp request_handler": requests,
     "trio_udp datagram_handler": datagrams,
     "trio_udp accept": accept_answers,
