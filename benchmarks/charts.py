@@ -1,10 +1,10 @@
-"""Charts as SVG: text stays text, and the same figures make the same file. Their ground is white, whatever the page is."""
+"""Charts as SVG: text stays text, the same figures make the same file, and the ground is white on any page."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from figures import REFERENCE, Results
 
@@ -40,14 +40,14 @@ PANELS = {
     "64x4": "64 clients, 4 datagrams in flight each",
     "256x1": "256 clients, 1 in flight each",
     "strangers": "Every datagram from a new address",
-    "stream-out": "Stream of 1,200-byte datagrams from the server",
+    "stream-out": "Stream from the server, 1,200 bytes each",
 }
 
 INK, SOFT, RULE = "#1f2937", "#6b7280", "#e5e7eb"
 OURS, OURS_TOO, REFERENCE_COLOUR, OTHERS = "#c2410c", "#ea8a52", "#3b6fb6", "#c4cad3"
-LONGEST = 2.5  # bars of greater ratios are cut off, and say so
+LONGEST = 2.5  # bars of others with greater ratios are cut off, and say so
 
-STYLE: dict[str, Any] = {
+STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "trio_udp",
     "font.family": "sans-serif",
@@ -70,18 +70,24 @@ def draw(results: Results, folder: Path) -> list[str]:
     """Draw the charts that there are figures for; return their names."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # not every machine has each of the fonts
     drawn = []
     for name, fill in {"shapes": _shapes, "echo": _echo, "round-trip": _round_trip, "growth": _growth}.items():
-        with matplotlib.rc_context(STYLE):
-            figure = Figure(layout="constrained", facecolor="white")
+        with matplotlib.rc_context(cast("Any", STYLE)):
+            layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.08)
+            figure = Figure(layout=layout, facecolor="white", edgecolor=RULE, linewidth=2)
             if fill(figure, results):
-                figure.suptitle(TITLES[name], x=0.012, ha="left", weight="bold", size=12)
+                figure.suptitle(TITLES[name], x=0.015, ha="left", weight="bold", size=12)
                 figure.supxlabel(
-                    f"Less is better. {results.python}, {results.kept['machine']}.", x=0.012, ha="left", size=8, color=SOFT
+                    f"Less is better. {results.python}, {results.kept['machine']}.",
+                    x=0.015,
+                    ha="left",
+                    size=8,
+                    color=SOFT,
                 )
-                figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+                figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, edgecolor=RULE)
                 drawn.append(name)
     return drawn
 
@@ -106,11 +112,11 @@ def _shapes(figure: Figure, results: Results) -> bool:
 
 
 def _echo(figure: Figure, results: Results) -> bool:
-    """A bar for each server, also for those with settings."""
+    """A bar for each server."""
     bars = []
     for server in results.servers("64x4"):
         micros, ratio = results.spread("64x4", server), results.ratio("64x4", server)
-        if micros:
+        if micros and not server.endswith(("interfaces", "limits")):
             bars.append((server, micros, f"{micros.show(1)} µs" + (f", ratio {ratio.middle:.2f}" if ratio else "")))
     figure.set_size_inches(9.6, 0.9 + 0.27 * len(bars))
     if bars:
@@ -134,21 +140,25 @@ def _round_trip(figure: Figure, results: Results) -> bool:
 def _bars(axes: Axes, bars: list[tuple[str, Any, str]], longest: float | None = None) -> None:
     """Bars from the least to the greatest, with their spread, each labelled; those too long are cut off."""
     bars.sort(key=lambda bar: bar[1].middle)
-    end = min(longest or bars[-1][1].most, bars[-1][1].most)
+    ours = [value.most for server, value, _ in bars if server.startswith("trio_udp")]
+    end = min(max(longest, *ours), bars[-1][1].most) if longest else bars[-1][1].most
     for row, (_, value, label) in enumerate(bars):
         server = bars[row][0]
         is_cut = value.middle > end
         axes.barh(row, min(value.middle, end), height=0.68, color=_colour(server))
         if is_cut:
-            axes.text(end * 0.985, row, f"{label} »", va="center", ha="right", size=9, color=INK)
+            axes.text(end * 0.985, row, f"{label}  »", va="center", ha="right", size=9, color=INK)
             continue
         axes.plot([value.least, min(value.most, end)], [row, row], color=INK, linewidth=1.2, solid_capstyle="butt")
-        axes.text(min(max(value.most, value.middle), end) + end * 0.015, row, label, va="center", size=9, color=INK)
-    axes.set_yticks(range(len(bars)), [NAMES.get(server, server.replace("trio_udp ", "trio_udp, ")) for server, _, _ in bars])
+        box = {"facecolor": "white", "linewidth": 0, "pad": 1.5}
+        axes.text(min(value.most, end) + end * 0.025, row, label, va="center", size=9, color=INK, bbox=box)
+    axes.set_yticks(
+        range(len(bars)), [NAMES.get(server, server.replace("trio_udp ", "trio_udp, ")) for server, _, _ in bars]
+    )
     for tick, (server, _, _) in zip(axes.get_yticklabels(), bars, strict=True):
-        tick.set_weight("bold" if server.startswith("trio_udp") else "normal")
+        tick.set_fontweight("bold" if server.startswith("trio_udp") else "normal")
     axes.invert_yaxis()
-    axes.set_xlim(0, end * 1.3)
+    axes.set_xlim(0, end * 1.45)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
@@ -168,6 +178,7 @@ def _growth(figure: Figure, results: Results) -> bool:
         return False
     figure.set_size_inches(9.6, 3.6)
     axes = figure.add_subplot()
+    ends = []
     for server in servers:
         points = {at: spread for at, shape in shapes.items() if (spread := results.spread(shape, server))}
         axes.fill_between(
@@ -175,16 +186,19 @@ def _growth(figure: Figure, results: Results) -> bool:
             color=_colour(server), alpha=0.15, linewidth=0,
         )  # fmt: skip
         axes.plot([*points], [it.middle for it in points.values()], "o-", color=_colour(server), markersize=4)
-        at, last = [*points.items()][-1]
-        axes.annotate(
-            NAMES.get(server, server), (at, last.middle), (8, 0), textcoords="offset points", va="center", size=9,
-            color=_colour(server), weight="bold",
-        )  # fmt: skip
+        ends.append((points[max(points)].middle, max(points), server))
     axes.set_xscale("log")
-    axes.set_xlim(right=max(shapes) * 12)
+    axes.set_xlim(right=max(shapes) * 8 ** (len(shapes) / 4))
     axes.set_xticks([*shapes], [f"{clients:,}" for clients in shapes])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
+    least_gap, place = axes.get_ylim()[1] / 14, 0.0  # so that names do not overlap
+    for last, at, server in sorted(ends):
+        place = max(last, place + least_gap)
+        axes.annotate(
+            NAMES.get(server, server), (at, place), (9, 0), textcoords="offset points", va="center", size=9,
+            color=_colour(server), weight="bold",
+        )  # fmt: skip
     axes.grid(axis="y", color=RULE)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

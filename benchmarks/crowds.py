@@ -199,7 +199,7 @@ def run_once(programs: Programs, threshold: str, clients: int) -> Run:
 
         def come(number: int) -> Run:
             started = time.perf_counter()
-            load = [programs.load, str(port), str(process.pid), "0", "0", "echo"]
+            load = [programs.load, port, str(process.pid), "0", "0", "echo"]
             result: Run = run_load([*load, str(number), str(min(number, IN_FLIGHT))])
             return result | {"took": time.perf_counter() - started}
 

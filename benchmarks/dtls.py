@@ -2,8 +2,8 @@
 
     python benchmarks/dtls.py [--scale 0.1] [--server trio] [--json]    (run.py measures the same)
 
-It prints kilobytes for each idle client, and microseconds of the server's CPU time for each full handshake, each 64-byte
-echo and each forged ClientHello. The certificate is for ECDSA P-256. With ``--server trio`` the server is
+It prints kilobytes for each idle client, and microseconds of the server's CPU time for each full handshake, echo of 64
+bytes and forged ClientHello. The certificate is for ECDSA P-256. With ``--server trio`` the server is
 ``trio.DTLSEndpoint``, with the same load.
 """
 

@@ -26,7 +26,7 @@ class Spread(NamedTuple):
 
     def show(self, digits: int = 2, factor: float = 1) -> str:
         middle, least, most = (f"{value * factor:,.{digits}f}" for value in self)
-        return middle if least == most else f"{middle} ({least}–{most})"
+        return middle if least == most else f"{middle} ({least} - {most})"
 
 
 class Results:
@@ -78,8 +78,13 @@ class Results:
         mine, theirs = self._figures.get((shape, server, without), {}), self._figures.get((shape, to, None), {})
         return Spread.of(figures[key] / theirs[at][key] for at, figures in mine.items() if at in theirs)
 
-    def difference(self, shape: str, server: str, to: str, key: str = "micros") -> Spread | None:
-        mine, theirs = self._figures.get((shape, server, None), {}), self._figures.get((shape, to, None), {})
+    def difference(self, shape: str, server: str, to: str, to_shape: str | None = None) -> Spread | None:
+        """How many µs a server takes more than another in the same round."""
+        key = "micros"
+        mine, theirs = (
+            self._figures.get((shape, server, None), {}),
+            self._figures.get((to_shape or shape, to, None), {}),
+        )
         return Spread.of(figures[key] - theirs[at][key] for at, figures in mine.items() if at in theirs)
 
     def keep(self, folder: Path) -> None:

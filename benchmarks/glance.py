@@ -29,16 +29,18 @@ RATIOS = [
     Row("10,000 clients", "10k"),
     Row("100,000 clients", "100k"),
     Row("every datagram from a new address", "strangers"),
-    Row("the same, answered by `accept`", "strangers", "trio_udp accept", "", others=False),
+    Row("every datagram from a new address, `accept` answers", "strangers", "trio_udp accept", "", others=False),
     Row("100,000 new clients at once", "arrival"),
-    Row("the same, with `gc.set_threshold`", "arrival", RARE, "", others=False),
+    Row("100,000 new clients at once, with `gc.set_threshold`", "arrival", RARE, "", others=False),
     Row("one question, one answer, and again: CPU time", "ping-pong"),
-    Row("the same: round trip, p50", "ping-pong", key="round_trip_p50"),
+    Row("one question, one answer, and again: round trip, p50", "ping-pong", key="round_trip_p50"),
+    Row("10 clients on Unix-domain sockets, one in flight each", "unix"),
+    Row("1 client on a Unix-domain socket, one in flight", "unix-1"),
     Row("stream of 1,200 bytes from the server, `send_many`", "stream-out", TASK, ""),
     Row("17 datagrams of 1,200 bytes for each request", "flight"),
     Row("stream of 1,200 bytes to the server", "stream-in"),
     Row("each datagram is sent to 50 clients by `send`", "fan-out", TASK, ""),
-    Row("the same, by `send_to_all`", "fan-out", "trio_udp send_to_all", "", others=False),
+    Row("each datagram is sent to 50 clients by `send_to_all`", "fan-out", "trio_udp send_to_all", "", others=False),
 ]
 
 SETTINGS = {"all interfaces instead of one address": " all interfaces", "rate and amplification limits": " with limits"}
@@ -50,7 +52,9 @@ Figure = Callable[[Results], str]
 def _per_second(shape: str, server: str = TASK) -> Figure:
     def show(results: Results) -> str:
         micros = results.spread(shape, server)
-        return "" if micros is None else Spread(*(1e6 / it for it in (micros.middle, micros.most, micros.least))).show(0)
+        return (
+            "" if micros is None else Spread(*(1e6 / it for it in (micros.middle, micros.most, micros.least))).show(0)
+        )
 
     return show
 
@@ -71,9 +75,9 @@ def _ratio(shape: str, server: str, to: str, key: str = "micros") -> Figure:
     return show
 
 
-def _beyond(shape: str, server: str, to: str) -> Figure:
+def _beyond(shape: str, server: str, to: str, to_shape: str | None = None) -> Figure:
     def show(results: Results) -> str:
-        difference = results.difference(shape, server, to)
+        difference = results.difference(shape, server, to, to_shape)
         return "" if difference is None else difference.show()
 
     return show
@@ -81,30 +85,50 @@ def _beyond(shape: str, server: str, to: str) -> Figure:
 
 # On this machine: words, and the figure.
 FIGURES: list[tuple[str, Figure]] = [
-    ("echoes for each CPU second, four datagrams in flight for each client", _per_second("64x4")),
-    ("the same with a `datagram_handler`", _per_second("64x4", FUNCTION)),
+    ("echoes for each CPU second, four in flight for each client", _per_second("64x4")),
+    ("echoes for each CPU second, four in flight, `datagram_handler`", _per_second("64x4", FUNCTION)),
     ("echoes for each CPU second, one in flight for each client", _per_second("256x1")),
-    ("the same with a `datagram_handler`", _per_second("256x1", FUNCTION)),
+    ("echoes for each CPU second, one in flight, `datagram_handler`", _per_second("256x1", FUNCTION)),
     ("datagrams of 1,200 bytes sent for each CPU second, `send_many`", _per_second("stream-out")),
-    (f"that, as a multiple of {REFERENCE}'s", lambda results: _inverse(results.ratio("stream-out", TASK))),
+    (
+        f"datagrams of 1,200 bytes sent for each CPU second, as a multiple of {REFERENCE}'s",
+        lambda results: _inverse(results.ratio("stream-out", TASK)),
+    ),
     ("datagrams of 1,200 bytes received for each CPU second", _per_second("stream-in")),
     ("17 datagrams at a time: µs for each beyond what C takes, task", _beyond("flight", TASK, "C with GSO")),
-    ("the same, `datagram_handler`", _beyond("flight", FUNCTION, "C with GSO")),
-    ("the same, an `Endpoint` alone", _beyond("flight", "trio_udp Endpoint", "C with GSO")),
+    (
+        "17 datagrams at a time: µs for each beyond what C takes, `datagram_handler`",
+        _beyond("flight", FUNCTION, "C with GSO"),
+    ),
+    (
+        "17 datagrams at a time: µs for each beyond what C takes, an `Endpoint` alone",
+        _beyond("flight", "trio_udp Endpoint", "C with GSO"),
+    ),
+    ("a PROXY header: µs for each datagram", _beyond("proxied", TASK, TASK, "256x1")),
+    ("credentials of a Unix-domain peer: µs for each datagram", _beyond("unix", "trio_udp with credentials", TASK)),
     ("round trip, p50, µs", _spread("ping-pong", TASK, "round_trip_p50")),
-    ("the same with a `datagram_handler`", _spread("ping-pong", FUNCTION, "round_trip_p50")),
+    ("round trip, p50, µs, `datagram_handler`", _spread("ping-pong", FUNCTION, "round_trip_p50")),
     ("bytes for an idle client", _spread("memory", TASK, "bytes_per_client", 0)),
     ("µs for a new client, 100,000 at once, `gc.set_threshold`", _spread("crowd", RARE, "new_micros")),
-    ("the same with the default thresholds", _spread("crowd", TASK, "new_micros")),
-    ("longest pause meanwhile, ms, `gc.set_threshold`", _spread("crowd", RARE, "new_pause", 1, 1e3)),
-    ("the same with the default thresholds", _spread("crowd", TASK, "new_pause", 1, 1e3)),
+    ("µs for a new client, 100,000 at once, default thresholds", _spread("crowd", TASK, "new_micros")),
+    ("longest pause while 100,000 come at once, ms, `gc.set_threshold`", _spread("crowd", RARE, "new_pause", 1, 1e3)),
+    ("longest pause while 100,000 come at once, ms, default thresholds", _spread("crowd", TASK, "new_pause", 1, 1e3)),
     ("new clients unanswered, of 100,000", _spread("crowd", TASK, "new_lost", 0)),
     ("longest pause when 100,000 expire at once, ms", _spread("crowd", RARE, "expiry_pause", 1, 1e3)),
     ("longest pause when `stop()` ends 100,000, ms", _spread("crowd", RARE, "stop_pause", 1, 1e3)),
-    ("two workers instead of one, some work for each datagram: rate", _ratio("workers-work", "2 workers", "1 worker", "rate")),
+    (
+        "two workers instead of one, some work for each datagram: rate",
+        _ratio("workers-work", "2 workers", "1 worker", "rate"),
+    ),
     ("two workers instead of one on the same core: CPU time of an echo", _ratio("workers", "2 workers", "1 worker")),
-    ("the same under light load", _ratio("workers-light", "2 workers", "1 worker")),
-    ("a supervisor with four workers and nothing to do, % of a core", _spread("workers-idle", "4 workers", "share_of_a_core", 1, 100)),
+    (
+        "two workers instead of one on the same core: CPU time of an echo, light load",
+        _ratio("workers-light", "2 workers", "1 worker"),
+    ),
+    (
+        "a supervisor with four workers and nothing to do, % of a core",
+        _spread("workers-idle", "4 workers", "share_of_a_core", 1, 100),
+    ),
     ("DTLS: KB for an idle client", _spread("dtls", TASK, "KB for each idle client")),
     ("DTLS: µs for a handshake", _spread("dtls", TASK, "µs for each handshake", 0)),
     ("DTLS: µs for an echo", _spread("dtls", TASK, "µs for each echo")),
@@ -117,13 +141,13 @@ def _inverse(ratio: Spread | None) -> str:
 
 
 def glance(everything: list[Results]) -> Iterable[str]:
-    yield "<!-- ratios -->"
+    """The headings are what docs/performance.md finds the tables by."""
+    yield "### CPU time for each datagram"
     yield _ratios(everything)
-    yield "<!-- settings -->"
+    yield "### What a setting adds"
     yield _settings(everything)
-    yield "<!-- figures -->"
+    yield "### How much that is"
     yield _figures(everything)
-    yield "<!-- end -->"
 
 
 def _version(results: Results) -> str:
@@ -133,7 +157,7 @@ def _version(results: Results) -> str:
 def _ratios(everything: list[Results]) -> str:
     """Ratios of CPU time: ours with each Python, then other languages, which do not depend on it."""
     newest = everything[0]
-    header = [f"CPU time, {REFERENCE} = 1"]
+    header = [f"{REFERENCE} = 1"]
     for results in everything:
         header += [f"task per client, {_version(results)}", f"`datagram_handler`, {_version(results)}"]
     header += OTHERS
@@ -161,7 +185,7 @@ def _settings(everything: list[Results]) -> str:
                 if any(ratios):
                     shown = [_percent(it) if it else "" for it in ratios]
                     rows.append([f"{words}, {handler}, {_version(results)}", *shown])
-    return table(["what a setting adds", *SETTING_SHAPES], rows)
+    return table(["", *SETTING_SHAPES], rows)
 
 
 def _percent(ratio: Spread) -> str:

@@ -1,6 +1,8 @@
 /* The load for every server: closed loops over loopback, cheap enough that only the server's cost counts.
  *
  *     load PORT PIDS WARM SECONDS echo CLIENTS IN_FLIGHT    64 bytes each; the server answers with the same
+ *     load PORT PIDS WARM SECONDS proxied CLIENTS IN_FLIGHT    the same, behind a PROXY header in front of each datagram
+ *     load @NAME PIDS WARM SECONDS unix CLIENTS             the same over Unix-domain sockets; one in flight for each client
  *     load PORT PIDS WARM SECONDS out BURST                 the server answers every request with BURST datagrams
  *     load PORT PIDS WARM SECONDS in                        the server acknowledges every IN_BURST-th datagram
  *     load PORT PIDS WARM SECONDS fan MEMBERS               the server sends each question to all members
@@ -19,11 +21,13 @@
 #include <errno.h>
 #include <netinet/udp.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -137,8 +141,15 @@ struct message { /* a datagram, with the control message for our own address */
         uint32_t client, number;
         char rest[ECHO_SIZE - 24];
     } payload;
+    struct __attribute__((packed)) { /* as it precedes a datagram over IPv4: section 2.2 of the PROXY protocol */
+        char signature[12];
+        uint8_t version, family;
+        uint16_t length;
+        uint32_t source, destination;
+        uint16_t source_port, destination_port;
+    } proxy;
     struct sockaddr_in peer;
-    struct iovec iov;
+    struct iovec iov[2];
     union {
         char room[CMSG_SPACE(sizeof(struct in_pktinfo))];
         struct cmsghdr header;
@@ -151,16 +162,25 @@ static uint32_t *next_sent, *next_expected; /* of each client */
 static struct message incoming[BATCH], outgoing[BATCH];
 static struct mmsghdr incoming_headers[BATCH], outgoing_headers[BATCH];
 
-static void prepare(struct message *messages, struct mmsghdr *headers) {
+static void prepare(struct message *messages, struct mmsghdr *headers, bool proxied) {
     for (int i = 0; i < BATCH; i++) {
         struct message *m = &messages[i];
         m->peer = server;
-        m->iov = (struct iovec){&m->payload, sizeof m->payload};
+        memcpy(m->proxy.signature, "\r\n\r\n\0\r\nQUIT\n", 12);
+        m->proxy.version = 0x21; /* version 2, PROXY */
+        m->proxy.family = 0x12;  /* IPv4, datagrams */
+        m->proxy.length = htons(12);
+        m->proxy.destination = server.sin_addr.s_addr;
+        m->proxy.source_port = htons(1024); /* not that of the server, which would take it for itself */
+        m->proxy.destination_port = server.sin_port;
+        m->iov[0] = (struct iovec){&m->proxy, sizeof m->proxy};
+        m->iov[1] = (struct iovec){&m->payload, sizeof m->payload};
         m->control.header.cmsg_len = CMSG_LEN(sizeof(struct in_pktinfo));
         m->control.header.cmsg_level = IPPROTO_IP;
         m->control.header.cmsg_type = IP_PKTINFO;
         headers[i].msg_hdr = (struct msghdr){
-            .msg_name = &m->peer, .msg_namelen = sizeof m->peer, .msg_iov = &m->iov, .msg_iovlen = 1,
+            .msg_name = &m->peer, .msg_namelen = sizeof m->peer,
+            .msg_iov = proxied ? m->iov : &m->iov[1], .msg_iovlen = proxied ? 2 : 1,
             .msg_control = &m->control, .msg_controllen = sizeof m->control};
     }
 }
@@ -181,12 +201,12 @@ static void queue(uint32_t client) {
     m->payload.run = run;
     m->payload.client = client;
     m->payload.number = next_sent[client]++;
-    own_address(m)->ipi_spec_dst.s_addr = htonl(INADDR_LOOPBACK + client);
+    own_address(m)->ipi_spec_dst.s_addr = m->proxy.source = htonl(INADDR_LOOPBACK + client);
     if (queued == BATCH) send_queued();
 }
 
 /* 0 clients: every datagram comes from a client that has never been seen. */
-static void load_echo(uint32_t clients, uint32_t in_flight) {
+static void load_echo(uint32_t clients, uint32_t in_flight, bool proxied) {
     bool strangers = clients == 0;
     if (strangers) clients = MAX_CLIENTS;
     bool in_turn = clients > in_flight; /* otherwise it is who was answered that sends again */
@@ -197,8 +217,8 @@ static void load_echo(uint32_t clients, uint32_t in_flight) {
     if (setsockopt(echo_socket, IPPROTO_IP, IP_PKTINFO, &on, sizeof on)) fail("IP_PKTINFO");
     next_sent = calloc(clients, sizeof *next_sent);
     next_expected = calloc(clients, sizeof *next_expected);
-    prepare(incoming, incoming_headers);
-    prepare(outgoing, outgoing_headers);
+    prepare(incoming, incoming_headers, false);
+    prepare(outgoing, outgoing_headers, proxied);
     run = (uint64_t)getpid() << 32;
 
     for (;;) {
@@ -241,6 +261,49 @@ static void load_echo(uint32_t clients, uint32_t in_flight) {
     }
 }
 
+/* The server has an abstract name. The clients have files, since uvloop cannot answer an abstract name. */
+static char folder[] = "/tmp/trio-udp-load-XXXXXX";
+static struct sockaddr_un *unix_clients;
+static uint32_t unix_count;
+
+static void remove_files(void) {
+    for (uint32_t i = 0; i < unix_count; i++) unlink(unix_clients[i].sun_path);
+    rmdir(folder);
+}
+
+static void load_unix(const char *name, uint32_t clients) {
+    struct sockaddr_un to = {.sun_family = AF_UNIX};
+    struct timeval stall = {.tv_sec = STALL};
+    socklen_t length = offsetof(struct sockaddr_un, sun_path) + strlen(name);
+    struct { uint64_t sent_at; char rest[ECHO_SIZE - 8]; } payload = {0};
+    int *fds = calloc(clients, sizeof *fds);
+    bool *waits = calloc(clients, sizeof *waits); /* for an answer */
+    memcpy(to.sun_path + 1, name + 1, strlen(name) - 1);
+    unix_clients = calloc(clients, sizeof *unix_clients);
+    if (!mkdtemp(folder) || atexit(remove_files)) fail(folder);
+    for (uint32_t i = 0; i < clients; i++) {
+        struct sockaddr_un *own = &unix_clients[unix_count++];
+        own->sun_family = AF_UNIX;
+        snprintf(own->sun_path, sizeof own->sun_path, "%s/%u", folder, i);
+        if ((fds[i] = socket(AF_UNIX, SOCK_DGRAM, 0)) < 0) fail("socket");
+        if (bind(fds[i], (struct sockaddr *)own, sizeof *own)) fail("bind");
+        if (setsockopt(fds[i], SOL_SOCKET, SO_RCVTIMEO, &stall, sizeof stall)) fail("SO_RCVTIMEO");
+    }
+    for (bool stop = false; !stop;) {
+        stop = time_is_up(true);
+        for (uint32_t i = 0; i < clients; i++) {
+            if (waits[i]) {
+                if (recv(fds[i], &payload, sizeof payload, 0) != sizeof payload) fail("recv");
+                count_round_trip(nanoseconds(CLOCK_MONOTONIC) - payload.sent_at);
+                received++;
+            }
+            payload.sent_at = nanoseconds(CLOCK_MONOTONIC);
+            waits[i] = !stop;
+            if (!stop && sendto(fds[i], &payload, sizeof payload, 0, (struct sockaddr *)&to, length) < 0) fail("sendto");
+        }
+    }
+}
+
 /* Clients 1, 2, ... are members, and client 0 asks. Every question comes back once to each member. Its number tells the
  * order. The first byte of a payload, which is the lowest of ``run``, tells whether it asks to join. */
 static void load_fan(uint32_t members) {
@@ -251,8 +314,8 @@ static void load_fan(uint32_t members) {
     if (setsockopt(echo_socket, IPPROTO_IP, IP_PKTINFO, &on, sizeof on)) fail("IP_PKTINFO");
     next_sent = calloc(members + 1, sizeof *next_sent);
     next_expected = calloc(members + 1, sizeof *next_expected);
-    prepare(incoming, incoming_headers);
-    prepare(outgoing, outgoing_headers);
+    prepare(incoming, incoming_headers, false);
+    prepare(outgoing, outgoing_headers, false);
     run = join;
     for (uint32_t i = 1; i <= members; i++) queue(i);
     send_queued();
@@ -388,8 +451,11 @@ int main(int argc, char **argv) {
         if ((errno = clock_getcpuclockid(atoi(pid), &server_clocks[processes++]))) fail("clock_getcpuclockid");
     warm = atof(argv[3]);
     seconds = atof(argv[4]);
-    if (!strcmp(argv[5], "echo") && argc == 8)
-        load_echo(atoi(argv[6]), atoi(argv[7]));
+    bool proxied = !strcmp(argv[5], "proxied");
+    if ((proxied || !strcmp(argv[5], "echo")) && argc == 8)
+        load_echo(atoi(argv[6]), atoi(argv[7]), proxied);
+    else if (!strcmp(argv[5], "unix") && argc == 7)
+        load_unix(argv[1], atoi(argv[6]));
     else if (!strcmp(argv[5], "fan") && argc == 7)
         load_fan(atoi(argv[6]));
     else if (!strcmp(argv[5], "out") && argc == 7)

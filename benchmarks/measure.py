@@ -78,19 +78,20 @@ class Load(NamedTuple):
         bursts = {"out": OUT_BURST, "flight": FLIGHT}
         if self.what in bursts:
             return ["out", str(bursts[self.what])]
-        if self.what == "fan":
-            return ["fan", str(self.clients)]
+        if self.what in ("fan", "unix"):
+            return [self.what, str(self.clients)]
         if self.what == "in":
             return ["in"]
-        return ["echo", str(self.clients), str(self.in_flight)]
+        how = self.what if self.what == "proxied" else "echo"
+        return [how, str(self.clients), str(self.in_flight)]
 
     def measure(self, programs: Programs, contestant: Contestant, pace: Pace) -> Figures:
-        with running(contestant.command(programs, self.what), contestant.environment()) as (process, port):
-            return self.put_on(programs, port, [process.pid], pace)
+        with running(contestant.command(programs, self.what), contestant.environment()) as (process, address):
+            return self.put_on(programs, address, [process.pid], pace)
 
-    def put_on(self, programs: Programs, port: int, pids: list[int], pace: Pace) -> Figures:
+    def put_on(self, programs: Programs, address: str, pids: list[int], pace: Pace) -> Figures:
         """Load a server that runs already, and measure its processes."""
-        server = [str(port), ",".join(map(str, pids)), str(pace.warm), str(pace.seconds)]
+        server = [address, ",".join(map(str, pids)), str(pace.warm), str(pace.seconds)]
         result = run_load([programs.load, *server, *self.arguments()])
         if not result["datagrams"]:
             raise MeasurementFailed("has not answered while it was measured")
@@ -118,10 +119,10 @@ class IdleMemory(NamedTuple):
 
     def measure(self, programs: Programs, contestant: Contestant, pace: Pace) -> Figures:
         clients = int(self.clients * pace.scale)
-        with running(contestant.command(programs, "echo"), contestant.environment()) as (process, port):
-            Load("echo").put_on(programs, port, [process.pid], pace)  # so that imports and buffers do not count
+        with running(contestant.command(programs, "echo"), contestant.environment()) as (process, address):
+            Load("echo").put_on(programs, address, [process.pid], pace)  # so that imports and buffers do not count
             before = resident_bytes(process.pid)
-            Load("echo", clients, 64).put_on(programs, port, [process.pid], pace._replace(warm=-1))
+            Load("echo", clients, 64).put_on(programs, address, [process.pid], pace._replace(warm=-1))
             return {"bytes_per_client": (resident_bytes(process.pid) - before) / clients}
 
 
@@ -132,8 +133,8 @@ class MeasurementFailed(Exception):
 @contextmanager
 def running(
     command: list[str], environment: dict[str, str], cores: frozenset[int] = frozenset({SERVER_CORE})
-) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Run a server; give its process and its port, which is the first line that it prints."""
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a server; give its process and its port or name, which is the first line that it prints."""
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
@@ -150,10 +151,10 @@ def running(
             assert process.stdout is not None
             if not select.select([process.stdout], [], [], START_TIMEOUT)[0]:
                 raise MeasurementFailed(f"has not started within {START_TIMEOUT} seconds")
-            port = process.stdout.readline()
-            if not port:
+            address = process.stdout.readline().strip()
+            if not address:
                 raise MeasurementFailed("has not started")
-            yield process, int(port)
+            yield process, address
             if process.poll() is not None:
                 raise MeasurementFailed("has ended while it was measured")
         except MeasurementFailed as failure:

@@ -29,7 +29,7 @@ class Programs(NamedTuple):
 
 
 def build(folder: Path) -> Programs:
-    """Compile the load and the servers into a folder. The load is not in Python: it would be slower than the servers."""
+    """Compile the load and the servers into a folder. A load in Python would be slower than the servers."""
     compiler = os.environ.get("CC", "cc")
     programs = Programs(str(folder / "load"), {}, {}, {})
     c_version = _version([compiler, "--version"])

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 from techniques import use_portable_engine
-from traffic import ACKNOWLEDGEMENT, IN_BURST, JOIN, RECEIVE_BUFFER, burst, ready
+from traffic import ACKNOWLEDGEMENT, IN_BURST, JOIN, RECEIVE_BUFFER, burst, ready, unix_name
 
 import trio_udp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Iterable
+
+    Bind = Callable[[], Awaitable[list[trio_udp.Endpoint]]]
 
 MAX_CLIENTS = 200_000
 LOCALHOST = "127.0.0.1"
 
 
-def task_per_client(what: str, host: str | None = LOCALHOST, limits: trio_udp.Limits | None = None) -> None:
+def task_per_client(what: str, bind: Bind | None = None, limits: trio_udp.Limits | None = None) -> None:
     members: list[trio_udp.Client] = []
 
     async def echo(client: trio_udp.Client) -> None:
@@ -51,13 +54,15 @@ def task_per_client(what: str, host: str | None = LOCALHOST, limits: trio_udp.Li
 
     handlers = {
         "echo": echo,
+        "proxied": echo,
+        "unix": echo,
         "once": once,
         "out": send_bursts,
         "flight": send_bursts,
         "in": count,
         "fan": send_to_each,
     }
-    _serve(handlers[what], host, limits)
+    _serve(handlers[what], bind=bind or BINDS.get(what, _bind), limits=limits)
 
 
 def portable(what: str) -> None:
@@ -66,7 +71,11 @@ def portable(what: str) -> None:
 
 
 def on_all_interfaces(what: str) -> None:
-    task_per_client(what, host=None)
+    task_per_client(what, bind=partial(_bind, None))
+
+
+def with_credentials(what: str) -> None:
+    task_per_client(what, bind={"unix": partial(_bind_unix, credentials=True)}[what])
 
 
 def with_limits(what: str) -> None:
@@ -100,7 +109,7 @@ def requests(what: str) -> None:
     _serve({"echo": echo}[what])
 
 
-def datagrams(what: str, host: str | None = LOCALHOST, limits: trio_udp.Limits | None = None) -> None:
+def datagrams(what: str, bind: Bind | None = None, limits: trio_udp.Limits | None = None) -> None:
     counted = 0
 
     @trio_udp.datagram_handler
@@ -119,12 +128,12 @@ def datagrams(what: str, host: str | None = LOCALHOST, limits: trio_udp.Limits |
         return None if counted % IN_BURST else datagram.payload[:ACKNOWLEDGEMENT]
 
     flight = burst("flight")
-    handlers = {"echo": echo, "once": echo, "flight": send_flights, "in": count}
-    _serve(handlers[what], host, limits)
+    handlers = {"echo": echo, "proxied": echo, "unix": echo, "once": echo, "flight": send_flights, "in": count}
+    _serve(handlers[what], bind=bind or BINDS.get(what, _bind), limits=limits)
 
 
 def datagrams_on_all_interfaces(what: str) -> None:
-    datagrams(what, host=None)
+    datagrams(what, bind=partial(_bind, None))
 
 
 def datagrams_with_limits(what: str) -> None:
@@ -147,26 +156,32 @@ def generous_limits() -> trio_udp.Limits:
     return trio_udp.Limits(max_clients=MAX_CLIENTS, rate_limit=rate, amplification=3)
 
 
+async def _bind(host: str | None = LOCALHOST, proxies: Iterable[str] = ()) -> list[trio_udp.Endpoint]:
+    return await trio_udp.open_endpoints(0, host=host, receive_buffer=RECEIVE_BUFFER, proxies=proxies)
+
+
+async def _bind_unix(credentials: bool) -> list[trio_udp.Endpoint]:
+    return [await trio_udp.open_unix_endpoint(unix_name(), credentials=credentials, receive_buffer=RECEIVE_BUFFER)]
+
+
 def _serve(
     handler: trio_udp.Handler,
-    host: str | None = LOCALHOST,
+    *,
+    bind: Bind = _bind,
     limits: trio_udp.Limits | None = None,
     accept: trio_udp.Accept | None = None,
 ) -> None:
     async def main() -> None:
+        endpoints = await bind()
+        address = endpoints[0].local_address
+        limited = limits or trio_udp.Limits(max_clients=MAX_CLIENTS)
         async with trio.open_nursery() as nursery:
-            server: trio_udp.Server = await nursery.start(
-                lambda task_status: trio_udp.serve(
-                    handler,
-                    0,
-                    host=host,
-                    receive_buffer=RECEIVE_BUFFER,
-                    limits=limits or trio_udp.Limits(max_clients=MAX_CLIENTS),
-                    accept=accept,
-                    task_status=task_status,
+            await nursery.start(
+                lambda task_status: trio_udp.serve_endpoints(
+                    handler, endpoints, limits=limited, accept=accept, task_status=task_status
                 )
             )
-            ready(server.endpoints[0].local_address[1])
+            ready(address[1] if isinstance(address, tuple) else unix_name())
 
     trio.run(main)
 
@@ -175,7 +190,7 @@ def endpoint_alone(what: str) -> None:
     """An endpoint without a server: one task, and a protocol that keeps its own state."""
 
     async def main() -> None:
-        (endpoint,) = await trio_udp.open_endpoints(0, host=LOCALHOST, receive_buffer=RECEIVE_BUFFER)
+        (endpoint,) = await _bind()
         async with endpoint:
             ready(endpoint.local_address[1])
             flight = burst(what)
@@ -185,6 +200,12 @@ def endpoint_alone(what: str) -> None:
 
     trio.run(main)
 
+
+# Where a server listens, if what it does does not go over an IP address alone.
+BINDS: dict[str, Bind] = {
+    "proxied": partial(_bind, proxies=["127.0.0.0/8"]),
+    "unix": partial(_bind_unix, credentials=False),
+}
 
 SERVERS: dict[str, Callable[[str], None]] = {
     "trio_udp": task_per_client,
@@ -197,6 +218,7 @@ SERVERS: dict[str, Callable[[str], None]] = {
     "trio_udp Endpoint": endpoint_alone,
     "trio_udp all interfaces": on_all_interfaces,
     "trio_udp datagram_handler all interfaces": datagrams_on_all_interfaces,
+    "trio_udp with credentials": with_credentials,
     "trio_udp with limits": with_limits,
     "trio_udp datagram_handler with limits": datagrams_with_limits,
 }

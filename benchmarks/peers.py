@@ -9,7 +9,7 @@ import socket
 from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, cast
 
-from traffic import ACKNOWLEDGEMENT, IN_BURST, JOIN, LONGEST_LIFE, RECEIVE_BUFFER, burst, enlarge, ready
+from traffic import ACKNOWLEDGEMENT, IN_BURST, JOIN, LONGEST_LIFE, RECEIVE_BUFFER, burst, enlarge, ready, unix_name
 
 if TYPE_CHECKING:
     import asyncio
@@ -175,12 +175,27 @@ async def _serve_protocol(what: str) -> None:
                     self.transport.sendto(data, member)
 
     protocols: dict[str, type[Server]]
-    protocols = {"echo": Echo, "once": Echo, "out": SendBursts, "flight": SendBursts, "in": Count, "fan": SendToEach}
+    protocols = {
+        "echo": Echo,
+        "unix": Echo,
+        "once": Echo,
+        "out": SendBursts,
+        "flight": SendBursts,
+        "in": Count,
+        "fan": SendToEach,
+    }
     loop = asyncio.get_running_loop()
-    transport, _ = await loop.create_datagram_endpoint(protocols[what], local_addr=("127.0.0.1", 0))
-    sock = transport.get_extra_info("socket")
-    enlarge(sock)
-    ready(sock.getsockname()[1])
+    if what == "unix":
+        bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        bound.bind(unix_name())
+        bound.setblocking(False)
+        transport, _ = await loop.create_datagram_endpoint(protocols[what], sock=bound)
+        ready(unix_name())
+    else:
+        transport, _ = await loop.create_datagram_endpoint(protocols[what], local_addr=("127.0.0.1", 0))
+        sock = transport.get_extra_info("socket")
+        enlarge(sock)
+        ready(sock.getsockname()[1])
     await asyncio.sleep(LONGEST_LIFE)
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/report.py FOLDER    # writes them again, from the python-*.json in FOLDER
 
-A folder of results has, for each Python, its figures (python-3.11.json) and all tables of them (python-3.11.md). What is
-first to be read is results.md, with all Pythons side by side. Charts are of the newest Python. The documentation takes
-its tables from results.md, between the comments there.
+A folder of results has, for each Python, its figures (python-3.11.json) and all tables of them (python-3.11.md). To be
+read first is results.md, with all Pythons side by side. Charts are of the newest Python. The documentation takes its
+tables from results.md, by the headings there.
 """
 
 from __future__ import annotations
@@ -20,34 +20,15 @@ import claims
 from crowds import ROWS as CROWD_ROWS
 from figures import REFERENCE, Results, Spread, kept_in
 from glance import glance
+from native import HERE
 from tables import table
 
 METHOD = f"""\
-µs are those of the server's CPU time for each datagram, user and system, on a core of its own; the load has another. Ratios
-are those of CPU times in the same round, so that a machine whose speed drifts changes both. Figures are medians of all rounds,
-with the least and the most behind them. Payloads have 64 bytes where nothing else is said. *Lost* is what was not answered
-within five seconds, and *disordered* what overtook an earlier datagram of its client, in all rounds together, warming up
-included. Where ratios have no other name they are to {REFERENCE}."""
-
-COMPARED = """\
-**What the others do not do.** The loops in C, Rust and Go, Node's, uvloop's, asyncio's, anyio's, Trio's and the blocking one
-keep nothing for each client: no task, no order to keep between tasks, no time limit, no bound on clients or bytes, no
-counters, no drain. They trust every sender and answer whatever comes. easynetwork has a task for each client.
-`datagram_handler` keeps nothing for each client either: compare it with those, and a task for each client with easynetwork.
-
-**What helps us here.** We are measured on Linux only, where the engine moves 64 datagrams with one system call; on other
-systems it is the portable one (`trio_udp portable`). C does the same; Rust's and Go's standard libraries, Node and uvloop
-make a system call for each datagram, though there are libraries for Rust and Go that do not. Streams from the server are
-segmented by the kernel (GSO): *C with GSO* is what that is worth. Over loopback large packets are passed on whole, as with a
-network card that takes them apart; a network card without that leaves the kernel more to do. `asyncio keeping memory` is
-asyncio with settings of glibc that few programs have.
-
-**What we do not do.** uvloop's loop also serves TCP, subprocesses and names, for any asyncio program. Node and Go are faster
-than Python in what a handler does itself, which an echo does not show. Go, Rust and C use several cores in one process; we
-need workers.
-
-**What it does not measure.** Real networks, real payloads and other machines: the load and the server share one machine, and
-its caches."""
+µs are those of the server's CPU time for each datagram, user and system, on a core of its own; the load has another.
+Ratios are those of CPU times in the same round, so that a machine whose speed drifts changes both. Figures are medians
+of all rounds, with the least and the most behind them. Payloads have 64 bytes where nothing else is said. *Lost* is
+what was not answered within five seconds, and *disordered* what overtook an earlier datagram of its client, in all
+rounds together, warming up included. Where ratios have no other name they are to {REFERENCE}."""
 
 
 def write(kept: dict[str, Any], folder: Path) -> str:
@@ -96,7 +77,7 @@ def _of_all(everything: list[Results], drawn: list[str]) -> Iterable[str]:
     yield "## At a glance"
     yield from glance(everything)
     yield "## What is compared, and what is not"
-    yield COMPARED
+    yield (HERE / "compared.md").read_text().strip()
     yield "## What the documentation says, and what was measured"
     yield claims.table_of(everything[0])
 

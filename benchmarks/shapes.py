@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
 import crowds
@@ -33,6 +34,7 @@ CROWD = ["C", *OURS, "uvloop", "asyncio keeping memory", "easynetwork"]
 STREAMING = [*LANGUAGES, "C with GSO", "trio_udp", "trio_udp portable"]
 ON_PYTHON = ["uvloop", "asyncio", "asyncio keeping memory", "easynetwork", "trio", "blocking"]
 
+ON_UNIX = [*OURS, "trio_udp with credentials", "uvloop", "asyncio", "asyncio keeping memory"]
 TWO_WORKERS = ["1 worker", "2 workers"]
 
 SERVERS = list(dict.fromkeys([*native.NATIVE, *ours.SERVERS, *peers.SERVERS, *workers.SERVERS]))
@@ -67,7 +69,7 @@ class Shape(NamedTuple):
     title: str
     measurement: Measurement
     servers: list[str]
-    without: list[str] = []  # techniques of trio_udp that it is measured without, too
+    without: Collection[str] = ()  # techniques of trio_udp that it is measured without, too
     rounds: int | None = None  # as many as are asked for
     needs: str | None = None  # a module
 
@@ -109,6 +111,11 @@ SHAPES = {
         Load("fan", 50),
         [*LANGUAGES, "trio_udp", "trio_udp send_to_all", "uvloop", "asyncio keeping memory", "trio", "blocking"],
     ),
+    "proxied": Shape(
+        "The same 256 clients behind a PROXY header in front of each datagram", Load("proxied", 256, 256), OURS
+    ),
+    "unix": Shape("10 clients on Unix-domain sockets, 1 datagram in flight each", Load("unix", 10), ON_UNIX),
+    "unix-1": Shape("1 client on a Unix-domain socket, 1 datagram in flight", Load("unix", 1), ON_UNIX),
     "10k": Shape("10,000 live clients, 256 datagrams in flight", Load("echo", 10_000, 256), CROWD),
     "100k": Shape("100,000 live clients, 256 datagrams in flight", Load("echo", 100_000, 256), CROWD),
     "arrival": Shape(

@@ -1,9 +1,11 @@
 """The traffic of the benchmark: what each server does, and the sizes that all servers and the load agree on.
 
-A server does one of six things:
+A server does one of these things:
 
     echo      answers every datagram with itself
-    once      the same; a server that keeps something for each client forgets it after one datagram
+    proxied   the same, and takes the sender's address from a PROXY header
+    unix      the same over a Unix-domain socket
+    once      echoes; a server that keeps something for each client forgets it after one datagram
     out       answers every datagram with a burst of OUT_BURST long ones
     flight    answers every datagram with FLIGHT long ones, as a sans-IO protocol does (QUIC, for example)
     in        acknowledges every IN_BURST-th datagram with its first bytes
@@ -15,6 +17,7 @@ This module imports nothing that not every server needs: what is measured is als
 
 from __future__ import annotations
 
+import os
 import socket
 
 STREAM_SIZE = 1_200  # bytes
@@ -41,6 +44,11 @@ def enlarge(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
 
 
-def ready(port: int) -> None:
-    """Tell the benchmark that the server is there."""
-    print(port, flush=True)
+def unix_name() -> str:
+    """An abstract name for a server's Unix-domain socket: it needs no file that somebody would have to remove."""
+    return f"\0trio-udp-benchmark-{os.getpid()}"
+
+
+def ready(address: int | str) -> None:
+    """Tell the benchmark that the server is there, at a port or an abstract name."""
+    print(str(address).replace("\0", "@"), flush=True)

@@ -55,7 +55,7 @@ WORK = Workers("work", Load("echo", 256, 256), ALL_CORES)
 
 
 @contextmanager
-def _serving(workers: int, handler: str, cores: frozenset[int]) -> Iterator[tuple[int, list[int]]]:
+def _serving(workers: int, handler: str, cores: frozenset[int]) -> Iterator[tuple[str, list[int]]]:
     """Start the command line; give its port, and its processes once all of them are there."""
     options = ["--workers", str(workers), "--host", "127.0.0.1", "--port", "0", "--drain", "1"]
     options += ["--receive-buffer", str(RECEIVE_BUFFER), "--app-dir", str(HERE)]
@@ -71,7 +71,7 @@ def _serving(workers: int, handler: str, cores: frozenset[int]) -> Iterator[tupl
             if serving is None:
                 supervisor.kill()
                 raise MeasurementFailed(f"{' '.join(command)}: has not started\n{said}{supervisor.stderr.read()}")
-            yield int(serving[1]), [supervisor.pid, *_children(supervisor.pid)]
+            yield serving[1], [supervisor.pid, *_children(supervisor.pid)]
         finally:
             supervisor.terminate()
             try:
