@@ -40,7 +40,7 @@ PANELS = {
     "64x4": "64 clients, 4 datagrams in flight each",
     "256x1": "256 clients, 1 in flight each",
     "strangers": "Every datagram from a new address",
-    "stream-out": "Stream from the server, 1,200 bytes each",
+    "stream-out": "Stream from server, 1,200 bytes",
 }
 
 INK, SOFT, RULE = "#1f2937", "#6b7280", "#e5e7eb"
@@ -158,7 +158,7 @@ def _bars(axes: Axes, bars: list[tuple[str, Any, str]], longest: float | None = 
     for tick, (server, _, _) in zip(axes.get_yticklabels(), bars, strict=True):
         tick.set_fontweight("bold" if server.startswith("trio_udp") else "normal")
     axes.invert_yaxis()
-    axes.set_xlim(0, end * 1.45)
+    axes.set_xlim(0, end * 1.6)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[["top", "right", "bottom"]].set_visible(False)

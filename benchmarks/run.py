@@ -19,7 +19,9 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import random
 import signal
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -30,11 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import report
-from measure import LOAD_CORE, MeasurementFailed, Pace
+from measure import LOAD_CORE, Contestant, MeasurementFailed, Pace
 from native import HERE, Programs, build
-from shapes import NEEDS, PACKAGES, SERVERS, SHAPES, plan
+from shapes import FEW_ROUNDS, NEEDS, PACKAGES, SERVERS, SHAPES, plan
 
-FULL, QUICK = Pace(warm=0.25, seconds=1.0, scale=1), Pace(warm=0.05, seconds=0.1, scale=0.02)
+FULL, QUICK = Pace(warm=0.2, seconds=0.9, scale=1), Pace(warm=0.05, seconds=0.1, scale=0.02)
+FAILURES = (MeasurementFailed, AssertionError, subprocess.SubprocessError)
 
 
 def main() -> None:
@@ -47,35 +50,23 @@ def main() -> None:
     arguments = parser.parse_args()
     quick: bool = arguments.quick
     rounds: int = arguments.rounds or (1 if quick else 5)
+    pace = QUICK if quick else FULL
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # by way of every finally
     os.sched_setaffinity(0, {LOAD_CORE})  # to be out of the servers' way
     contestants = plan(quick, arguments.only, arguments.servers)
     began = time.monotonic()
-    runs: list[dict[str, Any]] = []
-    failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         programs = build(Path(folder))
         left_out = what_is_missing(programs)
         for name, reason in left_out.items():
             print(f"left out: {name}, {reason}", file=sys.stderr)
-        for number in range(rounds):
-            for name, everybody in contestants.items():
-                shape = SHAPES[name]
-                them = [it for it in everybody if it.server not in left_out]
-                if name in left_out or not them or number >= (shape.rounds or rounds):
-                    continue
-                first = number % len(them)
-                for contestant in them[first:] + them[:first]:
-                    try:
-                        figures = shape.measurement.measure(programs, contestant, QUICK if quick else FULL)
-                    except MeasurementFailed as failure:  # the others are not lost
-                        print(failure, file=sys.stderr)
-                        failures.append(f"{name}, {contestant}, round {number + 1}: {str(failure).splitlines()[0]}")
-                        continue
-                    runs.append({"shape": name, **contestant._asdict(), "round": number, "figures": figures})
-                    micros = f"{figures['micros']:8.2f} µs" if "micros" in figures else ""
-                    print(f"{number + 1}/{rounds} {name:14} {contestant!s:44} {micros}", file=sys.stderr)
+        contestants = {
+            shape: [it for it in them if it.server not in left_out]
+            for shape, them in contestants.items()
+            if shape not in left_out
+        }
+        runs, failures = measure(contestants, rounds, pace, programs)
 
     full = not (quick or arguments.only or arguments.servers)
     output = arguments.output or (HERE / "results" if full else Path(tempfile.mkdtemp(prefix="trio-udp-benchmark-")))
@@ -89,14 +80,45 @@ def main() -> None:
         "failures": failures,
         "quick": quick,
         "rounds": rounds,
-        "seconds": (QUICK if quick else FULL).seconds,
-        "titles": {name: SHAPES[name].title for name in contestants if name not in left_out},
+        "seconds": pace.seconds,
+        "titles": {name: SHAPES[name].title for name in contestants},
         "runs": runs,
     }
     print(report.write(results, output))
     print(f"Written to {output}", file=sys.stderr)
     if failures:
         sys.exit("\n".join(["failed:", *failures]))
+
+
+def measure(
+    contestants: dict[str, list[Contestant]], rounds: int, pace: Pace, programs: Programs
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Measure round after round; return what was measured, and what could not be."""
+    runs: list[dict[str, Any]] = []
+    failures: list[str] = []
+    for number in range(rounds):
+        for name, them in contestants.items():
+            shape = SHAPES[name]
+            if number >= (shape.rounds or rounds):
+                continue
+            order = [it for it in them if it.without is None or number < FEW_ROUNDS]
+            random.Random(number).shuffle(order)  # nobody always comes after the same other
+            measured = {}
+            for contestant in order:
+                try:
+                    figures = measured[contestant] = shape.measurement.measure(programs, contestant, pace)
+                except FAILURES as failure:  # what the others have done is not lost
+                    print(failure, file=sys.stderr)
+                    reason = " ".join(str(failure).split())
+                    failures.append(f"{name}, {contestant}, round {number + 1}: {reason:.200}")
+                else:
+                    micros = f"{figures['micros']:8.2f} µs" if "micros" in figures else ""
+                    print(f"{number + 1}/{rounds} {name:14} {contestant!s:44} {micros}", file=sys.stderr)
+            for contestant in them:
+                if contestant in measured:
+                    run = {"shape": name, **contestant._asdict(), "round": number, "figures": measured[contestant]}
+                    runs.append(run)
+    return runs, failures
 
 
 def what_is_missing(programs: Programs) -> dict[str, str]:

@@ -6,7 +6,7 @@
 
 use std::env;
 use std::net::{SocketAddr, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::os::unix::io::AsRawFd;
 
 // The standard library has no way to set a receive buffer.
 extern "C" {
