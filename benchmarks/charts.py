@@ -43,6 +43,8 @@ PANELS = {
     "stream-out": "Stream from server, 1,200 bytes",
 }
 
+CUT = {"shapes": "Bars that end in » are longer than shown. "}
+
 INK, SOFT, RULE = "#1f2937", "#6b7280", "#e5e7eb"
 OURS, OURS_TOO, REFERENCE_COLOUR, OTHERS = "#c2410c", "#ea8a52", "#3b6fb6", "#c4cad3"
 LONGEST = 2.5  # bars of others with greater ratios are cut off, and say so
@@ -81,7 +83,7 @@ def draw(results: Results, folder: Path) -> list[str]:
             if fill(figure, results):
                 figure.suptitle(TITLES[name], x=0.015, ha="left", weight="bold", size=12)
                 figure.supxlabel(
-                    f"Less is better. {results.python}, {results.kept['machine']}.",
+                    f"Less is better. {CUT.get(name, '')}{results.python}, {results.kept['machine']}.",
                     x=0.015,
                     ha="left",
                     size=8,
