@@ -172,12 +172,11 @@ def test_each_server_in_another_language_does_everything(server: str, programs: 
 def test_every_kind_of_load_is_measured(tmp_path: Path) -> None:
     """``run.py`` measures each shape, loses nothing, and writes tables and the figures they are from."""
     shapes = ["1x64", "flight", "stream-in", "fan-out", "proxied", "unix", "arrival", "memory", "crowd"]
-    servers = ["C", "trio_udp", "trio_udp send_to_all"]
+    servers = ["trio_udp", "trio_udp send_to_all"]
     _run("run.py", "--quick", "--output", str(tmp_path), "--only", *shapes, "--servers", *servers)
     (file,) = tmp_path.glob("python-*.json")
     runs = json.loads(file.read_text())["runs"]
     assert {(run["shape"], run["server"]) for run in runs} == {
-        *((shape, "C") for shape in ("1x64", "flight", "stream-in", "fan-out", "arrival")),
         *((shape, "trio_udp") for shape in shapes),
         ("fan-out", "trio_udp send_to_all"),
     }
@@ -271,6 +270,6 @@ def test_results_are_kept_for_each_python(tmp_path: Path) -> None:
 @pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: f"{claim.document}:{claim.row}")
 def test_every_claim_is_in_its_document_and_has_its_row(claim: claims.Claim) -> None:  # type: ignore[name-defined]
     """What a document says about speed is from a figure of the results that are kept with it."""
-    assert claim.words in (ROOT / claim.document).read_text()
+    assert claim.words in " ".join((ROOT / claim.document).read_text().split())  # lines may be broken anywhere
     newest = figures.kept_in(BENCHMARKS / "results")[0]
     assert claim.measured(newest) is not None
