@@ -6,10 +6,9 @@ words are there; whether the figure still fits is for whoever publishes new resu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-from figures import Results
+from figures import Figure, Results, Spread, beyond, ratio, value
 from tables import table
 
 SHOWN = 72  # characters of the words
@@ -21,13 +20,14 @@ class Claim(NamedTuple):
     said: float | None  # None: words only, for the reader to compare
     unit: str
     row: str  # where the figure is in the results
-    measured: Callable[[Results], float | None]
+    measured: Figure
 
 
 def table_of(results: Results) -> str:
     rows = []
     for claim in CLAIMS:
-        measured = claim.measured(results)
+        spread = claim.measured(results)
+        measured = spread and spread.middle
         shown = "not measured" if measured is None else f"{measured:,.3g} {claim.unit}".strip()
         if measured is not None and claim.said is not None and not 0.85 < measured / claim.said < 1.18:
             shown = f"**{shown}**"
@@ -38,41 +38,9 @@ def table_of(results: Results) -> str:
     return table(["where", "words", "row of the results", "said", "measured"], rows)
 
 
-def _ratio(shape: str, server: str, to: str = "uvloop", key: str = "micros") -> Callable[[Results], float | None]:
-    def measured(results: Results) -> float | None:
-        ratio = results.ratio(shape, server, to, key)
-        return ratio and ratio.middle
-
-    return measured
-
-
-def _figure(shape: str, server: str, key: str = "micros", factor: float = 1) -> Callable[[Results], float | None]:
-    def measured(results: Results) -> float | None:
-        middle = results.middle(shape, server, key)
-        return middle and middle * factor
-
-    return measured
-
-
-def _beyond(shape: str, server: str, to: str, to_shape: str | None = None) -> Callable[[Results], float | None]:
-    def measured(results: Results) -> float | None:
-        difference = results.difference(shape, server, to, to_shape)
-        return difference and difference.middle
-
-    return measured
-
-
-def _without(technique: str, shape: str) -> Callable[[Results], float | None]:
-    def measured(results: Results) -> float | None:
-        ratio = results.ratio(shape, "trio_udp", to="trio_udp", without=technique)
-        return ratio and ratio.middle
-
-    return measured
-
-
-def _handshake_in_echoes(results: Results) -> float | None:
-    handshake, echo = (results.middle("dtls", "trio_udp", f"µs for each {what}") for what in ("handshake", "echo"))
-    return handshake / echo if handshake and echo else None
+def _handshake_in_echoes(results: Results) -> Spread | None:
+    rounds = results.rounds("dtls", "trio_udp")
+    return Spread.of(figures["µs for each handshake"] / figures["µs for each echo"] for figures in rounds)
 
 
 # With full collections rare, as the command line, the workers and the documentation have it.
@@ -87,7 +55,7 @@ DTLS = "docs/dtls.md"
 
 CLAIMS = [
     *(
-        Claim("README.md", README_ROW, said, "", f"{shape}, {server}", _ratio(shape, server))
+        Claim("README.md", README_ROW, said, "", f"{shape}, {server}", ratio(shape, server))
         for server, *both in (
             ("trio_udp", 0.7, 1.1),
             ("socketserver", 1.3, 1.3),
@@ -98,16 +66,14 @@ CLAIMS = [
         )
         for shape, said in zip(("64x4", "256x1"), both, strict=True)
     ),
-    Claim(
-        "docs/index.md", "**Fast, in pure Python.**", None, "of uvloop", "64x4, trio_udp", _ratio("64x4", "trio_udp")
-    ),
+    Claim("docs/index.md", "**Fast, in pure Python.**", None, "of uvloop", "64x4, trio_udp", ratio("64x4", "trio_udp")),
     Claim(
         "docs/performance.md",
         "The receive loop could run the steps of woken handlers itself",
         None,
         "of uvloop",
         "256x1, trio_udp: what that would have to improve on",
-        _ratio("256x1", "trio_udp"),
+        ratio("256x1", "trio_udp"),
     ),
     Claim(
         "docs/design.md",
@@ -115,7 +81,7 @@ CLAIMS = [
         None,
         "times as much without",
         "without raw addresses, 64x4",
-        _without("raw addresses", "64x4"),
+        ratio("64x4", "trio_udp", to="trio_udp", without="raw addresses"),
     ),
     Claim(
         "docs/design.md",
@@ -123,7 +89,7 @@ CLAIMS = [
         None,
         "µs beyond C",
         "256x1, trio_udp and C",
-        _beyond("256x1", "trio_udp", "C"),
+        beyond("256x1", "trio_udp", "C"),
     ),
     Claim(
         "docs/design.md",
@@ -131,28 +97,28 @@ CLAIMS = [
         None,
         "µs beyond C",
         "64x4, trio_udp and C",
-        _beyond("64x4", "trio_udp", "C"),
+        beyond("64x4", "trio_udp", "C"),
     ),
-    Claim("docs/design.md", "takes 2.3 KB", 2.3, "KB", "crowd, idle client", _figure("crowd", RARE, "bytes", 1e-3)),
-    Claim(OPERATING, "an idle client | 2.3 KB", 2.3, "KB", "crowd, idle client", _figure("crowd", RARE, "bytes", 1e-3)),
+    Claim("docs/design.md", "takes 2.3 KB", 2.3, "KB", "crowd, idle client", value("crowd", RARE, "bytes", 1e-3)),
+    Claim(OPERATING, "an idle client | 2.3 KB", 2.3, "KB", "crowd, idle client", value("crowd", RARE, "bytes", 1e-3)),
     Claim(
         OPERATING,
         "an idle client over DTLS | 70 KB",
         70,
         "KB",
         "dtls, idle client",
-        _figure("dtls", "trio_udp", "KB for each idle client"),
+        value("dtls", "trio_udp", "KB for each idle client"),
     ),
-    Claim(OPERATING, "5 µs for an echo with uvloop", 5, "µs", "256x1, uvloop", _figure("256x1", "uvloop")),
-    Claim(OPERATING, "6 µs; 3.5 µs if four arrive at once", 6, "µs", "256x1, trio_udp", _figure("256x1", "trio_udp")),
-    Claim(OPERATING, "6 µs; 3.5 µs if four arrive at once", 3.5, "µs", "64x4, trio_udp", _figure("64x4", "trio_udp")),
+    Claim(OPERATING, "5 µs for an echo with uvloop", 5, "µs", "256x1, uvloop", value("256x1", "uvloop")),
+    Claim(OPERATING, "6 µs; 3.5 µs if four arrive at once", 6, "µs", "256x1, trio_udp", value("256x1", "trio_udp")),
+    Claim(OPERATING, "6 µs; 3.5 µs if four arrive at once", 3.5, "µs", "64x4, trio_udp", value("64x4", "trio_udp")),
     Claim(
         OPERATING,
         "with a `datagram_handler` | 4.5 µs",
         4.5,
         "µs",
         "256x1, trio_udp datagram_handler",
-        _figure("256x1", "trio_udp datagram_handler"),
+        value("256x1", "trio_udp datagram_handler"),
     ),
     Claim(
         OPERATING,
@@ -160,7 +126,7 @@ CLAIMS = [
         15,
         "µs",
         "crowd, new client",
-        _figure("crowd", RARE, "new_micros"),
+        value("crowd", RARE, "new_micros"),
     ),
     Claim(
         OPERATING,
@@ -168,7 +134,7 @@ CLAIMS = [
         500,
         "µs",
         "dtls, handshake",
-        _figure("dtls", "trio_udp", "µs for each handshake"),
+        value("dtls", "trio_udp", "µs for each handshake"),
     ),
     Claim(
         OPERATING,
@@ -176,7 +142,7 @@ CLAIMS = [
         2,
         "cores",
         "256x1, trio_udp",
-        _figure("256x1", "trio_udp", factor=0.33),
+        value("256x1", "trio_udp", factor=0.33),
     ),
     Claim(
         OPERATING,
@@ -184,7 +150,7 @@ CLAIMS = [
         10,
         "s",
         "crowd, new client",
-        _figure("crowd", RARE, "new_micros", 0.625),
+        value("crowd", RARE, "new_micros", 0.625),
     ),
     Claim(
         OPERATING,
@@ -192,7 +158,7 @@ CLAIMS = [
         0.4,
         "s",
         "crowd, longest collection, default thresholds",
-        _figure("crowd", "trio_udp", "new_collection"),
+        value("crowd", "trio_udp", "new_collection"),
     ),
     Claim(
         OPERATING,
@@ -200,7 +166,7 @@ CLAIMS = [
         2,
         "times the rate",
         "workers-work, 2 workers",
-        _ratio("workers-work", "2 workers", "1 worker", "rate"),
+        ratio("workers-work", "2 workers", "1 worker", "rate"),
     ),
     Claim(
         OPERATING,
@@ -208,7 +174,7 @@ CLAIMS = [
         None,
         "times the CPU time",
         "workers-light, 2 workers",
-        _ratio("workers-light", "2 workers", "1 worker"),
+        ratio("workers-light", "2 workers", "1 worker"),
     ),
     Claim(
         OPERATING,
@@ -216,7 +182,7 @@ CLAIMS = [
         0.4,
         "%",
         "workers-idle",
-        _figure("workers-idle", "4 workers", "share_of_a_core", 100),
+        value("workers-idle", "4 workers", "share_of_a_core", 100),
     ),
     Claim(
         DTLS,
@@ -224,7 +190,7 @@ CLAIMS = [
         75,
         "KB",
         "dtls, idle client",
-        _figure("dtls", "trio_udp", "KB for each idle client"),
+        value("dtls", "trio_udp", "KB for each idle client"),
     ),
     Claim(
         DTLS,
@@ -232,7 +198,7 @@ CLAIMS = [
         10,
         "µs",
         "dtls, forged ClientHello",
-        _figure("dtls", "trio_udp", "µs for each forged ClientHello"),
+        value("dtls", "trio_udp", "µs for each forged ClientHello"),
     ),
     Claim(
         DTLS,
@@ -240,7 +206,7 @@ CLAIMS = [
         500,
         "µs",
         "dtls, handshake",
-        _figure("dtls", "trio_udp", "µs for each handshake"),
+        value("dtls", "trio_udp", "µs for each handshake"),
     ),
     Claim(
         "docs/SECURITY.md",
@@ -256,7 +222,7 @@ CLAIMS = [
         75,
         "KB",
         "dtls, idle client",
-        _figure("dtls", "trio_udp", "KB for each idle client"),
+        value("dtls", "trio_udp", "KB for each idle client"),
     ),
     Claim(
         "docs/proxy-protocol.md",
@@ -264,7 +230,7 @@ CLAIMS = [
         1,
         "µs",
         "proxied beyond 256x1, trio_udp",
-        _beyond("proxied", "trio_udp", "trio_udp", "256x1"),
+        beyond("proxied", "trio_udp", "trio_udp", "256x1"),
     ),
     Claim(
         "docs/unix.md",
@@ -272,7 +238,7 @@ CLAIMS = [
         1.3,
         "µs",
         "unix, trio_udp with credentials",
-        _beyond("unix", "trio_udp with credentials", "trio_udp"),
+        beyond("unix", "trio_udp with credentials", "trio_udp"),
     ),
     Claim(
         "docs/unix.md",
@@ -280,7 +246,7 @@ CLAIMS = [
         None,
         "of uvloop",
         "unix, trio_udp",
-        _ratio("unix", "trio_udp"),
+        ratio("unix", "trio_udp"),
     ),
     Claim(
         "docs/howto/broadcasting.md",
@@ -288,6 +254,6 @@ CLAIMS = [
         None,
         "of a loop of send in a handler",
         "fan-out, trio_udp send_to_all",
-        _ratio("fan-out", "trio_udp send_to_all", "trio_udp"),
+        ratio("fan-out", "trio_udp send_to_all", "trio_udp"),
     ),
 ]

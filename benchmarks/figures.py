@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 REFERENCE = "uvloop"  # what ratios are to, where nothing else is said
 
@@ -24,8 +24,14 @@ class Spread(NamedTuple):
         values = list(values)
         return cls(median(values), min(values), max(values)) if values else None
 
-    def show(self, digits: int = 2, factor: float = 1) -> str:
-        middle, least, most = (f"{value * factor:,.{digits}f}" for value in self)
+    def times(self, factor: float) -> Spread:
+        return Spread(*(value * factor for value in self))
+
+    def inverse(self) -> Spread:
+        return Spread(1 / self.middle, 1 / self.most, 1 / self.least)
+
+    def show(self, digits: int = 2) -> str:
+        middle, least, most = (f"{value:,.{digits}f}" for value in self)
         return middle if least == most else f"{middle} ({least} - {most})"
 
 
@@ -103,3 +109,47 @@ def kept_in(folder: Path) -> list[Results]:
     """All results in a folder, those of the newest Python first."""
     found = [Results(json.loads(file.read_text())) for file in folder.glob("python-*.json")]
     return sorted(found, key=lambda results: results.age, reverse=True)
+
+
+# ---- figures to look up, in any results ----
+
+Figure: TypeAlias = Callable[[Results], Spread | None]
+
+
+def value(shape: str, server: str, key: str = "micros", factor: float = 1) -> Figure:
+    def look_up(results: Results) -> Spread | None:
+        spread = results.spread(shape, server, key)
+        return spread and spread.times(factor)
+
+    return look_up
+
+
+def per_second(shape: str, server: str) -> Figure:
+    """Datagrams for each second of CPU time."""
+
+    def look_up(results: Results) -> Spread | None:
+        micros = results.spread(shape, server)
+        return micros and micros.inverse().times(1e6)
+
+    return look_up
+
+
+def ratio(
+    shape: str,
+    server: str,
+    to: str = REFERENCE,
+    key: str = "micros",
+    without: str | None = None,
+    *,
+    inverse: bool = False,
+) -> Figure:
+    def look_up(results: Results) -> Spread | None:
+        found = results.ratio(shape, server, to, key, without)
+        return found and (found.inverse() if inverse else found)
+
+    return look_up
+
+
+def beyond(shape: str, server: str, to: str, to_shape: str | None = None) -> Figure:
+    """How many µs a server takes more than another."""
+    return lambda results: results.difference(shape, server, to, to_shape)

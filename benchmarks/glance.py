@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from figures import REFERENCE, Results, Spread
+from figures import REFERENCE, Figure, Results, Spread, beyond, per_second, ratio, value
 from tables import table
 
 TASK, FUNCTION = "trio_udp", "trio_udp datagram_handler"
 OTHERS = ["C", "Rust", "Go", "Node"]
 RARE = "trio_udp gc.set_threshold"
+ALONE = "trio_udp Endpoint"
+ONE, TWO = "1 worker", "2 workers"
 
 
 class Row(NamedTuple):
@@ -46,98 +48,39 @@ RATIOS = [
 SETTINGS = {"all interfaces instead of one address": " all interfaces", "rate and amplification limits": " with limits"}
 SETTING_SHAPES = ["64x4", "1x64", "256x1", "strangers", "ping-pong"]
 
-Figure = Callable[[Results], str]
-
-
-def _per_second(shape: str, server: str = TASK) -> Figure:
-    def show(results: Results) -> str:
-        micros = results.spread(shape, server)
-        return (
-            "" if micros is None else Spread(*(1e6 / it for it in (micros.middle, micros.most, micros.least))).show(0)
-        )
-
-    return show
-
-
-def _spread(shape: str, server: str, key: str = "micros", digits: int = 1, factor: float = 1) -> Figure:
-    def show(results: Results) -> str:
-        figures = results.spread(shape, server, key)
-        return "" if figures is None else figures.show(digits, factor)
-
-    return show
-
-
-def _ratio(shape: str, server: str, to: str, key: str = "micros") -> Figure:
-    def show(results: Results) -> str:
-        ratio = results.ratio(shape, server, to, key)
-        return "" if ratio is None else ratio.show()
-
-    return show
-
-
-def _beyond(shape: str, server: str, to: str, to_shape: str | None = None) -> Figure:
-    def show(results: Results) -> str:
-        difference = results.difference(shape, server, to, to_shape)
-        return "" if difference is None else difference.show()
-
-    return show
-
-
-# On this machine: words, and the figure.
-FIGURES: list[tuple[str, Figure]] = [
-    ("echoes for each CPU second, four in flight for each client", _per_second("64x4")),
-    ("echoes for each CPU second, four in flight, `datagram_handler`", _per_second("64x4", FUNCTION)),
-    ("echoes for each CPU second, one in flight for each client", _per_second("256x1")),
-    ("echoes for each CPU second, one in flight, `datagram_handler`", _per_second("256x1", FUNCTION)),
-    ("datagrams of 1,200 bytes sent for each CPU second, `send_many`", _per_second("stream-out")),
-    (
-        f"datagrams of 1,200 bytes sent for each CPU second, as a multiple of {REFERENCE}'s",
-        lambda results: _inverse(results.ratio("stream-out", TASK)),
-    ),
-    ("datagrams of 1,200 bytes received for each CPU second", _per_second("stream-in")),
-    ("17 datagrams at a time: µs for each beyond what C takes, task", _beyond("flight", TASK, "C with GSO")),
-    (
-        "17 datagrams at a time: µs for each beyond what C takes, `datagram_handler`",
-        _beyond("flight", FUNCTION, "C with GSO"),
-    ),
-    (
-        "17 datagrams at a time: µs for each beyond what C takes, an `Endpoint` alone",
-        _beyond("flight", "trio_udp Endpoint", "C with GSO"),
-    ),
-    ("a PROXY header: µs for each datagram", _beyond("proxied", TASK, TASK, "256x1")),
-    ("credentials of a Unix-domain peer: µs for each datagram", _beyond("unix", "trio_udp with credentials", TASK)),
-    ("round trip, p50, µs", _spread("ping-pong", TASK, "round_trip_p50")),
-    ("round trip, p50, µs, `datagram_handler`", _spread("ping-pong", FUNCTION, "round_trip_p50")),
-    ("bytes for an idle client", _spread("memory", TASK, "bytes_per_client", 0)),
-    ("µs for a new client, 100,000 at once, `gc.set_threshold`", _spread("crowd", RARE, "new_micros")),
-    ("µs for a new client, 100,000 at once, default thresholds", _spread("crowd", TASK, "new_micros")),
-    ("longest pause while 100,000 come at once, ms, `gc.set_threshold`", _spread("crowd", RARE, "new_pause", 1, 1e3)),
-    ("longest pause while 100,000 come at once, ms, default thresholds", _spread("crowd", TASK, "new_pause", 1, 1e3)),
-    ("new clients unanswered, of 100,000", _spread("crowd", TASK, "new_lost", 0)),
-    ("longest pause when 100,000 expire at once, ms", _spread("crowd", RARE, "expiry_pause", 1, 1e3)),
-    ("longest pause when `stop()` ends 100,000, ms", _spread("crowd", RARE, "stop_pause", 1, 1e3)),
-    (
-        "two workers instead of one, some work for each datagram: rate",
-        _ratio("workers-work", "2 workers", "1 worker", "rate"),
-    ),
-    ("two workers instead of one on the same core: CPU time of an echo", _ratio("workers", "2 workers", "1 worker")),
-    (
-        "two workers instead of one on the same core: CPU time of an echo, light load",
-        _ratio("workers-light", "2 workers", "1 worker"),
-    ),
-    (
-        "a supervisor with four workers and nothing to do, % of a core",
-        _spread("workers-idle", "4 workers", "share_of_a_core", 1, 100),
-    ),
-    ("DTLS: KB for an idle client", _spread("dtls", TASK, "KB for each idle client")),
-    ("DTLS: µs for a handshake", _spread("dtls", TASK, "µs for each handshake", 0)),
-    ("DTLS: µs for an echo", _spread("dtls", TASK, "µs for each echo")),
-    ("DTLS: µs for a forged ClientHello", _spread("dtls", TASK, "µs for each forged ClientHello")),
+# On the machine of the results: words, the figure, and the digits to print.
+FIGURES: list[tuple[str, Figure, int]] = [
+    ("echoes for each CPU second, four in flight for each client", per_second("64x4", TASK), 0),
+    ("echoes for each CPU second, four in flight, `datagram_handler`", per_second("64x4", FUNCTION), 0),
+    ("echoes for each CPU second, one in flight for each client", per_second("256x1", TASK), 0),
+    ("echoes for each CPU second, one in flight, `datagram_handler`", per_second("256x1", FUNCTION), 0),
+    ("datagrams of 1,200 bytes sent for each CPU second, `send_many`", per_second("stream-out", TASK), 0),
+    (f"the same as a multiple of {REFERENCE}'s", ratio("stream-out", TASK, inverse=True), 1),
+    ("datagrams of 1,200 bytes received for each CPU second", per_second("stream-in", TASK), 0),
+    ("17 datagrams at a time: µs for each beyond C, task per client", beyond("flight", TASK, "C with GSO"), 2),
+    ("17 datagrams at a time: µs for each beyond C, `datagram_handler`", beyond("flight", FUNCTION, "C with GSO"), 2),
+    ("17 datagrams at a time: µs for each beyond C, `Endpoint`", beyond("flight", ALONE, "C with GSO"), 2),
+    ("a PROXY header: µs for each datagram", beyond("proxied", TASK, TASK, "256x1"), 2),
+    ("credentials of a Unix-domain peer: µs for each datagram", beyond("unix", f"{TASK} with credentials", TASK), 2),
+    ("round trip, p50, µs", value("ping-pong", TASK, "round_trip_p50"), 1),
+    ("round trip, p50, µs, `datagram_handler`", value("ping-pong", FUNCTION, "round_trip_p50"), 1),
+    ("bytes for an idle client", value("memory", TASK, "bytes_per_client"), 0),
+    ("µs for a new client, 100,000 at once, `gc.set_threshold`", value("crowd", RARE, "new_micros"), 1),
+    ("µs for a new client, 100,000 at once, default thresholds", value("crowd", TASK, "new_micros"), 1),
+    ("longest pause while 100,000 come at once, ms, `gc.set_threshold`", value("crowd", RARE, "new_pause", 1e3), 1),
+    ("longest pause while 100,000 come at once, ms, default thresholds", value("crowd", TASK, "new_pause", 1e3), 1),
+    ("new clients unanswered, of 100,000", value("crowd", TASK, "new_lost"), 0),
+    ("longest pause when 100,000 expire at once, ms", value("crowd", RARE, "expiry_pause", 1e3), 1),
+    ("longest pause when `stop()` ends 100,000, ms", value("crowd", RARE, "stop_pause", 1e3), 1),
+    ("two workers, some work for each datagram: rate, 1 worker = 1", ratio("workers-work", TWO, ONE, "rate"), 2),
+    ("two workers on one core: CPU time of an echo, 1 worker = 1", ratio("workers", TWO, ONE), 2),
+    ("two workers on one core, light load: CPU time of an echo, 1 worker = 1", ratio("workers-light", TWO, ONE), 2),
+    ("four workers with nothing to do, % of a core", value("workers-idle", "4 workers", "share_of_a_core", 100), 1),
+    ("DTLS: KB for an idle client", value("dtls", TASK, "KB for each idle client"), 1),
+    ("DTLS: µs for a handshake", value("dtls", TASK, "µs for each handshake"), 0),
+    ("DTLS: µs for an echo", value("dtls", TASK, "µs for each echo"), 1),
+    ("DTLS: µs for a forged ClientHello", value("dtls", TASK, "µs for each forged ClientHello"), 1),
 ]
-
-
-def _inverse(ratio: Spread | None) -> str:
-    return "" if ratio is None else Spread(1 / ratio.middle, 1 / ratio.most, 1 / ratio.least).show(1)
 
 
 def glance(everything: list[Results]) -> Iterable[str]:
@@ -194,9 +137,9 @@ def _percent(ratio: Spread) -> str:
 
 
 def _figures(everything: list[Results]) -> str:
-    rows = [[words, *(figure(results) for results in everything)] for words, figure in FIGURES]
+    rows = [[words, *(_show(look_up(it), digits) for it in everything)] for words, look_up, digits in FIGURES]
     return table(["on the machine of the results", *map(_version, everything)], [row for row in rows if any(row[1:])])
 
 
-def _show(ratio: Spread | None) -> str:
-    return ratio.show() if ratio else ""
+def _show(spread: Spread | None, digits: int = 2) -> str:
+    return spread.show(digits) if spread else ""

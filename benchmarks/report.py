@@ -188,7 +188,7 @@ def _technique_table(results: Results) -> str:
 
 
 def _show(spread: Spread | None, digits: int = 2, factor: float = 1) -> str:
-    return spread.show(digits, factor) if spread else ""
+    return spread.times(factor).show(digits) if spread else ""
 
 
 if __name__ == "__main__":
