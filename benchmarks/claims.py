@@ -1,7 +1,7 @@
-"""What the documentation says about speed and memory, and the figure that each is from.
+"""The claims of the documentation about speed and memory, and the figure behind each.
 
 A claim that is not in this list has no place in the documentation. ``tests/project/test_benchmarks.py`` checks that the
-words are there; whether the figure still fits is for whoever publishes new results to see, in results.md.
+words are there. The last table of results.md shows whether the figures still fit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measure the cost of 100,000 clients: memory, and how long other tasks wait when all clients come or go at once.
 
     python benchmarks/crowds.py                # two minutes; prints a table. run.py measures the same
-    python benchmarks/crowds.py --types        # also which objects each idle client consists of
+    python benchmarks/crowds.py --types        # also lists the objects of an idle client
 
 Needs Linux and a C compiler. Each run is a new process. 100,000 clients arrive over a real socket, and all of them
 expire at once. Then 100,000 arrive again, and the server stops. Some runs use the garbage collector's default

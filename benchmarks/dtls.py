@@ -97,7 +97,7 @@ SERVERS = {"trio_udp": serve_with_trio_udp, "trio": serve_with_trio}
 
 
 def run_server(which: str, certificate: str, key: str, pipe: Pipe, core: int) -> None:
-    """Serve an echo until the load is done; answer each line from the pipe with what has been used so far."""
+    """Serve an echo until the load is done. Answer each line from the pipe with the resources used so far."""
     os.sched_setaffinity(0, {core})
 
     async def main() -> None:

@@ -7,10 +7,10 @@
  *     load PORT PIDS WARM SECONDS in                        the server acknowledges every IN_BURST-th datagram
  *     load PORT PIDS WARM SECONDS fan MEMBERS               the server sends each question to all members
  *
- * Warms the server up for WARM seconds, and until every client has been seen, then measures for SECONDS. A negative WARM:
- * measures from the first datagram on, until every client has been seen. PIDS are the server's process ids, with commas
- * between them. Prints as JSON how many datagrams came through in how much time and CPU time of the server, and how many
- * were lost or came out of order, and the longest round trip, from the very beginning.
+ * It warms the server up for WARM seconds, and until every client has been answered. Then it measures for SECONDS, and
+ * prints as JSON: the datagrams that came through, the time and the server's CPU time for them, the datagrams that were lost
+ * or out of order since the start, and the longest round trip since the start. With a negative WARM it measures from the
+ * first datagram until every client has been served. PIDS are the server's process ids, separated by commas.
  *
  * A hundred thousand clients do not need a hundred thousand sockets. There is one socket, bound to all addresses.
  * IP_PKTINFO sets the source of each datagram to 127.0.0.1, 127.0.0.2 and so on, and says which of them got an answer.

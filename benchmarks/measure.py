@@ -50,7 +50,7 @@ class Pace(NamedTuple):
 
 
 class Contestant(NamedTuple):
-    """A server, perhaps without one technique."""
+    """A server, optionally without one technique."""
 
     server: str
     without: str | None = None
@@ -71,8 +71,8 @@ class Load(NamedTuple):
     """Closed loops that keep a server busy."""
 
     what: str  # the servers do; see traffic.py
-    clients: int = 1  # 0: every datagram comes from a client that has never been seen; for "fan", the members
-    in_flight: int = 1  # datagrams on their way, of all clients together
+    clients: int = 1  # 0: every datagram comes from a new client; for "fan", the number of members
+    in_flight: int = 1  # datagrams in flight, of all clients together
 
     def arguments(self) -> list[str]:
         bursts = {"out": OUT_BURST, "flight": FLIGHT}
@@ -102,7 +102,7 @@ class Load(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """Clients that have never been seen, all at once: measured from the first datagram to the last."""
+    """New clients, all at once, measured from the first datagram to the last."""
 
     clients: int
     in_flight: int
@@ -113,7 +113,7 @@ class Arrival(NamedTuple):
 
 
 class IdleMemory(NamedTuple):
-    """What a server keeps for each client that has said something once."""
+    """The server's memory for each client that has sent one datagram and is idle."""
 
     clients: int
 
@@ -127,14 +127,14 @@ class IdleMemory(NamedTuple):
 
 
 class MeasurementFailed(Exception):
-    """A server or a load has not done what it should; the text says which, and what it has said."""
+    """A server or a load failed; the text has its command and its output."""
 
 
 @contextmanager
 def running(
     command: list[str], environment: dict[str, str], cores: frozenset[int] = frozenset({SERVER_CORE})
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run a server; give its process and its port or name, which is the first line that it prints."""
+    """Run a server; yield its process and its port or name, which is the first line that it prints."""
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(

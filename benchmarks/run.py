@@ -93,7 +93,7 @@ def main() -> None:
 def measure(
     contestants: dict[str, list[Contestant]], rounds: int, pace: Pace, programs: Programs
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Measure round after round; return what was measured, and what could not be."""
+    """Measure round after round; return the runs, and the failures."""
     runs: list[dict[str, Any]] = []
     failures: list[str] = []
     for number in range(rounds):
@@ -102,12 +102,12 @@ def measure(
             if number >= (shape.rounds or rounds):
                 continue
             order = [it for it in them if it.without is None or number < FEW_ROUNDS]
-            random.Random(number).shuffle(order)  # nobody always comes after the same other
+            random.Random(number).shuffle(order)  # no server always follows the same other one
             measured = {}
             for contestant in order:
                 try:
                     figures = measured[contestant] = shape.measurement.measure(programs, contestant, pace)
-                except FAILURES as failure:  # what the others have done is not lost
+                except FAILURES as failure:  # keep the results of the others
                     print(failure, file=sys.stderr)
                     reason = " ".join(str(failure).split())
                     failures.append(f"{name}, {contestant}, round {number + 1}: {reason:.200}")

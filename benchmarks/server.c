@@ -2,7 +2,7 @@
  *
  *     server echo|once|out|flight|in|fan [gso]    prints its port, then serves on it until it is killed
  *
- * See traffic.py for what it does. With "gso" the kernel segments a burst, as it does for trio_udp; without, each
+ * traffic.py describes each mode. With "gso" the kernel segments a burst, as it does for trio_udp; without, each
  * datagram is a message of its own. The names in capitals that are not defined here are so on the compiler's command
  * line, as in traffic.py. */
 #define _GNU_SOURCE

@@ -30,7 +30,7 @@ JOIN = b"j"
 # Every server gets the same receive buffer. By default it would be just too small for 256 datagrams in flight.
 RECEIVE_BUFFER = 1 << 20
 
-# Seconds after which a server ends by itself, should nobody be left to end it.
+# Seconds after which a server ends by itself.
 LONGEST_LIFE = 900
 
 
@@ -45,10 +45,10 @@ def enlarge(sock: socket.socket) -> None:
 
 
 def unix_name() -> str:
-    """An abstract name for a server's Unix-domain socket: it needs no file that somebody would have to remove."""
+    """An abstract name for a server's Unix-domain socket: there is no file to remove."""
     return f"\0trio-udp-benchmark-{os.getpid()}"
 
 
 def ready(address: int | str) -> None:
-    """Tell the benchmark that the server is there, at a port or an abstract name."""
+    """Tell the benchmark the server's port or abstract name."""
     print(str(address).replace("\0", "@"), flush=True)

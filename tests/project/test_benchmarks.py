@@ -59,7 +59,7 @@ FLIGHT = [bytes([number]) for number in range(traffic.FLIGHT)]
 def _exchange(
     command: list[str], questions: list[bytes], environment: dict[str, str] | None = None, answers: int | None = None
 ) -> list[bytes]:
-    """Start a server, send it one datagram after another from one socket, and return what came back."""
+    """Start a server, send it one datagram after another from one socket, and return the replies."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
     ) as process:
