@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attrs
@@ -64,7 +64,7 @@ class Answer:
     """What has come in on a stream."""
 
     status: int = 0
-    body: bytearray = attrs.field(factory=bytearray)
+    body: bytes = b""
     ended: bool = False
     reset: int | None = None
 
@@ -96,9 +96,9 @@ class HTTP3Client:
     _pause: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     _news: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
 
-    async def connect(self, **options: object) -> None:
+    async def connect(self) -> None:
         configuration = QuicConfiguration(
-            alpn_protocols=H3_ALPN, server_name="localhost", max_datagram_frame_size=65_536, **options
+            alpn_protocols=H3_ALPN, server_name="localhost", max_datagram_frame_size=65_536
         )
         configuration.load_verify_locations(str(self.certificate.certificate))
         self.quic = QuicConnection(configuration=configuration)
@@ -114,8 +114,7 @@ class HTTP3Client:
         self.connection = await self.network.connect(*self.server)
         self.nursery.start_soon(self._receive, self.connection)
 
-    async def until(self, condition: object) -> None:
-        assert callable(condition)
+    async def until(self, condition: Callable[[], object]) -> None:
         while not condition():
             await self._news.park()
 

@@ -46,9 +46,9 @@ class Setting:
     server: trio_udp.Server
     ended: trio.Event
 
-    async def connect(self, **options: Any) -> HTTP3Client:
+    async def connect(self) -> HTTP3Client:
         client = HTTP3Client(self.network, SERVER, self.certificate, self.nursery)
-        await client.connect(**options)
+        await client.connect()
         return client
 
     async def answers(self, packet: bytes, source: tuple[str, int] = STRANGER) -> list[bytes]:
@@ -74,7 +74,7 @@ Serve = Callable[..., Awaitable[Setting]]
 async def serve(
     simulated_network: SimulatedNetwork, certificate: Certificate, nursery: trio.Nursery
 ) -> AsyncIterator[Serve]:
-    """Serve an application on the simulated network; at the end, the server stops and every datagram is accounted for."""
+    """Serve an application on the simulated network. At the end it is stopped; every datagram is accounted for."""
     settings = []
 
     async def serve(application: Any = http3_server.application) -> Setting:
@@ -116,7 +116,7 @@ async def test_a_fifth_of_all_packets_is_lost(serve: Serve, autojump_clock: Mock
 
 async def test_streams_are_forgotten(serve: Serve, autojump_clock: MockClock) -> None:
     """What the server keeps of a request ends with it, also if the client gives up in the middle."""
-    seen: list[http3_server.Stream] = []
+    seen: list[Any] = []
 
     async def application(stream: Any) -> None:
         seen.append(stream)
