@@ -6,7 +6,7 @@
     gtlsclient --change-local-addr=1s --quiet 127.0.0.1 4433 https://localhost/bytes/100000000
 
 ``application``, at the end, is called for each request, each WebTransport session, and each stream of such a session.
-Whatever has begun when the server stops is finished; clients are told by a GOAWAY to send no more requests.
+When the server stops, a GOAWAY tells clients to send no more requests, and what has begun is finished.
 """
 
 import argparse
@@ -22,20 +22,18 @@ from typing import Literal
 import attrs
 import trio
 from aioquic.buffer import encode_uint_var
-from aioquic.h3 import events as h3_events
 from aioquic.h3.connection import H3_ALPN, ErrorCode, FrameType, H3Connection, encode_frame
-from aioquic.quic import events as quic_events
+from aioquic.h3.events import DatagramReceived, DataReceived, H3Event, HeadersReceived, WebTransportStreamDataReceived
 from aioquic.quic.configuration import QuicConfiguration
+from aioquic.quic.events import ConnectionTerminated, ProtocolNegotiated, QuicEvent, StopSendingReceived, StreamReset
 from quic_connections import Connection, serve
 
 import trio_udp
 
 PAGE = Path(__file__).with_name("http3_page.html")
 IDLE_TIMEOUT = 30.0  # seconds of silence that end a connection
-ON_THE_WAY = 1_000_000  # bytes of a connection that the peer may not have yet; beyond it the application waits
-UNREAD = 1_000  # pieces that wait for the application; aioquic has no way to make the peer wait
-UNSENT = 256  # datagrams of a connection
-MOST_DATAGRAM = 1_100  # bytes
+UNREAD = 1_000  # pieces of a stream that wait for the application; aioquic cannot make the peer wait
+UNSENT, MOST_DATAGRAM = 256, 1_100  # datagrams of a connection that wait; bytes in one
 
 Application = Callable[["Stream"], Awaitable[object]]
 Kind = Literal["request", "session", "stream"]
@@ -43,11 +41,11 @@ Kind = Literal["request", "session", "stream"]
 
 @attrs.define(eq=False)
 class Stream(trio.abc.Channel[bytes]):
-    """What the application is called with.
+    """A ``"request"``: its body comes in; that of the answer goes out, after ``respond``.
 
-    A ``"request"``: its body comes in, and the answer's body goes out after ``respond``. A WebTransport ``"session"``,
-    once ``respond`` has accepted it: its datagrams, which may get lost. A ``"stream"`` of a session: bytes, in pieces
-    of any size. When the application returns our side ends; when the peer gives up the application is cancelled.
+    Or a WebTransport ``"session"``, once ``respond`` has accepted it: its datagrams, which may get lost. Or a
+    ``"stream"`` of a session: bytes, in pieces of any size. Our side ends when the application returns, or the server
+    stops; when the peer gives up the application is cancelled.
     """
 
     connection: "HTTP3"
@@ -84,20 +82,26 @@ class Stream(trio.abc.Channel[bytes]):
         self.connection.h3.send_headers(self.number, [(b":status", b"%d" % status), *headers])
         self.connection.pause.cancel()
 
-    async def send(self, value: bytes, *, end: bool = False) -> None:
+    async def send(self, value: bytes) -> None:
+        if self.kind != "session":
+            return await self.write(value)
+        if len(value) > MOST_DATAGRAM:
+            raise ValueError(f"a datagram has at most {MOST_DATAGRAM} bytes, not {len(value)}")
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if len(self.connection.quic._datagrams_pending) < UNSENT:  # or it is lost
+            self.connection.h3.send_datagram(self.number, value)
+            self.connection.pause.cancel()
+
+    async def write(self, value: bytes, end: bool = False) -> None:
         await self.connection.wait_for_room()
         if self.kind == "stream":
             self.connection.quic.send_stream_data(self.number, value, end)
-        elif self.kind == "request" or end:
+        else:
             self.connection.h3.send_data(self.number, value, end)
-        elif len(value) > MOST_DATAGRAM:
-            raise ValueError(f"a datagram has at most {MOST_DATAGRAM} bytes, not {len(value)}")
-        elif len(self.connection.quic._datagrams_pending) < UNSENT:  # or it is lost
-            self.connection.h3.send_datagram(self.number, value)
         self.connection.pause.cancel()
 
     async def aclose(self) -> None:
-        await self.send(b"", end=True)
+        await self.write(b"", end=True)
 
 
 @attrs.define(eq=False)
@@ -109,33 +113,30 @@ class HTTP3(Connection):
     control_stream: int = attrs.field(init=False, default=-1)
     streams: dict[int, Stream] = attrs.field(factory=dict)
     next_request: int = 0
-    progress: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
 
-    def take_event(self, event: quic_events.QuicEvent) -> None:
+    def take_event(self, event: QuicEvent) -> None:
         match event:
-            case quic_events.ProtocolNegotiated():
+            case ProtocolNegotiated():
                 self.control_stream = self.quic.get_next_available_stream_id(is_unidirectional=True)
                 self.h3 = H3Connection(self.quic, enable_webtransport=True)
-            case quic_events.StreamReset(stream_id=number) | quic_events.StopSendingReceived(stream_id=number):
+            case StreamReset(stream_id=number) | StopSendingReceived(stream_id=number):
                 if number in self.streams:
                     self.streams[number].scope.cancel()
-            case quic_events.ConnectionTerminated():
+            case ConnectionTerminated():
                 return
         for h3_event in self.h3.handle_event(event):
             self.take_h3_event(h3_event)
 
-    def take_h3_event(self, event: h3_events.H3Event) -> None:
+    def take_h3_event(self, event: H3Event) -> None:
         match event:
-            case h3_events.HeadersReceived(stream_id=number, headers=headers, stream_ended=ended):
+            case HeadersReceived(stream_id=number, headers=headers, stream_ended=ended):
                 kind: Kind = "session" if (b":protocol", b"webtransport") in headers else "request"
                 self.put(number, kind, dict(headers), b"", ended)
-            case h3_events.DataReceived(stream_id=number, data=data, stream_ended=ended) if number in self.streams:
+            case DataReceived(stream_id=number, data=data, stream_ended=ended) if number in self.streams:
                 self.streams[number].put(data if self.streams[number].kind == "request" else b"", ended)
-            case h3_events.DatagramReceived(stream_id=number, data=data) if number in self.streams:
+            case DatagramReceived(stream_id=number, data=data) if number in self.streams:
                 self.streams[number].put(data, False)
-            case h3_events.WebTransportStreamDataReceived(
-                session_id=session, stream_id=number, data=data, stream_ended=ended
-            ):
+            case WebTransportStreamDataReceived(session_id=session, stream_id=number, data=data, stream_ended=ended):
                 if session in self.streams and number % 4 == 0:  # one-way streams are ignored
                     self.put(number, "stream", self.streams[session].headers, data, ended)
 
@@ -170,19 +171,6 @@ class HTTP3(Connection):
         del self.streams[stream.number]
         self.progress.unpark_all()
 
-    def on_the_way(self) -> int:
-        """Count the bytes that the peer has not acknowledged."""
-        return sum(len(stream.sender._buffer) for stream in self.quic._streams.values())
-
-    def has_sent(self) -> None:
-        if self.on_the_way() <= ON_THE_WAY:
-            self.progress.unpark_all()
-
-    async def wait_for_room(self) -> None:
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while self.on_the_way() > ON_THE_WAY:
-            await self.progress.park()
-
     async def go_away(self) -> None:
         if self.control_stream >= 0:
             frame = encode_frame(FrameType.GOAWAY, encode_uint_var(self.next_request))
@@ -202,7 +190,7 @@ async def application(stream: Stream) -> None:
             await stream.respond(200, (b"content-type", b"text/html"))
             await stream.send(PAGE.read_bytes())
         case "request", b"GET", ["number", number]:
-            await stream.respond(200, (b"content-type", b"text/plain"))
+            await stream.respond(200)
             await stream.send(number.encode())
         case "request", b"GET", ["bytes", count] if count.isdecimal() and len(count) < 11:
             await stream.respond(200, (b"content-length", count.encode()))
@@ -240,8 +228,7 @@ async def serve_http3(
 
 
 async def main(host: str | None, port: int, certificate: str, key: str) -> None:
-    limits = trio_udp.Limits(max_clients=4_000, clients_per_host=400)
-    stop_signals = {signal.SIGINT, signal.SIGTERM}
+    limits, stop_signals = trio_udp.Limits(max_clients=4_000, clients_per_host=400), {signal.SIGINT, signal.SIGTERM}
     serve_udp = partial(trio_udp.serve, port=port, host=host, limits=limits, stop_signals=stop_signals)
     async with trio.open_nursery() as nursery:
         server: trio_udp.Server = await nursery.start(serve_http3, application, certificate, key, serve_udp)

@@ -38,6 +38,7 @@ import trio_udp
 
 MOST_CONNECTIONS, MOST_AT_ONE_ADDRESS = 1_000, 8
 PATHS, PATH_TIME = 4, 1.0  # addresses of a connection; seconds until one that is not in use makes room for another
+ON_THE_WAY = 1_000_000  # bytes of a connection that the peer may not have yet; with more, senders wait
 DRAIN_TIMEOUT = 10.0  # seconds for what is under way when the server stops
 LATE = 1e-6  # seconds after the time that aioquic gives: it rounds, and then finds that nothing is due yet
 
@@ -50,6 +51,7 @@ class Connection:
       nursery: For tasks of the connection; cancelled when it ends.
       paths: Since when it has each of its addresses, and the client there; ``None`` if only ``accept`` has seen it.
       pause: What its own task waits in; cancelled when there is something to do.
+      progress: Where other tasks wait until something has been sent or acknowledged, and there is room for more.
     """
 
     quic: QuicConnection
@@ -57,13 +59,11 @@ class Connection:
     nursery: trio.Nursery = attrs.field(init=False)
     paths: dict[trio_udp.Address, tuple[float, trio_udp.Client | None]] = attrs.field(factory=dict)
     pause: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    progress: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
     closed: bool = False
 
     def take_event(self, event: QuicEvent) -> None:
         """Take what the peer does; for subclasses."""
-
-    def has_sent(self) -> None:
-        """Go on with what may have waited for this; for subclasses."""
 
     async def go_away(self) -> None:
         """Take on nothing new, and close as soon as all is done; for subclasses."""
@@ -114,7 +114,6 @@ class Connection:
         try:
             async with trio.open_nursery() as self.nursery:
                 self.nursery.start_soon(self.go_away_in_the_end)
-                self.pause.deadline = trio.current_time() + 1  # for the first packet, which accept has let in
                 while not self.closed:
                     with self.pause:
                         await trio.sleep_forever()
@@ -145,7 +144,17 @@ class Connection:
                     await client.send_many([packet for packet, _ in group])
         due = self.quic.get_timer()
         self.pause.deadline = trio.current_time() if due is None else due + LATE
-        self.has_sent()
+        if self.on_the_way() <= ON_THE_WAY:
+            self.progress.unpark_all()
+
+    def on_the_way(self) -> int:
+        """Count the bytes that the peer has not acknowledged; aioquic has no public name for them."""
+        return sum(len(stream.sender._buffer) for stream in self.quic._streams.values())
+
+    async def wait_for_room(self) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while self.on_the_way() > ON_THE_WAY:
+            await self.progress.park()
 
 
 def refusal(version: int, source: bytes, destination: bytes, error: QuicErrorCode) -> bytes:
@@ -199,10 +208,8 @@ class QuicServer:
             destination, source = packet[1:9], b""
         else:  # in any version of QUIC (RFC 8999)
             end = 6 + int.from_bytes(packet[5:6], "big")
-            destination, source = (
-                packet[6:end],
-                packet[end + 1 : end + 1 + int.from_bytes(packet[end : end + 1], "big")],
-            )
+            length = int.from_bytes(packet[end : end + 1], "big")
+            destination, source = packet[6:end], packet[end + 1 : end + 1 + length]
         if (connection := self.by_id.get(destination)) is not None:
             return connection if connection.has_path(address) else None
         if len(packet) < 1_200 or packet[0] < 0x80 or packet[1:5] == bytes(4):
@@ -216,8 +223,7 @@ class QuicServer:
             return None
         if header.packet_type is not QuicPacketType.INITIAL:
             return None
-        here = sum(address in other.paths for other in set(self.by_id.values()))
-        if self.stopping.is_set() or here == MOST_AT_ONE_ADDRESS or len(self.nursery.child_tasks) >= MOST_CONNECTIONS:
+        if self.stopping.is_set() or len(self.nursery.child_tasks) >= MOST_CONNECTIONS:
             return refusal(version, destination, source, QuicErrorCode.CONNECTION_REFUSED)
         now = trio.current_time()
         if not header.token:
@@ -235,6 +241,8 @@ class QuicServer:
             )
         except ValueError:
             return refusal(version, destination, source, QuicErrorCode.INVALID_TOKEN)
+        if sum(address in other.paths for other in set(self.by_id.values())) >= MOST_AT_ONE_ADDRESS:
+            return refusal(version, destination, source, QuicErrorCode.CONNECTION_REFUSED)
         quic = QuicConnection(
             configuration=self.configuration,
             original_destination_connection_id=original,
@@ -242,6 +250,7 @@ class QuicServer:
         )
         connection = self.by_id[destination] = self.by_id[quic.host_cid] = self.make(quic, self)
         connection.has_path(address)
+        connection.pause.deadline = now + 1  # for its first packet: as yet only accept may have seen it
         self.nursery.start_soon(connection.run)
         return connection
 
