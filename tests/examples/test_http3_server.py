@@ -1,0 +1,485 @@
+"""The HTTP/3 server: Chromium, ngtcp2 and niquests on loopback; aioquic's client on a network that loses packets."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import random
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import trio
+
+pytest.importorskip("aioquic", minversion="1.7")
+from aioquic.buffer import Buffer
+from aioquic.quic.packet import QuicPacketType, pull_quic_header
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+import trio_udp
+from trio_udp.testing import SimulatedNetwork
+
+from ..conftest import SERVER, check_adds_up
+from ..project.conftest import TIMEOUT, Start, without_signals
+from .conftest import load, program
+from .http3_client import Certificate, HTTP3Client
+
+http3_server = load("http3_server")
+
+STRANGER = ("203.0.113.66", 666)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return Certificate.make(tmp_path_factory.mktemp("http3"))
+
+
+@attrs.define
+class Setting:
+    """A server on the simulated network."""
+
+    network: SimulatedNetwork
+    certificate: Certificate
+    nursery: trio.Nursery
+    server: trio_udp.Server
+    ended: trio.Event
+
+    async def connect(self) -> HTTP3Client:
+        client = HTTP3Client(self.network, SERVER, self.certificate, self.nursery)
+        await client.connect()
+        return client
+
+    async def answers(self, packet: bytes, source: tuple[str, int] = STRANGER) -> list[bytes]:
+        """Let a packet arrive, and return what is sent at once to where it seems to come from."""
+        before = len(self.network.events)
+        self.network.inject(packet, source, SERVER)
+        await wait_all_tasks_blocked()
+        return self.sent_to(source, since=before)
+
+    def sent_to(self, address: trio_udp.Address, since: int = 0) -> list[bytes]:
+        events = self.network.events[since:]
+        return [event.payload for event in events if (event.fate, event.destination) == ("sent", address)]
+
+    def sent_by(self, client: HTTP3Client) -> list[bytes]:
+        source = client.connection.local_address
+        return [event.payload for event in self.network.events if (event.fate, event.source) == ("sent", source)]
+
+
+Serve = Callable[..., Awaitable[Setting]]
+
+
+@pytest.fixture
+async def serve(
+    simulated_network: SimulatedNetwork, certificate: Certificate, nursery: trio.Nursery
+) -> AsyncIterator[Serve]:
+    """Serve an application on the simulated network. At the end it is stopped; every datagram is accounted for."""
+    settings = []
+
+    async def serve(application: Any = http3_server.application, **options: Any) -> Setting:
+        ended = trio.Event()
+        endpoint = simulated_network.endpoint(*SERVER)
+        options = {"endpoints": [endpoint], "on_error": trio_udp.raise_error, **options}
+        serve_udp = partial(trio_udp.serve_endpoints, **options)
+        paths = str(certificate.certificate), str(certificate.key)
+
+        async def run(*, task_status: trio.TaskStatus[trio_udp.Server]) -> None:
+            await http3_server.serve_http3(application, *paths, serve_udp, task_status=task_status)
+            ended.set()
+
+        server: trio_udp.Server = await nursery.start(run)
+        settings.append(Setting(simulated_network, certificate, nursery, server, ended))
+        return settings[-1]
+
+    yield serve
+    for setting in settings:
+        setting.server.stop()
+        await setting.ended.wait()
+        check_adds_up(setting.server)
+        assert setting.server.statistics().handlers_cancelled == 0
+
+
+async def test_a_fifth_of_all_packets_is_lost(serve: Serve, autojump_clock: MockClock) -> None:
+    """Downloads and an upload arrive whole, all at once."""
+    setting = await serve()
+    setting.network.loss, setting.network.latency = 0.2, (0.02, 0.05)
+    client = await setting.connect()
+    sizes = [0, 1, 3_000, 20_000, 60_000]
+    streams = [client.begin("GET", f"/bytes/{size}") for size in sizes]
+    upload = client.begin("POST", "/length", end=False)
+    client.send(upload, bytes(60_000))
+    for stream, size in zip(streams, sizes, strict=True):
+        answer = await client.answer(stream)
+        assert (answer.status, answer.body) == (200, bytes(size))
+    assert (await client.answer(upload)).body == b"60000\n"
+
+
+async def test_streams_are_forgotten(serve: Serve, autojump_clock: MockClock) -> None:
+    """What the server keeps of a request ends with it, also if the client gives up in the middle."""
+    seen: list[Any] = []
+
+    async def application(stream: Any) -> None:
+        seen.append(stream)
+        await http3_server.application(stream)
+
+    setting = await serve(application)
+    setting.network.latency = (0.02, 0.02)
+    client = await setting.connect()
+    download = client.begin("GET", "/bytes/9000000000")
+    await client.until(lambda: len(client.answers[download].body) > 100_000)
+    client.quic.stop_stream(download, 0x10C)
+    client.flush()
+    assert (await client.answer(download)).reset == 0x10C
+    upload = client.begin("POST", "/length", end=False)
+    client.send(upload, bytes(10_000), end=False)
+    await trio.sleep(0.1)
+    client.quic.reset_stream(upload, 0x10C)
+    client.flush()
+    assert (await client.answer(upload)).reset == 0x10C
+    assert (await client.get("/number/5")).body == b"5"
+    await trio.sleep(1)
+    assert len(seen) == 3
+    assert seen[0].connection.streams == {}
+
+
+async def test_webtransport(serve: Serve, autojump_clock: MockClock) -> None:
+    """A session's datagrams and streams are echoed until the client ends them; other paths have no sessions."""
+    setting = await serve()
+    setting.network.latency = (0.02, 0.02)
+    client = await setting.connect()
+    assert (await client.answer(client.begin("CONNECT", "/other", (b":protocol", b"webtransport")))).status == 404
+    session = await client.open_session("/echo")
+    assert client.answers[session].status == 200
+    for number in range(100):
+        client.h3.send_datagram(session, b"%d" % number)
+    stream = client.h3.create_webtransport_stream(session)
+    client.raw.add(stream)
+    client.quic.send_stream_data(stream, bytes(10_000), end_stream=True)
+    client.flush()
+    assert (await client.answer(stream)).body == bytes(10_000)
+    await client.until(lambda: len(client.datagrams[session]) == 100)
+    assert client.datagrams[session] == [b"%d" % number for number in range(100)]
+    client.send(session, b"")
+    assert (await client.answer(session)).ended
+
+
+async def test_an_application_that_fails(
+    serve: Serve, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error is logged and resets its stream; others go on."""
+
+    async def application(stream: Any) -> None:
+        if stream.path == "/fail":
+            raise RuntimeError("boom")
+        await http3_server.application(stream)
+
+    setting = await serve(application)
+    client = await setting.connect()
+    failed, other = client.begin("GET", "/fail"), client.begin("GET", "/number/7")
+    assert (await client.answer(failed)).reset == 0x10C
+    assert (await client.answer(other)).body == b"7"
+    assert [record.getMessage() for record in caplog.records] == ["the application has failed on '/fail'"]
+
+
+async def test_the_application_waits_for_the_client(
+    serve: Serve, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While nothing reaches the client the server holds little of a long answer."""
+    monkeypatch.setattr("quic_connections.ON_THE_WAY", 100_000)
+    streams = []
+
+    async def application(stream: Any) -> None:
+        streams.append(stream)
+        await http3_server.application(stream)
+
+    setting = await serve(application)
+    client = await setting.connect()
+    download = client.begin("GET", "/bytes/500000")
+    await client.until(lambda: client.answers[download].body)
+    with setting.network.partition([client.connection.local_address]):
+        await trio.sleep(10)
+        assert 100_000 < streams[0].connection.on_the_way() < 200_000
+    assert (await client.answer(download)).body == bytes(500_000)
+
+
+async def test_stopping_in_the_middle_of_a_download(serve: Serve, autojump_clock: MockClock) -> None:
+    """What has begun is finished, and a GOAWAY says that there will be no more; then the connection is closed."""
+    setting = await serve()
+    setting.network.latency = (0.02, 0.02)
+    client, idle = await setting.connect(), await setting.connect()
+    download = client.begin("GET", "/bytes/500000")
+    session = await client.open_session("/echo")
+    await client.until(lambda: len(client.answers[download].body) > 100_000)
+    setting.server.stop()
+    await client.until(lambda: client.control.endswith(b"\x07\x01\x08"))
+    assert len(client.answers[download].body) < 500_000
+    refused = client.begin("GET", "/number/1")
+    assert (await client.answer(refused)).reset == 0x10B
+    assert (await client.answer(session)).ended
+    assert (await client.answer(download)).body == bytes(500_000)
+    await setting.ended.wait()
+    await client.until(lambda: client.end is not None)
+    await idle.until(lambda: idle.end is not None)
+    assert {(each.end.error_code, each.end.frame_type) for each in (client, idle) if each.end} == {(0x100, None)}
+    assert idle.control.endswith(b"\x07\x01\x00")
+
+
+async def test_stopping_without_an_answer(serve: Serve, autojump_clock: MockClock) -> None:
+    """A client that is gone does not hold up the stop for long, and strangers are refused at once."""
+    setting = await serve()
+    client = await setting.connect()
+    client.begin("GET", "/bytes/5000000")
+    await client.until(lambda: client.answers[0].body)
+    with setting.network.partition([client.connection.local_address]):
+        setting.server.stop()
+        before = trio.current_time()
+        late = await setting.connect()
+        assert late.end is not None
+        assert (late.end.error_code, trio.current_time() - before < 1) == (2, True)
+        await setting.ended.wait()
+    assert trio.current_time() - before < 12
+
+
+async def test_strangers_are_answered_without_keeping_anything(serve: Serve, autojump_clock: MockClock) -> None:
+    """A first packet gets a Retry, one of another version the versions to choose from, and all others get nothing."""
+    setting = await serve()
+    first = setting.sent_by(await setting.connect())[0]
+    header = pull_quic_header(Buffer(data=first))
+    (answer,) = await setting.answers(first)
+    retry = pull_quic_header(Buffer(data=answer))
+    assert (retry.packet_type, retry.destination_cid) == (QuicPacketType.RETRY, header.source_cid)
+
+    (answer,) = await setting.answers(first[:1] + b"\x1a\x2a\x3a\x4a" + first[5:])
+    versions = pull_quic_header(Buffer(data=answer))
+    assert (versions.packet_type, versions.supported_versions) == (
+        QuicPacketType.VERSION_NEGOTIATION,
+        [1, 0x6B3343CF],
+    )
+    assert (versions.destination_cid, versions.source_cid) == (header.source_cid, header.destination_cid)
+
+    before = setting.server.statistics()
+    junk = [b"", b"\xc0", first[:1_199], answer.ljust(1_200, b"\0"), b"\x40" * 1_200, b"\xc0\0\0\0\x01\xff" * 250]
+    for packet in junk:
+        assert await setting.answers(packet) == []
+    after = setting.server.statistics()
+    assert after.refused_by_accept - before.refused_by_accept == len(junk)
+    assert (after.clients, before.answered_by_accept, after.answered_by_accept) == (1, 3, 3)
+
+
+async def test_a_token_is_for_one_address_and_a_short_time(serve: Serve, autojump_clock: MockClock) -> None:
+    """A packet with the token of another address, or with an old one, is told so and begins nothing."""
+    setting = await serve()
+    client = await setting.connect()
+    packet = setting.sent_by(client)[1]
+    source = client.connection.local_address
+    client.quic.close()
+    client.flush()
+    await client.until(lambda: client.end is not None)
+    await trio.sleep(40)
+    for address in (STRANGER, source):
+        (answer,) = await setting.answers(packet, address)  # type: ignore[arg-type]
+        assert pull_quic_header(Buffer(data=answer)).packet_type == QuicPacketType.INITIAL
+        assert len(answer) < 100
+    assert setting.server.statistics().clients == 0
+
+
+async def test_packets_replayed_from_thousands_of_addresses(serve: Serve, autojump_clock: MockClock) -> None:
+    """They add at most three clients at a time to a connection, three in a second, and the connection goes on."""
+    setting = await serve()
+    setting.network.latency = (0.02, 0.02)
+    client = await setting.connect()
+    download = client.begin("GET", "/bytes/100000")
+    await client.until(lambda: client.answers[download].body)
+    packets = setting.sent_by(client)
+    most = 0
+    for number in range(2_000):
+        source = ("203.0.113.66", 1_024 + number)
+        setting.network.inject(random.choice((packets[1], packets[-1])), source, SERVER)
+        if number % 50 == 0:
+            await trio.sleep(0.05)
+            most = max(most, setting.server.statistics().clients)
+    assert most == 4
+    assert setting.server.statistics().clients_started <= 1 + 3 * 3
+    assert (await client.answer(download)).body == bytes(100_000)
+    await client.change_address()
+    await trio.sleep(2)
+    assert (await client.get("/number/5")).body == b"5"
+
+
+async def test_an_address_that_changes_all_the_time(serve: Serve, autojump_clock: MockClock) -> None:
+    """Behind a NAT that gives it a new port every 0.3 seconds, a client gets all of its answer."""
+    setting = await serve()
+    setting.network.latency = (0.02, 0.02)
+    client = await setting.connect()
+    setting.network.bandwidth = 200_000
+    download = client.begin("GET", "/bytes/400000")
+    changes = 0
+    while not client.answers[download].ended:
+        await trio.sleep(0.3)
+        await client.change_address()
+        client.quic.send_ping(changes)
+        client.flush()
+        changes += 1
+        assert setting.server.statistics().clients <= 5
+    assert client.answers[download].body == bytes(400_000)
+    assert changes > 5
+
+
+async def test_a_forged_address_is_not_flooded(serve: Serve, autojump_clock: MockClock) -> None:
+    """A new address gets at most three times what came from it until it has answered a challenge."""
+    setting = await serve()
+    setting.network.latency = (0.02, 0.02)
+    client = await setting.connect()
+    download = client.begin("GET", "/bytes/400000")
+    await client.until(lambda: len(client.answers[download].body) > 100_000)
+    # A packet of the client's comes from the forged address, and from the client's own never.
+    with setting.network.partition([client.connection.local_address]):
+        client.quic.send_ping(1)
+        before = len(setting.network.events)
+        client.flush()
+        await wait_all_tasks_blocked()
+        cut_off = [event.payload for event in setting.network.events[before:] if event.destination == SERVER]
+    (packet,) = set(cut_off)
+    setting.network.inject(packet, STRANGER, SERVER)
+    await trio.sleep(3)
+    assert 0 < sum(map(len, setting.sent_to(STRANGER))) <= 3 * len(packet)
+    assert (await client.answer(download)).body == bytes(400_000)
+
+
+async def test_malformed_packets(serve: Serve, autojump_clock: MockClock) -> None:
+    """Damaged packets, of strangers and in a connection, disturb nobody."""
+    setting = await serve()
+    client = await setting.connect()
+    assert (await client.get("/bytes/5000")).body == bytes(5_000)
+    packets, dice = setting.sent_by(client), random.Random(7)
+    for number in range(3_000):
+        packet = bytearray(dice.choice(packets))
+        for _ in range(dice.randint(1, 6)):
+            packet[dice.randrange(len(packet))] = dice.randrange(256)
+        source = dice.choice([STRANGER, client.connection.local_address])
+        setting.network.inject(bytes(packet[: dice.choice([dice.randrange(1_300), 1_300])]), source, SERVER)
+        if number % 50 == 0:
+            await wait_all_tasks_blocked()
+    await wait_all_tasks_blocked()
+    assert (await client.get("/number/5")).body == b"5"
+    assert setting.server.statistics().handler_errors == 0
+
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(start: Start, certificate: Certificate) -> Run:
+    """Run the server as a process, and return its port."""
+
+    def run() -> int:
+        paths = "--cert", str(certificate.certificate), "--key", str(certificate.key)
+        return start("http3_server", "--host", "127.0.0.1", *paths).port
+
+    return run
+
+
+def gtlsclient(port: int, path: str, *options: str, folder: Path) -> str:
+    """Ask with ngtcp2's client, which leaves what it gets in a folder; return what it tells."""
+    command = [program("gtlsclient", "ngtcp2-client"), "--no-quic-dump", "--no-http-dump", f"--download={folder}"]
+    asked = ["--exit-on-all-streams-close", *options, "127.0.0.1", str(port), f"https://localhost{path}"]
+    done = subprocess.run([*command, *asked], capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@without_signals
+def test_ngtcp2_changes_its_address(run: Run, tmp_path: Path) -> None:
+    """A download goes on from another port; the server has checked that the client is there."""
+    told = gtlsclient(run(), "/bytes/3000000", "--change-local-addr=50ms", folder=tmp_path)
+    assert (tmp_path / "3000000").read_bytes() == bytes(3_000_000)
+    assert "path has been validated" in told
+
+
+@without_signals
+def test_ngtcp2_chooses_a_version_and_uploads(run: Run, tmp_path: Path) -> None:
+    """A client with a version that does not exist begins again with one that does."""
+    (tmp_path / "body").write_bytes(bytes(200_000))
+    version = "-v0x1a2a3a4a", "--preferred-versions=v1", "--other-versions=v1"
+    told = gtlsclient(run(), "/length", "-mPOST", f"-d{tmp_path / 'body'}", *version, folder=tmp_path)
+    assert (tmp_path / "length").read_bytes() == b"200000\n"
+    assert "ERR_RECV_VERSION_NEGOTIATION" in told
+    assert "type=Retry" in told
+
+
+@without_signals
+def test_niquests(run: Run, certificate: Certificate) -> None:
+    """Another implementation of QUIC, qh3, asks and is answered."""
+    niquests = pytest.importorskip("niquests")
+    port = run()
+    with niquests.Session(disable_http1=True, disable_http2=True) as session:
+        session.quic_cache_layer.add_domain("localhost", port, port)
+        answer = session.post(
+            f"https://localhost:{port}/length",
+            data=bytes(100_000),
+            verify=str(certificate.certificate),
+            timeout=TIMEOUT,
+        )
+    assert (answer.content, answer.http_version) == (b"100000\n", 30)
+
+
+async def test_chromium(certificate: Certificate, tmp_path: Path, nursery: trio.Nursery) -> None:
+    """A browser fetches the page and fifty numbers over HTTP/3, and gets its datagram and its stream back."""
+    chromium = program("chromium", "chromium")
+    reports = []
+    reported = trio.Event()
+
+    async def application(stream: Any) -> None:
+        if stream.path == "/length":
+            reports.extend([piece async for piece in stream])
+            reported.set()
+        await http3_server.application(stream)
+
+    serve_udp = partial(trio_udp.serve, port=0, host="127.0.0.1")
+    paths = str(certificate.certificate), str(certificate.key)
+    server: trio_udp.Server = await nursery.start(http3_server.serve_http3, application, *paths, serve_udp)
+    origin = f"localhost:{server.endpoints[0].local_address[1]}"
+    command = [
+        chromium,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-quic",
+        f"--origin-to-force-quic-on={origin}",
+        f"--ignore-certificate-errors-spki-list={base64.b64encode(hashlib.sha256(certificate.spki).digest()).decode()}",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--no-first-run",
+        "--host-resolver-rules=MAP localhost 127.0.0.1",
+        f"--user-data-dir={tmp_path}",
+        f"https://{origin}/",
+    ]
+    with trio.fail_after(TIMEOUT):
+        async with trio.open_nursery() as browsing:
+            run = partial(trio.run_process, command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            browsing.start_soon(run)
+            await reported.wait()
+            browsing.cancel_scope.cancel()
+    assert b"".join(reports) == b"sum 1225, 50 times over h3\necho hello\necho hello\n"
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_full_server(serve: Serve, autojump_clock: MockClock) -> None:
+    """While the table of clients is full a connection cannot begin; it can as soon as there is room."""
+    setting = await serve(limits=trio_udp.Limits(max_clients=1))
+    first = await setting.connect()
+    second: list[HTTP3Client] = []
+
+    async def connect() -> None:
+        second.append(await setting.connect())
+
+    setting.nursery.start_soon(connect)
+    await trio.sleep(4)
+    assert second == []
+    first.quic.close()
+    first.flush()
+    await trio.sleep(10)
+    assert (await second[0].get("/number/5")).body == b"5"
