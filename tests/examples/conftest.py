@@ -8,11 +8,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 from types import ModuleType
 
 import pytest
 
 from ..project.conftest import EXAMPLES, serve as serve, start as start
+
+# An example that is run as a script finds those beside it; so do tests, after everything else that is installed.
+sys.path.append(str(EXAMPLES))
 
 
 def load(name: str) -> ModuleType:
