@@ -1,0 +1,245 @@
+"""An HTTP/3 server (RFC 9114) with WebTransport; quic_connections.py has the QUIC of it.
+
+    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 10 -subj /CN=localhost \\
+        -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout key.pem -out cert.pem
+    python examples/http3_server.py --cert cert.pem --key key.pem 4433
+    gtlsclient --change-local-addr=1s --quiet 127.0.0.1 4433 https://localhost/bytes/100000000
+
+``application``, at the end, is called for each request, each WebTransport session, and each stream of such a session.
+Whatever has begun when the server stops is finished; clients are told by a GOAWAY to send no more requests.
+"""
+
+import argparse
+import logging
+import signal
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import attrs
+import trio
+from aioquic.buffer import encode_uint_var
+from aioquic.h3 import events as h3_events
+from aioquic.h3.connection import H3_ALPN, ErrorCode, FrameType, H3Connection, encode_frame
+from aioquic.quic import events as quic_events
+from aioquic.quic.configuration import QuicConfiguration
+from quic_connections import Connection, serve
+
+import trio_udp
+
+PAGE = Path(__file__).with_name("http3_page.html")
+IDLE_TIMEOUT = 30.0  # seconds of silence that end a connection
+ON_THE_WAY = 1_000_000  # bytes of a connection that the peer may not have yet; beyond it the application waits
+UNREAD = 1_000  # pieces that wait for the application; aioquic has no way to make the peer wait
+UNSENT = 256  # datagrams of a connection
+MOST_DATAGRAM = 1_100  # bytes
+
+Application = Callable[["Stream"], Awaitable[object]]
+Kind = Literal["request", "session", "stream"]
+
+
+@attrs.define(eq=False)
+class Stream(trio.abc.Channel[bytes]):
+    """What the application is called with.
+
+    A ``"request"``: its body comes in, and the answer's body goes out after ``respond``. A WebTransport ``"session"``,
+    once ``respond`` has accepted it: its datagrams, which may get lost. A ``"stream"`` of a session: bytes, in pieces
+    of any size. When the application returns our side ends; when the peer gives up the application is cancelled.
+    """
+
+    connection: "HTTP3"
+    number: int
+    kind: Kind
+    headers: dict[bytes, bytes]  # of the request, or of the session
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    incoming: deque[bytes] = attrs.field(factory=deque)
+    arrived: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
+    ended: bool = False
+
+    @property
+    def path(self) -> str:
+        return self.headers.get(b":path", b"").decode(errors="replace")
+
+    def put(self, piece: bytes, ended: bool) -> None:
+        self.ended |= ended
+        if piece and len(self.incoming) < UNREAD:
+            self.incoming.append(piece)
+        elif piece and self.kind != "session":
+            self.scope.cancel()
+        self.arrived.unpark_all()
+
+    async def receive(self) -> bytes:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self.incoming:
+            if self.ended:
+                raise trio.EndOfChannel
+            await self.arrived.park()
+        return self.incoming.popleft()
+
+    async def respond(self, status: int, *headers: tuple[bytes, bytes]) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self.connection.h3.send_headers(self.number, [(b":status", b"%d" % status), *headers])
+        self.connection.pause.cancel()
+
+    async def send(self, value: bytes, *, end: bool = False) -> None:
+        await self.connection.wait_for_room()
+        if self.kind == "stream":
+            self.connection.quic.send_stream_data(self.number, value, end)
+        elif self.kind == "request" or end:
+            self.connection.h3.send_data(self.number, value, end)
+        elif len(value) > MOST_DATAGRAM:
+            raise ValueError(f"a datagram has at most {MOST_DATAGRAM} bytes, not {len(value)}")
+        elif len(self.connection.quic._datagrams_pending) < UNSENT:  # or it is lost
+            self.connection.h3.send_datagram(self.number, value)
+        self.connection.pause.cancel()
+
+    async def aclose(self) -> None:
+        await self.send(b"", end=True)
+
+
+@attrs.define(eq=False)
+class HTTP3(Connection):
+    """An HTTP/3 connection: runs the application for each of its streams."""
+
+    application: Application = attrs.field(kw_only=True)
+    h3: H3Connection = attrs.field(init=False)
+    control_stream: int = attrs.field(init=False, default=-1)
+    streams: dict[int, Stream] = attrs.field(factory=dict)
+    next_request: int = 0
+
+    def take_event(self, event: quic_events.QuicEvent) -> None:
+        match event:
+            case quic_events.ProtocolNegotiated():
+                self.control_stream = self.quic.get_next_available_stream_id(is_unidirectional=True)
+                self.h3 = H3Connection(self.quic, enable_webtransport=True)
+            case quic_events.StreamReset(stream_id=number) | quic_events.StopSendingReceived(stream_id=number):
+                if number in self.streams:
+                    self.streams[number].scope.cancel()
+            case quic_events.ConnectionTerminated():
+                return
+        for h3_event in self.h3.handle_event(event):
+            self.take_h3_event(h3_event)
+
+    def take_h3_event(self, event: h3_events.H3Event) -> None:
+        match event:
+            case h3_events.HeadersReceived(stream_id=number, headers=headers, stream_ended=ended):
+                kind: Kind = "session" if (b":protocol", b"webtransport") in headers else "request"
+                self.put(number, kind, dict(headers), b"", ended)
+            case h3_events.DataReceived(stream_id=number, data=data, stream_ended=ended) if number in self.streams:
+                self.streams[number].put(data if self.streams[number].kind == "request" else b"", ended)
+            case h3_events.DatagramReceived(stream_id=number, data=data) if number in self.streams:
+                self.streams[number].put(data, False)
+            case h3_events.WebTransportStreamDataReceived(
+                session_id=session, stream_id=number, data=data, stream_ended=ended
+            ):
+                if session in self.streams and number % 4 == 0:  # one-way streams are ignored
+                    self.put(number, "stream", self.streams[session].headers, data, ended)
+
+    def put(self, number: int, kind: Kind, headers: dict[bytes, bytes], data: bytes, ended: bool) -> None:
+        """Hand something to a stream; if it is new, run the application for it."""
+        if number not in self.streams:
+            if self.server.stopping and number >= self.next_request:
+                return self.quic.reset_stream(number, ErrorCode.H3_REQUEST_REJECTED)
+            self.next_request = max(self.next_request, number + 4)
+            self.streams[number] = Stream(self, number, kind, headers)
+            self.nursery.start_soon(self.answer, self.streams[number])
+        self.streams[number].put(data, ended)
+
+    async def answer(self, stream: Stream) -> None:
+        """Run the application for a stream, and wait until the peer has all of the answer."""
+        try:
+            with stream.scope:
+                with suppress(trio.EndOfChannel):
+                    await self.application(stream)
+                await stream.aclose()
+        except Exception:
+            logging.exception("the application has failed on %r", stream.path)
+            stream.scope.cancel()
+        if stream.scope.cancel_called:
+            self.quic.reset_stream(stream.number, ErrorCode.H3_REQUEST_CANCELLED)
+        if not stream.ended:
+            with suppress(ValueError):  # aioquic has forgotten it already
+                self.quic.stop_stream(stream.number, ErrorCode.H3_NO_ERROR)
+        while stream.number in self.quic._streams:
+            self.pause.cancel()
+            await self.progress.park()
+        del self.streams[stream.number]
+        self.close_if_done()
+
+    async def wait_for_room(self) -> None:
+        """Wait until little enough is on its way to the peer."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while sum(len(stream.sender._buffer) for stream in self.quic._streams.values()) > ON_THE_WAY:
+            await self.progress.park()
+
+    def go_away(self) -> None:
+        if self.control_stream >= 0:
+            frame = encode_frame(FrameType.GOAWAY, encode_uint_var(self.next_request))
+            self.quic.send_stream_data(self.control_stream, frame)
+        for stream in self.streams.values():
+            if stream.kind != "request":
+                stream.put(b"", ended=True)
+        self.close_if_done()
+        self.pause.cancel()
+
+    def close_if_done(self) -> None:
+        if self.server.stopping and not self.streams:
+            self.close(ErrorCode.H3_NO_ERROR)
+
+
+async def application(stream: Stream) -> None:
+    """Answer some requests; echo datagrams and streams of WebTransport."""
+    match stream.kind, stream.headers[b":method"], stream.path.split("/")[1:]:
+        case "request", b"GET", [""]:
+            await stream.respond(200, (b"content-type", b"text/html"))
+            await stream.send(PAGE.read_bytes())
+        case "request", b"GET", ["number", number]:
+            await stream.respond(200, (b"content-type", b"text/plain"))
+            await stream.send(number.encode())
+        case "request", b"GET", ["bytes", count] if count.isdecimal() and len(count) < 11:
+            await stream.respond(200, (b"content-length", count.encode()))
+            for start in range(0, int(count), 65_536):
+                await stream.send(bytes(min(65_536, int(count) - start)))
+        case "request", b"POST", ["length"]:
+            length = 0
+            async for piece in stream:
+                length += len(piece)
+            await stream.respond(200)
+            await stream.send(b"%d\n" % length)
+        case "session" | "stream", _, ["echo"]:
+            if stream.kind == "session":
+                await stream.respond(200)
+            async for piece in stream:
+                await stream.send(piece)
+        case _:
+            await stream.respond(404)
+
+
+async def main(host: str | None, port: int, certificate: str, key: str) -> None:
+    configuration = QuicConfiguration(
+        alpn_protocols=H3_ALPN, is_client=False, idle_timeout=IDLE_TIMEOUT, max_datagram_frame_size=65_536
+    )
+    configuration.load_cert_chain(certificate, key)
+    limits = trio_udp.Limits(max_clients=4_000, clients_per_host=400)
+    stop_signals = {signal.SIGINT, signal.SIGTERM}
+    serve_udp = partial(trio_udp.serve, port=port, host=host, limits=limits, stop_signals=stop_signals)
+    async with trio.open_nursery() as nursery:
+        server: trio_udp.Server = await nursery.start(
+            serve, partial(HTTP3, application=application), configuration, serve_udp
+        )
+        for endpoint in server.endpoints:
+            print("listening on {}:{}".format(*endpoint.local_address), flush=True)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("port", nargs="?", type=int, default=4433)
+    parser.add_argument("--host", help="name or address to bind; all interfaces by default")
+    parser.add_argument("--cert", metavar="FILE", required=True, help="the server's certificate chain")
+    parser.add_argument("--key", metavar="FILE", required=True, help="the certificate's private key")
+    arguments = parser.parse_args()
+    trio.run(main, arguments.host, arguments.port, arguments.cert, arguments.key)
