@@ -1,4 +1,4 @@
-"""Players that are programs, for game_server.py: each runs to the nearest coin. Pilot is all that a client has to do.
+"""Players that are programs, for game_server.py: each runs for the nearest coin. Pilot is all that a client has to do.
 
 python examples/game_bots.py 127.0.0.1 9999 --bots 5 --room tea --seconds 60
 """
@@ -9,6 +9,7 @@ import argparse
 import math
 import secrets
 from collections.abc import Callable
+from functools import partial
 
 import attrs
 import trio
@@ -69,8 +70,13 @@ class View:
 
 
 def run_for_coins(view: View, me: Dot) -> tuple[int, int]:
-    """Run straight to the nearest coin."""
-    x, y = min(view.coins, key=lambda coin: math.dist(coin, (me.x, me.y)))
+    """Run straight to the nearest coin; leave those to others that they are nearer to."""
+
+    def distance(coin: tuple[int, int], dot: Dot = me) -> float:
+        return math.dist(coin, (dot.x, dot.y))
+
+    mine = [coin for coin in view.coins if min(map(partial(distance, coin), view.dots.values())) == distance(coin)]
+    x, y = min(mine or view.coins, key=distance)
     share = 100 / max(1.0, math.hypot(x - me.x, y - me.y))
     return round((x - me.x) * share), round((y - me.y) * share)
 

@@ -39,8 +39,9 @@ import secrets
 import signal
 import struct
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from typing import Any, Protocol
 
 import attrs
 import trio
@@ -111,6 +112,30 @@ def shown(name: bytes) -> str:
     return "".join(filter(str.isprintable, name[:MAX_NAME].decode(errors="ignore")))
 
 
+class Peer(Protocol):
+    """What the game needs of a client: a ``trio_udp.Client`` has it, and a browser's session in game_web.py."""
+
+    idle_timeout: float
+
+    @property
+    def peer_address(self) -> trio_udp.Address: ...
+    @property
+    def ended(self) -> str | None: ...
+    @property
+    def server(self) -> Sender: ...
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+    async def send(self, payload: bytes, /) -> None: ...
+    async def send_many(self, payloads: Iterable[bytes], /) -> None: ...
+    def validate(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Sender(Protocol):
+    """Sends to many of its clients at once, as a ``trio_udp.Server`` does."""
+
+    async def send_to_all(self, payload: bytes, clients: Any, /) -> None: ...
+
+
 class Refused(Exception):
     """A player cannot join; the text says why."""
 
@@ -123,7 +148,7 @@ class Player:
     number: int
     name: bytes
     room: Room
-    client: trio_udp.Client
+    client: Peer
     x: float
     y: float
     right: float = 0
@@ -207,7 +232,7 @@ class Game:
                 await room.show()
             done = due
 
-    async def handler(self, client: trio_udp.Client) -> None:
+    async def handler(self, client: Peer) -> None:
         """Serve one address: let it join, steer, change rooms and leave, until it is silent or the server stops."""
         client.idle_timeout = IDLE_TIME
         player: Player | None = None
@@ -238,7 +263,7 @@ class Game:
         await client.send(GOODBYE + key + reason.encode())
         client.close()
 
-    def join(self, joining: Joining, client: trio_udp.Client) -> Player:
+    def join(self, joining: Joining, client: Peer) -> Player:
         """Return the player with this key, in this room, and let it belong to this client from now on."""
         player = self.players.get(joining.key)
         if player and player.client is not client:  # its address has changed: the old one is told nothing
@@ -260,7 +285,7 @@ class Game:
         room.players[number] = self.players[joining.key] = player
         return player
 
-    def leave(self, player: Player, client: trio_udp.Client) -> None:
+    def leave(self, player: Player, client: Peer) -> None:
         """Take a player out, unless it belongs to another client by now."""
         if self.players.get(player.key) is player and player.client is client:
             del self.players[player.key], player.room.players[player.number]
@@ -293,7 +318,7 @@ async def main(port: int) -> None:
             handler,
             port,
             accept=accept,
-            max_datagram_size=64,
+            max_datagram_size=128,
             limits=LIMITS,
             stop_signals={signal.SIGINT, signal.SIGTERM},
         )

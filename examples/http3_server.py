@@ -85,7 +85,8 @@ class Stream(trio.abc.Channel[bytes]):
         self.connection.pause.cancel()
 
     async def send(self, value: bytes, *, end: bool = False) -> None:
-        await self.connection.wait_for_room()
+        if self.kind != "session":
+            await self.connection.wait_for_room()
         if self.kind == "stream":
             self.connection.quic.send_stream_data(self.number, value, end)
         elif self.kind == "request" or end:

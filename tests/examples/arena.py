@@ -90,7 +90,7 @@ def open_arena(simulated_network: SimulatedNetwork, nursery: trio.Nursery) -> Op
 
     async def open_arena(**limits: object) -> Arena:
         game = Game(random.Random(0))
-        endpoint = simulated_network.endpoint(*SERVER, max_datagram_size=64, receive_buffer=4 * 2**20)
+        endpoint = simulated_network.endpoint(*SERVER, max_datagram_size=128, receive_buffer=4 * 2**20)
         serve = partial(
             trio_udp.serve_endpoints,
             game.handler,

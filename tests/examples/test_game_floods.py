@@ -109,7 +109,7 @@ async def test_names_are_safe_to_show(open_arena: Open, autojump_clock: MockCloc
     ):
         async with await arena.network.connect(*SERVER) as connection:
             key = b"%08d" % number
-            await connection.send(joining(connection, key, name[:12], name))
+            await connection.send(joining(connection, key, name, name))
             await trio.testing.wait_all_tasks_blocked()
             player = arena.game.players[key]
             assert (player.name.decode(), player.room.name) == (shown, shown)
@@ -137,7 +137,7 @@ def test_any_bytes(payloads: list[bytes | str]) -> None:
     async def main() -> None:
         network = SimulatedNetwork()
         game = Game(random.Random(0))
-        endpoint = network.endpoint(*SERVER, max_datagram_size=64)
+        endpoint = network.endpoint(*SERVER, max_datagram_size=128)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(game.run)
             server: trio_udp.Server = await nursery.start(

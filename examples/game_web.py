@@ -1,0 +1,160 @@
+"""The game of game_server.py for browsers too: over UDP and over WebTransport, in the same rooms at once.
+
+    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 10 -subj /CN=localhost \\
+        -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout key.pem -out cert.pem
+    python examples/game_web.py --cert cert.pem --key key.pem   (then open the address that it prints in a browser)
+    python examples/game_bots.py 127.0.0.1 --bots 5             (in another terminal: somebody to play with)
+
+The page is served over HTTP/3, which needs a certificate that the browser trusts. Without one, the page can be opened
+as a file: it trusts the certificate whose hash is in the address, if that is for less than two weeks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import signal
+import ssl
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import attrs
+import game_server
+import trio
+from aioquic.h3.connection import H3_ALPN
+from aioquic.quic.configuration import QuicConfiguration
+from game_server import Game, Peer
+from http3_server import HTTP3, IDLE_TIMEOUT, Stream
+from quic_connections import serve
+
+import trio_udp
+
+PAGE = Path(__file__).with_name("game") / "page.html"
+
+
+@attrs.define(eq=False)
+class Session:
+    """What the game needs of a client, of a WebTransport session. Its address has been proved by QUIC."""
+
+    stream: Stream
+    server: Sessions
+    idle_timeout: float = IDLE_TIMEOUT
+    ended: Literal["idle", "evicted", "stopping"] | None = None
+    closed: bool = False
+
+    @property
+    def peer_address(self) -> trio_udp.Address:
+        address = self.stream.connection.quic.get_peer_address()
+        assert address is not None
+        return address
+
+    def __aiter__(self) -> Session:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            with trio.fail_after(self.idle_timeout):
+                payload = await self.stream.receive()
+        except trio.TooSlowError:
+            self.ended = "idle"
+        except trio.EndOfChannel:
+            self.ended = "stopping" if self.stream.connection.server.stopping else None
+        else:
+            return payload
+        if self.closed:
+            raise trio.ClosedResourceError
+        raise StopAsyncIteration
+
+    async def send(self, payload: bytes) -> None:
+        await self.stream.send(payload)
+
+    async def send_many(self, payloads: Iterable[bytes]) -> None:
+        for payload in payloads:
+            await self.stream.send(payload)
+
+    def validate(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+        self.stream.put(b"", ended=True)
+
+
+class Sessions:
+    """The server of all sessions."""
+
+    async def send_to_all(self, payload: bytes, sessions: Iterable[Peer]) -> None:
+        for session in sessions:
+            await session.send(payload)
+
+
+async def application(game: Game, sessions: Sessions, stream: Stream) -> None:
+    match stream.kind, stream.path.partition("?")[0]:
+        case "request", "/":
+            await stream.respond(200, (b"content-type", b"text/html"))
+            await stream.send(PAGE.read_bytes())
+        case "session", "/game":
+            await stream.respond(200)
+            try:
+                await game.handler(Session(stream, sessions))
+            except trio.ClosedResourceError:
+                pass  # the player plays on in another session
+        case _:
+            await stream.respond(404)
+
+
+def sha256(certificate: str) -> str:
+    """Return the hash by which a page may trust a certificate."""
+    first, _, _ = Path(certificate).read_text().partition(ssl.PEM_FOOTER)
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(first + ssl.PEM_FOOTER)).hexdigest()
+
+
+async def main(host: str | None, port: int, web_port: int, certificate: str, key: str) -> None:
+    configuration = QuicConfiguration(
+        alpn_protocols=H3_ALPN, is_client=False, idle_timeout=IDLE_TIMEOUT, max_datagram_frame_size=65_536
+    )
+    configuration.load_cert_chain(certificate, key)
+    game = Game()
+    make = partial(HTTP3, application=partial(application, game, Sessions()))
+    async with trio.open_nursery() as beside:
+        beside.start_soon(game.run)
+        async with trio.open_nursery() as nursery:
+            udp: trio_udp.Server = await nursery.start(
+                partial(
+                    trio_udp.serve,
+                    game.handler,
+                    port,
+                    host=host,
+                    accept=game_server.accept,
+                    max_datagram_size=128,
+                    limits=game_server.LIMITS,
+                    stop_signals={signal.SIGINT, signal.SIGTERM},
+                )
+            )
+            limits = trio_udp.Limits(max_clients=2_000, clients_per_host=100)
+            web: trio_udp.Server = await nursery.start(
+                serve, make, configuration, partial(trio_udp.serve, port=web_port, host=host, limits=limits)
+            )
+            for server in (udp, web):
+                print("listening on {}:{}".format(*server.endpoints[0].local_address), flush=True)
+            web_port = web.endpoints[0].local_address[1]
+            print(f"play at https://localhost:{web_port}/")
+            print(f"or at {PAGE.as_uri()}#server=https://localhost:{web_port}&hash={sha256(certificate)}", flush=True)
+            await udp.wait_stopping()
+            web.stop()
+        beside.cancel_scope.cancel()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("port", nargs="?", type=int, default=9999, help="of the game over UDP")
+    parser.add_argument("--web-port", type=int, default=4433, help="of the page and of WebTransport")
+    parser.add_argument("--host", help="name or address to bind; all interfaces by default")
+    parser.add_argument("--cert", metavar="FILE", required=True, help="the server's certificate chain")
+    parser.add_argument("--key", metavar="FILE", required=True, help="the certificate's private key")
+    arguments = parser.parse_args()
+    trio.run(main, arguments.host, arguments.port, arguments.web_port, arguments.cert, arguments.key)
