@@ -219,18 +219,28 @@ async def application(stream: Stream) -> None:
             await stream.respond(404)
 
 
-async def main(host: str | None, port: int, certificate: str, key: str) -> None:
+async def serve_http3(
+    application: Application,
+    certificate: str,
+    key: str,
+    serve_udp: Callable[..., Awaitable[None]],
+    *,
+    task_status: trio.TaskStatus[trio_udp.Server] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve HTTP/3 with an application; ``serve_udp`` is a ``partial`` of ``trio_udp.serve``, with a port."""
     configuration = QuicConfiguration(
         alpn_protocols=H3_ALPN, is_client=False, idle_timeout=IDLE_TIMEOUT, max_datagram_frame_size=65_536
     )
     configuration.load_cert_chain(certificate, key)
+    await serve(partial(HTTP3, application=application), configuration, serve_udp, task_status=task_status)
+
+
+async def main(host: str | None, port: int, certificate: str, key: str) -> None:
     limits = trio_udp.Limits(max_clients=4_000, clients_per_host=400)
     stop_signals = {signal.SIGINT, signal.SIGTERM}
     serve_udp = partial(trio_udp.serve, port=port, host=host, limits=limits, stop_signals=stop_signals)
     async with trio.open_nursery() as nursery:
-        server: trio_udp.Server = await nursery.start(
-            serve, partial(HTTP3, application=application), configuration, serve_udp
-        )
+        server: trio_udp.Server = await nursery.start(serve_http3, application, certificate, key, serve_udp)
         for endpoint in server.endpoints:
             print("listening on {}:{}".format(*endpoint.local_address), flush=True)
 

@@ -19,9 +19,18 @@ import attrs
 import trio
 from aioquic.buffer import Buffer
 from aioquic.quic.configuration import QuicConfiguration
-from aioquic.quic.connection import QuicConnection
+from aioquic.quic.connection import TRANSPORT_CLOSE_FRAME_CAPACITY, QuicConnection
+from aioquic.quic.crypto import CryptoPair
 from aioquic.quic.events import ConnectionIdIssued, ConnectionIdRetired, QuicEvent
-from aioquic.quic.packet import QuicPacketType, encode_quic_retry, encode_quic_version_negotiation, pull_quic_header
+from aioquic.quic.packet import (
+    QuicErrorCode,
+    QuicFrameType,
+    QuicPacketType,
+    encode_quic_retry,
+    encode_quic_version_negotiation,
+    pull_quic_header,
+)
+from aioquic.quic.packet_builder import QuicPacketBuilder
 from aioquic.quic.retry import QuicRetryTokenHandler
 
 import trio_udp
@@ -132,6 +141,20 @@ class Connection:
                         await client.send_many([packet for packet, _ in group])
 
 
+def refusal(version: int, source: bytes, destination: bytes, error: QuicErrorCode) -> bytes:
+    """Return a packet that closes a connection before it has begun."""
+    crypto = CryptoPair()
+    crypto.setup_initial(source, is_client=False, version=version)
+    builder = QuicPacketBuilder(
+        host_cid=source, peer_cid=destination, version=version, is_client=False, max_datagram_size=1_200
+    )
+    builder.start_packet(QuicPacketType.INITIAL, crypto)
+    frame = builder.start_frame(QuicFrameType.TRANSPORT_CLOSE, capacity=TRANSPORT_CLOSE_FRAME_CAPACITY)
+    for number in (error, QuicFrameType.PADDING, 0):  # of which frame; bytes of the reason
+        frame.push_uint_var(number)
+    return builder.flush()[0][0]
+
+
 @attrs.define(eq=False)
 class QuicServer:
     """All connections, by each ID that packets may name them with."""
@@ -171,17 +194,20 @@ class QuicServer:
             )
         if (connection := self.by_id.get(destination)) is not None:
             return connection if connection.has_path(address) else None
-        if len(packet) < 1_200 or packet[0] < 0x80 or packet[1:5] == bytes(4) or self.stopping:
+        if len(packet) < 1_200 or packet[0] < 0x80 or packet[1:5] == bytes(4):
             return None
-        versions = self.configuration.supported_versions
-        if int.from_bytes(packet[1:5], "big") not in versions:
+        version, versions = int.from_bytes(packet[1:5], "big"), self.configuration.supported_versions
+        if version not in versions:
             return encode_quic_version_negotiation(destination, source, versions)
         try:
             header = pull_quic_header(Buffer(data=packet))
         except ValueError:
             return None
-        if header.packet_type is not QuicPacketType.INITIAL or header.version is None:
+        if header.packet_type is not QuicPacketType.INITIAL:
             return None
+        here = sum(address in other.paths for other in set(self.by_id.values()))
+        if self.stopping or here == MOST_AT_ONE_ADDRESS or len(self.nursery.child_tasks) >= MOST_CONNECTIONS:
+            return refusal(version, destination, source, QuicErrorCode.CONNECTION_REFUSED)
         now = trio.current_time()
         if not header.token:
             name = os.urandom(8)
@@ -191,17 +217,13 @@ class QuicServer:
                 retry_source_connection_id=name,
                 now=now,
             )
-            return encode_quic_retry(header.version, name, source, destination, token)
+            return encode_quic_retry(version, name, source, destination, token)
         try:
             original = self.tokens.validate_token(
                 address=address, destination_cid=destination, token=header.token, now=now
             )
         except ValueError:
-            return None
-        all_of_them = set(self.by_id.values())
-        here = sum(address in other.paths for other in all_of_them)
-        if len(all_of_them) >= MOST_CONNECTIONS or here >= MOST_AT_ONE_ADDRESS:
-            return None
+            return refusal(version, destination, source, QuicErrorCode.INVALID_TOKEN)
         quic = QuicConnection(
             configuration=self.configuration,
             original_destination_connection_id=original,
