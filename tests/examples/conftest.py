@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 from types import ModuleType
 
 import pytest
@@ -16,7 +17,9 @@ from ..project.conftest import EXAMPLES, serve as serve, start as start
 
 
 def load(name: str) -> ModuleType:
-    """Import an example."""
+    """Import an example. It may import others."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
