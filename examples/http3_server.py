@@ -74,7 +74,7 @@ class Stream(trio.abc.Channel[bytes]):
     async def receive(self) -> bytes:
         await trio.lowlevel.checkpoint_if_cancelled()
         while not self.incoming:
-            if self.ended:
+            if self.ended or (self.connection.server.stopping.is_set() and self.kind != "request"):
                 raise trio.EndOfChannel
             await self.arrived.park()
         return self.incoming.popleft()
@@ -142,7 +142,7 @@ class HTTP3(Connection):
     def put(self, number: int, kind: Kind, headers: dict[bytes, bytes], data: bytes, ended: bool) -> None:
         """Hand something to a stream; if it is new, run the application for it."""
         if number not in self.streams:
-            if self.server.stopping and number >= self.next_request:
+            if self.server.stopping.is_set() and number >= self.next_request:
                 return self.quic.reset_stream(number, ErrorCode.H3_REQUEST_REJECTED)
             self.next_request = max(self.next_request, number + 4)
             self.streams[number] = Stream(self, number, kind, headers)
@@ -164,31 +164,31 @@ class HTTP3(Connection):
         if not stream.ended:
             with suppress(ValueError):  # aioquic has forgotten it already
                 self.quic.stop_stream(stream.number, ErrorCode.H3_NO_ERROR)
+        self.pause.cancel()
         while stream.number in self.quic._streams:
-            self.pause.cancel()
             await self.progress.park()
         del self.streams[stream.number]
-        self.close_if_done()
+        self.progress.unpark_all()
+
+    def on_the_way(self) -> int:
+        """Count the bytes that the peer has not acknowledged."""
+        return sum(len(stream.sender._buffer) for stream in self.quic._streams.values())
 
     async def wait_for_room(self) -> None:
-        """Wait until little enough is on its way to the peer."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        while sum(len(stream.sender._buffer) for stream in self.quic._streams.values()) > ON_THE_WAY:
+        while self.on_the_way() > ON_THE_WAY:
             await self.progress.park()
 
-    def go_away(self) -> None:
+    async def go_away(self) -> None:
         if self.control_stream >= 0:
             frame = encode_frame(FrameType.GOAWAY, encode_uint_var(self.next_request))
             self.quic.send_stream_data(self.control_stream, frame)
-        for stream in self.streams.values():
-            if stream.kind != "request":
-                stream.put(b"", ended=True)
-        self.close_if_done()
-        self.pause.cancel()
-
-    def close_if_done(self) -> None:
-        if self.server.stopping and not self.streams:
-            self.close(ErrorCode.H3_NO_ERROR)
+            self.pause.cancel()
+            for stream in self.streams.values():
+                stream.arrived.unpark_all()
+            while self.streams or self.on_the_way():
+                await self.progress.park()
+        self.close(ErrorCode.H3_NO_ERROR)
 
 
 async def application(stream: Stream) -> None:

@@ -63,9 +63,13 @@ class Connection:
     def take_event(self, event: QuicEvent) -> None:
         """Take what the peer does; for subclasses."""
 
-    def go_away(self) -> None:
+    async def go_away(self) -> None:
         """Take on nothing new, and close as soon as all is done; for subclasses."""
         self.close()
+
+    async def go_away_in_the_end(self) -> None:
+        await self.server.stopping.wait()
+        await self.go_away()
 
     def close(self, error_code: int = 0) -> None:
         self.quic.close(error_code)
@@ -108,6 +112,7 @@ class Connection:
         """Do what is due, until the connection is over."""
         try:
             async with trio.open_nursery() as self.nursery:
+                self.nursery.start_soon(self.go_away_in_the_end)
                 with trio.move_on_after(1), self.pause:  # until its first packet is here, which accept has let in
                     await trio.sleep_forever()
                 while not self.closed:
@@ -164,7 +169,7 @@ class QuicServer:
     nursery: trio.Nursery
     by_id: dict[bytes, Connection] = attrs.field(factory=dict)
     tokens: QuicRetryTokenHandler = attrs.field(factory=QuicRetryTokenHandler)
-    stopping: bool = False
+    stopping: trio.Event = attrs.field(factory=trio.Event)
 
     def accept(self, datagram: trio_udp.Datagram) -> bool | bytes:
         found = self.find(datagram.payload, datagram.peer_address)
@@ -206,7 +211,7 @@ class QuicServer:
         if header.packet_type is not QuicPacketType.INITIAL:
             return None
         here = sum(address in other.paths for other in set(self.by_id.values()))
-        if self.stopping or here == MOST_AT_ONE_ADDRESS or len(self.nursery.child_tasks) >= MOST_CONNECTIONS:
+        if self.stopping.is_set() or here == MOST_AT_ONE_ADDRESS or len(self.nursery.child_tasks) >= MOST_CONNECTIONS:
             return refusal(version, destination, source, QuicErrorCode.CONNECTION_REFUSED)
         now = trio.current_time()
         if not header.token:
@@ -270,9 +275,7 @@ async def serve(
             )
             task_status.started(server)
             await server.wait_stopping()
-            quic.stopping = True
-            for connection in set(quic.by_id.values()):
-                connection.go_away()
+            quic.stopping.set()
             connections.cancel_scope.deadline = trio.current_time() + DRAIN_TIMEOUT
         for client in list(server.clients):  # addresses without a connection
             client.close()

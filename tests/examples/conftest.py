@@ -20,7 +20,9 @@ sys.path.append(str(EXAMPLES))
 
 
 def load(name: str) -> ModuleType:
-    """Import an example."""
+    """Import an example. It may import others."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
