@@ -41,6 +41,7 @@ import struct
 import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import attrs
@@ -312,16 +313,18 @@ LIMITS = trio_udp.Limits(
 )
 
 
+serve = partial(
+    trio_udp.serve,
+    accept=accept,
+    max_datagram_size=128,
+    limits=LIMITS,
+    stop_signals={signal.SIGINT, signal.SIGTERM},
+)
+
+
 async def main(port: int) -> None:
     async with game() as handler:
-        await trio_udp.serve(
-            handler,
-            port,
-            accept=accept,
-            max_datagram_size=128,
-            limits=LIMITS,
-            stop_signals={signal.SIGINT, signal.SIGTERM},
-        )
+        await serve(handler, port)
 
 
 if __name__ == "__main__":

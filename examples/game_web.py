@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-import signal
 import ssl
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -24,11 +24,8 @@ from typing import Literal
 import attrs
 import game_server
 import trio
-from aioquic.h3.connection import H3_ALPN
-from aioquic.quic.configuration import QuicConfiguration
 from game_server import Game, Peer
-from http3_server import HTTP3, IDLE_TIMEOUT, Stream
-from quic_connections import serve
+from http3_server import IDLE_TIMEOUT, Stream, serve_http3
 
 import trio_udp
 
@@ -44,10 +41,11 @@ class Session:
     idle_timeout: float = IDLE_TIMEOUT
     ended: Literal["idle", "evicted", "stopping"] | None = None
     closed: bool = False
+    gone: bool = False  # the browser has ended it
 
     @property
     def peer_address(self) -> trio_udp.Address:
-        address = self.stream.connection.quic.get_peer_address()
+        address: trio_udp.Address | None = self.stream.connection.quic.get_peer_address()
         assert address is not None
         return address
 
@@ -61,11 +59,14 @@ class Session:
         except trio.TooSlowError:
             self.ended = "idle"
         except trio.EndOfChannel:
-            self.ended = "stopping" if self.stream.connection.server.stopping else None
+            if self.closed:
+                raise trio.ClosedResourceError from None
+            if self.stream.connection.server.stopping:
+                self.ended = "stopping"
+            else:
+                self.gone = True
         else:
             return payload
-        if self.closed:
-            raise trio.ClosedResourceError
         raise StopAsyncIteration
 
     async def send(self, payload: bytes) -> None:
@@ -98,10 +99,11 @@ async def application(game: Game, sessions: Sessions, stream: Stream) -> None:
             await stream.send(PAGE.read_bytes())
         case "session", "/game":
             await stream.respond(200)
-            try:
-                await game.handler(Session(stream, sessions))
-            except trio.ClosedResourceError:
-                pass  # the player plays on in another session
+            session = Session(stream, sessions)
+            with suppress(trio.ClosedResourceError):  # the player plays on in another session
+                await game.handler(session)
+            if session.gone:  # Chromium forgets its connection without a word, and we would try to reach it for long
+                stream.connection.close()
         case _:
             await stream.respond(404)
 
@@ -113,36 +115,21 @@ def sha256(certificate: str) -> str:
 
 
 async def main(host: str | None, port: int, web_port: int, certificate: str, key: str) -> None:
-    configuration = QuicConfiguration(
-        alpn_protocols=H3_ALPN, is_client=False, idle_timeout=IDLE_TIMEOUT, max_datagram_frame_size=65_536
-    )
-    configuration.load_cert_chain(certificate, key)
     game = Game()
-    make = partial(HTTP3, application=partial(application, game, Sessions()))
     async with trio.open_nursery() as beside:
         beside.start_soon(game.run)
         async with trio.open_nursery() as nursery:
-            udp: trio_udp.Server = await nursery.start(
-                partial(
-                    trio_udp.serve,
-                    game.handler,
-                    port,
-                    host=host,
-                    accept=game_server.accept,
-                    max_datagram_size=128,
-                    limits=game_server.LIMITS,
-                    stop_signals={signal.SIGINT, signal.SIGTERM},
-                )
-            )
+            udp: trio_udp.Server = await nursery.start(partial(game_server.serve, game.handler, port, host=host))
             limits = trio_udp.Limits(max_clients=2_000, clients_per_host=100)
+            serve_web = partial(trio_udp.serve, port=web_port, host=host, limits=limits)
             web: trio_udp.Server = await nursery.start(
-                serve, make, configuration, partial(trio_udp.serve, port=web_port, host=host, limits=limits)
+                serve_http3, partial(application, game, Sessions()), certificate, key, serve_web
             )
             for server in (udp, web):
                 print("listening on {}:{}".format(*server.endpoints[0].local_address), flush=True)
-            web_port = web.endpoints[0].local_address[1]
-            print(f"play at https://localhost:{web_port}/")
-            print(f"or at {PAGE.as_uri()}#server=https://localhost:{web_port}&hash={sha256(certificate)}", flush=True)
+            url = f"https://{host or 'localhost'}:{web.endpoints[0].local_address[1]}"
+            print(f"play at {url}/")
+            print(f"or at {PAGE.as_uri()}#server={url}&hash={sha256(certificate)}", flush=True)
             await udp.wait_stopping()
             web.stop()
         beside.cancel_scope.cancel()
