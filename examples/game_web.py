@@ -41,7 +41,7 @@ class Session:
     idle_timeout: float = IDLE_TIMEOUT
     ended: Literal["idle", "evicted", "stopping"] | None = None
     closed: bool = False
-    gone: bool = False  # the browser has ended it
+    waiting: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 
     @property
     def peer_address(self) -> trio_udp.Address:
@@ -54,19 +54,15 @@ class Session:
 
     async def __anext__(self) -> bytes:
         try:
-            with trio.fail_after(self.idle_timeout):
-                payload = await self.stream.receive()
-        except trio.TooSlowError:
+            with trio.move_on_after(self.idle_timeout) as self.waiting:
+                if not self.closed:
+                    return await self.stream.receive()
+            if self.closed:
+                raise trio.ClosedResourceError
             self.ended = "idle"
         except trio.EndOfChannel:
-            if self.closed:
-                raise trio.ClosedResourceError from None
-            if self.stream.connection.server.stopping:
+            if self.stream.connection.server.stopping.is_set():
                 self.ended = "stopping"
-            else:
-                self.gone = True
-        else:
-            return payload
         raise StopAsyncIteration
 
     async def send(self, payload: bytes) -> None:
@@ -81,7 +77,7 @@ class Session:
 
     def close(self) -> None:
         self.closed = True
-        self.stream.put(b"", ended=True)
+        self.waiting.cancel()
 
 
 class Sessions:
@@ -99,11 +95,14 @@ async def application(game: Game, sessions: Sessions, stream: Stream) -> None:
             await stream.send(PAGE.read_bytes())
         case "session", "/game":
             await stream.respond(200)
-            session = Session(stream, sessions)
             with suppress(trio.ClosedResourceError):  # the player plays on in another session
-                await game.handler(session)
-            if session.gone:  # Chromium forgets its connection without a word, and we would try to reach it for long
-                stream.connection.close()
+                await game.handler(Session(stream, sessions))
+            # A browser ends the session when it has read our goodbye. Then it forgets the connection, which was for
+            # this session alone, without a word; and so do we, rather than try to reach it.
+            with trio.move_on_after(1):
+                while not stream.ended:
+                    await stream.arrived.park()
+            stream.connection.close()
         case _:
             await stream.respond(404)
 
