@@ -1,4 +1,4 @@
-"""A game: dots in rooms that collect coins. Everyone in a room sees all of it 20 times a second.
+"""A game: dots in rooms collect coins, and everyone in a room sees all of it 20 times a second.
 
 Open to the internet: a stranger gets nothing but a short token until it has sent that back, and a forged address can
 neither steer a player nor make it leave. See game_bots.py for the other end.
@@ -21,8 +21,8 @@ Each datagram is one message. Its first byte says which; numbers are unsigned an
 
 *Any of them may be lost, doubled or late.* INPUT is a direction and SNAPSHOT the whole state, so the next one makes up
 for those that were lost, and late joiners need nothing else. Receivers drop those whose number is not greater than the
-last one's; the others may come twice. A player sends HELLO until there is a WELCOME, then INPUT at least each second,
-and answers each CHALLENGE with JOIN.
+last one's (after JOIN, INPUT is numbered anew); the others may come twice. A player sends HELLO until there is a
+WELCOME, then INPUT at least each second, and answers each CHALLENGE with JOIN.
 
 *The key is the player*: 8 random bytes that it chooses. INPUT from an address that has not joined gets a CHALLENGE (a
 phone has left the house, or the server has restarted), and JOIN with the same key takes over the same player, with its
@@ -54,6 +54,7 @@ FIELD = 1_000  # width and height
 SPEED = 12.0  # the most that a player moves between two snapshots
 REACH = 30  # how near a player takes a coin
 COINS = 8  # in a room
+CATCH_UP = 5  # snapshots that may be shown late
 HOLD = RATE  # snapshots after which a direction no longer counts
 MAX_PLAYERS = 40  # in a room: a snapshot is at most 1,083 bytes, which fit into a packet everywhere
 MAX_ROOMS = 200
@@ -222,12 +223,13 @@ class Game:
         """Move and show all rooms, until cancelled.
 
         Each tick is due at a multiple of 1 / RATE since the start, however late the one before was, so the pace does
-        not drift. After a hold-up the players move for all ticks that were missed, and only the last one is shown.
+        not drift. After a hold-up of the program the late ticks follow at once, at most CATCH_UP of them; the players
+        move for those before, too, but nobody is shown them.
         """
         start, done = trio.current_time(), 0
         while True:
             await trio.sleep_until(start + (done + 1) / RATE)
-            due = max(done + 1, int((trio.current_time() - start) * RATE))
+            due = max(done + 1, int((trio.current_time() - start) * RATE) - CATCH_UP)
             for room in list(self.rooms.values()):
                 room.advance(due - done)
                 await room.show()
@@ -269,7 +271,9 @@ class Game:
         player = self.players.get(joining.key)
         if player and player.client is not client:  # its address has changed: the old one is told nothing
             player.client.close()
-            player.client, player.last_input = client, 0
+            player.client = client
+        if player:
+            player.last_input = 0
         if player and player.room.name == joining.room:
             return player
         if player:

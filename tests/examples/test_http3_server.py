@@ -171,7 +171,9 @@ async def test_the_application_waits_for_the_client(serve: Serve, autojump_clock
     await client.until(lambda: client.answers[download].body)
     with setting.network.partition([client.connection.local_address]):
         await trio.sleep(10)
-        (held,) = (len(each.sender._buffer) for each in streams[0].connection.quic._streams.values() if each.stream_id == 0)
+        (held,) = (
+            len(each.sender._buffer) for each in streams[0].connection.quic._streams.values() if each.stream_id == 0
+        )
         assert held <= http3_server.ON_THE_WAY + 70_000
     assert (await client.answer(download)).body == bytes(2_000_000)
 
