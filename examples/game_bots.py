@@ -102,6 +102,7 @@ class Pilot:
     key: bytes = attrs.field(factory=lambda: secrets.token_bytes(8))
     room_number: bytes | None = None
     number: int = 0
+    joined_at: float = -math.inf
     last_input: int = 0
     view: View | None = None
     shown: int = 0
@@ -131,7 +132,8 @@ class Pilot:
     async def take(self, payload: bytes) -> None:
         """Take a message of the server's; others are none of ours."""
         kind = payload[:1]
-        if kind == CHALLENGE:
+        if kind == CHALLENGE and trio.current_time() >= self.joined_at + PERIOD / 2:
+            self.joined_at = trio.current_time()
             names = self.room.encode(), self.name.encode()
             head = JOIN_HEAD.pack(JOIN, payload[1:], self.key, len(names[0]))
             await self.connection.send(head + b"".join(names))

@@ -22,7 +22,7 @@ Each datagram is one message. Its first byte says which; numbers are unsigned an
 *Any of them may be lost, doubled or late.* INPUT is a direction and SNAPSHOT the whole state, so the next one makes up
 for those that were lost, and late joiners need nothing else. Receivers drop those whose number is not greater than the
 last one's (after JOIN, INPUT is numbered anew); the others may come twice. A player sends HELLO until there is a
-WELCOME, then INPUT at least each second, and answers each CHALLENGE with JOIN.
+WELCOME, then INPUT at least each second, and answers a CHALLENGE with JOIN, at most 20 times a second.
 
 *The key is the player*: 8 random bytes that it chooses. INPUT from an address that has not joined gets a CHALLENGE (a
 phone has left the house, or the server has restarted), and JOIN with the same key takes over the same player, with its

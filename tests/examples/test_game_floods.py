@@ -60,7 +60,10 @@ async def test_a_flood_of_forged_addresses(open_arena: Open, autojump_clock: Moc
 
 
 async def test_a_flood_that_claims_to_come_from_a_player(open_arena: Open, autojump_clock: MockClock) -> None:
-    """Whoever forges a player's address can neither steer it nor make it leave, nor put another in its place."""
+    """Whoever forges a player's address can neither steer it nor make it leave, nor put another in its place.
+
+    Nor have it flooded: a player does not answer each CHALLENGE that others have asked for.
+    """
     arena = await open_arena()
     ada, bob = await arena.joined("ada", "bob", decide=run_right)
     player, address = arena.player(ada), ada.connection.local_address
@@ -70,6 +73,7 @@ async def test_a_flood_that_claims_to_come_from_a_player(open_arena: Open, autoj
             LEAVE + FORGED_KEY,
             steering(FORGED_KEY, 2**32 - 1, -100),
             JOIN + bytes(8) + FORGED_KEY + b"\x05lobbyeve",
+            HELLO,
             b"",
             GOODBYE + FORGED_KEY,
         ):
@@ -78,6 +82,8 @@ async def test_a_flood_that_claims_to_come_from_a_player(open_arena: Open, autoj
     assert arena.player(ada) is player
     assert (player.x, player.last_input, ada.goodbye) == (1_000, ada.last_input, None)
     assert (ada.shown, bob.shown) == (201, 201)
+    welcomes = [event for event in arena.network.events if event.fate == "arrived" and event.payload[:1] == WELCOME]
+    assert 2 < len(welcomes) <= 2 + 201
     assert len(arena.game.players) == 2
     check_adds_up(arena.server)
 
