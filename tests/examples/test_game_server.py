@@ -312,6 +312,7 @@ async def test_another_room(open_arena: Open, autojump_clock: MockClock) -> None
     arena = await open_arena()
     ada, bob = await arena.joined("ada", "bob")
     bob.room = "garden"
+    await trio.sleep(0.06)
     await bob.connection.send(HELLO)
     await trio.sleep(0.06)
     assert ada.view
