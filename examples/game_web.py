@@ -29,7 +29,7 @@ from http3_server import IDLE_TIMEOUT, Stream, serve_http3
 
 import trio_udp
 
-PAGE = Path(__file__).with_name("game") / "page.html"
+PAGE = Path(__file__).with_name("game_page.html")
 
 
 @attrs.define(eq=False)

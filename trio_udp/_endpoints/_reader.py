@@ -19,15 +19,15 @@ from .engines import BATCH, Engine, Received
 
 @attrs.define(eq=False)
 class Reader:
-    """Reads one socket.
+    """Reads one socket in batches.
 
     Attributes:
       shared: Another process holds the same socket and reads it after us.
       served: A server runs on the endpoint.
       awaited: A task waits for a datagram in :class:`OneByOne`.
-      finished: The kernel is not read any more; datagrams that arrive stay there.
-      may_have_more: The last read gave a whole batch, so that the kernel may have more.
-      ahead: Datagrams that were read and not yet handed out: :class:`OneByOne` returns one at a time.
+      finished: The socket is no longer read; datagrams that arrive stay in the kernel.
+      may_have_more: The last read returned a whole batch, so the kernel may have more.
+      ahead: Datagrams read but not yet handed out: :class:`OneByOne` returns one at a time.
       refusal: The last refusal by the peer of a connected socket, until it is raised.
       back_off: Whether reading should pause.
     """
@@ -50,8 +50,8 @@ class Reader:
         cancellation loses no datagram.
 
         Args:
-          wait: If false, return an empty list once the kernel has nothing more; also after a batch of nothing but
-            truncated or malformed datagrams, so that a flood of them cannot keep the caller here.
+          wait: If false, return an empty list once the kernel has nothing more. Also return one after a batch of
+            nothing but truncated or malformed datagrams, so that a flood of them cannot keep the caller here.
 
         Raises:
           trio.ClosedResourceError: The endpoint is closed.
@@ -61,7 +61,7 @@ class Reader:
         if self.ahead:  # read before the server took over
             await trio.lowlevel.checkpoint()
             return self.take_ahead(BATCH)
-        # Replies collect for two passes of Trio's scheduler. Trio runs the tasks of one pass in random order, so in the
+        # Collect replies for two passes of Trio's scheduler. Trio runs the tasks of one pass in random order, so in the
         # first pass this task may run before the handlers that it has woken.
         passes = 2 if outbox.held else 1 if self.may_have_more or not wait else 0
         while True:
@@ -109,7 +109,7 @@ class Reader:
         return [self.ahead.popleft() for _ in range(min(most, len(self.ahead)))]
 
     def read(self, batch: list[Received]) -> bool:
-        """Append what has arrived to ``batch``, without waiting. True if the kernel may have more."""
+        """Append datagrams that have arrived to ``batch``, without waiting. True if the kernel may have more."""
         received = self.engine.counts.received
         may_have_more = True
         try:
@@ -134,4 +134,4 @@ class Reader:
         if not is_passing_answer and (fault is Fault.MACHINE or self.back_off.persists(1)):
             outbox.log.write(describe(self.engine.bound_address), error, reason_for(error))
         if isinstance(error, ConnectionRefusedError):
-            self.refusal = error.with_traceback(None)  # or it would keep this frame, and this frame it
+            self.refusal = error.with_traceback(None)  # it refers to this frame: avoid a reference cycle
