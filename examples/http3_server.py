@@ -110,6 +110,7 @@ class HTTP3(Connection):
     control_stream: int = attrs.field(init=False, default=-1)
     streams: dict[int, Stream] = attrs.field(factory=dict)
     next_request: int = 0
+    progress: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
 
     def take_event(self, event: quic_events.QuicEvent) -> None:
         match event:
@@ -173,6 +174,10 @@ class HTTP3(Connection):
     def on_the_way(self) -> int:
         """Count the bytes that the peer has not acknowledged."""
         return sum(len(stream.sender._buffer) for stream in self.quic._streams.values())
+
+    def has_sent(self) -> None:
+        if self.on_the_way() <= ON_THE_WAY:
+            self.progress.unpark_all()
 
     async def wait_for_room(self) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
+from operator import itemgetter
 
 import attrs
 import trio
@@ -49,7 +50,6 @@ class Connection:
       nursery: For tasks of the connection; cancelled when it ends.
       paths: Since when it has each of its addresses, and the client there; ``None`` if only ``accept`` has seen it.
       pause: What its own task waits in; cancelled when there is something to do.
-      progress: Where other tasks wait for the end of its next round.
     """
 
     quic: QuicConnection
@@ -57,11 +57,13 @@ class Connection:
     nursery: trio.Nursery = attrs.field(init=False)
     paths: dict[trio_udp.Address, tuple[float, trio_udp.Client | None]] = attrs.field(factory=dict)
     pause: trio.CancelScope = attrs.field(factory=trio.CancelScope)
-    progress: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
     closed: bool = False
 
     def take_event(self, event: QuicEvent) -> None:
         """Take what the peer does; for subclasses."""
+
+    def has_sent(self) -> None:
+        """Go on with what may have waited for this; for subclasses."""
 
     async def go_away(self) -> None:
         """Take on nothing new, and close as soon as all is done; for subclasses."""
@@ -93,11 +95,10 @@ class Connection:
         return True
 
     def take(self, packet: bytes, address: trio_udp.Address, client: trio_udp.Client) -> None:
-        """Take a packet from an address that it has a path to."""
+        """Take a packet from an address that it has a path to; ``send`` is to follow."""
         self.paths[address] = self.paths[address][0], client
         self.quic.receive_datagram(packet, address, trio.current_time())
         self.take_events()
-        self.pause.cancel()
 
     def take_events(self) -> None:
         while (event := self.quic.next_event()) is not None:
@@ -113,37 +114,38 @@ class Connection:
         try:
             async with trio.open_nursery() as self.nursery:
                 self.nursery.start_soon(self.go_away_in_the_end)
-                with trio.move_on_after(1), self.pause:  # until its first packet is here, which accept has let in
-                    await trio.sleep_forever()
+                self.pause.deadline = trio.current_time() + 1  # for the first packet, which accept has let in
                 while not self.closed:
-                    self.pause = trio.CancelScope()
-                    await self.send()
-                    self.progress.unpark_all()
-                    if (due := self.quic.get_timer()) is None:
-                        break
-                    self.pause.deadline = due + LATE
                     with self.pause:
                         await trio.sleep_forever()
+                    self.pause = trio.CancelScope()
+                    if (due := self.quic.get_timer()) is None:
+                        break
                     if trio.current_time() > due:
                         self.quic.handle_timer(trio.current_time())
                         self.take_events()
+                    await self.send()
                 self.nursery.cancel_scope.cancel()
         except Exception:
             logging.exception("a connection has failed")
         finally:
-            with trio.move_on_after(1, shield=True):
+            if self.quic.get_peer_address() is not None:
                 self.quic.close()
-                await self.send()
+                with trio.move_on_after(1, shield=True):
+                    await self.send()
             self.server.forget(self)
 
     async def send(self) -> None:
-        if self.quic.get_peer_address() is not None:
-            datagrams = self.quic.datagrams_to_send(trio.current_time())
-            for address, group in groupby(datagrams, key=lambda datagram: datagram[1]):
-                client = self.paths.get(address, (0.0, None))[1]
-                if client is not None:
-                    with suppress(trio.ClosedResourceError):
-                        await client.send_many([packet for packet, _ in group])
+        """Send what is due now, and set the time for the next."""
+        datagrams = self.quic.datagrams_to_send(trio.current_time())
+        for address, group in groupby(datagrams, key=itemgetter(1)):
+            client = self.paths.get(address, (0.0, None))[1]
+            if client is not None:
+                with suppress(trio.ClosedResourceError):
+                    await client.send_many([packet for packet, _ in group])
+        due = self.quic.get_timer()
+        self.pause.deadline = trio.current_time() if due is None else due + LATE
+        self.has_sent()
 
 
 def refusal(version: int, source: bytes, destination: bytes, error: QuicErrorCode) -> bytes:
@@ -180,12 +182,16 @@ class QuicServer:
         address = client.peer_address
         with client.transaction():  # while the server stops connections end in their own way
             while True:
+                connections = set()
                 for packet in await client.receive_many():
                     found = self.find(packet, address)
                     if isinstance(found, Connection):
                         found.take(packet, address, client)
+                        connections.add(found)
                     elif found is not None:
                         await client.send(found)
+                for connection in connections:
+                    await connection.send()
 
     def find(self, packet: bytes, address: trio_udp.Address) -> Connection | bytes | None:
         """Return the connection that a packet is for, or begin it; or else what to answer, if anything."""
