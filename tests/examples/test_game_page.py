@@ -17,6 +17,7 @@ from ..project.conftest import TIMEOUT, Example, Start, without_signals
 from .conftest import program
 from .http3_client import Certificate
 
+pytest.importorskip("aioquic", minversion="1.7", reason="needs aioquic 1.7, which needs Python 3.11")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
 expect = playwright.expect
 
