@@ -15,18 +15,17 @@ import pytest
 
 from ..project.conftest import EXAMPLES, serve as serve, start as start
 
+# An example that is run as a script finds those beside it; so do tests, after everything else that is installed.
+sys.path.append(str(EXAMPLES))
+
 
 def load(name: str) -> ModuleType:
     """Import an example. It may import others."""
-    if str(EXAMPLES) not in sys.path:
-        sys.path.append(str(EXAMPLES))
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)  # as where it is run
-        spec.loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module
 
 

@@ -20,7 +20,18 @@ import pytest
 
 from .conftest import EXAMPLES, TIMEOUT, Serve, Start, ask, waiting, without_signals
 
-SCRIPTS = ["uppercase", "time_server", "slow_work", "refusing", "errors", "login", "service", "lobby", "collector"]
+SCRIPTS = [
+    "uppercase",
+    "time_server",
+    "slow_work",
+    "refusing",
+    "errors",
+    "login",
+    "service",
+    "lobby",
+    "game_server",
+    "collector",
+]
 SCRIPTS_THAT_PRINT = [
     "echo_options",
     "chat_room",
