@@ -78,6 +78,7 @@ class Engine(Protocol):
       bound_address: The address it is bound to.
       connected: The socket is connected to one peer, and learns when that peer refuses a datagram.
       counts: Running counts of received datagrams; ``receive`` updates them.
+      wakes_tasks: Sending may wake tasks of this process, as on a simulated network.
       multicast: Its groups and multicast options.
     """
 
@@ -85,6 +86,7 @@ class Engine(Protocol):
     bound_address: Address
     connected: bool
     counts: ReceiveCounts
+    wakes_tasks: bool
 
     @property
     def multicast(self) -> Multicast: ...

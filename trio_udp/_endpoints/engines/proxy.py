@@ -54,6 +54,7 @@ class ProxyEngine:
         self.bound_address = inner.bound_address
         self.connected = inner.connected
         self.counts = inner.counts
+        self.wakes_tasks = inner.wakes_tasks
         # What has nothing to do with routes is the inner engine's, without a call in between.
         self.source_for = inner.source_for
         self.is_own_host = inner.is_own_host
