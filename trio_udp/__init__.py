@@ -1,15 +1,18 @@
 """UDP servers with structured concurrency: one task and one bounded, ordered inbox for each client.
 
-    trio.run(trio_udp.serve, handler, 9999)             # async def handler(client), once for each address that writes
+    trio.run(trio_udp.serve, handler, 9999)  # runs async def handler(client) once for each address that writes
 
-serve(handler, port)            a server; serve_endpoints(), serve_workers() on sockets of your own, on all CPUs
-connect(host, port)             the other end
-@request_handler                a handler made of an async function that answers one datagram
-@datagram_handler               a handler made of a plain function that sees every datagram, without clients
-Limits(...), RateLimit(...)     bounds on what strangers can take
-open_endpoints(port)            sockets without a server
-request(channel, payload, ...)  ask until there is an answer;  typed(handler, ...): objects instead of bytes
-testing                         a network in memory, for tests
+serve(handler, port)                 run a server
+serve_endpoints(handler, endpoints)  run a server on sockets that are open already
+serve_workers("module:name", port)   run a server in several processes, for several CPUs
+connect(host, port)                  open the other end of a conversation
+open_endpoints(port)                 open sockets without a server
+request(channel, payload, ...)       ask until there is an answer
+@request_handler                     make a handler from an async function that answers one datagram
+@datagram_handler                    make a handler from a plain function that sees every datagram, without clients
+typed(handler, ...)                  give a handler objects instead of bytes
+Limits(...), RateLimit(...)          bound the memory and the traffic that strangers can use
+testing                              a network in memory, for tests
 
 help(trio_udp.serve) explains every argument.
 """
@@ -98,9 +101,9 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Tracebacks, documentation and pickles name the public place. Type aliases have none.
+# Tracebacks, documentation and pickles then name the public module. Type aliases have no ``__module__`` to set.
 for _name in __all__:
-    if issubclass(type(globals()[_name]), (type, FunctionType)):  # isinstance() takes an alias for a class on 3.10
+    if issubclass(type(globals()[_name]), (type, FunctionType)):  # on 3.10 isinstance() takes an alias for a class
         globals()[_name].__module__ = __name__
 del _name, FunctionType
 

@@ -4,16 +4,16 @@
 question     a stranger that fails it                                        counted as
 ============ =============================================================== ==================================
 source       claims to be ourselves, a group or a broadcast address          ``refused_source``
-rate         its part of the network has sent too much                       ``refused_by_rate``
+rate         its part of the network has sent too many datagrams              ``refused_by_rate``
 ``accept``   the user's function returned false, or raised                   ``refused_by_accept``
 ``accept``   the user's function returned bytes, which are sent back         ``answered_by_accept``
 phase        the server drains                                               ``refused_stopping``
 memory       its datagram would not fit into an inbox                        ``dropped_inbox_full``
-host         its host has as many clients as it may have                     ``refused_full``
+host         its host has reached ``clients_per_host``                       ``refused_full``
 room         the table of clients is full                                    ``refused_full``
 ============ =============================================================== ==================================
 
-A client's datagram is checked for its rate only. Nothing is kept of a refused datagram.
+A client's datagram is checked for its rate only. A refused datagram leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from ._log import ErrorLog, WarningLog
 from ._rate import RateLimiter
 from ._seats import Place, Seat, Seats
 
-# As globals; see the end of _lifecycle.py.
+# Also as globals; see the end of _lifecycle.py.
 FINE, REFUSED, UNANSWERABLE = Source
 
-# Most bytes of an accept() reply, as a multiple of the datagram's: RFC 9000 section 8.1.
+# The most bytes of a reply from accept, as a multiple of the datagram's: RFC 9000 section 8.1.
 MOST_AMPLIFICATION = 3
 
 
@@ -65,11 +65,11 @@ class Admission:
     refused_stopping: int = attrs.field(default=0, init=False)
 
     def ask(self, place: Place, payload: bytes, route: Route, ancillary: Ancillary) -> Seat | None:
-        """Make a stranger a client, answer it, or count why not."""
+        """Make a stranger a client, or answer it, or refuse and count its datagram."""
         seats, engine = self.seats, place.outbox.engine
         source = FINE
-        if self.asks_about_all_sources(place) or engine.doubtful_source(route):
-            source = self.look_at_source(place, route)
+        if self.checks_all_sources(place) or engine.doubtful_source(route):
+            source = self.check_source(place, route)
             if source is REFUSED:
                 return None
         limiter = seats.limiter
@@ -92,7 +92,9 @@ class Admission:
             return None
         if not seats.make_room():
             self.refused_full += 1
-            self.warnings.warn("full", "the table of clients is full (max_clients=%d)", seats.limits.max_clients)
+            self.warnings.warn(
+                "full", "strangers are refused: the table of clients is full (max_clients=%d)", seats.limits.max_clients
+            )
             return None
         seat, client = self.new_client(place, route)
         if source is UNANSWERABLE:
@@ -110,15 +112,15 @@ class Admission:
             raise
         return seat
 
-    def asks_about_all_sources(self, place: Place) -> bool:
+    def checks_all_sources(self, place: Place) -> bool:
         """Whether every source needs a check, not only doubtful ones. Refreshed once a batch."""
         time = place.outbox.turn.time
-        if place.sources_looked_at != time:
-            place.sources_looked_at = time
-            place.asks_about_all = self.sources.refresh(place.outbox.engine, time)
-        return place.asks_about_all
+        if place.sources_checked_at != time:
+            place.sources_checked_at = time
+            place.checks_all_sources = self.sources.refresh(place.outbox.engine, time)
+        return place.checks_all_sources
 
-    def look_at_source(self, place: Place, route: Route) -> Source:
+    def check_source(self, place: Place, route: Route) -> Source:
         """Decide about a source, and count the datagram if it is refused."""
         source = self.sources.verdict(place.outbox.engine, route)
         if source is REFUSED:
@@ -126,8 +128,8 @@ class Admission:
         return source
 
     def without_echoes(self, place: Place, batch: list[Received]) -> list[Received]:
-        """Refuse what this server has sent to a group or a broadcast address, and hears itself."""
-        self.asks_about_all_sources(place)  # discards old cached results
+        """Refuse datagrams that this server has sent to a group or a broadcast address and receives back."""
+        self.checks_all_sources(place)  # which discards old cached results
         self.echoes.forget(place.outbox.turn.now())
         engine, sources, echoes = place.outbox.engine, self.sources, self.echoes
         others = [

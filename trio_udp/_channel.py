@@ -14,7 +14,7 @@ from ._lifecycle import CLOSED, LOST, OPEN, End
 from ._statistics import Sender
 from ._trio import is_cancelled
 
-# Most replies in a held outbox: one less than BATCH, so that the next one sends them all.
+# The most replies that a held outbox keeps: one less than BATCH, so that the next reply sends the whole batch.
 ROOM = BATCH - 1
 
 
@@ -23,16 +23,16 @@ class ChannelState(Sender):
     """The state that Client and Connection share.
 
     Attributes:
-      route: Peer address and local address, as the engine has them.
-      end: Why it is over, or ``OPEN``.
-      limited: Sending asks :meth:`reserve` first.
+      route: Peer address and local address, in the engine's form.
+      end: Why the conversation is over, or ``OPEN``.
+      limited: Sending must call :meth:`reserve` first.
     """
 
     outbox: Outbox
     route: Route
     end: End = attrs.field(default=OPEN, init=False)
     limited: bool = attrs.field(default=False, init=False)
-    # Cancelled to tell senders that wait for room in the send buffer that the conversation is over.
+    # One for each sender that waits for room in the send buffer; cancelled when the conversation is over.
     _blocked_sends: set[trio.CancelScope] | None = attrs.field(default=None, init=False)
 
     @property
@@ -57,14 +57,14 @@ class ChannelState(Sender):
                 del error  # its traceback refers to this frame: avoid a reference cycle
 
     def reserve(self, size: int) -> bool:
-        """Reserve bytes against the amplification limit; False if they may not be sent."""
+        """Reserve bytes under the amplification limit; False if they may not be sent."""
         return True
 
     def give_back(self, size: int) -> None:
         """Release reserved bytes that were not sent."""
 
     def push(self, outgoing: list[Outgoing]) -> int:
-        """Send as many datagrams as there is room for; return how many."""
+        """Send as many datagrams as there is room for; return their number."""
         return self.outbox.send(outgoing)
 
     async def push_when_there_is_room(self, outgoing: Outgoing) -> None:
@@ -83,7 +83,7 @@ class ChannelState(Sender):
 
 
 def was_raised_by(error: trio.ClosedResourceError, state: ChannelState) -> bool:
-    """Whether an error says that this very conversation is over, and not something else that a handler uses."""
+    """Whether this conversation raised the error, and not another channel that the handler uses."""
     return getattr(error, "raised_by", None) is state
 
 
@@ -112,26 +112,27 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         return self._state.outbox.engine.local_address(self._state.route)
 
     async def send(self, value: Payload) -> None:
-        """Send one datagram to the peer, after those sent before it.
+        """Send one datagram to the peer, after all datagrams sent before.
 
         Waits while the kernel's send buffer is full, first come first served. A client's network errors (unreachable,
         refused, filtered) are counted in :meth:`statistics` and not raised: UDP promises no delivery, and an
-        unreachable client is not the handler's error. A connection has only one peer: there they are raised.
+        unreachable client is not the handler's error. A connection has only one peer, so there they are raised.
 
         Args:
-          value: The payload: any bytes-like object, copied now. ``b""`` is a datagram like any other. (The name is that
-            of ``trio.abc.SendChannel``.)
+          value: The payload: any bytes-like object, copied at the call. ``b""`` is a datagram like any other. (The
+            argument's name comes from ``trio.abc.SendChannel``.)
 
         Raises:
           OSError: ``EMSGSIZE``: longer than a UDP datagram can be (65,507 bytes over IPv4, 65,527 over IPv6). On a
             connection also the kernel's own: no route, no permission. ``ConnectionRefusedError`` says that an earlier
             datagram was refused; then this one has not been sent, and the connection stays usable.
           TypeError: Not a bytes-like object.
-          trio.ClosedResourceError: After :meth:`close`, or when the endpoint or the client's server or handler is gone.
+          trio.ClosedResourceError: After :meth:`close`, or once the endpoint is closed or the client's server or
+            handler has ended.
 
         Cancellation:
-          Always noticed, and then the datagram is not sent. This is not a full checkpoint each time: other tasks run at
-          least once in 64 sends that no ``receive`` came between, and whenever the send buffer is full.
+          Always noticed; the datagram is then not sent. Not every call is a full checkpoint: other tasks run at least
+          once in 64 sends with no ``receive`` between them, and whenever the send buffer is full.
         """
         state = self._state
         outbox = state.outbox
@@ -154,11 +155,12 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
                 except BaseException:
                     state.give_back(len(payload))
                     raise
-        # A datagram that is withheld counts too: a handler that never waits must not keep others from running.
+        # Withheld datagrams count too: a handler that never waits must not keep other tasks from running.
         turn = outbox.turn
         turn.sent += 1
         if turn.sent >= YIELD_EVERY:
-            # After sending, and shielded: calls send in order, and a sent datagram must not raise Cancelled.
+            # After sending, so that calls send in order; and shielded, so that a call that has sent cannot raise
+            # Cancelled.
             turn.sent = 0
             await trio.lowlevel.cancel_shielded_checkpoint()
 
@@ -166,7 +168,7 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         """Like :meth:`send`, without waiting.
 
         Raises:
-          trio.WouldBlock: The send buffer is full, or others are waiting for it; nothing was sent.
+          trio.WouldBlock: The send buffer is full, or other senders wait for it; nothing was sent.
         """
         state = self._state
         state.check_open()
@@ -183,10 +185,13 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
     async def send_many(self, payloads: Iterable[Payload]) -> None:
         """Send many datagrams, in order.
 
-        Cheaper than sending them one by one, most of all if they have one size. Everything is checked and copied before
-        the first is sent: if :meth:`send` would raise ``TypeError`` or ``EMSGSIZE`` for one, none is sent. Waiting,
-        other errors, cancellation and the turns of other tasks are as for ``send``, though cancellation is noticed once
-        in 64 datagrams, and those before it have been sent. What another task sends meanwhile may come in between.
+        This is cheaper than sending them one by one, above all if they have the same size. Every payload is checked and
+        copied before the first is sent: if :meth:`send` would raise ``TypeError`` or ``EMSGSIZE`` for one, none is
+        sent. Waiting and other errors are as for ``send``. Datagrams that other tasks send meanwhile may come between.
+
+        Cancellation:
+          Noticed before the first datagram and at least once in 64; the datagrams before it have been sent. Other tasks
+          run at least once in 64 datagrams, and whenever the send buffer is full.
         """
         state, outbox = self._state, self._state.outbox
         turn, route = outbox.turn, state.route
@@ -198,7 +203,7 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         if state.limited:
             turn.sent += len(copies)
             copies = [payload for payload in copies if state.reserve(len(payload))]
-            turn.sent -= len(copies)  # they are counted when they are sent
+            turn.sent -= len(copies)  # these are counted when they are sent
         outgoing: list[Outgoing] = [(payload, route, state) for payload in copies]
         position = 0
         try:

@@ -33,9 +33,10 @@ class Client(DatagramChannel):
     ``receive`` and ``send`` always notice cancellation, but they are not full checkpoints: they let other tasks run at
     least once in 64 datagrams, not each time.
 
-    A client is one pair of peer address and local address on one endpoint; writing to a group or a broadcast address
-    makes a client of its own. It begins with a stranger's first datagram and ends when its handler returns; the next
-    datagram from that address then begins another. (:meth:`Server.connect` makes one that the caller owns and closes.)
+    A client is one pair of peer address and local address on one endpoint. A peer that writes to a group or a broadcast
+    address is a client of its own there. A client begins with a stranger's first datagram and ends when its handler
+    returns; the next datagram from that address then begins another. (:meth:`Server.connect` makes a client that the
+    caller owns and closes.)
     """
 
     __slots__ = ()
@@ -44,34 +45,34 @@ class Client(DatagramChannel):
 
     @property
     def server(self) -> trio_udp.Server:
-        """The :class:`Server` it belongs to."""
+        """The :class:`Server` that the client belongs to."""
         server: trio_udp.Server | None = self._state.place.server
         assert server is not None
         return server
 
     @property
     def endpoint(self) -> Endpoint:
-        """The :class:`Endpoint` that its datagrams arrive on."""
+        """The :class:`Endpoint` that the client's datagrams arrive on."""
         return self._state.place.endpoint
 
     @property
     def destination(self) -> Address:
-        """The address that its datagrams were sent to: our own, a group or a broadcast address."""
+        """The address that the client's datagrams were sent to: our own, a group or a broadcast address."""
         return self._state.outbox.engine.destination(self._state.route)
 
     @property
     def interface(self) -> int | None:
-        """Index of the interface they arrived on, if the destination is link-local, a group or a broadcast address.
+        """Index of the arrival interface, if the destination is link-local, a group or a broadcast address.
 
-        Replies leave on it. ``None`` for other destinations: there routing decides.
+        Replies leave on it. ``None`` for other destinations, where routing decides.
         """
         return self._state.outbox.engine.interface(self._state.route)
 
     @property
     def credentials(self) -> Credentials | None:
-        """The process that sends its datagrams; ``None`` without ``credentials=True`` of :func:`open_unix_endpoint`.
+        """The process that sends the datagrams; ``None`` without ``credentials=True`` of :func:`open_unix_endpoint`.
 
-        It stays the same: what another process sends from this name is another client's.
+        It stays the same: another process that sends from this name is another client.
         """
         return credentials_of(self._state.outbox.engine, self._state.route)
 
@@ -94,9 +95,9 @@ class Client(DatagramChannel):
         """Seconds of silence after which this client ends, while its handler waits; ``math.inf`` for never.
 
         Settable; the server's ``idle_timeout`` at first. Silence begins when the handler first waits in :meth:`receive`
-        after the last datagram it took. A wait that is cancelled and begun again does not begin it anew, so a handler
-        that polls and pings notices a dead peer. A handler at work is never interrupted by it. It is noticed at most a
-        quarter of the timeout late.
+        after the last datagram it took. Cancelling a wait and beginning another does not restart it, so a handler that
+        polls and pings notices a dead peer. It never interrupts a handler at work. The client ends at most a quarter of
+        the timeout late. Setting it to anything but a number greater than 0 raises ``TypeError`` or ``ValueError``.
         """
         return self._state.idle_timeout
 
@@ -105,7 +106,7 @@ class Client(DatagramChannel):
         self._state.set_idle_timeout(check_seconds("idle_timeout", seconds))
 
     def statistics(self) -> ClientStatistics:
-        """Counts of this conversation so far; also available once it is over."""
+        """Return the counts of this conversation so far, also after it is over."""
         seat = self._state
         return ClientStatistics(
             received=seat.received,
@@ -129,17 +130,17 @@ class Client(DatagramChannel):
 
         Raises:
           trio.EndOfChannel: The conversation is over for the reason in :attr:`ended`. A handler need not catch it.
-          trio.ClosedResourceError: After :meth:`close`, or when the server or its endpoint is gone.
+          trio.ClosedResourceError: After :meth:`close`, or once the server has ended or its endpoint is closed.
           trio.BusyResourceError: Another task is receiving from this client.
 
         Cancellation:
-          Always noticed, and never loses a datagram. Not a full checkpoint each time: other tasks run at least once in
-          64 datagrams taken.
+          Always noticed, and never loses a datagram. Not every call is a full checkpoint: other tasks run at least once
+          in 64 datagrams taken.
         """
         return await self._state.__anext__(trio.EndOfChannel)
 
-    # The inbox itself is iterated over: a call in between would cost time for every datagram. Type checkers see what
-    # trio.abc.ReceiveChannel says: each item is bytes.
+    # Iterate over the inbox itself: a call in between would cost time for every datagram. Type checkers see the types
+    # of trio.abc.ReceiveChannel: each item is bytes.
     if not TYPE_CHECKING:
 
         def __aiter__(self):
@@ -159,16 +160,16 @@ class Client(DatagramChannel):
     async def receive_many(self) -> list[bytes]:
         """Wait for a datagram, and return the payloads of all that wait by then: at least one, at most 64, in order.
 
-        The twin of :meth:`send_many`. Errors and cancellation are as for :meth:`receive`.
+        The counterpart of :meth:`send_many`. Errors and cancellation are as for :meth:`receive`.
         """
         first = await self._state.__anext__(trio.EndOfChannel)
         return [first, *self._state.take_many(BATCH - 1)]
 
     def close(self) -> None:
-        """End this conversation; what waits in the inbox is dropped and counted. Idempotent.
+        """End this conversation; datagrams that wait in the inbox are dropped and counted. Idempotent.
 
         A :meth:`receive` that already has its datagram still returns it. The next datagram from this address begins a
-        new conversation at once, even while this handler still tidies up.
+        new conversation at once, even while this handler still cleans up.
         """
         if not self._state.is_closed:
             self._state.finish(CLOSED)
@@ -177,10 +178,10 @@ class Client(DatagramChannel):
     def transaction(self) -> Iterator[None]:
         """Protect this conversation from eviction and drain until the block ends.
 
-        Inside ``with client.transaction():`` datagrams go on arriving while the server drains (for ``drain_timeout`` at
-        most; not on a shared endpoint, which is not read any more), and the client is not evicted to make room. The
-        idle timeout still applies. May be nested. To learn of the stop inside it, see :attr:`Server.stopping` and
-        :meth:`Server.wait_stopping`.
+        Inside ``with client.transaction():`` datagrams keep arriving while the server drains, for ``drain_timeout`` at
+        most, and the client is not evicted to make room. (On a shared endpoint none arrive: it is no longer read.) The
+        idle timeout still applies. Blocks may be nested. :attr:`Server.stopping` and :meth:`Server.wait_stopping` tell
+        a handler inside one that the server stops.
         """
         self._state.enter_transaction()
         try:
@@ -192,18 +193,18 @@ class Client(DatagramChannel):
         """Mark the peer's address as verified, for example after it echoed a token.
 
         From then on the client is not evicted, ``Limits.amplification`` does not apply to it, and ``Limits.rate_limit``
-        counts its host by itself (an address of IPv4, a /64 of IPv6): strangers in its network, and forged addresses,
+        counts its host (an IPv4 address or an IPv6 /64) by itself: strangers in its network, and forged addresses,
         cannot use up its share.
         """
         self._state.validate()
 
 
-# Calls the constructor in C: one is made for every stranger.
+# Calls the constructor in C, because every stranger that becomes a client needs one.
 make_client: Callable[[Seat], Client] = partial(type.__call__, Client)
 
 
 def seat_of(client: Client) -> Seat:
-    """Return the record behind a client, or behind a layer over one; for the rest of this package."""
+    """Return the seat of a client, or of the client under a layer; for the rest of this package."""
     try:
         return client._state
     except AttributeError:

@@ -48,8 +48,11 @@ async def connect(
       configure: Called with the ``socket.socket`` before it is bound and connected, to set any socket option.
 
     Raises:
-      OSError: The kernel's own: the name is unknown, there is no route, or ``local_address`` is not ours.
-      TypeError, ValueError: An argument makes no sense.
+      OSError: The name is unknown, there is no route, or ``local_address`` is not ours.
+      TypeError, ValueError: An argument is invalid.
+
+    Cancellation:
+      A checkpoint; it leaves no socket open.
     """
     return make_connection(
         await open_connected_endpoint(
@@ -71,27 +74,27 @@ async def connect_unix(
 ) -> Connection:
     r"""Open a connection to a Unix-domain datagram socket. Nothing is sent; the server must be there.
 
-    A server that does not read makes ``send`` wait, and ``send_nowait`` raise ``trio.WouldBlock``. Once the server is
-    gone a send raises ``ConnectionRefusedError``, and later ones reach a new server of that name as soon as there is
-    one. (``receive`` learns nothing of it.)
+    If the server does not read, ``send`` waits and ``send_nowait`` raises ``trio.WouldBlock``. If the server is gone, a
+    send raises ``ConnectionRefusedError``, and later ones reach a new server with the same name as soon as there is
+    one. ``receive`` does not notice.
 
     Args:
-      path: Of the server's socket, or on Linux an abstract name (``"\0name"``).
-      local_path: A path or an abstract name of our own, to be answered at. Its file is made and removed as by
+      path: The path of the server's socket, or on Linux an abstract name (``"\0name"``).
+      local_path: A path or an abstract name of our own, for the server to answer. Its file is made and removed as by
         :func:`open_unix_endpoint`. By default Linux chooses an abstract name; elsewhere there is none, and the server
         cannot answer.
 
     Raises:
-      OSError: The kernel's own: no such file, nobody has it (``ECONNREFUSED``), no permission to write to it, or
-        ``local_path`` cannot be bound. The message has the path.
-      TypeError, ValueError: An argument makes no sense, or this system has no such sockets.
+      OSError: There is no such file, no server has it (``ECONNREFUSED``), we may not write to it, or ``local_path``
+        cannot be bound. The message has the path.
+      TypeError, ValueError: An argument is invalid, or this system has no such sockets.
     """
     return make_connection(await open_connected_unix_endpoint(path, local_path))
 
 
 @attrs.define(eq=False)
 class ConnectionState(ChannelState):
-    """What a connection knows. Send errors are raised, because there is only one peer."""
+    """The state of a connection. Send errors are raised, because there is only one peer."""
 
     incoming: OneByOne
     delivered: int = attrs.field(default=0, init=False)
@@ -126,7 +129,7 @@ class Connection(DatagramChannel):
 
     @classmethod
     def from_socket(cls, sock: stdlib_socket.socket | trio.socket.SocketType) -> Connection:
-        """Make a connection of a connected datagram socket that other code opened; it owns the socket from now on.
+        """Make a connection from a connected datagram socket that other code opened. It owns the socket from now on.
 
         Raises:
           TypeError, ValueError: It is not a connected datagram socket.
@@ -141,7 +144,7 @@ class Connection(DatagramChannel):
         return self._endpoint.socket
 
     def statistics(self) -> ConnectionStatistics:
-        """Counts since the connection was opened; also available once it is closed."""
+        """Return the counts since the connection was opened, also after it is closed."""
         state = self._state
         return ConnectionStatistics(
             **attrs.asdict(self._endpoint.statistics()),
@@ -154,8 +157,8 @@ class Connection(DatagramChannel):
         """Wait for the server's next datagram and return its payload; ``b""`` is a datagram like any other.
 
         Raises:
-          ConnectionRefusedError: The server's port is closed (an ICMP answer to an earlier datagram).
-            Raised once for it, here or by a send; the connection stays usable.
+          ConnectionRefusedError: The server's port is closed (an ICMP answer to an earlier datagram). Raised once, here
+            or by a send; the connection stays usable.
           trio.ClosedResourceError: After :meth:`close`.
           trio.BusyResourceError: Another task is receiving.
 
@@ -180,7 +183,7 @@ class Connection(DatagramChannel):
     async def receive_many(self) -> list[bytes]:
         """Wait for a datagram, and return the payloads of all that wait by then: at least one, at most 64, in order.
 
-        The twin of :meth:`send_many`. Errors and cancellation are as for :meth:`receive`.
+        The counterpart of :meth:`send_many`. Errors and cancellation are as for :meth:`receive`.
         """
         many = [await self.receive()]
         many += [payload for payload, _, _ in self._state.incoming.reader.take_ahead(BATCH - 1)]
@@ -188,7 +191,7 @@ class Connection(DatagramChannel):
         return many
 
     def close(self) -> None:
-        """Close the socket; what has not been received is dropped and counted. Idempotent."""
+        """Close the socket; datagrams not yet received are dropped and counted. Idempotent."""
         state = self._state
         if not state.is_closed:
             state.finish(CLOSED)
@@ -197,7 +200,7 @@ class Connection(DatagramChannel):
 
 
 def make_connection(endpoint: Endpoint, peer_address: Address | None = None) -> Connection:
-    """Make a connection of an endpoint whose socket is connected, by default to what the socket says."""
+    """Make a connection from an endpoint with a connected socket, which by default tells the peer address."""
     reader = reader_of(endpoint)
     peer = peer_address if peer_address is not None else endpoint.socket.getpeername()
     return create(

@@ -1,4 +1,4 @@
-"""Making objects: classes that users receive and never make themselves, and records that are made often."""
+"""Constructors: none for classes whose instances users only receive, and a fast one for records made often."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class NoPublicConstructor(ABCMeta):
-    """A metaclass for such classes: calling the class raises ``TypeError``, and :func:`create` makes an instance."""
+    """A metaclass for classes that users do not call: a call raises ``TypeError``. Use :func:`create`."""
 
     def __call__(cls, *_: object, **__: object) -> NoReturn:
         raise TypeError(f"{cls.__module__}.{cls.__qualname__} has no public constructor")
@@ -27,14 +27,14 @@ def create(cls: Callable[..., T], *args: Any) -> T:
 def constant_defaults(cls: type[T]) -> type[T]:
     """Give an attrs class an ``__init__`` that is three times as fast.
 
-    For a field that is no argument, the one of attrs looks its default up at each call. Here defaults are constants:
-    making a record of 33 fields takes 0.6 µs, not 2.0.
+    The ``__init__`` of attrs looks up the default of every field that is not an argument, at each call. Here defaults
+    are constants: making a record of 33 fields takes 0.6 µs instead of 2.0.
     """
     arguments, constants, lines = ["self"], {}, []
-    for field in attrs.fields(cls):  # type: ignore[arg-type]  # it is one
+    for field in attrs.fields(cls):  # type: ignore[arg-type]  # cls is an attrs class
         lines.append(f"self.{field.name} = {field.alias if field.init else field.name}")
         if field.default is not attrs.NOTHING:
-            assert not isinstance(field.default, attrs.Factory), field.name  # type: ignore[arg-type]  # it is a class
+            assert not isinstance(field.default, attrs.Factory), field.name  # type: ignore[arg-type]  # Factory is a class
             constants[field.name] = field.default
         if field.init:
             arguments.append(f"{field.alias}={field.name}" if field.name in constants else field.alias)

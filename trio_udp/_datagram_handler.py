@@ -1,4 +1,4 @@
-"""Handing out datagrams to a ``datagram_handler``: no clients, no tasks, no inboxes."""
+"""The loop of a ``datagram_handler``: no clients, no tasks, no inboxes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
     if seats.phase is DRAINING and not known:
         admission.refused_stopping += len(batch)
         return
-    asks_about_all, is_doubtful = admission.asks_about_all_sources(place), place.reader.engine.doubtful_source
+    checks_all, is_doubtful = admission.checks_all_sources(place), place.reader.engine.doubtful_source
     replies: list[Outgoing] = []
     place.rest = iter(batch)
     for payload, route, ancillary in place.rest:
@@ -34,8 +34,8 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
             admission.refused_stopping += 1
             continue
         is_answerable = True
-        if asks_about_all or is_doubtful(route):
-            source = admission.look_at_source(place, route)
+        if checks_all or is_doubtful(route):
+            source = admission.check_source(place, route)
             if source is Source.REFUSED:
                 continue
             is_answerable = source is not Source.UNANSWERABLE

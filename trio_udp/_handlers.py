@@ -34,7 +34,8 @@ OnError: TypeAlias = (
 )
 """The type of ``on_error``: called with the client (for a ``datagram_handler`` the datagram) and the exception."""
 
-# On handlers that layers make: asked about a stranger after the user's accept, with the same answers. See ask_both().
+# An attribute of handlers that layers make: it is called for a stranger after the user's accept, and returns the same
+# kinds of answers. See ask_both().
 GATE = "_trio_udp_gate"
 
 LOOKS_LIKE = "a handler is an async function with one argument: async def handler(client)"
@@ -59,9 +60,9 @@ Handler: TypeAlias = Callable[[Client], Awaitable[object]] | DatagramHandler
 
 
 def datagram_handler(function: Callable[[Datagram], Payload | None]) -> DatagramHandler:
-    """Make a handler of a plain function that answers one datagram at a time: ``@datagram_handler``.
+    """Turn a plain function that answers one datagram at a time into a handler: ``@datagram_handler``.
 
-    For protocols in which each datagram is answered alone (DNS, NTP, STUN), and for collectors (syslog, StatsD,
+    For protocols in which each datagram is answered by itself (DNS, NTP, STUN), and for collectors (syslog, StatsD,
     NetFlow)::
 
         @trio_udp.datagram_handler
@@ -77,7 +78,8 @@ def datagram_handler(function: Callable[[Datagram], Payload | None]) -> Datagram
 
     Errors:
       An exception in the function goes to ``on_error(datagram, exception)``, and the next datagram follows. A reply
-      that finds the send buffer full is dropped and counted under ``EAGAIN``.
+      that finds the send buffer full is dropped and counted under ``EAGAIN``. Anything but a plain function of one
+      argument raises ``TypeError`` at once.
     """
     if not callable(function) or is_async(function):
         raise TypeError(f"a datagram_handler is a plain function with one argument, def f(datagram), not {function!r}")
@@ -103,15 +105,15 @@ def show_as(client: Client, channel: Client) -> None:
 
 
 class NotAwaitable(TypeError):
-    """The handler is a plain function, and returned something that is not awaitable."""
+    """The handler is a plain function, and what it returned is not awaitable."""
 
 
 async def run_handler(
     handler: Callable[[Client], Awaitable[object]], client: Client, crash: Callable[[Exception], None]
 ) -> None:
-    """Call a handler for a client, and again while it leaves datagrams behind; then let go of the client.
+    """Call a handler for a client, and again while it leaves datagrams behind; then remove the client.
 
-    A call that took no datagram is the last one; otherwise the handler might be called for ever.
+    A call that takes no datagram is the last one; otherwise the handler might be called for ever.
     """
     seat = seat_of(client)
     try:
@@ -140,7 +142,7 @@ def call(handler: Callable[[Client], Awaitable[object]], client: Client) -> Awai
 
 
 def handler_raised(client: Client, error: BaseException) -> None:
-    """Report the exception of a handler that is being handled if it is the handler's; otherwise re-raise it."""
+    """Report the exception being handled if it is an error of the handler; otherwise re-raise it."""
     if isinstance(error, Exception) and not isinstance(error, NotAwaitable):
         return handler_failed(client, error)
     if isinstance(error, BaseExceptionGroup):
@@ -155,7 +157,7 @@ def handler_raised(client: Client, error: BaseException) -> None:
 
 
 def handler_failed(client: Client, error: Exception) -> None:
-    """Count an error of a client's handler and tell ``on_error``, unless it only says that the conversation is over."""
+    """Count an error of a handler and call ``on_error``, unless the error only says that the conversation is over."""
     seat = seat_of(client)
     if seat.shared.crashing:  # raised by on_error, through a nursery in the handler
         raise error
@@ -169,7 +171,7 @@ def handler_failed(client: Client, error: Exception) -> None:
 
 
 def is_normal_end(error: Exception, seat: Seat) -> bool:
-    """Whether an exception only says that the conversation is over, perhaps from inside a nursery of the handler's."""
+    """Whether an exception only says that the conversation is over, perhaps from a nursery in the handler."""
     if isinstance(error, ExceptionGroup):
         return all(is_normal_end(inner, seat) for inner in error.exceptions)
     if isinstance(error, trio.ClosedResourceError):

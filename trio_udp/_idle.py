@@ -1,9 +1,10 @@
 """Idle expiry: ends conversations whose peer has been silent for too long, with one task for all of them.
 
 Each inbox whose handler has begun to wait has one *due* time, at which its timeout may have passed, and is checked only
-then. A handler that has waited long enough ends; one that has waited anew gets a new due time; one that is at work gets
-none until its next wait. Due times are rounded up to multiples of an eighth of the timeout (*ticks*), so that
-conversations that began at about the same time are checked together, and no inbox needs a timer.
+then. If the handler has waited long enough, the conversation ends. If it has begun another wait meanwhile, the inbox
+gets a new due time. If it is at work, the inbox gets one at its next wait. Due times are rounded up to multiples of an
+eighth of the timeout (*ticks*), so that conversations that began at about the same time are checked together, and no
+inbox needs a timer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ._lifecycle import IDLE
 # Due times are rounded up to this fraction of the timeout.
 COARSENESS = 1 / 8
 
-NOBODY: set[Inbox] = set()
+NO_INBOXES: set[Inbox] = set()
 
 
 @attrs.define(eq=False)
@@ -33,7 +34,7 @@ class IdleExpiry:
     _alarm: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
 
     def watch(self, inbox: Inbox, since: float) -> None:
-        """Look at an inbox when it has been silent for its idle timeout, counted from ``since``."""
+        """Check an inbox once it may have been silent for its idle timeout, counted from ``since``."""
         when = since + inbox.idle_timeout
         inbox.due = when
         if when == math.inf:
@@ -49,7 +50,7 @@ class IdleExpiry:
         inboxes.add(inbox)
 
     def forget(self, inbox: Inbox) -> None:
-        """Let go of an inbox."""
+        """Do not check an inbox any more."""
         if inbox.due is not None:
             inboxes = self._inboxes.get(inbox.due)  # None if due is math.inf
             if inboxes is not None:
@@ -59,24 +60,24 @@ class IdleExpiry:
             inbox.due = None
 
     def timeout_changed(self, inbox: Inbox) -> None:
-        """Look at an inbox in time for another idle timeout."""
+        """Check an inbox at the time that its new idle timeout requires."""
         if inbox.due is not None:
             self.forget(inbox)
-            self.watch(inbox, inbox.waiting_since)  # may be in the past: then it is checked at once
+            self.watch(inbox, inbox.waiting_since)  # if this is in the past, the inbox is checked at once
 
     async def run(self) -> None:
-        """End conversations when their idle timeout is over; runs for ever."""
+        """End conversations when their idle timeout is over; never returns."""
         while True:
             now = trio.current_time()
-            looked_at = 0
-            while self._ticks and self._ticks[0] <= now and looked_at < BATCH:
-                inboxes = self._inboxes.get(self._ticks[0], NOBODY)
-                while inboxes and looked_at < BATCH:
-                    self._look_at(inboxes.pop(), now)
-                    looked_at += 1
+            checked = 0
+            while self._ticks and self._ticks[0] <= now and checked < BATCH:
+                inboxes = self._inboxes.get(self._ticks[0], NO_INBOXES)
+                while inboxes and checked < BATCH:
+                    self._check(inboxes.pop(), now)
+                    checked += 1
                 if not inboxes:
                     self._inboxes.pop(heapq.heappop(self._ticks), None)
-            if looked_at == BATCH:  # more may be due: let others run first
+            if checked == BATCH:  # more may be due: let other tasks run first
                 await trio.lowlevel.checkpoint()
                 continue
             # watch() moves the deadline forward.
@@ -85,12 +86,12 @@ class IdleExpiry:
 
     def _drop_tick(self, when: float) -> None:
         del self._inboxes[when]
-        # Dropped ticks stay in the heap until their time. Rebuild it if distant ones accumulate.
+        # Dropped ticks stay in the heap until their time. Rebuild the heap if distant ones accumulate.
         if len(self._ticks) > 2 * len(self._inboxes) + BATCH:
             self._ticks = list(self._inboxes)
             heapq.heapify(self._ticks)
 
-    def _look_at(self, inbox: Inbox, now: float) -> None:
+    def _check(self, inbox: Inbox, now: float) -> None:
         if not inbox.may_expire:
             inbox.due = None  # at work: the next wait registers it again
         elif inbox.waiting_since + inbox.idle_timeout <= now:

@@ -1,7 +1,7 @@
 """The bounded memory channel of one client: filled by the receive loop, emptied by one handler.
 
-Not ``trio.open_memory_channel``: an inbox is bounded in bytes too, alone and together with all others; it drops by
-policy; and receiving a waiting datagram does not checkpoint each time.
+It is not a ``trio.open_memory_channel`` because it is also bounded in bytes, by itself and together with all other
+inboxes; it drops by policy; and receiving a datagram that waits already is not a full checkpoint each time.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from ._lifecycle import DRAINING, IDLE, OPEN, RUNNING, STOPPING, End, Phase
 from ._limits import Limits
 from ._trio import SLEEP, is_cancelled
 
-# Stands for an empty deque (620 bytes) until the first datagram has to wait.
+# Stands in for an empty deque, which takes 620 bytes, until the first datagram has to wait.
 NOTHING: Any = ()
 
-# What wakes a sleeping receiver without a payload.
+# Wakes a sleeping receiver without a payload, so that it checks the inbox again.
 LOOK_AGAIN: Any = None
 
 
 @attrs.define(eq=False)
 class Shared:
-    """What all inboxes of one server share: their limits, the server's phase, and running counts."""
+    """The state that all inboxes of one server share: their limits, the server's phase, and running counts."""
 
     limits: Limits
     phase: Phase = attrs.field(default=RUNNING, init=False)
     waiting_bytes: int = attrs.field(default=0, init=False)
-    handed_over: int = attrs.field(default=0, init=False)  # to a task that was waiting
+    handed_over: int = attrs.field(default=0, init=False)  # to a waiting task, without being kept
     kept: int = attrs.field(default=0, init=False)
-    taken: int = attrs.field(default=0, init=False)  # of those that were kept
-    removed: int = attrs.field(default=0, init=False)  # of those that were kept
+    taken: int = attrs.field(default=0, init=False)  # of the kept ones
+    removed: int = attrs.field(default=0, init=False)  # of the kept ones, and dropped
     dropped_inbox_full: int = attrs.field(default=0, init=False)
     dropped_at_end: int = attrs.field(default=0, init=False)
 
@@ -53,15 +53,15 @@ class Shared:
 
 @attrs.define(eq=False)
 class Inbox(ChannelState):
-    """Payloads in arrival order, the task that waits for the next one, and since when it has been waiting.
+    """Payloads in arrival order, the task that waits for the next one, and when its wait began.
 
     Attributes:
-      receiver: The task that is in :meth:`receive`. It sleeps there while its ``custom_sleep_data`` is this inbox: Trio
-        clears that when it wakes a task, for whatever reason.
-      transactions: ``with client.transaction()`` blocks that the conversation is in.
+      receiver: The task that is receiving. It sleeps while its ``custom_sleep_data`` is this inbox; Trio clears that
+        field whenever it wakes a task.
+      transactions: The number of open ``with client.transaction()`` blocks.
       waiting_since: When the receiver began to wait, on Trio's clock: the beginning of the peer's silence.
       idle_timeout: Seconds of silence after which the conversation ends.
-      due: When to look whether that time is over; ``None`` if nothing will look.
+      due: When idle expiry next checks that time; ``None`` if it will not.
     """
 
     shared: Shared
@@ -76,7 +76,8 @@ class Inbox(ChannelState):
     dropped_inbox_full: int = attrs.field(default=0, init=False)
     dropped_at_end: int = attrs.field(default=0, init=False)
     _waiting_bytes: int = attrs.field(default=0, init=False)
-    # ``delivered`` when a wait was cut short. While it is the same, the peer has been silent since that wait began.
+    # The value of ``delivered`` when a wait was cut short. While they are equal, the peer has been silent since that
+    # wait began.
     _silent_at: int = attrs.field(default=-1, init=False)
 
     @property
@@ -85,19 +86,19 @@ class Inbox(ChannelState):
 
     @property
     def is_awaited(self) -> bool:
-        """Whether a task sleeps here, and nothing has happened yet that will wake it."""
+        """Whether a task sleeps here and nothing has woken it yet."""
         return self.receiver is not None and self.receiver.custom_sleep_data is self
 
     @property
     def may_expire(self) -> bool:
-        """Whether silence counts at the moment."""
+        """Whether silence counts toward the idle timeout now."""
         return self.is_awaited
 
     def __aiter__(self) -> Inbox:
         return self
 
     def put(self, payload: bytes) -> None:
-        """Give a datagram that has arrived to the task that waits for it, or keep it, or drop one by policy."""
+        """Hand an arrived datagram to the waiting task, or keep it, or drop one by policy."""
         size = len(payload)
         shared = self.shared
         self.bytes_received += size
@@ -125,11 +126,11 @@ class Inbox(ChannelState):
 
     @types.coroutine  # "yield from" here means "await"
     def __anext__(self, over: type[Exception] = StopAsyncIteration) -> Generator[Any, Any, bytes]:
-        """Wait for the next payload and take it; raise ``over`` where the channel has ended.
+        """Wait for the next payload and take it; raise ``over`` once the channel has ended.
 
-        All receiving waits here; ``async for`` calls it directly. It is a generator, and
-        yields to Trio's loop itself, because a task that wakes resumes every coroutine on its stack. A payload that
-        arrives while the task sleeps resumes it, so cancellation cannot lose that payload.
+        Every receiver waits here; ``async for`` calls it directly. It is a generator that yields to Trio's loop itself,
+        because a task that wakes resumes every coroutine on its stack, and each of them costs time. The payload that
+        arrives during the sleep is the value that the task wakes with, so cancellation cannot lose it.
         """
         if self.receiver is not None:
             raise trio.BusyResourceError("another task is already receiving from this client")
@@ -184,7 +185,7 @@ class Inbox(ChannelState):
         return self.take()
 
     def receive_nowait(self) -> bytes:
-        """Take the next payload, without waiting.
+        """Take the next payload without waiting.
 
         Raises:
           trio.WouldBlock: Nothing waits, or another task is about to take it.
@@ -200,7 +201,7 @@ class Inbox(ChannelState):
         return self.take()
 
     def take(self) -> bytes:
-        """Return the oldest payload; there must be one."""
+        """Remove and return the oldest payload; there must be one."""
         payload = self.payloads.popleft()
         size = len(payload)
         shared = self.shared
@@ -211,13 +212,13 @@ class Inbox(ChannelState):
         return payload
 
     def take_many(self, most: int) -> list[bytes]:
-        """Return the oldest payloads, at most so many."""
+        """Remove and return the oldest payloads, at most ``most``."""
         many = [self.take() for _ in range(min(most, len(self.payloads)))]
         self.outbox.turn.taken += len(many)
         return many
 
     def wake(self) -> None:
-        """Let the receiver, if there is one, look again."""
+        """Wake the sleeping receiver, if there is one, to check the inbox again."""
         if self.receiver is not None and self.receiver.custom_sleep_data is self:
             reschedule(self.receiver, LOOK_AGAIN)
 
@@ -236,7 +237,7 @@ class Inbox(ChannelState):
             self.shared.dropped_at_end += 1
 
     def shrink(self) -> None:
-        """Give back the memory of an empty inbox."""
+        """Release the memory of an empty inbox."""
         if not self.payloads:
             self.payloads = NOTHING
 
@@ -244,7 +245,7 @@ class Inbox(ChannelState):
         """Register with idle expiry. Called when a wait begins and ``due`` is ``None``."""
 
     def _is_over(self, now: float) -> bool:
-        """Whether the channel has ended. Ends it first if the drain or the idle timeout is due."""
+        """Whether the channel has ended. Ends it first if a drain or the idle timeout says so."""
         if self.end is OPEN:
             if self.shared.phase is DRAINING and not self.transactions:
                 self.finish(STOPPING)
@@ -253,7 +254,7 @@ class Inbox(ChannelState):
         return self.end is not OPEN
 
     def _make_room(self, size: int) -> bool:
-        """Drop the oldest payloads until ``size`` bytes fit; False if the policy forbids it or it cannot help."""
+        """Drop the oldest payloads until ``size`` bytes fit; False if the policy forbids that or they can never fit."""
         limits, shared = self.shared.limits, self.shared
         elsewhere = shared.waiting_bytes - self._waiting_bytes
         bytes_allowed = min(limits.inbox_bytes, limits.total_bytes - elsewhere)

@@ -1,4 +1,4 @@
-"""Limits on what a server holds, and on the rate of strangers: plain values, checked when they are made."""
+"""Limits on the memory of a server and on the datagrams of strangers: plain values, checked when they are made."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -96,7 +96,8 @@ class RateLimit:
       ipv4_prefix, ipv6_prefix: Leading bits of an address that identify a source.
       buckets: Maximum number of buckets in memory, about 250 bytes each, besides one for each client. The server
         forgets a source, which then has a full bucket again, once ``buckets / 2`` other sources have come since its
-        last datagram. Choose more than can come in ``burst / per_second`` seconds.
+        last datagram. Choose more than twice the number of sources that can come in ``burst / per_second`` seconds, the
+        time in which an empty bucket fills.
     """
 
     per_second: float = attrs.field(validator=_positive_number)
@@ -127,7 +128,7 @@ class Limits:
       total_bytes: Payload bytes waiting for all clients of the server.
       when_inbox_full: Which datagram a full inbox drops: ``"drop_newest"``, the one that arrives, or
         ``"drop_oldest"``, those of the same client that have waited the longest.
-      rate_limit: Datagrams per second from one part of the network; by default any number.
+      rate_limit: Datagrams per second from one part of the network; by default there is no limit.
       amplification: How many times the bytes received from a client may be sent to it, until its handler calls
         :meth:`Client.validate`. Anything beyond that is not sent, and counted as ``sends_withheld``. Without this
         limit an attacker who forges a victim's address can make the server flood the victim. RFC 9000 section 8.1 uses
@@ -157,12 +158,12 @@ class Limits:
             clients * (CLIENT + handler_bytes + inbox_datagrams * DATAGRAM + requests * REQUEST)
                 + total_bytes + buckets * BUCKET
 
-        Other memory that handlers hold comes on top, and buffers: 4 MB for each thread and kind of socket, up to 8 MB
+        It leaves out other memory that handlers hold, and buffers: 4 MB for each thread and kind of socket, up to 8 MB
         for each endpoint.
 
         Args:
           concurrency: As given to ``request_handler``.
-          handler_bytes: What the handler of one client holds; 75,000 for :func:`trio_udp.dtls.secure`.
+          handler_bytes: Bytes that the handler of one client holds; 75,000 for :func:`trio_udp.dtls.secure`.
         """
         clients = self.max_clients + BATCH  # evicted handlers may linger for one batch
         requests = concurrency if concurrency > 1 else 0

@@ -17,13 +17,13 @@ LOGGER = logging.getLogger("trio_udp")
 # Logs each message with the same arguments once, not once for each socket: a program may open thousands.
 warn_once = cache(LOGGER.warning)
 
-# A stranger who finds a payload that makes a handler raise can send it a million times.
+# A stranger who has found a payload that makes a handler raise can send it a million times.
 TRACEBACKS_PER_SECOND = 10
 
-# The same for payloads that do not decode, of all peers together.
+# Lines about payloads that do not decode, for all peers together.
 LINES_PER_SECOND = 10
 
-# Least time between two lines for the same reason, or about the same errno of the same socket.
+# The least time between two lines with the same reason, or about the same errno of the same socket.
 SECONDS_OF_SILENCE = 60
 
 
@@ -98,9 +98,9 @@ class WarningLog:
 
 @attrs.define(eq=False)
 class PeerLog:
-    """Logs payloads that make no sense: a line a minute for each peer, and ten a second for all, at most.
+    """Logs payloads that do not decode: at most one line a minute for each peer, and ten lines a second for all.
 
-    There are lines of one minute to remember, so strangers with any number of addresses cannot make it grow.
+    It remembers the lines of one minute, so strangers with any number of addresses cannot make it grow without bound.
     """
 
     _written: dict[str, float] = attrs.field(factory=dict, init=False)  # when, by peer; the oldest first
@@ -114,5 +114,5 @@ class PeerLog:
         last = list(islice(reversed(written.values()), LINES_PER_SECOND))
         if len(last) < LINES_PER_SECOND or now - last[-1] >= 1:
             written[peer] = now
-            reason = f"{type(error).__name__}: {error}"[:200]  # may quote the payload: so it is short, and escaped
+            reason = f"{type(error).__name__}: {error}"[:200]  # may quote the payload, so it is cut and escaped
             LOGGER.warning("skipped a payload of %d bytes from %s: %r", len(payload), peer, reason)

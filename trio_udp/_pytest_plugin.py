@@ -1,6 +1,6 @@
 """Fixtures for pytest: a network in memory, and a server on it. See docs/testing.md.
 
-pytest loads this file wherever trio_udp is installed. So it imports nothing of the package until a test uses a fixture.
+pytest loads this file wherever trio_udp is installed, so it imports nothing of the package until a test uses a fixture.
 Only ``udp_server`` needs pytest-trio, which runs it.
 """
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 StartServer: TypeAlias = "Callable[..., Awaitable[Connection]]"
 
-# The attribute of a test's item that holds its network. Any version of pytest may load this file, and older ones lack
-# the stash.
+# The attribute of a test item that holds its network. Any version of pytest may load this file, and older ones lack
+# ``Item.stash``.
 NETWORK = "_trio_udp_network"
 
-# How many of the timeline's last lines a failing test shows.
+# The number of the timeline's last lines that a failing test shows.
 LINES_SHOWN = 50
 
 # Seconds that handlers have to end when the test is over. Under autojump_clock they pass at once.

@@ -1,4 +1,4 @@
-"""Token buckets: how many datagrams a part of the network may send, in a table that strangers cannot make grow."""
+"""Token buckets: how many datagrams each part of the network may send, in a table of bounded size."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ EPSILON = 1e-3
 class Bucket:
     """The tokens that one source has left.
 
-    Stored as the moment, in units of one token's refill time, at which the bucket will be full again. Taking a token is
-    one addition, and no refill is needed (the "virtual scheduling algorithm" of ITU-T I.371).
+    The bucket stores the time at which it will be full again, in units of one token's refill time. Taking a token is
+    one addition, and nothing has to refill it (the "virtual scheduling algorithm" of ITU-T I.371).
     """
 
     key: bytes
@@ -66,7 +66,7 @@ class RateLimiter:
         return bucket
 
     def take(self, bucket: Bucket, time: float) -> bool:
-        """Take a token from a bucket, if there is one."""
+        """Take a token from a bucket; False if it has none."""
         now = time * self._limit.per_second  # in units of the time that refills one token
         full_at = bucket.full_at
         if full_at < now:

@@ -1,4 +1,4 @@
-"""The way of a datagram from the kernel to its handler, and back. Read this first.
+"""The path of a datagram from the kernel to its handler and back. Read this first.
 
     kernel -> engine -> Reader -> receive_loop() -> known[route], or admission -> inbox -> handler task
     kernel <- engine <- Outbox <---------------------------------------------------------- client.send()
@@ -7,9 +7,9 @@ One receive loop for each endpoint puts every datagram into the inbox of the cli
 address and local address) identifies the client. A stranger goes through admission, which may start a handler task for
 it. The loop never waits for a client, and everything that grows is bounded by :class:`Limits`.
 
-The files on that way, each read from top to bottom: _endpoints/engines/linux.py (or portable.py),
+The files on that path, each to be read from top to bottom: _endpoints/engines/linux.py (or portable.py),
 _endpoints/_reader.py, this one, _inbox.py, _channel.py, _endpoints/_outbox.py. For a ``datagram_handler`` the loop
-hands out batches to _datagram_handler.py instead.
+hands its batches to _datagram_handler.py instead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ._server import ServerState, backlog_of
 async def receive_loop(
     hand_out: Callable[[Place, list[Received]], None], early: bool, server: ServerState, place: Place
 ) -> None:
-    """Read an endpoint and hand out what arrives, a batch at a time, until the endpoint or the server ends."""
+    """Read an endpoint and hand out datagrams, a batch at a time, until the endpoint or the server ends."""
     reader, seats = place.reader, server.seats
     reader.hand_out, reader.early = partial(hand_out, place), early
     try:
@@ -39,7 +39,7 @@ async def receive_loop(
                     # Let evicted handlers end before the next batch. (next_batch lets tasks run too, but in random
                     # order, so one checkpoint may not be enough.)
                     await trio.lowlevel.checkpoint()
-        # Read the datagrams that had arrived when the stop began, and not many more, whatever goes on arriving.
+        # Read the datagrams that had arrived when the stop began, and few more, however many keep arriving.
         is_left = backlog_of(place)
         while reader.ahead or reader.engine.read_ahead or (not reader.shared and is_left()):
             if not await reader.next_batch(wait=False):
@@ -56,13 +56,13 @@ async def receive_loop(
     finally:
         # If a user's function has crashed the server, the rest of the batch is refused.
         server.admission.refused_stopping += len(list(place.rest)) + len(reader.take_ahead(len(reader.ahead)))
-        # Datagrams that cancelled handlers still send must not wait for this loop, which has ended.
+        # Cancelled handlers may still send; their datagrams must not wait for this loop, which has ended.
         place.outbox.release()
         place.outbox.turn.time = 0.0  # the last batch's time is no longer the current time
 
 
 def to_clients(admission: Admission, place: Place, batch: list[Received]) -> None:
-    """Put each datagram of a batch into the inbox of its client, if it has one or admission makes one."""
+    """Put each datagram of a batch into the inbox of its client. A stranger has one if admission makes it a client."""
     known, limiter, turn = place.known, admission.seats.limiter, place.outbox.turn
     turn.begin_batch()
     if admission.echoes.expected:
@@ -79,8 +79,8 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
         elif limiter is not None and not limiter.take(seat.bucket, turn.time):
             admission.refused_by_rate += 1
             continue
-        # Here, in arrival order, rather than in a task per datagram: Trio shuffles tasks that become runnable together,
-        # so spawning would reorder the datagrams of a batch.
+        # Put it here, in arrival order, rather than in a task per datagram: Trio shuffles tasks that become runnable
+        # together, so spawning would reorder the datagrams of a batch.
         seat.put(payload)
 
 

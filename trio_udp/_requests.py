@@ -16,7 +16,7 @@ from ._limits import check_seconds
 RequestFunction: TypeAlias = "Callable[[bytes, Client], Awaitable[Payload | None]]"
 ClientHandler: TypeAlias = Callable[[Client], Awaitable[None]]
 
-# On handlers made here: see makes_room().
+# An attribute of the handlers made here; see makes_room().
 KEEPS_NOTHING = "_trio_udp_keeps_nothing"
 
 
@@ -34,9 +34,9 @@ def request_handler(
     """Turn ``async def f(payload, client)`` into a handler that replies to each datagram with what ``f`` returns.
 
     Used as ``@request_handler`` or ``@request_handler(timeout=2)``. A client's requests are answered one after the
-    other, in arrival order; those of different clients side by side. Like any handler this one waits for more until the
+    other, in arrival order; different clients are answered side by side. Like any handler, it waits for more until the
     client has been silent for ``idle_timeout``. But a client that waits for its next request holds nothing, so at
-    ``max_clients`` it makes room for a stranger whatever ``Limits.when_full`` says, unless it is validated.
+    ``max_clients`` it makes room for a stranger regardless of ``Limits.when_full``, unless it is validated.
 
     Args:
       function: Returns the reply (``b""`` is an empty one) or ``None`` for no reply, and must return ``None`` once it
@@ -49,7 +49,8 @@ def request_handler(
 
     Errors:
       An exception in ``function`` goes to the server's ``on_error``. It ends no other request: those that wait behind
-      it are still answered, and with ``concurrency`` those beside it go on.
+      it are still answered, and with ``concurrency`` those beside it continue. An invalid argument raises ``TypeError``
+      or ``ValueError`` at once.
     """
     if timeout is not None:
         check_seconds("timeout", timeout)
@@ -106,11 +107,11 @@ def request_handler(
 
     handler = one_by_one if concurrency == 1 else side_by_side
     functools.update_wrapper(handler, function)
-    del handler.__wrapped__  # type: ignore[attr-defined]  # otherwise inspect.signature() would show the function's
+    del handler.__wrapped__  # type: ignore[attr-defined]  # or inspect.signature() would return the function's
     setattr(handler, KEEPS_NOTHING, True)
     return handler
 
 
 def makes_room(handler: object) -> bool:
-    """Whether a client whose handler waits holds nothing, so that it may be evicted for a stranger."""
+    """Whether a client of this handler holds nothing while it waits, so that it may be evicted for a stranger."""
     return getattr(handler, KEEPS_NOTHING, False) is True

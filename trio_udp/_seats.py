@@ -19,13 +19,13 @@ from ._lifecycle import CATCHING_UP, DRAINING, EVICTED, IDLE, LOST, OPEN, RUNNIN
 from ._rate import NO_BUCKET, Bucket, RateLimiter
 from ._statistics import EndpointStatistics
 
-# Counts of a server, which begin when it takes over an endpoint. (What the kernel drops is counted for the socket.)
+# These counts begin when a server takes over an endpoint. (Datagrams that the kernel drops are counted for the socket.)
 COUNTED = (
     *("received", "bytes_received", "truncated", "refused_malformed"),
     *("sent", "bytes_sent", "receive_errors", "send_errors"),
 )
 
-# Most clients examined for one eviction, so that a flood of strangers stays cheap.
+# The most clients examined for one eviction, so that a flood of strangers stays cheap.
 MOST_LOOKS = 64
 
 
@@ -34,11 +34,11 @@ class Place(Origin):
     """One endpoint of a server, and the clients on it.
 
     Attributes:
-      known: The client that a route leads to. One that has ended is not known any more, even while its handler still
-        runs: its address is free for a new client.
+      known: The clients by route. A client that has ended is no longer in it, even while its handler still runs: its
+        address is free for a new client.
       until_stop: Cancelled when the server stops, to wake the receive loop.
       rest: The datagrams of the current batch that are not yet handed out.
-      sources_looked_at: Time of the batch for which ``asks_about_all`` was computed.
+      sources_checked_at: Time of the batch for which ``checks_all_sources`` was computed.
       before: The endpoint's counts when the server took over.
     """
 
@@ -46,8 +46,8 @@ class Place(Origin):
     known: dict[Route, Seat] = attrs.field(factory=dict, init=False)
     until_stop: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
     rest: Iterator[Received] = attrs.field(factory=lambda: iter(()), init=False)
-    sources_looked_at: float = attrs.field(default=-1.0, init=False)
-    asks_about_all: bool = attrs.field(default=False, init=False)
+    sources_checked_at: float = attrs.field(default=-1.0, init=False)
+    checks_all_sources: bool = attrs.field(default=False, init=False)
     before: EndpointStatistics = attrs.field(init=False)
 
     @before.default
@@ -68,7 +68,7 @@ class Place(Origin):
 
     @property
     def has_nothing_to_read(self) -> bool:
-        """Whether all that has arrived was handed out."""
+        """Whether every datagram that has arrived has been handed out."""
         reader, engine = self.reader, self.reader.engine
         if length_hint(self.rest) or self.in_accept or reader.ahead or engine.read_ahead:
             return False
@@ -78,14 +78,14 @@ class Place(Origin):
 @constant_defaults
 @attrs.define(eq=False)
 class Seat(Inbox):
-    """Everything that a server knows of one client, from admission to the end of its handler.
+    """Everything that a server knows about one client, from admission to the end of its handler.
 
     Attributes:
       place: The endpoint that the client is on.
-      has_handler: A handler runs; otherwise ``Server.connect`` made the client, and its owner closes it.
-      answerable: Its source address is one that can be sent to.
+      has_handler: A handler runs. Otherwise ``Server.connect`` made the client, and its owner closes it.
+      answerable: Its source address can be sent to.
       validated: Its handler has called ``Client.validate``.
-      requests: Requests that a ``request_handler`` with ``concurrency`` is at work on.
+      requests: Running requests of a ``request_handler`` with ``concurrency``.
       bucket: The rate limit's bucket: its network's, or once validated its host's.
     """
 
@@ -99,7 +99,7 @@ class Seat(Inbox):
     requests_timed_out: int = attrs.field(default=0, init=False)
     sends_withheld: int = attrs.field(default=0, init=False)
     _amplified: float = attrs.field(default=0.0, init=False)  # bytes sent before it was validated
-    _host: bytes | None = attrs.field(default=None, init=False)  # where clients are counted by host
+    _host: bytes | None = attrs.field(default=None, init=False)  # if clients are counted by host
     # ``waiting_since`` when the seat was last put at the end of the queue for eviction.
     queued_since: float = attrs.field(default=-1.0, init=False)
 
@@ -113,7 +113,7 @@ class Seat(Inbox):
         return self.is_awaited and not (self.validated or self.transactions or self.requests)
 
     def finish(self, end: End) -> None:
-        """End the conversation: the next datagram from this address is a stranger's."""
+        """End the conversation: the next datagram from this address comes from a stranger."""
         if end is IDLE:
             self.shared.expired += 1
         self.shared.forget(self)
@@ -166,7 +166,7 @@ class Seat(Inbox):
         self.requests += 1
 
     def end_request(self) -> None:
-        """A running request has ended; after the last of them silence begins anew."""
+        """Note that a running request has ended. After the last one, silence begins again."""
         self.requests -= 1
         if not self.requests and self.is_awaited:
             self.waiting_since: float = self.outbox.turn.now()
@@ -194,7 +194,7 @@ class Seat(Inbox):
 
     def _is_over(self, now: float) -> bool:
         if self.end is OPEN and self.place.reader.shared and self.shared.phase is DRAINING:
-            self.finish(STOPPING)  # the endpoint is not read any more, so no datagram can come
+            self.finish(STOPPING)  # the endpoint is no longer read, so no datagram can come
         return super()._is_over(-math.inf if self.requests else now)
 
 
@@ -203,10 +203,10 @@ class Seats(Shared):
     """Every client of one server.
 
     Attributes:
-      running: Those whose handlers run, with the ``Client`` that users see of each; and those that ``Server.connect``
-        made and that are not closed.
+      running: The clients whose handlers run, each with the ``Client`` that users see, and the open ones that
+        ``Server.connect`` made.
       all_gone: Set once the server drains and no client is left.
-      of_host: Clients of each host, where ``Limits.clients_per_host`` asks for that.
+      of_host: The number of clients of each host, if ``Limits.clients_per_host`` is set.
     """
 
     limiter: RateLimiter | None
@@ -224,8 +224,8 @@ class Seats(Shared):
     handler_errors: int = attrs.field(default=0, init=False)
     requests_timed_out: int = attrs.field(default=0, init=False)
     sends_withheld: int = attrs.field(default=0, init=False)
-    # Candidates for eviction, next one first; empty if this server never evicts.
     layered: bool = attrs.field(default=False, init=False)  # some clients are shown as channels of a layer
+    # Candidates for eviction, the next one first; empty if this server never evicts.
     _queue: OrderedDict[Seat, None] = attrs.field(factory=OrderedDict, init=False)
     _evicts: bool = attrs.field(init=False)
 
@@ -235,20 +235,20 @@ class Seats(Shared):
 
     @property
     def overfull(self) -> bool:
-        """Whether evicted handlers are still there."""
+        """Whether evicted handlers still run."""
         return len(self.running) > self.limits.max_clients
 
     def has_room_for(self, payload: bytes) -> bool:
-        """Whether a stranger's first datagram would fit into its inbox: no client is begun for nothing."""
+        """Whether a stranger's first datagram would fit into its inbox. If not, no client is made."""
         size = len(payload)
         return size <= self.limits.inbox_bytes and self.waiting_bytes + size <= self.limits.total_bytes
 
     def has_room_on_host(self, key: bytes) -> bool:
-        """Whether one more client of a host may begin."""
+        """Whether a host may have one more client."""
         return self.of_host.get(key, 0) < (self.limits.clients_per_host or math.inf)
 
     def make_room(self) -> bool:
-        """Whether one more client may begin; evicts another one for it where that is the policy."""
+        """Whether there is room for one more client. Evicts another one for it if that is the policy."""
         if len(self.running) < self.limits.max_clients:
             return True
         if not self._evicts or len(self.running) >= self.limits.max_clients + BATCH:
@@ -261,7 +261,7 @@ class Seats(Shared):
         return True
 
     def add(self, seat: Seat, client: object) -> None:
-        """Take in a client that has been admitted."""
+        """Add a client that has been admitted."""
         self.running[seat] = client
         self.started += 1
         if self.phase is RUNNING or self.phase is CATCHING_UP:
@@ -272,11 +272,11 @@ class Seats(Shared):
             seat.count_for_host()
 
     def spare(self, seat: Seat) -> None:
-        """Never evict a client from now on. So many validated clients do not make the search for one longer."""
+        """Never evict a client from now on. Many validated clients then do not lengthen the search for one to evict."""
         self._queue.pop(seat, None)
 
     def forget(self, seat: Seat) -> None:
-        """Let the next datagram from a client's address be a stranger's."""
+        """Forget a client's address: the next datagram from it comes from a stranger."""
         known = seat.place.known
         if known.get(seat.route) is seat:  # not a later client of the same address
             del known[seat.route]
@@ -286,11 +286,11 @@ class Seats(Shared):
             self._queue.pop(seat, None)
 
     def remove(self, seat: Seat) -> None:
-        """Let go of a client whose handler has ended: nothing can be done with it any more."""
+        """Remove a client whose handler has ended, or that its owner has closed."""
         if self.running.pop(seat, None) is not None:
             if self.of_host:
                 seat.leave_host()
-            if self.in_transaction:  # in another task's block
+            if self.in_transaction:  # inside a block of another task
                 self.in_transaction.discard(seat)
             if not self.running and self.phase is DRAINING:
                 self.all_gone.set()
@@ -299,7 +299,7 @@ class Seats(Shared):
         """Forget all routes except those of transactions; from now on a channel ends when its inbox is empty."""
         self.phase = DRAINING
         for place in places:
-            # Later datagrams are strangers' and refused, so the receive loop needs no special case.
+            # Later datagrams then come from strangers and are refused: the receive loop needs no special case.
             place.known = {}
         for seat in self.in_transaction:
             if seat.end is OPEN and not seat.place.reader.shared:
@@ -308,8 +308,8 @@ class Seats(Shared):
             self.all_gone.set()
 
     async def wake_all(self) -> None:
-        """Wake the handlers that wait, a batch at a time, to find their channels ended."""
-        # Each seat is let go of at once: freeing 100,000 together would take 30 ms.
+        """Wake the waiting handlers, a batch at a time, to find their channels ended."""
+        # Release each seat at once: freeing 100,000 together would take 30 ms.
         left = deque(self.running)
         while left:
             seat = left.popleft()
@@ -325,10 +325,11 @@ class Seats(Shared):
                 seat.finish(LOST)
 
     def _longest_waiting(self) -> Seat | None:
-        """Find a client to evict: about the one that has been waiting the longest.
+        """Find a client to evict: approximately the one that has waited the longest.
 
-        A second-chance queue: waits do not update it. A seat at the head that has begun a new wait since it was queued
-        goes to the end; one that has not is evicted. After ``MOST_LOOKS`` seats the oldest of them is.
+        This is a second-chance queue: waits do not update it. A seat at the head that has begun a new wait since it was
+        queued goes to the end; one that has not is evicted. After ``MOST_LOOKS`` seats the one of them that has waited
+        the longest is evicted.
         """
         if len(self._queue) <= MOST_LOOKS:
             waiting = (seat for seat in self._queue if seat.may_be_evicted)

@@ -1,6 +1,6 @@
 """``serve`` and ``serve_endpoints``: check the arguments, put the parts of a server together, and run it.
 
-What happens to a datagram is in _receive_loop.py.
+_receive_loop.py shows the path of a datagram.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ async def serve(
         trio.run(trio_udp.serve, shout, 9999)
 
     A stranger's first datagram starts a task that runs the handler with a new :class:`Client`; later ones go to the
-    same client until its handler returns. If it returns or raises while datagrams wait, it is called again with the
-    same client, provided that it took any.
+    same client until its handler returns. If the handler returns or raises while datagrams wait, it is called again
+    with the same client, unless that call took no datagram.
 
     Nothing that a stranger sends raises here: see :class:`ServerStatistics`.
 
@@ -100,8 +100,8 @@ async def serve(
         Senders in them must put a header of the PROXY protocol, version 2, in front of every datagram, as dnsdist does
         with ``useProxyProtocol=true``. The addresses in it count everywhere: ``peer_address`` is the client's, for
         handlers, ``accept`` and every limit, and ``local_address`` is where the client wrote to. Replies go back
-        through the proxy. A datagram without a valid header is refused (``refused_malformed``). All other senders are
-        what they are: a header of theirs is payload. Name no network whose addresses others can forge.
+        through the proxy. A datagram without a valid header is refused (``refused_malformed``). A header from any other
+        sender is payload. Name no network whose addresses others can forge.
       idle_timeout: Seconds of silence after which a waiting handler's ``async for`` ends; ``math.inf`` for never. See
         :attr:`Client.idle_timeout`.
       limits: Bounds on memory, on the rate of strangers, and on the bytes sent to them.
@@ -118,8 +118,8 @@ async def serve(
         :func:`log_error` by default; :func:`raise_error` for tests.
       drain_timeout: Seconds that handlers have to finish once the server stops. Handlers that still run are cancelled.
       stop_signals: Signals that stop the server as :meth:`Server.stop` does; the second one stops it at once.
-      handler_nursery: Run handlers there rather than in a nursery of the server's own. The caller cancels them, even
-        after ``drain_timeout``, and their exceptions go to that nursery; a client used after its server has ended
+      handler_nursery: Run handlers there rather than in the server's own nursery. Only the caller cancels them, even
+        after ``drain_timeout``, and their exceptions go to that nursery. A client used after its server has ended
         raises ``trio.ClosedResourceError``.
       task_status: With ``nursery.start``, gives the running :class:`Server`.
 
@@ -128,8 +128,8 @@ async def serve(
 
     Raises:
       OSError: A socket cannot be bound; the message names the address and port.
-      TypeError, ValueError: An argument makes no sense. A plain-function handler that returns no awaitable ends the
-        server with a ``TypeError`` too.
+      TypeError, ValueError: An argument is invalid. A plain-function handler that returns no awaitable also ends the
+        server, with a ``TypeError``.
       trio.ClosedResourceError: Every endpoint was closed under the running server.
       KeyboardInterrupt, SystemExit: Bare, not in a group; other errors of the group become the ``__cause__``.
       BaseExceptionGroup: ``on_error`` raised, or a handler raised something that is not an ``Exception``.
@@ -292,7 +292,7 @@ def _check_arguments(
         if not accepts_one_argument(accept):
             raise TypeError(f"accept must take one argument, a Datagram: {accept!r}")
         if isinstance(handler, DatagramHandler):
-            raise ValueError("accept has no use beside a datagram_handler, which sees every datagram itself")
+            raise ValueError("accept cannot be used with a datagram_handler, which sees every datagram itself")
     if not callable(on_error) or is_async(on_error):
         raise TypeError(f"on_error must be a plain function, not {on_error!r}")
     check_seconds("idle_timeout", idle_timeout)

@@ -50,9 +50,9 @@ class ServerState:
     """The parts of a server, and the one place that moves it from phase to phase.
 
     Attributes:
-      places: Its endpoints, those that were closed under it included.
+      places: Its endpoints, including those closed under it.
       nursery: Where its own tasks run.
-      own_handlers: Handlers run in ``nursery``, not in the caller's.
+      own_handlers: Handlers run in ``nursery``, not in the caller's ``handler_nursery``.
       receive_loop: Runs for each endpoint.
       stop_requested: Set by ``stop``.
       draining: Set once all receive loops have caught up.
@@ -71,7 +71,7 @@ class ServerState:
     draining: trio.Event = attrs.field(factory=trio.Event, init=False)
     failure: Exception | None = attrs.field(default=None, init=False)
     handlers_cancelled: int = attrs.field(default=0, init=False)
-    _behind: set[Place] = attrs.field(factory=set, init=False)  # their loops have not caught up yet
+    _behind: set[Place] = attrs.field(factory=set, init=False)  # whose loops have not caught up yet
 
     def add_place(self, server: Server, endpoint: Endpoint) -> None:
         """Serve on an endpoint that :meth:`Reader.take_over` has reserved."""
@@ -104,7 +104,7 @@ class ServerState:
         self._drain_if_caught_up()
 
     def caught_up(self, place: Place) -> None:
-        """A receive loop has read what had arrived when the stop began, or its endpoint is closed."""
+        """Note that a receive loop has read what had arrived when the stop began, or that its endpoint is closed."""
         self._behind.discard(place)
         self._drain_if_caught_up()
 
@@ -139,7 +139,7 @@ class ServerState:
         )
 
     def lose(self, place: Place) -> None:
-        """An endpoint was closed under the running server."""
+        """Note that an endpoint was closed under the running server."""
         self.seats.lose(place)
         self.admission.sources.discard(place.reader.engine)
         self.caught_up(place)
@@ -149,7 +149,7 @@ class ServerState:
     def end(self) -> None:
         """Close every client: using one after the server has ended raises ``trio.ClosedResourceError``."""
         if self.seats.phase is RUNNING:
-            self.stop_requested.set()  # wake wait_stopping()
+            self.stop_requested.set()  # to wake wait_stopping()
         else:
             for place in self.places:  # datagrams may have arrived while cancelled handlers ended
                 with suppress(trio.ClosedResourceError):
@@ -161,7 +161,7 @@ class ServerState:
             place.endpoint.close()
 
     def crash(self, error: Exception) -> None:
-        """End the server with an error of the program's."""
+        """End the server with an error that the program made."""
         self.failure = error
         self.nursery.cancel_scope.cancel()
 
@@ -196,24 +196,24 @@ class ServerState:
             self.admission.refused_stopping += len(batch)
 
 
-# Bytes of kernel memory that a message takes besides its payload, at least.
-LEAST_OF_MESSAGE = 512
+# The least kernel memory that a message takes besides its payload, in bytes.
+MESSAGE_OVERHEAD = 512
 
 
 def backlog_of(place: Place) -> Callable[[], bool]:
-    """Return a function that tells whether messages which the kernel holds now may still be there, unread.
+    """Return a function that says whether messages that the kernel holds now may still be unread.
 
-    Linux tells how much memory they take (``SO_MEMINFO``). Elsewhere, and for Unix-domain sockets, it is the number of
-    messages that a full buffer could hold.
+    Linux tells how much memory they take (``SO_MEMINFO``). Elsewhere, and for Unix-domain sockets, count the messages
+    that a full buffer could hold.
     """
     counts, kernel = place.reader.engine.counts, place.reader.engine.kernel_figures()
     messages, size = counts.messages, counts.bytes_received
-    most = (kernel.queued or kernel.receive_buffer) + LEAST_OF_MESSAGE
+    most = (kernel.queued or kernel.receive_buffer) + MESSAGE_OVERHEAD
 
     def is_left() -> bool:
-        read = LEAST_OF_MESSAGE * (counts.messages - messages)
+        read = MESSAGE_OVERHEAD * (counts.messages - messages)
         if kernel.queued:
-            # Payloads count too: a message of 60 coalesced datagrams is long, and under a flood of such messages the
+            # Count payloads too: a message of 60 coalesced datagrams is long, and under a flood of such messages the
             # number alone would let us read for seconds.
             read += counts.bytes_received - size
         return read < most
@@ -223,7 +223,7 @@ def backlog_of(place: Place) -> Callable[[], bool]:
 
 @final
 class Server(metaclass=NoPublicConstructor):
-    """A running server, as ``await nursery.start(serve, ...)`` and ``Client.server`` give it."""
+    """A running server, as ``await nursery.start(serve, ...)`` and ``Client.server`` return it."""
 
     __slots__ = ("__weakref__", "_state")
 
@@ -236,24 +236,24 @@ class Server(metaclass=NoPublicConstructor):
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
-        """The endpoints it serves on; ``server.endpoints[0].local_address`` tells the port."""
+        """The endpoints that the server serves on; ``server.endpoints[0].local_address[1]`` is the port."""
         return tuple(place.endpoint for place in self._state.places)
 
     @property
     def clients(self) -> Collection[Client]:
         """A live, read-only collection of the clients whose handlers run, and of those that :meth:`connect` made.
 
-        Iterating goes over those of the moment.
+        Iteration covers the clients that are there when it begins.
         """
         return ClientsView(self._state.seats)
 
     @property
     def stopping(self) -> bool:
-        """Whether the server stops, or has ended."""
+        """Whether the server is stopping or has ended."""
         return self._state.seats.phase is not RUNNING
 
     async def wait_stopping(self) -> None:
-        """Wait until the server stops: by :meth:`stop`, by a signal, or because it ends."""
+        """Wait until the server begins to stop, or ends for another reason. A checkpoint."""
         await self._state.stop_requested.wait()
 
     def stop(self) -> None:
@@ -261,13 +261,14 @@ class Server(metaclass=NoPublicConstructor):
 
         Callable from anywhere inside Trio, handlers included; returns at once. Idempotent. Three things follow:
 
-        1. The server catches up. What had reached the machine by now is read, and strangers in it still become clients.
-        2. It drains. What waits in an inbox is handled, then the channel ends. Datagrams that still arrive count as
-           ``refused_stopping``, except those of clients inside :meth:`Client.transaction`. Handlers have
-           ``drain_timeout`` seconds in all; those left then are cancelled.
-        3. It reads each socket once more, to count what has arrived, and closes it.
+        1. The server catches up. It reads the datagrams that have reached the machine by now, and strangers among their
+           senders still become clients.
+        2. It drains. The datagrams that wait in an inbox are handled, then the channel ends. Datagrams that still
+           arrive count as ``refused_stopping``, except those of clients inside :meth:`Client.transaction`. Handlers
+           have ``drain_timeout`` seconds in all; those that still run then are cancelled.
+        3. It reads each socket once more, to count the datagrams that have arrived, and closes it.
 
-        On an endpoint that is ``shared`` nothing is read from now on, not even for transactions: what arrives waits in
+        An endpoint that is ``shared`` is not read from now on, not even for transactions: datagrams that arrive wait in
         the kernel for the next reader of the socket.
         """
         self._state.stop()
@@ -275,24 +276,25 @@ class Server(metaclass=NoPublicConstructor):
     async def send_to(
         self, payload: Payload, address: Address | str | bytes, *, local_address: Address | None = None
     ) -> None:
-        """Send one datagram to any address, whether it has ever written to us or not.
+        """Send one datagram to any address, also to one that has never written to us.
 
         It does not make the receiver a client. Waits while the send buffer is full, first come first served.
 
         Args:
-          payload: Any bytes-like object, copied now.
+          payload: Any bytes-like object, copied at the call.
           address: Numeric host and port, as a socket gives them. IPv4 addresses may be written as mapped into IPv6.
           local_address: One of our own addresses to send from; it chooses the endpoint too. By default the first
             endpoint of the address's family sends it, from the address of the kernel's choice.
 
         Raises:
-          OSError: The kernel's error about this datagram: no route, a broadcast that
-            the socket does not allow (``SO_BROADCAST``), port 0, ``local_address`` is not ours, too long.
-          TypeError, ValueError: It is not a numeric address, or no endpoint can send to it from ``local_address``.
+          OSError: The kernel's error about this datagram: no route, a broadcast that the socket does not allow
+            (``SO_BROADCAST``), port 0, a ``local_address`` that is not ours, or a payload that is too long.
+          TypeError: The payload is not bytes-like, or ``address`` is not a numeric address.
+          ValueError: ``address`` is not numeric, or no endpoint can send to it from ``local_address``.
           trio.ClosedResourceError: The server has ended.
 
         Cancellation:
-          A checkpoint; when it raises ``Cancelled``, the datagram was not sent.
+          A checkpoint. If it raises ``Cancelled``, the datagram was not sent.
         """
         await send_on(find_way(self._outboxes(), address, local_address), payload)
 
@@ -302,20 +304,20 @@ class Server(metaclass=NoPublicConstructor):
         """Like :meth:`send_to`, without waiting.
 
         Raises:
-          trio.WouldBlock: The send buffer is full, or others are waiting for it; nothing was sent.
+          trio.WouldBlock: The send buffer is full, or other senders wait for it; nothing was sent.
         """
         send_on_nowait(find_way(self._outboxes(), address, local_address), payload)
 
     async def send_to_all(self, payload: Payload, clients: Iterable[Client] | None = None) -> None:
         """Send one payload to many clients, in as few system calls as possible.
 
-        Does not wait for room: where the send buffer is full, the datagram is lost for that client and counted among
+        It does not wait for room: where the send buffer is full, that client's datagram is dropped and counted among
         its ``send_errors`` (``EAGAIN``). Clients that have ended, for whatever reason, are skipped.
         ``Limits.amplification`` holds for each client.
 
         Args:
-          payload: Any bytes-like object, copied now.
-          clients: Of this server; by default all.
+          payload: Any bytes-like object, copied at the call.
+          clients: Clients of this server; by default all.
 
         Raises:
           ValueError: A client belongs to another server; nothing was sent.
@@ -323,8 +325,8 @@ class Server(metaclass=NoPublicConstructor):
           TypeError: Not a bytes-like object.
 
         Cancellation:
-          A checkpoint before anything is sent. Other tasks run at least once in 64 datagrams; when one of these pauses
-          is cancelled, the clients before it have been sent the datagram.
+          A checkpoint before anything is sent, and one after every 64 clients. If a later one is cancelled, the clients
+          before it have been sent the datagram.
         """
         seats = self._state.seats
         if seats.layered:
@@ -349,7 +351,7 @@ class Server(metaclass=NoPublicConstructor):
                     sender.give_back(len(unsent))
 
     async def _send_through_layers(self, payload: Payload, clients: list[Client]) -> None:
-        """:meth:`send_to_all` where each client gets bytes of its own, which the channel of a layer makes."""
+        """Like :meth:`send_to_all`, where the channel of a layer makes different bytes for each client."""
         seats = [seat_of(client) for client in clients]
         if any(seat.shared is not self._state.seats for seat in seats):
             raise ValueError("send_to_all was given a client of another server")
@@ -366,12 +368,12 @@ class Server(metaclass=NoPublicConstructor):
                     seat.outbox.counts.count_send_error(error)
 
     def connect(self, address: Address | str | bytes, *, local_address: Address | None = None) -> Client:
-        """Begin a conversation from our side, over the server's own socket.
+        """Begin a conversation from our side, over the server's own socket, and return its client at once.
 
         No handler runs: the caller owns the client, receives from it and closes it. To run one, use
-        ``nursery.start_soon(handler, server.connect(address))``. The client counts in :attr:`clients` and
-        ``max_clients``, not in ``clients_per_host``, and as validated. A drain waits for its owner for
-        ``drain_timeout``, then closes it.
+        ``nursery.start_soon(handler, server.connect(address))``. The client is validated. It counts in :attr:`clients`
+        and ``max_clients``, but not in ``clients_per_host``. A drain waits at most ``drain_timeout`` for its owner to
+        close it, then closes it.
 
         Args:
           address: Numeric host and port.
@@ -379,15 +381,17 @@ class Server(metaclass=NoPublicConstructor):
             same for the whole conversation.
 
         Raises:
-          ValueError: A group, a broadcast address, port 0, or our own address; or no endpoint can send to it.
-          OSError: There is no route to it.
+          TypeError: It is not an address.
+          ValueError: It is not numeric, or it is a group, a broadcast address, port 0 or our own address; or no
+            endpoint can send to it.
+          OSError: There is no route to it, or ``local_address`` is not ours.
           trio.BusyResourceError: That address is a client already.
           trio.WouldBlock: The table of clients is full, and no client in it may be evicted.
           trio.ClosedResourceError: The server is stopping or has ended.
         """
         state = self._state
         if state.seats.phase is not RUNNING:
-            raise trio.ClosedResourceError("this server is stopping, or has ended")
+            raise trio.ClosedResourceError("this server is stopping or has ended")
         outbox, route = find_way(self._outboxes(), address, local_address)
         outbox.check_open()
         addresses = [endpoint.local_address for endpoint in self.endpoints if not endpoint.closed]
@@ -407,6 +411,7 @@ class Server(metaclass=NoPublicConstructor):
         """Serve on one more endpoint, which the server owns from now on.
 
         Raises:
+          TypeError: It is not an endpoint.
           ValueError: The server serves on it already.
           trio.BusyResourceError: Another server runs on it, or a task is receiving from it.
           trio.ClosedResourceError: The server is stopping or has ended, or the endpoint is closed.
@@ -415,7 +420,7 @@ class Server(metaclass=NoPublicConstructor):
             raise TypeError(f"expected an Endpoint, not {endpoint!r}")
         state = self._state
         if state.seats.phase is not RUNNING:
-            raise trio.ClosedResourceError("this server is stopping, or has ended")
+            raise trio.ClosedResourceError("this server is stopping or has ended")
         if endpoint in self.endpoints:
             raise ValueError("an endpoint cannot be served on twice")
         if endpoint.closed:
@@ -424,7 +429,7 @@ class Server(metaclass=NoPublicConstructor):
         state.add_place(self, endpoint)
 
     def statistics(self) -> ServerStatistics:
-        """Counts of every datagram so far; also available once the server has ended."""
+        """Return the counts of all datagrams so far, also after the server has ended."""
         state, seats, admission = self._state, self._state.seats, self._state.admission
         sockets = [place.statistics() for place in state.places]
         return ServerStatistics(
@@ -470,19 +475,19 @@ def _route_to_peer(
     Args:
       route: To the peer, from ``local_address`` if that is given.
       address, local_address: As the user wrote them.
-      ports: Of the server itself.
+      ports: The ports of the server itself.
     """
     if is_by_name(engine):
         return route_to_name(engine, route)
     target = engine.peer_address(route)
     if not target[1]:
-        raise ValueError(f"nobody can have port 0: {address!r}")
+        raise ValueError(f"port 0 is no peer's port: {address!r}")
     if is_unspecified(target):
         raise ValueError(f"the unspecified address is no peer: {address!r}")
     if is_multicast(target) or is_limited_broadcast(target) or engine.is_broadcast(target):
         raise ValueError(f"a group or broadcast address is no single peer: {address!r}")
     if target[1] in ports and engine.is_own_host(target):
-        raise ValueError(f"this server has that address itself: {address!r}")
+        raise ValueError(f"this is an address of this server itself: {address!r}")
     source = engine.source_for(target) if local_address is None else engine.local_address(route)
     if local_address is not None and not engine.is_own_host(source):
         raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
@@ -492,7 +497,7 @@ def _route_to_peer(
 
 
 def _in_hand(place: Place) -> int:
-    """Datagrams that were read and are not yet counted.
+    """Return how many datagrams were read and are not yet counted.
 
     Non-zero only during ``accept`` or a ``datagram_handler``, and right after the server took over an endpoint that had
     read ahead.
@@ -501,7 +506,7 @@ def _in_hand(place: Place) -> int:
 
 
 class ClientsView(Collection[Client]):
-    """A live, read-only look at the clients of a server. Iterating it goes over those there at the start."""
+    """A live, read-only view of a server's clients. Iteration covers the clients that are there when it begins."""
 
     def __init__(self, seats: Seats) -> None:
         self._seats = seats
@@ -512,7 +517,7 @@ class ClientsView(Collection[Client]):
     def __contains__(self, client: object) -> bool:
         try:
             return self._seats.running.get(seat_of(client)) is client  # type: ignore[arg-type]
-        except AttributeError:  # no client
+        except AttributeError:  # not a client
             return False
 
     def __iter__(self) -> Iterator[Client]:

@@ -13,7 +13,7 @@ class EndpointStatistics:
 
     Attributes:
       received: Datagrams read from the kernel, truncated ones included.
-      bytes_received: Their payload bytes; of a truncated datagram those that were read. Without the headers of proxies.
+      bytes_received: Their payload bytes, without proxy headers; of a truncated datagram the bytes that were read.
       truncated: Datagrams longer than ``max_datagram_size``: never delivered, not even in part.
       refused_malformed: Datagrams from ``proxies`` without a valid PROXY header: never delivered.
       sent: Datagrams that the kernel has taken.
@@ -21,8 +21,8 @@ class EndpointStatistics:
       receive_errors: Errors of reading.
       send_errors: Datagrams that the kernel or the network refused to send.
       errors: Both kinds of error by name: ``{"EHOSTUNREACH": 2}``.
-      kernel_dropped: Datagrams that the kernel dropped before we could read them, nearly always because the receive
-        buffer was full. No other count includes them. Coalesced datagrams (GSO, GRO) count as one. Linux only
+      kernel_dropped: Datagrams that the kernel dropped before they were read, nearly always because the receive buffer
+        was full. No other count includes them. Coalesced datagrams (GSO, GRO) count as one. Linux only
         (``SO_MEMINFO``); 0 elsewhere.
       kernel_queued: Bytes of kernel memory that hold datagrams not yet read. Linux only; 0 elsewhere.
       receive_buffer: Bytes that the kernel granted, as ``setsockopt`` counts them. Linux lets datagrams fill twice as
@@ -99,7 +99,7 @@ class ClientStatistics:
 
 @attrs.frozen(kw_only=True)
 class ServerStatistics:
-    """What has happened to every datagram that a server read, and to its clients.
+    """Counts of all datagrams that a server has read or sent, by their fate, and of its clients.
 
     Nothing disappears: ``received == accounted_for``, always. Statistics of several servers can be added, also with
     ``sum()``. ``kernel_dropped`` is not part of ``received``.
@@ -162,7 +162,7 @@ class ServerStatistics:
 
     @property
     def accounted_for(self) -> int:
-        """The sum of all fates of a datagram: equal to ``received``."""
+        """The sum of all counts in which a received datagram can end; equal to ``received``."""
         dropped = self.dropped_inbox_full + self.dropped_at_end + self.truncated
         refused = self.refused_malformed + self.refused_source + self.refused_by_rate + self.refused_by_accept
         refused += self.refused_full + self.refused_stopping
@@ -170,7 +170,7 @@ class ServerStatistics:
 
     @property
     def lost(self) -> dict[str, int]:
-        """Every count of datagrams that were lost, by the name of its field: received and not handled, or not sent."""
+        """The counts of lost datagrams (received and not handled, or not sent), by the name of the field."""
         names = [field.name for field in attrs.fields(ServerStatistics)]
         return {name: getattr(self, name) for name in names if _is_loss(name)}
 
@@ -199,7 +199,7 @@ def _is_loss(name: str) -> bool:
 
 @attrs.frozen(kw_only=True)
 class KernelFigures:
-    """The kernel's figures for a socket; 0 where the kernel does not tell."""
+    """The kernel's figures for a socket; 0 where the kernel reports none."""
 
     dropped: int = 0  # datagrams
     queued: int = 0  # bytes
@@ -210,7 +210,7 @@ class KernelFigures:
 class ReceiveCounts:
     """Running counts of the datagrams that one socket has received; its engine writes them."""
 
-    messages: int = 0  # what the kernel had queued; datagrams that it had coalesced (GRO) are one message
+    messages: int = 0  # as the kernel queued them: coalesced datagrams (GRO) are one message
     received: int = 0
     bytes_received: int = 0
     truncated: int = 0

@@ -1,7 +1,7 @@
 """Everything in this package that relies on Trio's internals.
 
-Trio has no public way for these, and each is on the path of every datagram or makes tests repeatable.
-Checked on Trio 0.27 to 0.35; ``tests/project/test_trio_internals.py`` has a canary for each name here.
+Trio has no public API for these. Each is on the path of every datagram, or makes tests repeatable. Checked on Trio 0.27
+to 0.35; ``tests/project/test_trio_internals.py`` has a canary for each name here.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ def _make_sleep() -> object:
 
 
 SLEEP = _make_sleep()
-"""What a task yields to Trio's loop to sleep until it is rescheduled or cancelled.
+"""A task yields this to Trio's loop to sleep until it is rescheduled or cancelled.
 
-``wait_task_rescheduled`` yields the same value, but makes two coroutines and an outcome for each wait: 0.9 µs of an
-echo of 6 µs. One value serves all tasks, because cancelling a sleep here needs no work of ours.
+``wait_task_rescheduled`` yields the same value, but makes two coroutines and an outcome for each wait: 0.9 µs of the
+6 µs that an echo takes. One value serves all tasks, because cancelling such a sleep needs no work of ours.
 
-Two more properties of Trio come with it. Yielding it from a generator gives back exactly what
-``trio.lowlevel.reschedule(task, value)`` was called with, an ``outcome.Error`` that raises ``Cancelled`` included. And
-``reschedule``, like cancellation, clears ``task.custom_sleep_data`` at once: so a task whose ``custom_sleep_data`` is
-still the object that it set has not been woken yet.
+Two more properties of Trio are used with it. First, the ``yield`` returns exactly the value that
+``trio.lowlevel.reschedule(task, value)`` was called with; for a cancelled task it is an ``outcome.Error`` that raises
+``Cancelled``. Second, ``reschedule`` and cancellation clear ``task.custom_sleep_data`` at once, so a task whose
+``custom_sleep_data`` is still the object that it set has not been woken yet.
 """
 
 
 def is_cancelled() -> bool:
     """Whether the running task would raise ``Cancelled`` at its next checkpoint.
 
-    ``trio.lowlevel.checkpoint_if_cancelled`` looks at the same, but as a coroutine: 0.13 µs, twice in an echo.
+    ``trio.lowlevel.checkpoint_if_cancelled`` checks the same, but as a coroutine that takes 0.13 µs, twice in an echo.
     """
     cancelled: bool = GLOBAL_RUN_CONTEXT.task._cancel_status.effectively_cancelled
     return cancelled
 
 
 def is_in_trio() -> bool:
-    """Whether Trio runs in this thread. ``trio.lowlevel.in_trio_run`` says so since Trio 0.29."""
+    """Whether Trio runs in this thread. Trio 0.29 added ``trio.lowlevel.in_trio_run`` for this."""
     try:
         trio.lowlevel.current_trio_token()
     except RuntimeError:
@@ -60,17 +60,17 @@ _stdlib_socket = attrgetter("_sock")
 
 
 def stdlib_socket(sock: trio.socket.SocketType) -> socket.socket:
-    """Return the socket inside a Trio socket, whose own calls take several times as long as the kernel.
+    """Return the standard library's socket inside a Trio socket. Trio's calls take several times as long as the kernel.
 
     Raises:
-      AttributeError: There is none: the socket comes from a socket factory of the user's.
+      AttributeError: There is none, because the user's socket factory made the socket.
     """
     inner: socket.socket = _stdlib_socket(sock)
     return inner
 
 
 def has_stdlib_socket(sock: object) -> bool:
-    """Whether :func:`stdlib_socket` finds a socket of the operating system in an object."""
+    """Whether :func:`stdlib_socket` would return a socket of the operating system."""
     return isinstance(getattr(sock, "_sock", None), socket.socket)
 
 

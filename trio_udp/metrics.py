@@ -1,6 +1,6 @@
 """Statistics for Prometheus: a collector for a registry of prometheus-client. Needs the extra ``metrics``.
 
-Not the port that Prometheus reads: :func:`prometheus_client.start_http_server`, or ``trio-udp --metrics``, opens that.
+It opens no port for Prometheus to read; :func:`prometheus_client.start_http_server` or ``trio-udp --metrics`` does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ except ImportError:
 
 __all__ = ["ServerCollector"]
 
-# Seconds that a scrape waits for Trio's thread, which may be busy. Then it gets the counts of the scrape before.
+# Seconds that a scrape waits for Trio's thread, which may be busy. After that it gets the counts of the last scrape.
 PATIENCE = 1.0
 
 # Name without _total, help, field of ServerStatistics.
@@ -43,8 +43,8 @@ COUNTERS = [
     ("requests_timed_out", "Requests cancelled after their timeout.", "requests_timed_out"),
 ]
 GAUGES = [
-    ("clients", "Clients at the moment.", "clients"),
-    ("waiting_datagrams", "Datagrams in inboxes at the moment.", "waiting"),
+    ("clients", "Clients now.", "clients"),
+    ("waiting_datagrams", "Datagrams in inboxes now.", "waiting"),
 ]
 WORKER_COUNTERS: list[tuple[str, str, Callable[[WorkerStatus], int]]] = [
     ("worker_restarts", "How often the process of this worker was replaced.", lambda worker: worker.restarts),
@@ -70,60 +70,63 @@ class Snapshot:
 
 
 class ServerCollector(Collector):
-    """Gives the statistics of a server to Prometheus, through any registry of prometheus-client::
+    """Exports the statistics of a server to Prometheus, through any registry of prometheus-client::
 
         registry.register(trio_udp.metrics.ServerCollector(server))
 
     Make it inside Trio. Any thread may collect from it: statistics are read in Trio's thread, in about 0.1
-    milliseconds. If that is busy for longer than 1 second, the scrape gets the counts of the scrape before; so it
-    never hangs, and no counter ever falls. After the end of Trio, it gives the last counts.
+    milliseconds. If that thread is busy for longer than 1 second, the scrape gets the counts of the last one; so it
+    never hangs, and no counter ever falls. After Trio has ended, a scrape gets the final counts.
 
     Args:
-      source: A :class:`Server`; a :class:`Supervisor`, whose workers have a label ``worker``; or a mapping of names
-        to such, which get a label ``server``. The mapping may change later.
+      source: A :class:`Server`; a :class:`Supervisor`, whose workers get a label ``worker``; or a mapping from names to
+        these, which get a label ``server``. The mapping may change later.
+
+    Errors:
+      ``TypeError`` for any other ``source``; ``RuntimeError`` outside of Trio.
     """
 
     def __init__(self, source: Server | Supervisor | Mapping[str, Server | Supervisor]) -> None:
         sources = source.values() if isinstance(source, Mapping) else [source]
         for one in sources:
             if not isinstance(one, (Server, Supervisor)):
-                raise TypeError(f"expected a Server, a Supervisor, or a mapping of names to such, not {one!r}")
+                raise TypeError(f"expected a Server, a Supervisor, or a mapping from names to these, not {one!r}")
         self._source = source
         self._token = trio.lowlevel.current_trio_token()
         self._last = Snapshot([], [])
 
     def describe(self) -> Iterable[Metric]:
-        """Give the names of all metrics, without counts."""
+        """Return all metrics without counts, for their names."""
         return _metrics(Snapshot([], []))
 
     def collect(self) -> Iterable[Metric]:
-        """Give all metrics with their counts of this moment."""
-        self._last = self._look_from_any_thread()
+        """Return all metrics with their counts now."""
+        self._last = self._snapshot_from_any_thread()
         return _metrics(self._last)
 
-    def _look_from_any_thread(self) -> Snapshot:
+    def _snapshot_from_any_thread(self) -> Snapshot:
         try:
             if trio.lowlevel.current_trio_token() is self._token:
-                return self._look()
+                return self._snapshot()
         except RuntimeError:
             pass  # another thread
-        seen: Future[Snapshot] = Future()
+        future: Future[Snapshot] = Future()
 
-        def look() -> None:
+        def take() -> None:
             try:
-                seen.set_result(self._look())
+                future.set_result(self._snapshot())
             except Exception as error:  # would end Trio
-                seen.set_exception(error)
+                future.set_exception(error)
 
         try:
-            self._token.run_sync_soon(look)
-            return seen.result(PATIENCE)
+            self._token.run_sync_soon(take)
+            return future.result(PATIENCE)
         except trio.RunFinishedError:
-            return self._look()
+            return self._snapshot()
         except FutureTimeoutError:
             return self._last
 
-    def _look(self) -> Snapshot:
+    def _snapshot(self) -> Snapshot:
         named = self._source if isinstance(self._source, Mapping) else {"": self._source}
         snapshot = Snapshot([], [])
         for name, source in named.items():
@@ -145,7 +148,7 @@ def _metrics(snapshot: Snapshot) -> Iterator[Metric]:
     build.add_metric([__version__], 1)
     yield build
 
-    ready = GaugeMetricFamily("trio_udp_ready", "1 while new clients are welcome, 0 once the server is to stop.")
+    ready = GaugeMetricFamily("trio_udp_ready", "1 while new clients are welcome, 0 once the server begins to stop.")
     for labels, is_ready in snapshot.ready:
         ready.add_sample("trio_udp_ready", labels, int(is_ready))
     yield ready

@@ -288,7 +288,7 @@ async def test_where_merging_does_not_work(start: Start, peer: socket.socket, ca
         peer.sendto(b"go", server.endpoints[0].local_address)
         assert [await receive(peer) for _ in range(50)] == [b"%d" % (i % 10) for i in range(50)]
     assert server.statistics().send_errors == 0
-    assert warnings_of(caplog) == ["UDP_SEGMENT does not work here (EINVAL): datagrams are sent singly"]
+    assert warnings_of(caplog) == ["UDP_SEGMENT does not work here (EINVAL): datagrams are sent one by one"]
 
 
 async def test_segments_too_long_for_the_way_leave_singly(

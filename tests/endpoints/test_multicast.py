@@ -242,7 +242,7 @@ async def test_systems_without_sources(network: Network, group: str, monkeypatch
     assert await heard(endpoint, peers, group) == [(peers[1].socket.getsockname()[0], "two")]
     with pytest.raises(OSError, match="already in group"):
         endpoint.join_group(group, interface="two")
-    with pytest.raises(NotImplementedError, match="for Linux only"):
+    with pytest.raises(NotImplementedError, match="works on Linux only"):
         endpoint.join_group(group, interface="one", source="2001:db8::5" if ipv6 else "192.0.2.5")
     endpoint.leave_group(group, interface="two")
     assert await heard(endpoint, peers, group) == []
@@ -315,9 +315,9 @@ async def test_a_dual_stack_endpoint_joins_both_families(network: Network) -> No
     assert await heard(endpoint, peers_ipv6, GROUP_IPV6) == [("2001:db8:1::2", "one")]
     endpoint.leave_group(GROUP, interface="two")
     assert await heard(endpoint, peers, GROUP) == []
-    with pytest.raises(ValueError, match=r"receives nothing of the address family of 239\.1\.2\.3"):
+    with pytest.raises(ValueError, match=r"does not receive the address family of 239\.1\.2\.3"):
         network.endpoint("::").join_group(GROUP, interface="two")
-    with pytest.raises(ValueError, match="receives nothing of the address family of ff02::1234"):
+    with pytest.raises(ValueError, match="does not receive the address family of ff02::1234"):
         network.endpoint().join_group(GROUP_IPV6, interface="two")
 
 
@@ -343,7 +343,7 @@ async def test_an_endpoint_bound_to_one_address(caplog: pytest.LogCaptureFixture
     async with endpoint:
         endpoint.join_group(GROUP, interface="lo")
     assert caplog.messages == [
-        f"an endpoint bound to 127.0.0.1 hears nothing of group {GROUP}: bind it to all addresses"
+        f"an endpoint bound to 127.0.0.1 receives nothing from group {GROUP}: bind it to all addresses"
     ]
 
 
@@ -635,7 +635,7 @@ async def test_the_callers_mistakes() -> None:
         with pytest.raises(TypeError, match="interface must be"):
             anything.join_group(GROUP, interface=interface)
     for index in (0, -1, 2**40):
-        with pytest.raises(ValueError, match="an index from 1"):
+        with pytest.raises(ValueError, match="an interface index must be at least 1"):
             endpoint.join_group(GROUP, interface=index)
     for source in ("0.0.0.0", GROUP, "255.255.255.255", "host"):
         with pytest.raises(ValueError, match="source must be"):

@@ -398,14 +398,14 @@ async def test_a_group_is_no_proxy() -> None:
 @pytest.mark.parametrize(
     ("proxies", "error", "message"),
     [
-        ("10.0.0.0/8", TypeError, "proxies must be several networks, not '10.0.0.0/8'"),
+        ("10.0.0.0/8", TypeError, "proxies must be a list of networks, not '10.0.0.0/8'"),
         (
             ipaddress.ip_network("10.0.0.0/31"),
             TypeError,
-            "proxies must be several networks, not IPv4Network('10.0.0.0/31')",
+            "proxies must be a list of networks, not IPv4Network('10.0.0.0/31')",
         ),
-        (True, TypeError, "proxies must be several networks, not True"),
-        (None, TypeError, "proxies must be several networks, not None"),
+        (True, TypeError, "proxies must be a list of networks, not True"),
+        (None, TypeError, "proxies must be a list of networks, not None"),
         ([10], TypeError, "proxies must be networks as str or of the module ipaddress, not 10"),
         ([b"10.0.0.1"], TypeError, "proxies must be networks as str or of the module ipaddress, not b'10.0.0.1'"),
         (["10.0.0.1/8"], ValueError, "proxies: 10.0.0.1/8 has host bits set"),

@@ -48,7 +48,7 @@ def test_all_code_is_run_here() -> None:
 
 async def test_look_up(simulated_network: SimulatedNetwork, udp_server: StartServer, autojump_clock: MockClock) -> None:
     """The first program gets the answer to its own question, through loss and doubling."""
-    look_up = run("Asking until there is an answer")["look_up"]
+    look_up = run("Repeating a request until it is answered")["look_up"]
 
     @trio_udp.request_handler
     async def shout(payload: bytes, client: trio_udp.Client) -> bytes:
@@ -135,7 +135,7 @@ async def test_client(start_on_loopback: Callable[..., Awaitable[trio_udp.Server
 
 async def test_what_does_not_decode(start_in_memory: StartInMemory) -> None:
     """``on_decode_error`` answers junk."""
-    on = await start_in_memory(run("json", "What does not decode")["handler"])
+    on = await start_in_memory(run("json", "Payloads that do not decode")["handler"])
     on.put(b"junk")
     on.put(b'{"add": 5}')
     await on.settle()

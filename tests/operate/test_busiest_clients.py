@@ -11,7 +11,7 @@ import trio
 from tests.conftest import StartInMemory, echo, plain_socket
 from tests.operate.conftest import TIMEOUT, Workers, port_of
 from trio_udp import Address
-from trio_udp.operate._busiest import LOOKED_AT, BusiestClients
+from trio_udp.operate._busiest import SAMPLE, BusiestClients
 
 
 async def test_busiest_first(start_in_memory: StartInMemory, autojump_clock: trio.testing.MockClock) -> None:
@@ -38,7 +38,7 @@ async def test_among_more_clients_than_are_looked_at(
     """A busy client among many is found after some time, and stays found."""
     running = await start_in_memory(echo)
     busy = ("192.0.2.2", 1)
-    for port in range(1, 2 * LOOKED_AT):
+    for port in range(1, 2 * SAMPLE):
         running.put(b"", ("192.0.2.1", port))
     running.put(b"", busy)
     await running.settle()

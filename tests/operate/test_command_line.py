@@ -46,14 +46,14 @@ def wait_until_gone(pids: list[int]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["app"], "'app' is no target: write module:handler or path/file.py:handler"),
+        (["app"], "'app' is not a target: write module:handler or path/file.py:handler"),
         (["--workers", "0", "a:b"], "argument --workers: must be a whole number, at least 1, not '0'"),
         (["--port", "65536", "a:b"], "argument --port: must be a number from 0 to 65535, not '65536'"),
         (["--rate", "5/", "a:b"], None),
         (["--rate", "0", "a:b"], None),
         (["--rate", "nan/5", "a:b"], None),
-        (["--drain", "-1", "a:b"], "argument --drain: at least 0 s, not -1"),
-        (["--watchdog", "1", "a:b"], "argument --watchdog: at least 2 s, not 1"),
+        (["--drain", "-1", "a:b"], "argument --drain: must be at least 0 s, not -1"),
+        (["--watchdog", "1", "a:b"], "argument --watchdog: must be at least 2 s, not 1"),
         (["--idle-timeout", "soon", "a:b"], "argument --idle-timeout: 'soon' is not a number"),
         (["--amplification", "0", "a:b"], "argument --amplification: must be greater than 0, not 0"),
         (["--when-full", "wait", "a:b"], None),
@@ -65,7 +65,7 @@ def wait_until_gone(pids: list[int]) -> None:
         (["--app-dir", "/no/such/folder", "a:b"], "--app-dir /no/such/folder: no such folder"),
         (
             ["--host", "0.0.0.0"],
-            "without a handler an echo is served, on 127.0.0.1 and ::1 only: name a handler, or other addresses",
+            "without a handler, an echo is served, and on 127.0.0.1 and ::1 only: name a handler, or use these",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -184,7 +184,7 @@ def test_the_first_minute() -> None:
         assert process.stdout is not None
         line = process.stdout.readline()
         *words, port = line.split()
-        assert words == "An echo is served. Try it: nc -u 127.0.0.1".split()
+        assert words == "Serving an echo. Try it: nc -u 127.0.0.1".split()
         peer = Process(process, int(port)).peer()
         with peer:
             assert ask(peer) == b"hello"

@@ -97,7 +97,7 @@ async def test_a_failure_ends_the_view_only(caplog: pytest.LogCaptureFixture) ->
     with terminal_of(80, 24) as (person, program), trio.fail_after(SECONDS):
         await show_live(look_once, Terminal(program))
         assert (await person.read_until(LEAVE)).startswith(ENTER)
-    assert [record.getMessage() for record in caplog.records] == ["the live view has ended; the workers go on"]
+    assert [record.getMessage() for record in caplog.records] == ["the live view has ended; the workers continue"]
 
 
 async def test_a_terminal_that_is_gone(caplog: pytest.LogCaptureFixture) -> None:

@@ -326,7 +326,7 @@ def test_manager_is_gone(address: str, monkeypatch: pytest.MonkeyPatch, caplog: 
     manager.notify(READY=1)
     manager.notify(STATUS="well")
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert caplog.messages[0].startswith(f"The service manager at {address} does not get our notices: ")
+    assert caplog.messages[0].startswith(f"Cannot notify the service manager at {address}: ")
 
 
 def test_manager_is_slow(manager_socket: socket.socket) -> None:

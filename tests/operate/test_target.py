@@ -55,7 +55,7 @@ def test_a_file_with_the_name_of_a_module_in_use(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["app", "app:", ":handler", ""])
 def test_no_target(target: str) -> None:
     """A target has a module, a colon and a name."""
-    with pytest.raises(TargetError, match="is no target: write module:handler"):
+    with pytest.raises(TargetError, match="is not a target: write module:handler"):
         split_target(target)
 
 
@@ -67,7 +67,7 @@ LOOKS_LIKE = "a handler is an async function with one argument: async def handle
     [
         ("no_such_module:handler", f"no module named 'no_such_module': is --app-dir right? It is {ROOT}"),
         ("tests.no_such_module:handler", f"no module named 'tests.no_such_module': is --app-dir right? It is {ROOT}"),
-        ("two words:handler", "'two words' is no module name: write module:handler or path/file.py:handler"),
+        ("two words:handler", "'two words' is not a module name: write module:handler or path/file.py:handler"),
         ("no/such/file.py:handler", f"no such file: {ROOT}/no/such/file.py"),
         (f"{APPS}:nothing", f"'{APPS}' has no 'nothing': name a handler that is defined there"),
         (f"{APPS}:instance.nothing", f"'{APPS}' has no 'instance.nothing': name a handler that is defined there"),
@@ -120,7 +120,7 @@ def test_mistakes_with_accept(name: str, message: str) -> None:
     with pytest.raises(TargetError) as raised:
         check_accept(getattr(apps, name), f"app:{name}", apps.tell_pid)
     assert str(raised.value) == message
-    with pytest.raises(TargetError, match="--accept has no use beside a datagram_handler"):
+    with pytest.raises(TargetError, match="--accept cannot be used with a datagram_handler"):
         check_accept(apps.accept_greetings, "app:accept", apps.tell_pid_of_datagram)
 
 

@@ -221,7 +221,7 @@ async def test_accept_turns_strangers_away(start_in_memory: StartInMemory, caplo
     assert (statistics.refused_by_accept, statistics.refused_full, statistics.clients_started) == (3, 1, 1)
     assert [record.getMessage() for record in caplog.records] == [
         "accept failed on a datagram from ('192.0.2.1', 1000)",
-        "the table of clients is full (max_clients=1)",
+        "strangers are refused: the table of clients is full (max_clients=1)",
     ]
     check_adds_up(run.server)
 

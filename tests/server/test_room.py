@@ -277,7 +277,7 @@ async def test_a_full_table_is_a_warning_once_a_minute(
         texts = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         if texts:
             when.append(trio.current_time())
-            assert texts == ["the table of clients is full (max_clients=1)"]
+            assert texts == ["strangers are refused: the table of clients is full (max_clients=1)"]
         await trio.sleep(1)
     assert when == [0, 60, 120]
 

@@ -182,10 +182,10 @@ async def test_connecting_to_a_peer(start: Start, path: str, sockets: ExitStack)
     client.close()
     await server.send_to(b"news", sock.getsockname())
     assert sock.recv(100) == b"news"
-    with pytest.raises(ValueError, match="this server has that name itself"):
+    with pytest.raises(ValueError, match="this is the name of this server itself"):
         server.connect(path)
     with_credentials = await start(echo, path + ".other", credentials=True)
-    with pytest.raises(ValueError, match="known only from its datagrams"):
+    with pytest.raises(ValueError, match="known only once it has sent a datagram"):
         with_credentials.connect(sock.getsockname())
 
 

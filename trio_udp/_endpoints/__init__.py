@@ -2,22 +2,22 @@
 
 _endpoint.py    Endpoint, the public face of a bound socket
 _reader.py      receiving for a server: waiting, batches
-_back_off.py    persistent faults of reading, told from passing ones
+_back_off.py    telling persistent faults of reading from passing ones
 _one_by_one.py  receiving without a server: one datagram at a time
 _outbox.py      sending: order, waiting for room, the turns of tasks
-_unix_outbox.py sending on a Unix-domain socket: a line for each peer
+_unix_outbox.py sending on a Unix-domain socket: one line of tasks for each peer
 _unread.py      how much of a Unix-domain socket's send buffer its peers hold
 _datagram.py    Datagram, the public view of one datagram
 _addressed.py   send_to: datagrams that the program itself addresses
 _multicast.py   joining groups, and the options for sending to them
 _open.py        from a host and a port to endpoints
-_echoes.py      what a server sends to many, and hears itself
+_echoes.py      datagrams that a server sends to a group and receives back
 _unix.py        from a path to an endpoint: stale files, permissions
 _sources.py     source addresses that are refused or never answered
 _buffers.py     buffer sizes: requests, and the warning about a small one
 _faults.py      the meaning of each socket error
 _address.py     addresses: their forms and kinds
-_networks.py    networks that the user names
+_networks.py    networks as users write them
 engines/        the code that makes the system calls
 """
 

@@ -1,7 +1,7 @@
 """Addresses: parsing, packing, and the kinds that matter to a server. Pure functions that make no system call.
 
-The functions take the address of any datagram socket. The address of a Unix-domain socket is not a tuple but a path,
-an abstract name or ``None``. It is of no kind. Only ``numeric_address`` and ``pack_address`` fail on it.
+The functions take the address of any datagram socket. The address of a Unix-domain socket is not a tuple but a path, an
+abstract name or ``None``, and is none of the kinds here. Only ``numeric_address`` and ``pack_address`` fail on it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 Address: TypeAlias = tuple[str, int] | tuple[str, int, int, int]
 """An address as the ``socket`` module gives it, for IPv4 or IPv6."""
 
-# Bytes in one UDP datagram: 65,535 less the headers of UDP (8) and IPv4 (20, RFC 791). IPv6 does not count its own
-# (RFC 8200 section 3).
+# The most payload bytes in one UDP datagram: 65,535 less the headers of UDP (8) and IPv4 (20, RFC 791). IPv6 does not
+# count its own header (RFC 8200 section 3).
 MAX_PAYLOAD_IPV4 = 65_507
 MAX_PAYLOAD_IPV6 = 65_527
 
@@ -26,17 +26,17 @@ MAPPED_BYTES = bytes(10) + b"\xff\xff"
 
 
 def is_internet(address: Address) -> bool:
-    """Tell whether an address is of IPv4 or IPv6, not of a Unix-domain socket."""
+    """Whether an address is of IPv4 or IPv6, not of a Unix-domain socket."""
     return isinstance(address, tuple)
 
 
 def is_ipv6(address: Address) -> bool:
-    """Tell whether an address belongs to an IPv6 socket; a mapped IPv4 address does."""
+    """Whether an address belongs to an IPv6 socket; a mapped IPv4 address does."""
     return isinstance(address, tuple) and ":" in address[0]
 
 
 def is_mapped(address: Address) -> bool:
-    """Tell whether an address is an IPv4 address as an IPv6 socket shows it: ``::ffff:192.0.2.1``."""
+    """Whether an address is an IPv4 address as an IPv6 socket shows it: ``::ffff:192.0.2.1``."""
     return isinstance(address, tuple) and address[0].startswith(MAPPED_TEXT) and "." in address[0]
 
 
@@ -66,7 +66,7 @@ def max_payload(address: Address) -> int:
 
 
 def _raw_host(address: Address) -> bytes:
-    """Return the 4 bytes of an IPv4 host, mapped or not, or the 16 of an IPv6 host; none for a Unix-domain socket."""
+    """Return the 4 bytes of an IPv4 host, mapped or not, the 16 of an IPv6 host, or none for a Unix-domain socket."""
     if not isinstance(address, tuple):
         return b""
     host = address[0]
@@ -77,21 +77,21 @@ def _raw_host(address: Address) -> bytes:
 
 
 def is_multicast(address: Address) -> bool:
-    """Tell whether an address is a group: 224.0.0.0/4 (RFC 5771) or ff00::/8 (RFC 4291 section 2.7)."""
+    """Whether an address is a group: 224.0.0.0/4 (RFC 5771) or ff00::/8 (RFC 4291 section 2.7)."""
     raw = _raw_host(address)
     return raw[0] & 0xF0 == 0xE0 if len(raw) == 4 else raw[:1] == b"\xff"
 
 
 def is_unspecified(address: Address) -> bool:
-    """Tell whether an address is 0.0.0.0 or ``::``, which a machine uses before it has an address of its own."""
+    """Whether an address is 0.0.0.0 or ``::``, which a machine uses before it has an address of its own."""
     raw = _raw_host(address)
     return bool(raw) and not any(raw)
 
 
 def is_answerable(address: Address) -> bool:
-    """Tell whether a source can be answered.
+    """Whether a source can be answered.
 
-    Port 0 cannot be sent to, the unspecified address means ourselves, and a Unix-domain socket may have no name.
+    No datagram can go to port 0, the unspecified address means this machine, and a Unix-domain socket may have no name.
     """
     if not isinstance(address, tuple):
         return address is not None
@@ -99,12 +99,12 @@ def is_answerable(address: Address) -> bool:
 
 
 def is_limited_broadcast(address: Address) -> bool:
-    """Tell whether an address is 255.255.255.255, the broadcast address of every network (RFC 919)."""
+    """Whether an address is 255.255.255.255, the broadcast address of every network (RFC 919)."""
     return _raw_host(address) == b"\xff\xff\xff\xff"
 
 
 def is_link_local(address: Address) -> bool:
-    """Tell whether an address means something on one link only: fe80::/10 or 169.254.0.0/16 (RFC 3927)."""
+    """Whether an address means something on one link only: fe80::/10 or 169.254.0.0/16 (RFC 3927)."""
     raw = _raw_host(address)
     return raw[:2] == b"\xa9\xfe" if len(raw) == 4 else raw[:1] == b"\xfe" and raw[1] & 0xC0 == 0x80
 
@@ -112,7 +112,7 @@ def is_link_local(address: Address) -> bool:
 def host_bytes(address: Address) -> bytes:
     """Return the host of an address in network form: 4 bytes for IPv4, mapped or not, and 16 for IPv6.
 
-    A Unix-domain socket counts as a host by itself: a hash of its name.
+    A Unix-domain socket counts as a host by itself, represented by a hash of its name.
     """
     return _raw_host(address) or _hashed(address)
 
@@ -121,7 +121,7 @@ def network_of(host: bytes, ipv4_bits: int, ipv6_bits: int) -> bytes:
     """Return a key for the part of the network that a host is in: the first bits of its address."""
     bits = ipv4_bits if len(host) == 4 else ipv6_bits
     whole, rest = divmod(bits, 8)
-    # Bytes, not a number: strangers choose the key, and can compute which numbers collide in a dict.
+    # Bytes, not a number: strangers choose the key, and could compute numbers that collide in a dict.
     network = host[:whole]
     if rest:
         network += bytes([host[whole] & 0xFF00 >> rest & 0xFF])
@@ -139,7 +139,7 @@ def _hashed(address: object) -> bytes:
 
 
 def describe(address: Address) -> str:
-    """Write an address for people to read: ``192.0.2.1 port 53``, ``fe80::1%2 port 53``."""
+    """Format an address for people: ``192.0.2.1 port 53``, ``fe80::1%2 port 53``."""
     if not isinstance(address, tuple):  # an abstract name as ss(8) writes it
         return "@" + os.fsdecode(address[1:]) if isinstance(address, bytes) else str(address or "no name")
     scope = address[3] if len(address) == 4 else 0
@@ -147,7 +147,7 @@ def describe(address: Address) -> str:
 
 
 def numeric_address(address: Address) -> Address:
-    """Check an address from the user, and return it in the kernel's form. Never looks up a name: that can block.
+    """Check an address from the user, and return it in the kernel's form. Looks up no name, because that can block.
 
     Raises:
       TypeError, ValueError: It is not a numeric host and a port, with flow information and scope allowed for IPv6.
@@ -162,7 +162,7 @@ def numeric_address(address: Address) -> Address:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     limits = (65_535, 0xFFFFF, 0xFFFFFFFF) if family == socket.AF_INET6 else (65_535,)
     in_range = all(0 <= number <= limit for number, limit in zip(numbers, limits, strict=False))
-    if len(numbers) not in (1, len(limits)) or not in_range or "\0" in host:  # C takes a zero byte for the end
+    if len(numbers) not in (1, len(limits)) or not in_range or "\0" in host:  # a C string ends at a zero byte
         raise ValueError(f"not an address: {address!r}")
     try:
         # It also knows scopes by name, as in "fe80::1%eth0".
@@ -176,8 +176,8 @@ def numeric_address(address: Address) -> Address:
     return (host.partition("%")[0], port, *scope)
 
 
-# The structures that pack_address and unpack_address read and write. Precompiled, since a server unpacks an address for
-# each stranger: 0.41 µs, against 0.48 with the functions of the struct module.
+# The structures that pack_address and unpack_address use. They are precompiled because a server unpacks an address for
+# each stranger: 0.41 µs instead of 0.48 with the functions of the struct module.
 _FAMILY = struct.Struct("=H")
 _IPV4_REST = struct.Struct("!H4s")
 _IPV6_REST = struct.Struct("!HI16s")

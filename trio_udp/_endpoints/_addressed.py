@@ -33,11 +33,11 @@ Way: TypeAlias = tuple[Outbox, Route]
 def find_way(outboxes: Sequence[Outbox], address: Address | str | bytes, local_address: Address | None) -> Way:
     """Choose the socket to send from, and the route.
 
-    An IPv4 address, mapped into IPv6 or not, leaves from an IPv4 socket or from an IPv6 socket that carries both. Of
-    several suitable sockets, ``local_address`` decides, then the order.
+    A datagram to an IPv4 address, mapped into IPv6 or not, leaves from an IPv4 socket or from an IPv6 socket that
+    carries both. If several sockets are suitable, ``local_address`` decides, then the order.
 
     Raises:
-      TypeError, ValueError: Not numeric addresses, or no socket fits.
+      TypeError, ValueError: An address is not numeric, or no socket is suitable.
     """
     if isinstance(address, (str, bytes)):
         return _find_way_to_name(outboxes, address, local_address)
@@ -61,7 +61,7 @@ def find_way(outboxes: Sequence[Outbox], address: Address | str | bytes, local_a
 
 
 def _find_way_to_name(outboxes: Sequence[Outbox], name: str | bytes, local_address: Address | None) -> Way:
-    """Choose a Unix-domain socket: of several the one bound to ``local_address``, or else the first."""
+    """Choose a Unix-domain socket: the one bound to ``local_address``, or without that the first."""
     fitting = [outbox for outbox in outboxes if is_by_name(outbox.engine)]
     if not fitting:
         raise TypeError(f"not an address: {name!r}")
@@ -70,7 +70,7 @@ def _find_way_to_name(outboxes: Sequence[Outbox], name: str | bytes, local_addre
     if not fitting or not name:
         raise ValueError(f"no endpoint here can send to {name!r}")
     outbox = next((outbox for outbox in fitting if not outbox.engine.closed), fitting[0])
-    target: Any = name  # a name is no Address, which is for the addresses of IPv4 and IPv6
+    target: Any = name  # a name is not an Address, the type of IPv4 and IPv6 addresses
     return outbox, outbox.engine.route(target)
 
 
@@ -96,7 +96,7 @@ def send_on_nowait(way: Way, payload: Payload) -> None:
 
 
 def _explained(error: PermissionError, way: Way) -> PermissionError:
-    """Say what an address needs that the socket is not allowed to send to."""
+    """Add to the error of a broadcast that the socket lacks SO_BROADCAST."""
     outbox, route = way
     to = outbox.engine.peer_address(route)
     if error.errno == errno.EACCES and is_internet(to) and (is_limited_broadcast(to) or outbox.engine.is_broadcast(to)):
@@ -114,7 +114,7 @@ def _outgoing(way: Way, payload: Payload) -> Outgoing:
 
 
 def _may_echo(engine: Engine, route: Route, echoes: Echoes) -> bool:
-    """Whether a datagram may be heard here too: it goes to one of the server's ports, and perhaps to many machines."""
+    """Whether a server may receive its own datagram: it goes to one of its ports, and perhaps to many machines."""
     to = engine.peer_address(route)
     if not is_internet(to) or to[1] not in echoes.ports:
         return False
@@ -139,12 +139,12 @@ def _as_seen_by(engine: Engine, address: Address) -> Address | None:
 def _is_dual_stack(engine: Engine) -> bool:
     try:
         return engine.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 0
-    except OSError:  # closed, or a simulated network, which has no options
+    except OSError:  # it is closed, or simulated, and then has no options
         return False
 
 
 def _can_send_from(engine: Engine, local: Address) -> bool:
-    """Whether a socket is bound to an address, or to all of its family. Port 0 stands for the socket's own."""
+    """Whether a socket is bound to an address, or to all of its family. Port 0 stands for the socket's port."""
     seen = _as_seen_by(engine, local)
     if seen is None or local[1] not in (0, engine.bound_address[1]):
         return False
@@ -152,7 +152,7 @@ def _can_send_from(engine: Engine, local: Address) -> bool:
 
 
 def _would_send_from(outbox: Outbox, target: Address, local: Address) -> bool:
-    """Whether the kernel would choose an address itself. This finds the right one of sockets bound to interfaces."""
+    """Whether the kernel would choose ``local``. This finds the right one of several sockets bound to interfaces."""
     try:
         return _plain(outbox.engine.source_for(target))[0] == local[0]
     except OSError:

@@ -1,6 +1,6 @@
 """Socket buffers and sizes, for sockets that we open and for those that another program bound.
 
-Not in _open.py, because _endpoint.py needs these too, and _open.py imports _endpoint.py.
+These are not in _open.py because _endpoint.py needs them too, and _open.py imports _endpoint.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import trio
 
 from .._log import warn_once
 
-# Enough for a burst that arrives while handlers run: a few thousand small datagrams, or 40 ms of a full gigabit. The
-# systems' own default, 208 KiB on Linux, holds 256 small datagrams.
+# Enough for a burst that arrives while handlers run: a few thousand small datagrams, or 40 ms at 1 Gbit/s. The systems'
+# own default, 208 KiB on Linux, holds 256 small datagrams.
 RECEIVE_BUFFER = 4_194_304
 
 # The kernel takes a C int.
@@ -22,7 +22,7 @@ LARGEST_BUFFER = 2**31 - 1
 
 
 def check_max_datagram_size(size: int, most: int = 65_535) -> None:
-    """Raise ``TypeError`` or ``ValueError`` if ``max_datagram_size`` makes no sense."""
+    """Raise ``TypeError`` or ``ValueError`` if ``max_datagram_size`` is invalid."""
     if not isinstance(size, int):
         raise TypeError(f"max_datagram_size must be an int, not {size!r}")
     if not 1 <= size <= most:
@@ -30,7 +30,7 @@ def check_max_datagram_size(size: int, most: int = 65_535) -> None:
 
 
 def check_buffer_size(name: str, size: int | None) -> None:
-    """Raise ``TypeError`` or ``ValueError`` if a ``receive_buffer`` or ``send_buffer`` makes no sense."""
+    """Raise ``TypeError`` or ``ValueError`` if a ``receive_buffer`` or ``send_buffer`` is invalid."""
     if size is None:
         return
     if not isinstance(size, int):
@@ -42,7 +42,7 @@ def check_buffer_size(name: str, size: int | None) -> None:
 def request_receive_buffer(sock: socket.socket | trio.socket.SocketType, size: int | None) -> int:
     """Ask for ``size`` bytes of receive buffer; return the bytes that were asked for.
 
-    ``None`` asks for ``RECEIVE_BUFFER``, and leaves a buffer that is larger already.
+    ``None`` asks for ``RECEIVE_BUFFER``, unless the buffer is larger already.
 
     Raises:
       OSError: The system refuses an explicit size. Linux grants a part instead.
@@ -77,7 +77,7 @@ def warn_of_small_buffer(requested: int, granted: int) -> None:
 def grant_receive_buffer(sock: socket.socket | trio.socket.SocketType, size: int | None) -> int:
     """Ask for a receive buffer and warn if it is small, in one step; return the bytes that were asked for.
 
-    For sockets that another program bound: see ``Endpoint.from_socket``. Arguments and errors are those of
+    This is for sockets that other code bound; see ``Endpoint.from_socket``. Arguments and errors are those of
     :func:`request_receive_buffer`.
     """
     requested = request_receive_buffer(sock, size)

@@ -24,7 +24,7 @@ class Origin:
     Attributes:
       amplification: The bytes of a datagram's replies are at most this many times its own; ``None`` for no limit.
       withheld: Replies not sent because of ``amplification``.
-      in_accept: ``accept`` is looking at a datagram.
+      in_accept: ``accept`` is being called.
     """
 
     endpoint: trio_udp.Endpoint
@@ -65,7 +65,7 @@ class Datagram(metaclass=NoPublicConstructor):
 
     @property
     def peer_address(self) -> Address:
-        """The address it came from, as the ``socket`` module gives it."""
+        """The address that the datagram came from, as the ``socket`` module gives it."""
         return self._origin.outbox.engine.peer_address(self._route)
 
     @property
@@ -75,38 +75,38 @@ class Datagram(metaclass=NoPublicConstructor):
 
     @property
     def destination(self) -> Address:
-        """The address it was sent to: our own, a group or a broadcast address."""
+        """The address that the datagram was sent to: our own, a group or a broadcast address."""
         return self._origin.outbox.engine.destination(self._route)
 
     @property
     def interface(self) -> int | None:
-        """Index of the interface it arrived on, if its destination is link-local, a group or a broadcast address.
+        """Index of the arrival interface, if the destination is link-local, a group or a broadcast address.
 
-        Otherwise ``None``: a unicast destination alone says where a reply leaves from.
+        A reply leaves on it. ``None`` for other destinations, where routing decides.
         """
         return self._origin.outbox.engine.interface(self._route)
 
     @property
     def credentials(self) -> Credentials | None:
-        """The process that sent it; ``None`` without ``credentials=True`` of :func:`open_unix_endpoint`."""
+        """The process that sent the datagram; ``None`` without ``credentials=True`` of :func:`open_unix_endpoint`."""
         return credentials_of(self._origin.outbox.engine, self._route)
 
     @property
     def endpoint(self) -> trio_udp.Endpoint:
-        """The :class:`Endpoint` that received it."""
+        """The :class:`Endpoint` that received the datagram."""
         return self._origin.endpoint
 
     @property
     def server(self) -> trio_udp.Server | None:
-        """The :class:`Server` that received it; ``None`` if no server runs on the endpoint."""
+        """The :class:`Server` that received the datagram; ``None`` if no server runs on the endpoint."""
         return self._origin.server
 
     async def reply(self, payload: Payload) -> None:
-        """Send one datagram to where this one came from, from where it was sent to.
+        """Send one datagram to the peer of this one, from :attr:`local_address`, after all datagrams sent before.
 
         Waits while the send buffer is full, first come first served. Network errors (unreachable, refused) are counted
         in the endpoint's statistics and not raised. ``Limits.amplification``, if set, limits all replies together to
-        that many times the bytes of this datagram; a reply beyond the limit is not sent, and counted as
+        that many times the bytes of this datagram; a reply beyond the limit is not sent, but counted as
         ``sends_withheld``. A datagram from port 0 or the unspecified address cannot be answered: the reply is counted
         as a send error.
 
@@ -116,7 +116,7 @@ class Datagram(metaclass=NoPublicConstructor):
           trio.ClosedResourceError: The endpoint is closed.
 
         Cancellation:
-          Always noticed, and then nothing is sent. Other tasks run at least once in 64 replies.
+          Always noticed; nothing is then sent. Other tasks run at least once in 64 replies.
         """
         copy = self._origin.outbox.copy(payload, self._route)
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -139,7 +139,7 @@ class Datagram(metaclass=NoPublicConstructor):
         """Like :meth:`reply`, without waiting.
 
         Raises:
-          trio.WouldBlock: The send buffer is full, or others are waiting for it; nothing was sent.
+          trio.WouldBlock: The send buffer is full, or other senders wait for it; nothing was sent.
           RuntimeError: Called by ``accept``: return the bytes instead.
         """
         if self._origin.in_accept:
@@ -165,7 +165,7 @@ class Datagram(metaclass=NoPublicConstructor):
 
 
 def new_datagram(received: Received, origin: Origin) -> Datagram:
-    """Make the public view of a datagram that was read."""
+    """Make the public view of a received datagram."""
     payload, route, ancillary = received
     datagram: Datagram = make_datagram(payload, route, ancillary, origin)
     return datagram

@@ -1,8 +1,9 @@
-"""Echoes: what a server sends to a group or a broadcast address, and hears itself.
+"""Echoes: datagrams that a server sends to a group or a broadcast address and receives back.
 
-The kernel gives a copy to all members on the machine, the sender included. The address alone does not tell an echo:
-another program may share our port, as all mDNS programs do, and then it has our address too. So a server remembers,
-for a few seconds, a hash of each payload that it sends to many machines at a port of its own, and how often.
+The kernel gives a copy to all members on the machine, including the sender. The address alone does not show that a
+datagram is an echo: another program may share our port, as all mDNS programs do, and then it has our address too. So a
+server remembers, for a few seconds, a hash of each payload that it sends to many machines at one of its own ports, and
+how often it has sent it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import attrs
 
 from .engines import Engine
 
-# Seconds until an echo is no longer expected. The receive loop may be that late.
+# Seconds until an echo is no longer expected. The receive loop may be late by that much.
 LIFETIME = 5.0
 
-# Most payloads to remember.
+# The most payloads to remember.
 MOST = 1_000
 
 
@@ -23,31 +24,31 @@ class Sent:
     """A payload that the server has sent.
 
     Attributes:
-      times: How often.
+      times: How often it was sent.
       until: When to forget it.
-      heard: How often each socket has heard it.
+      received: How often each socket has received it.
     """
 
     times: int
     until: float
-    heard: dict[Engine, int] = attrs.field(factory=dict, init=False)
+    received: dict[Engine, int] = attrs.field(factory=dict, init=False)
 
 
 @attrs.define(eq=False)
 class Echoes:
-    """The echoes that one server may hear.
+    """The echoes that one server may receive.
 
     Attributes:
-      ports: Those of its endpoints. What goes to any other port is not heard here.
-      expected: By the hash of the payload, the one to be forgotten first coming first. Usually empty: check that
-        before anything else.
+      ports: The ports of its endpoints. Datagrams to any other port do not come back.
+      expected: Sent payloads by their hash, in the order in which they are forgotten. Usually empty: check that before
+        anything else.
     """
 
     ports: set[int] = attrs.field(factory=set, init=False)
     expected: dict[int, Sent] = attrs.field(factory=dict, init=False)
 
     def expect(self, payload: bytes, now: float) -> None:
-        """Remember a payload that is sent now to one of ``ports``."""
+        """Remember a payload that is being sent to one of ``ports``."""
         key = hash(payload)
         sent = self.expected.pop(key, None) or Sent(0, now)
         sent.times += 1
@@ -64,9 +65,9 @@ class Echoes:
             del self.expected[key]
 
     def take(self, payload: bytes, engine: Engine) -> bool:
-        """Return whether a payload from our own address is an echo, which a socket hears once for each sending."""
+        """Whether a payload from our own address is an echo. A socket receives one for each time it was sent."""
         sent = self.expected.get(hash(payload))
-        if sent is None or sent.heard.get(engine, 0) >= sent.times:
+        if sent is None or sent.received.get(engine, 0) >= sent.times:
             return False
-        sent.heard[engine] = sent.heard.get(engine, 0) + 1
+        sent.received[engine] = sent.received.get(engine, 0) + 1
         return True

@@ -27,7 +27,7 @@ from .engines import Engine, engine_for, is_by_name, is_connected
 
 @final
 class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
-    """A bound datagram socket and its counters; what :func:`serve_endpoints` serves on.
+    """A bound datagram socket and its counters, for :func:`serve_endpoints` to serve on.
 
     Made by :func:`open_endpoints`, :func:`open_unix_endpoint` or :meth:`from_socket`.
 
@@ -51,10 +51,10 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         receive_buffer: int | None = None,
         proxies: Iterable[Network] = (),
     ) -> Endpoint:
-        """Make an endpoint of a bound datagram socket that other code opened.
+        """Make an endpoint from a bound datagram socket that other code opened.
 
         The endpoint owns the socket from now on, makes it non-blocking for every process that holds it, and closes it.
-        (If the program closes a ``socket.socket`` that it passed in, the endpoint notices only when something arrives,
+        (If the program closes a ``socket.socket`` that it passed in, the endpoint notices only when a datagram arrives,
         because Trio is not told.)
 
         Args:
@@ -63,7 +63,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
             The UDP_GRO option stays as it is. A server on it reads nothing once it stops, so datagrams wait for the
             next reader. Two readers at the same time would each get part of every conversation.
           max_datagram_size: Longest payload to accept, in bytes; longer datagrams are counted as truncated.
-          receive_buffer: Bytes of kernel memory to ask for (``SO_RCVBUF``); by default it is left as it is.
+          receive_buffer: Bytes of kernel memory to ask for (``SO_RCVBUF``); by default it stays as it is.
           proxies: As for :func:`open_endpoints`.
 
         Raises:
@@ -97,7 +97,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
 
     @property
     def local_address(self) -> Address:
-        """The address the socket is bound to, as ``getsockname`` gives it."""
+        """The address that the socket is bound to, as ``getsockname`` gives it."""
         return self._reader.engine.bound_address
 
     @property
@@ -109,7 +109,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
     def shared(self) -> bool:
         """Whether another process reads the socket after us, so that a server reads nothing more once it stops.
 
-        Set it to false before the stop, if no such process is left: then the server catches up, and lets clients finish
+        Set it to false before the stop if no such process is left. The server then catches up and lets clients finish
         their transactions, as on a socket of its own.
         """
         return self._reader.shared
@@ -119,7 +119,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         self._reader.shared = shared
 
     def statistics(self) -> EndpointStatistics:
-        """Counts since the endpoint was made; also available once it is closed."""
+        """Return the counts since the endpoint was made, also after it is closed."""
         reader, kernel = self._reader, self._reader.engine.kernel_figures()
         received, sent = reader.engine.counts, reader.outbox.counts
         return EndpointStatistics(
@@ -172,19 +172,20 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         Waits while the send buffer is full, first come first served.
 
         Args:
-          payload: Any bytes-like object, copied now.
+          payload: Any bytes-like object, copied at the call.
           address: Numeric host and port, as a socket gives them. IPv4 addresses may be written as mapped into IPv6.
             On a Unix-domain socket a path or an abstract name.
           local_address: Our own address to send from; by default the kernel's choice.
 
         Raises:
-          OSError: The kernel's own about this datagram: no route, a broadcast that the socket does not allow
-            (``SO_BROADCAST``), port 0, ``local_address`` is not ours, too long.
-          TypeError, ValueError: It is not a numeric address, or not one that this socket can send to.
+          OSError: The kernel's error about this datagram: no route, a broadcast that the socket does not allow
+            (``SO_BROADCAST``), port 0, a ``local_address`` that is not ours, or a payload that is too long.
+          TypeError: The payload is not bytes-like, or ``address`` is not a numeric address.
+          ValueError: ``address`` is not numeric, or this socket cannot send to it from ``local_address``.
           trio.ClosedResourceError: The endpoint is closed.
 
         Cancellation:
-          A checkpoint; when it raises ``Cancelled``, the datagram was not sent.
+          A checkpoint. If it raises ``Cancelled``, the datagram was not sent.
         """
         await send_on(find_way([self._reader.outbox], address, local_address), payload)
 
@@ -194,47 +195,48 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         """Like :meth:`send_to`, without waiting.
 
         Raises:
-          trio.WouldBlock: The send buffer is full, or others are waiting for it; nothing was sent.
+          trio.WouldBlock: The send buffer is full, or other senders wait for it; nothing was sent.
         """
         send_on_nowait(find_way([self._reader.outbox], address, local_address), payload)
 
     def join_group(self, group: str, *, interface: int | str | None = None, source: str | None = None) -> None:
         """Receive the datagrams that are sent to a group, at this endpoint's port.
 
-        The endpoint must be bound to all addresses (``host=None``, ``"0.0.0.0"``, ``"::"``) or to the group. It then
-        hears the groups that it has joined, on the interfaces it has joined them on, and no group that another program
-        has joined. ``Datagram.destination`` and ``Client.destination`` tell the group. An IPv6 endpoint without
-        ``IPV6_V6ONLY`` joins IPv4 groups too. Closing the endpoint leaves its groups; so does the end of the interface.
+        The endpoint must be bound to all addresses (``host=None``, ``"0.0.0.0"``, ``"::"``) or to the group. It
+        receives the groups that it has joined, on the interfaces where it has joined them, and no group that another
+        program has joined. ``Datagram.destination`` and ``Client.destination`` tell the group. An IPv6 endpoint without
+        ``IPV6_V6ONLY`` joins IPv4 groups too. The endpoint leaves its groups when it is closed or the interface is
+        removed.
 
         Args:
           group: Numeric address; ``"ff02::fb%eth0"`` names the interface too.
-          interface: Name, index (as in ``Datagram.interface``) or one of our own addresses on it. By default the one
-            on the machine's route to the group. One call for each interface joins on several.
-          source: Hear this sender only (source-specific multicast, RFC 4607). One call for each source hears several.
-            An endpoint is in a group either for all sources or for single ones. Linux only.
+          interface: Name, index (as in ``Datagram.interface``) or one of our own addresses on it. By default the
+            interface of the machine's route to the group. To join on several, make a call for each.
+          source: Receive from this sender only (source-specific multicast, RFC 4607). For several senders, make a call
+            for each. An endpoint is in a group either for all sources or for single ones. Linux only.
 
         Raises:
-          OSError: The kernel's own, with the reason in its message: not a group (``EINVAL``), no such interface
+          OSError: The kernel's error, with the reason in its message: not a group (``EINVAL``), no such interface
             (``ENODEV``), joined already (``EADDRINUSE``; for a source ``EADDRNOTAVAIL``), more groups than the system
             allows (``ENOBUFS``).
-          TypeError, ValueError: Not a numeric address, or not of a family that this endpoint receives.
+          TypeError, ValueError: It is not a numeric address, or not of a family that this endpoint receives.
           NotImplementedError: This system cannot join for a single source.
           trio.ClosedResourceError: The endpoint is closed.
         """
         join_group(self._reader.engine, group, interface, source)
 
     def leave_group(self, group: str, *, interface: int | str | None = None, source: str | None = None) -> None:
-        """Undo :meth:`join_group`; the arguments are the same. What has arrived is still received.
+        """Undo :meth:`join_group`, with the same arguments. Datagrams that have arrived are still received.
 
         Raises:
-          OSError: ``EADDRNOTAVAIL`` or ``EINVAL``: it is not in this group, on this interface, for this source. Others
-            as for :meth:`join_group`.
+          OSError: ``EADDRNOTAVAIL`` or ``EINVAL``: the endpoint is not in this group, on this interface, for this
+            source. Other errors are as for :meth:`join_group`.
         """
         leave_group(self._reader.engine, group, interface, source)
 
     @property
     def multicast_hops(self) -> int:
-        """Time to live of what this endpoint sends to groups: 0 to 255; 1, the default, stays on the link."""
+        """Time to live of datagrams that this endpoint sends to groups: 0 to 255. The default, 1, stays on the link."""
         return multicast_of(self._reader.engine).hops
 
     @multicast_hops.setter
@@ -243,9 +245,9 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
 
     @property
     def multicast_loop(self) -> bool:
-        """Whether members on this machine hear what this endpoint sends to groups, itself included; so by default.
+        """Whether members on this machine receive what this endpoint sends to groups, itself included. Default: true.
 
-        A server does not take what it hears of itself for a client's: it counts as ``refused_source``.
+        A server makes no client of itself: its own datagrams count as ``refused_source``.
         """
         return multicast_of(self._reader.engine).loop
 
@@ -255,11 +257,11 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
 
     @property
     def multicast_interface(self) -> int | None:
-        """Index of the interface that ``send_to`` uses for groups; ``None``, the default, leaves it to the routes.
+        """Index of the interface that ``send_to`` uses for groups. ``None``, the default, leaves it to the routes.
 
         Set it to a name, an index, one of our own addresses (also to send from), or ``None``. The ``local_address`` of
-        :meth:`send_to`, or the scope of an IPv6 address, counts more. Replies always leave on the interface that the
-        question came in on.
+        :meth:`send_to` and the scope of an IPv6 address take precedence. A reply always leaves on the interface on
+        which its datagram arrived.
         """
         return multicast_of(self._reader.engine).interface or None
 
@@ -268,14 +270,17 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         set_interface(self._reader.engine, interface)
 
     def close(self) -> None:
-        """Close the socket. Collected replies are sent if the kernel takes them now. Idempotent."""
+        """Close the socket. Collected replies are sent if the kernel takes them now. Idempotent.
+
+        Calls that wait on it raise ``trio.ClosedResourceError``. So does a server once all its endpoints are closed.
+        """
         try:
             self._reader.outbox.close()
         finally:
             self._reader.engine.close()
 
     async def aclose(self) -> None:
-        """Close the endpoint. A server that runs on it loses this endpoint's clients; see :func:`serve_endpoints`."""
+        """Like :meth:`close`, and a checkpoint. A server that runs on the endpoint loses its clients there."""
         self.close()
         await trio.lowlevel.checkpoint()
 
@@ -284,7 +289,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
 
 
 def make_endpoint(engine: Engine, *, shared: bool = False, receive_buffer_requested: int = 0) -> Endpoint:
-    """Make an endpoint of an engine."""
+    """Make an endpoint from an engine."""
     outbox = UnixOutbox(engine, FaultLog()) if is_by_name(engine) else Outbox(engine, FaultLog())
     return create(Endpoint, Reader(engine, outbox, shared), receive_buffer_requested)
 

@@ -1,9 +1,9 @@
 """The meaning of each error of a datagram socket, by its errno: a table to read.
 
-It has every error that recvmsg(2) and sendmsg(2) give on such a socket on Linux, BSD, macOS and Windows, and how we
-treat it. An errno that is not here is treated as the machine's fault. Sources: recv(2), send(2), udp(7), ip(7), ipv6(7)
-and unix(7) of Linux, and its table of ICMP errors (``icmp_err_convert``); recv(2) and send(2) of FreeBSD and macOS;
-``WSARecvFrom`` and ``WSASendTo`` of Windows, where Python gives the errors of Winsock the same names.
+The table has every error that recvmsg(2) and sendmsg(2) give on such a socket on Linux, BSD, macOS and Windows, and how
+the package treats it. Any other errno is treated as the machine's fault. Sources: recv(2), send(2), udp(7), ip(7),
+ipv6(7) and unix(7) of Linux, and its table of ICMP errors (``icmp_err_convert``); recv(2) and send(2) of FreeBSD and
+macOS; ``WSARecvFrom`` and ``WSASendTo`` of Windows, where Python gives the errors of Winsock the same names.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from enum import Enum, auto
 
 
 class Fault(Enum):
-    """Whose fault an error is. ``ANSWER``, ``PEER`` and ``MACHINE`` are counted by errno name, and the loop goes on."""
+    """Whose fault an error is. ``ANSWER``, ``PEER`` and ``MACHINE`` are counted by errno name and end nothing."""
 
     WAIT = auto()
     """No fault: nothing has arrived yet, or the send buffer is full."""
 
     ANSWER = auto()
     """Not this call's fault: nearly always the network's answer to an earlier datagram. Sending repeats the call once.
-    Not logged, and no reason to pause: strangers can cause it at will."""
+    Neither logged nor a reason to pause, because strangers can cause it at will."""
 
     PEER = auto()
-    """The fault of this datagram or its peer: counted for that client. Not logged: strangers can cause it. If reading
-    gives only such errors, they are treated as ``MACHINE``."""
+    """The fault of this datagram or its peer: counted for that client. Not logged, because strangers can cause it. If
+    reading gives nothing but such errors, they are treated as ``MACHINE``."""
 
     MACHINE = auto()
     """The fault of this machine or this program: logged at most once a minute."""
@@ -63,7 +63,7 @@ TABLE: dict[Fault, dict[str, str]] = {
         "ENETUNREACH": "There is no route to the peer, or (over IPv4) it wrote to an address that is no longer ours.",
         "ENODEV": "The interface that the peer's address belongs to is gone.",
         "ENOENT": "The peer is a Unix-domain socket that is gone.",
-        "ENOTDIR": "The path of the peer's Unix-domain socket leads through a file.",
+        "ENOTDIR": "A part of the path of the peer's Unix-domain socket is a file, not a folder.",
         "ENXIO": "The interface that the peer's address belongs to is gone, on BSD and macOS.",
         "EPERM": "A packet filter has dropped it, or the peer's Unix-domain socket is connected to another one.",
         "EPROTOTYPE": "The path of the peer's Unix-domain socket belongs to a stream socket now.",
@@ -89,7 +89,7 @@ TABLE: dict[Fault, dict[str, str]] = {
 
 UNKNOWN = Fault.MACHINE, "Not a known error of a datagram socket."
 
-# Names that this platform does not have are left out.
+# Without the names that this platform lacks.
 _BY_NUMBER = {
     getattr(errno, name): (fault, reason)
     for fault, reasons in TABLE.items()

@@ -1,6 +1,6 @@
 """Multicast: joining and leaving groups, and the choice of interfaces. See RFC 1112, RFC 3678, RFC 4607.
 
-Arguments are checked and errors explained here; the engine's :class:`Multicast` makes the system calls.
+This file checks arguments and explains errors; the engine's :class:`Multicast` makes the system calls.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from ._address import (
 )
 from .engines import Engine, Multicast
 
-# What the kernel means, by what was done. {0} is the group, with its source and its interface.
+# The meaning of the kernel's errors, by action. {0} is the group, with its source and its interface.
 REASONS = {
     ("join", errno.EADDRINUSE): "already in {0}",
     ("join for a source", errno.EADDRNOTAVAIL): "already in {0}",
     ("join", errno.EINVAL): "cannot join {0}, which may lack this version of IP",
-    ("join", errno.ENOBUFS): "cannot join {0}: the system's most (igmp_max_memberships, igmp_max_msf or mld_max_msf)",
-    ("join", errno.ENOMEM): "cannot join {0}: the system's most (optmem_max)",
+    (
+        "join",
+        errno.ENOBUFS,
+    ): "cannot join {0}: the system allows no more (igmp_max_memberships, igmp_max_msf or mld_max_msf)",
+    ("join", errno.ENOMEM): "cannot join {0}: the system allows no more (optmem_max)",
     ("leave", errno.EADDRNOTAVAIL): "not in {0}",
     ("leave", errno.EINVAL): "not in {0}",
     ("leave", errno.ENOENT): "not in {0}",
@@ -48,7 +51,9 @@ def join_group(engine: Engine, group: str, interface: int | str | None, source: 
         multicast.join(to, origin, index)
     bound = unmapped(engine.bound_address)
     if sys.platform != "win32" and not is_unspecified(bound) and bound[0] != to[0]:
-        LOGGER.warning("an endpoint bound to %s hears nothing of group %s: bind it to all addresses", bound[0], to[0])
+        LOGGER.warning(
+            "an endpoint bound to %s receives nothing from group %s: bind it to all addresses", bound[0], to[0]
+        )
 
 
 def leave_group(engine: Engine, group: str, interface: int | str | None, source: str | None) -> None:
@@ -103,7 +108,7 @@ def index_of(multicast: Multicast, interface: object) -> int:
         return 0
     if isinstance(interface, int) and not isinstance(interface, bool):
         if not 0 < interface < 2**31:
-            raise ValueError(f"an interface has an index from 1, not {interface!r}")
+            raise ValueError(f"an interface index must be at least 1, not {interface!r}")
         return interface
     if not isinstance(interface, str):
         raise TypeError(f"interface must be a name, an index or an address, not {interface!r}")
@@ -124,7 +129,7 @@ def index_of(multicast: Multicast, interface: object) -> int:
 
 
 def _address_in(interface: object) -> Address | None:
-    """Return the address that an interface is named by, if it is; a name may have a dot too."""
+    """Return the address that names an interface, or None for any other name; a name may have a dot too."""
     if isinstance(interface, str) and ("." in interface or ":" in interface):
         with suppress(ValueError):
             return unmapped(numeric_address((interface.partition("%")[0], 0)))
@@ -134,7 +139,7 @@ def _address_in(interface: object) -> Address | None:
 def _membership(
     multicast: Multicast, group: object, interface: object, source: object
 ) -> tuple[Address, Address | None, int]:
-    """Check what was said about a membership."""
+    """Check the arguments of a membership; return the group, the source and the index of the interface."""
     if not isinstance(group, str):
         raise TypeError(f"group must be an address as a str, not {group!r}")
     host, _, scope = group.partition("%")
@@ -144,7 +149,7 @@ def _membership(
         raise _error(errno.EINVAL, f"{group} is not a group")
     for address in (to, origin):
         if address is not None and family_of(address) not in multicast.families:
-            raise ValueError(f"this endpoint receives nothing of the address family of {address[0]}")
+            raise ValueError(f"this endpoint does not receive the address family of {address[0]}")
     if origin is not None:
         if family_of(origin) != family_of(to):
             raise ValueError(f"source must be of the same address family as {group}, not {source!r}")
@@ -160,7 +165,7 @@ def _membership(
 
 
 def _index_of_scope(multicast: Multicast, scope: str) -> int:
-    """Return the index of the interface that is named behind the ``%`` of an address."""
+    """Return the index of the interface after the ``%`` of an address."""
     return index_of(multicast, int(scope) if scope.isdecimal() else scope)
 
 
@@ -176,7 +181,7 @@ def _numeric(name: str, host: object) -> Address:
 
 @contextmanager
 def _explained(action: str, group: Address, source: Address | None, interface: int) -> Iterator[None]:
-    """Say in the kernel's error what it means."""
+    """Add the meaning to the kernel's error."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Networks: parts of the internet that the user names, such as ``10.0.0.0/8``. Pure values."""
+"""Networks: parts of the internet as users write them, such as ``10.0.0.0/8``. Pure values."""
 
 from __future__ import annotations
 
@@ -23,19 +23,23 @@ MAPPED_NETWORK = IPv6Network("::ffff:0:0/96")
 
 @attrs.frozen
 class Networks:
-    """Some networks, empty or not; made by :meth:`parse`."""
+    """A set of networks, perhaps empty; made by :meth:`parse`."""
 
     _masks: tuple[tuple[int, int, int], ...]  # bytes of a host, mask, number of the network
 
     @classmethod
     def parse(cls, name: str, networks: Iterable[Network]) -> Networks:
-        """Check networks from the user; ``name`` is the argument's.
+        """Check networks from the user.
+
+        Args:
+          name: The name of the argument, for errors.
+          networks: What the user gave.
 
         Raises:
-          TypeError, ValueError: They are not several networks; the message has one line.
+          TypeError, ValueError: It is not an iterable of networks; the message has one line.
         """
         if isinstance(networks, Network) or not isinstance(networks, Iterable):
-            raise TypeError(f"{name} must be several networks, not {networks!r}")
+            raise TypeError(f"{name} must be a list of networks, not {networks!r}")
         masks = []
         for network in networks:
             if not isinstance(network, Network):

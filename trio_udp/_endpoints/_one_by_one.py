@@ -9,7 +9,7 @@ from ._back_off import PAUSE
 from ._reader import Reader
 from .engines import Received
 
-# Batches of nothing but truncated or malformed datagrams to read past at once, before other tasks run.
+# The most batches of nothing but truncated or malformed datagrams to read before other tasks run.
 MOST_EMPTY_BATCHES = 16
 
 
@@ -40,7 +40,7 @@ class OneByOne:
             await trio.lowlevel.checkpoint_if_cancelled()
         else:
             await self._read_ahead()
-            if not reader.ahead:  # closed, and so discarded, just after it was read
+            if not reader.ahead:  # the batch was read, then the endpoint was closed and dropped it
                 raise trio.ClosedResourceError("this endpoint is closed")
         reader.outbox.turn.sent = 0
         return reader.ahead.popleft()
@@ -65,10 +65,10 @@ class OneByOne:
             try:
                 raise refusal
             finally:
-                del refusal  # or it would keep this frame, and this frame it
+                del refusal  # its traceback refers to this frame: avoid a reference cycle
 
     async def _read_ahead(self) -> None:
-        """Wait until a batch has arrived, and read it ahead. Other tasks run meanwhile."""
+        """Wait until a batch has arrived, and read it ahead. Lets other tasks run."""
         reader = self.reader
         self._check_not_served()
         if reader.awaited:
@@ -90,7 +90,7 @@ class OneByOne:
             reader.awaited = False
 
     def _read_ahead_nowait(self) -> bool:
-        """Read ahead the batch that has arrived; return whether there was one."""
+        """Read ahead the batch that has arrived, and return whether there was one."""
         self.raise_refusal()
         reader, counts = self.reader, self.reader.engine.counts
         batch: list[Received] = []

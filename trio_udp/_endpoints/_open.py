@@ -1,6 +1,6 @@
 """Opening sockets: from a host and a port to endpoints, bound or connected.
 
-Names are looked up first, asynchronously. From there on nothing waits, so cancellation leaves no socket open.
+Names are looked up first, asynchronously. After that nothing waits, so cancellation leaves no socket open.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ._endpoint import Endpoint, make_endpoint
 from ._networks import Network, Networks
 from .engines import engine_for
 
-# This machine, or this process, lacks the address family. Other families are served without it.
+# This machine or this process lacks the address family. Serve the other families without it.
 NO_SUCH_FAMILY = {errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT}
 
 # Attempts to find a port that is free in every family, for port=0.
@@ -85,10 +85,12 @@ async def open_endpoints(
 
     Raises:
       OSError: An address cannot be bound: the kernel's error, with the address in its message. Or the name is unknown.
-      TypeError, ValueError: An argument is invalid, or the environment variable ``TRIO_UDP_ENGINE`` is. It chooses the
-        engine: ``portable`` or ``linux``; by default the fastest that works here.
+      TypeError, ValueError: An argument or the environment variable ``TRIO_UDP_ENGINE`` is invalid. The variable
+        chooses the engine: ``portable`` or ``linux``; by default the fastest that works here.
+      RuntimeError: Trio does not run in this thread.
 
-    After any error, including one that ``configure`` raises, no socket is left open.
+    Cancellation:
+      A checkpoint. After cancellation or any error, including one that ``configure`` raises, no socket is left open.
     """
     _check_port(port, least=0)
     check_max_datagram_size(max_datagram_size)
@@ -102,7 +104,7 @@ async def open_endpoints(
     options = Options(receive_buffer, send_buffer, configure)
 
     found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)
-    # A name may resolve to the same address twice, for example because /etc/hosts has two lines for it.
+    # A name may resolve to the same address twice, for example if /etc/hosts has two lines for it.
     targets: list[Target] = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
 
     for attempt in range(1, PORT_ATTEMPTS + 1):
@@ -110,7 +112,7 @@ async def open_endpoints(
             try:
                 opened, skipped = _bind_all(targets, options, reuse_port, stack)
             except AddressError as failed:
-                # The port that the kernel chose for one address is taken for another: let it choose again.
+                # The port that the kernel chose for one address is in use for another: let it choose again.
                 if port or attempt == PORT_ATTEMPTS or failed.error.errno != errno.EADDRINUSE:
                     raise failed.error from None
                 continue
@@ -148,7 +150,7 @@ async def open_connected_endpoint(
 
     Raises:
       OSError: The kernel's error for the first address, with the address in its message. Or the name is unknown.
-      TypeError, ValueError: An argument makes no sense, or does not go with the family of the peer.
+      TypeError, ValueError: An argument is invalid, or does not fit the address family of the peer.
     """
     _check_trio_runs()
     _check_port(port, least=1)
@@ -185,7 +187,7 @@ async def open_connected_endpoint(
 
 
 class AddressError(Exception):
-    """The kernel cannot bind, or connect to, an address. Not an ``OSError``, because ``configure`` may raise those."""
+    """The kernel cannot bind or connect to an address. Not an ``OSError``, because ``configure`` may raise those."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(error)
@@ -234,10 +236,10 @@ class Options:
 def _bind_all(
     targets: list[Target], options: Options, reuse_port: bool, stack: ExitStack
 ) -> tuple[list[tuple[socket.socket, int]], list[OSError]]:
-    """Bind a socket to every target; where the port is 0, all to one port that the kernel chooses.
+    """Bind a socket to every target; if the port is 0, all of them to one port that the kernel chooses.
 
     Args:
-      stack: Closes each socket unless the caller takes it over.
+      stack: Closes the sockets, unless the caller takes them over.
 
     Returns:
       The sockets, each with the bytes of receive buffer that were asked for; and the errors that were tolerated.
@@ -270,7 +272,7 @@ def _bind_all(
                 else:
                     _bind_unshared(sock, address)
         except AddressError as failed:
-            # "localhost" is ::1 too, even where IPv6 is switched off.
+            # "localhost" is ::1 too, even where IPv6 is turned off.
             if family != socket.AF_INET6 or failed.error.errno != errno.EADDRNOTAVAIL:
                 raise
             sock.close()
@@ -287,7 +289,7 @@ def _bind_unshared(sock: socket.socket, address: Any) -> None:
     """Bind to a port that no other socket has, even where the socket's options allow sharing it.
 
     With ``SO_REUSEPORT``, 29 of 1,500 binds to port 0 gave a port that another socket of the same user had, on Linux
-    6.18. So the options are off during the bind. Set afterwards they still let later sockets share the port.
+    6.18. So the options are off during the bind. Set after it, they still let later sockets share the port.
     """
     values = {option: sock.getsockopt(socket.SOL_SOCKET, option) for option in SHARING_OPTIONS}
     sharing = {option: value for option, value in values.items() if value}

@@ -28,24 +28,24 @@ if TYPE_CHECKING:
 else:
     Payload = bytes | bytearray | memoryview  # for readers of annotations
 
-# Sending and receiving do not let other tasks run each time: that would cost more than the datagram itself. A task that
-# only sends, or only takes datagrams that wait, lets other tasks run once in this many calls.
+# A checkpoint at every send and receive would cost more than the datagram itself. A task that only sends, or only takes
+# datagrams that wait already, lets other tasks run once in this many calls.
 YIELD_EVERY = 64
 
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 
-# Seconds to wait when the socket polls as writable and sending still fails with EAGAIN. On some systems there is room,
+# Seconds to wait when the socket polls as writable but sending still fails with EAGAIN. Some systems have room then,
 # but not for a long datagram.
 FULL_THOUGH_WRITABLE = 0.01
 
 
-# Replies to single datagrams that are kept back at most. An echo of 64 clients with four datagrams each costs 0.61 of
+# The most replies to single datagrams that are kept back. An echo to 64 clients with four datagrams each costs 0.61 of
 # uvloop with this, and 0.85 if each batch is answered by itself.
 MOST_COLLECTED = 3 * BATCH
 
 
 def hint(payload: object) -> str:
-    """What a beginner has probably forgotten."""
+    """Return a hint about the likely mistake behind a wrong payload, to end an error message."""
     if isinstance(payload, str):
         return ": use .encode()"
     return ": is there an await missing?" if inspect.isawaitable(payload) else ""
@@ -53,16 +53,16 @@ def hint(payload: object) -> str:
 
 @attrs.define(eq=False)
 class Turn:
-    """Datagrams taken and sent since other tasks last ran for certain, and the time of the current batch.
+    """Counts the datagrams taken and sent since other tasks certainly last ran, and has the time of the current batch.
 
     A server has one Turn for all its clients; a connection has its own. The receive loop renews it at each batch. No
     handler runs while the loop runs, so a handler that sees a renewed Turn has let other tasks run.
 
     Attributes:
       taken: Datagrams taken from inboxes without a pause.
-      sent: Datagrams sent without a pause, and without taking one in between.
-      time: When the current batch arrived, on Trio's clock; 0 while the loop sleeps. It saves handlers a reading of the
-        clock at each wait.
+      sent: Datagrams sent without a pause and without taking one in between.
+      time: When the current batch arrived, on Trio's clock; 0 while the loop sleeps. Handlers that begin to wait need
+        not read the clock.
     """
 
     taken: int = 0
@@ -70,7 +70,7 @@ class Turn:
     time: float = 0.0
 
     def begin_batch(self) -> None:
-        """Renew the turn: a batch has arrived, and other tasks have run since the one before."""
+        """Renew the turn: a batch has arrived, and other tasks have run since the previous one."""
         self.taken = 1  # put() hands one datagram to a waiting task without counting it
         self.sent = 0
         self.time = trio.current_time()
@@ -88,9 +88,9 @@ class Outbox:
     can. The receive loop holds it from handing out a batch until the end of the pass of Trio's scheduler.
 
     Attributes:
-      collecting: Replies to single datagrams are kept back; see :meth:`collect`.
-      echoes: What the server on this endpoint may hear itself; ``None`` without a server.
-      own: Counts the datagrams of no client and no connection: ``send_to``, and replies to single datagrams.
+      collecting: Replies to single datagrams are being kept back; see :meth:`collect`.
+      echoes: The datagrams that the server on this endpoint may receive from itself; ``None`` without a server.
+      own: Counts datagrams that belong to no client or connection: ``send_to``, and replies to single datagrams.
     """
 
     engine: Engine
@@ -104,19 +104,19 @@ class Outbox:
     collecting: bool = attrs.field(default=False, init=False)
     _collected: list[Outgoing] = attrs.field(factory=list, init=False)  # by collect()
 
-    # Trio lets only one task wait for a socket to become writable: the holder of this lock. Others queue here.
+    # Trio lets only one task wait for a socket to become writable: the holder of this lock. Other senders queue here.
     _line: trio.StrictFIFOLock = attrs.field(factory=trio.StrictFIFOLock, init=False)
     _stuck: trio.Event = attrs.field(factory=trio.Event, init=False)  # the queue met a full send buffer
 
     def copy(self, payload: Payload, route: Route) -> bytes:
-        """Return a payload as bytes of our own, if one datagram on a route can carry it.
+        """Copy a payload to bytes, and check that one datagram on the route can carry it.
 
         Raises:
           OSError: ``EMSGSIZE``: it is too long.
           TypeError: It is not bytes-like.
         """
         if type(payload) is not bytes:
-            # memoryview rejects numbers and lists: bytes(5) and bytes([1, 2]) would work, and mean something else.
+            # memoryview rejects numbers and lists. bytes(5) and bytes([1, 2]) would succeed and mean something else.
             try:
                 payload = bytes(memoryview(payload))
             except TypeError:
@@ -127,7 +127,7 @@ class Outbox:
         return payload
 
     def hold(self) -> None:
-        """Collect replies until the end of this pass. Worth it for several replies; a single one should leave at once."""
+        """Collect replies until the end of this pass. That pays for several replies; a single one should leave at once."""
         self.held = not self._line.locked()
 
     def end_pass(self) -> None:
@@ -142,7 +142,7 @@ class Outbox:
                 trio.lowlevel.current_trio_token().run_sync_soon(int, idempotent=True)
 
     def release(self) -> None:
-        """Send everything that was kept back, and every later datagram at once."""
+        """Send everything that was kept back; later datagrams leave at once."""
         self.held = False
         self.send_collected()
         if self.collecting:
@@ -156,11 +156,11 @@ class Outbox:
                 self._stuck.set()
 
     def send(self, outgoing: list[Outgoing], *, raising: bool = False) -> int:
-        """Send as many datagrams as there is room for, after all earlier ones; return how many.
+        """Send as many datagrams as there is room for, after all earlier ones; return their number.
 
         Args:
           outgoing: Errors are counted for each datagram's sender.
-          raising: Raise the kernel's error too, as for datagrams that the program itself addresses. The datagrams
+          raising: Also raise the kernel's error, as for datagrams that the program itself addresses. The datagrams
             before the failed one have been sent.
 
         Raises:
@@ -174,7 +174,7 @@ class Outbox:
         return self._send_now(outgoing, raising)
 
     def send_or_drop(self, outgoing: list[Outgoing]) -> list[Outgoing]:
-        """Send datagrams, and drop those that find no room, counted under ``EAGAIN``; return the dropped ones."""
+        """Send datagrams; drop those that find no room, count them under ``EAGAIN``, and return them."""
         if self.engine.closed:
             return []
         unsent = outgoing[self.send(outgoing) :]
@@ -183,11 +183,11 @@ class Outbox:
         return unsent
 
     def collect(self, replies: list[Outgoing], *, more_follow: bool) -> None:
-        """Send replies to single datagrams, perhaps together with those to the next batch.
+        """Send replies to single datagrams, perhaps together with the replies to the next batch.
 
-        While more datagrams wait in the kernel, replies are kept back for up to four batches. Then those to one peer
-        leave side by side, in order, so that the kernel takes them as one message (GSO). Replies that find no room are
-        dropped and counted under ``EAGAIN``.
+        While more datagrams wait in the kernel, replies are kept back for up to four batches. Then the replies to one
+        peer leave side by side, in order, so that the kernel takes them as one message (GSO). Replies that find no room
+        are dropped and counted under ``EAGAIN``.
         """
         self._collected += replies
         self.collecting = more_follow and 0 < len(self._collected) <= MOST_COLLECTED
@@ -209,7 +209,7 @@ class Outbox:
                 await trio.sleep(FULL_THOUGH_WRITABLE)
 
     async def empty(self) -> None:
-        """Wait until the queue is empty, or the endpoint closed."""
+        """Wait until the queue is empty or the endpoint is closed."""
         self.held = False  # or replies would enter the queue ahead of the tasks in line
         with suppress(trio.ClosedResourceError):
             async with self._line:
@@ -220,7 +220,7 @@ class Outbox:
                         await trio.sleep(FULL_THOUGH_WRITABLE)
 
     async def empty_when_stuck(self) -> None:
-        """Send collected replies that met a full send buffer as soon as it has room; runs until the endpoint closes."""
+        """Send replies that met a full send buffer as soon as it has room; run until the endpoint closes."""
         while not self.engine.closed:
             await self._stuck.wait()
             await self.empty()
@@ -229,11 +229,11 @@ class Outbox:
     def flush(self, *, raising: bool = False) -> None:
         """Send as much of the queue as the kernel takes now.
 
-        An error may be the answer to an earlier datagram, see udp(7). So a datagram is tried again, once, after an
-        error of that kind, and with ``raising`` after any error. If the second try fails, the error is the datagram's
-        own, and the datagram is dropped.
+        An error may be the answer to an earlier datagram, see udp(7). So a datagram is tried once more after an error
+        of that kind, and with ``raising`` after any error. If the second try fails, the error is the datagram's own,
+        and the datagram is dropped.
 
-        Without ``raising`` the first error is counted at once. With it, only once a second try has shown that it
+        Without ``raising`` the first error is counted at once; with it, only after a second try has shown that it
         belongs to an earlier datagram.
         """
         queue, failed = self.queue, None
@@ -245,13 +245,13 @@ class Outbox:
                 if fault is Fault.CLOSED:
                     self.abandon(error)
                 if fault in (Fault.CLOSED, Fault.WAIT):
-                    self.held = False  # so that the next sender learns of it at once
+                    self.held = False  # so that the next sender sees it at once
                     break
                 if raising and self.engine.connected and isinstance(error, ConnectionRefusedError):
                     self._count_receive_error(error)  # the datagram has not been sent, and the program is told
                     raise
                 if failed is None and (raising or fault is Fault.ANSWER) and self.engine.family in INTERNET:
-                    failed = error.with_traceback(None)  # or it would keep this frame, and this frame it
+                    failed = error.with_traceback(None)  # it refers to this frame: avoid a reference cycle
                     if not raising:
                         self._count_receive_error(error)
                     continue
@@ -287,7 +287,7 @@ class Outbox:
             raise trio.ClosedResourceError("this endpoint is closed")
 
     def abandon(self, error: OSError) -> None:
-        """End because the file descriptor is gone. Log it unless the endpoint itself has closed it."""
+        """Give up a socket whose file descriptor is gone. Log the error unless the endpoint itself closed it."""
         if not self.engine.closed:
             self.log.count(error)
             self.log.write(describe(self.engine.bound_address), error, reason_for(error))
@@ -309,7 +309,7 @@ class Outbox:
             raise
         if not queue:
             return len(outgoing)
-        # First in, first out: the datagrams left are the last of ours, perhaps after older ones.
+        # First in, first out: the datagrams left over are the last of ours, perhaps after older ones.
         left = min(len(queue), len(outgoing))
         del queue[len(queue) - left :]
         if queue:

@@ -21,15 +21,15 @@ from .engines import BATCH, Engine, Received
 
 @attrs.define(eq=False)
 class Reader:
-    """Reads one socket.
+    """Reads one socket in batches.
 
     Attributes:
       shared: Another process holds the same socket and reads it after us.
       served: A server runs on the endpoint.
       awaited: A task waits for a datagram in :class:`OneByOne`.
-      finished: The kernel is not read any more; datagrams that arrive stay there.
-      may_have_more: The last read gave a whole batch, so that the kernel may have more.
-      ahead: Datagrams that were read and not yet handed out: :class:`OneByOne` returns one at a time.
+      finished: The socket is no longer read; datagrams that arrive stay in the kernel.
+      may_have_more: The last read returned a whole batch, so the kernel may have more.
+      ahead: Datagrams read but not yet handed out: :class:`OneByOne` returns one at a time.
       hand_out: Takes each batch that a server reads; see :meth:`next_batch`.
       early: Read and hand out in Trio's scheduler, just before the task in :meth:`next_batch` runs.
       refusal: The last refusal by the peer of a connected socket, until it is raised.
@@ -137,7 +137,7 @@ class Reader:
         return [self.ahead.popleft() for _ in range(min(most, len(self.ahead)))]
 
     def read(self, batch: list[Received]) -> bool:
-        """Append what has arrived to ``batch``, without waiting. True if the kernel may have more."""
+        """Append datagrams that have arrived to ``batch``, without waiting. True if the kernel may have more."""
         received = self.engine.counts.received
         may_have_more = True
         try:
@@ -162,4 +162,4 @@ class Reader:
         if not is_passing_answer and (fault is Fault.MACHINE or self.back_off.persists(1)):
             outbox.log.write(describe(self.engine.bound_address), error, reason_for(error))
         if isinstance(error, ConnectionRefusedError):
-            self.refusal = error.with_traceback(None)  # or it would keep this frame, and this frame it
+            self.refusal = error.with_traceback(None)  # it refers to this frame: avoid a reference cycle

@@ -1,6 +1,6 @@
-"""What the kernel tells about the queues of other processes' Unix-domain sockets: sock_diag(7), Linux only.
+"""The queues of other processes' Unix-domain sockets, as the kernel reports them: sock_diag(7), Linux only.
 
-A socket is found by its inode, and inodes by going through all Unix-domain sockets of this network namespace.
+A socket is looked up by its inode. To find inodes, list all Unix-domain sockets of this network namespace.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Queue(NamedTuple):
 
 
 def all_queues() -> list[Queue]:
-    """Return all Unix-domain sockets, without what is in their queues. Takes about a millisecond for a thousand.
+    """Return all Unix-domain sockets, without the state of their queues. Takes about a millisecond for a thousand.
 
     Raises:
       OSError: The kernel has no sock_diag, or a sandbox forbids it.

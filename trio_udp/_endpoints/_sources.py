@@ -2,10 +2,10 @@
 
 Anyone can forge the source of a datagram. A few forged sources turn a server against itself or others:
 
-- our own address and a port of ours: every answer is a new request, for ever (10,000 a second);
+- our own address with a port of ours: every answer is a new request, for ever (10,000 a second);
 - a group or a broadcast address: one answer goes to many machines;
-- port 0 or the unspecified address: legal (RFC 768; a DHCP client has no other address), but an answer goes nowhere, or
-  to a service of this machine.
+- port 0 or the unspecified address: these are legal (RFC 768; a DHCP client has no other address), but an answer goes
+  nowhere, or to a service of this machine.
 
 Cheap checks come first. ``Engine.doubtful_source`` checks every stranger and is false for nearly all of them. The other
 checks need decoded addresses and sometimes a system call, whose result is cached for a while.
@@ -31,8 +31,8 @@ from ._address import (
 )
 from .engines import Engine, Route, watch_names
 
-# Cached results for each endpoint and check. Strangers choose how many hosts there are, so a full cache is emptied. A
-# check by the kernel costs 8 to 18 µs.
+# The most cached results for each endpoint and check. Strangers choose how many hosts there are, so a full cache is
+# emptied. A check by the kernel takes 8 to 18 µs.
 HOSTS = 1_000
 
 # Seconds that a cached result is valid. A machine's addresses can change.
@@ -67,12 +67,12 @@ class Sources:
     """Decides about the sources of datagrams, for all endpoints of one server.
 
     A receive loop calls :meth:`refresh` once for each batch that has strangers in it, or for each batch if it keeps no
-    clients. If it returns false, the loop may call ``engine.doubtful_source`` itself, and :meth:`verdict` only if that
+    clients. If that returns false, the loop may call ``engine.doubtful_source`` itself, and :meth:`verdict` only if it
     is true, which saves a call for nearly every datagram::
 
-        ask_all = sources.refresh(engine, now)
+        checks_all = sources.refresh(engine, now)
         for payload, route, ancillary in batch:
-            if ask_all or engine.doubtful_source(route):
+            if checks_all or engine.doubtful_source(route):
                 source = sources.verdict(engine, route)
     """
 
@@ -87,12 +87,12 @@ class Sources:
         self._watch_ports()
 
     def discard(self, engine: Engine) -> None:
-        """Forget an endpoint that is closed: others may have its port now."""
+        """Forget an endpoint that is closed: another socket may have its port now."""
         if self._watches.pop(engine, None):
             self._watch_ports()
 
     def refresh(self, engine: Engine, now: float) -> bool:
-        """Check whether SO_BROADCAST is set on an endpoint, and discard old cached results. Costs 0.5 µs.
+        """Check whether SO_BROADCAST is set on an endpoint, and discard old cached results. Takes 0.5 µs.
 
         Args:
           now: Time in seconds, by any clock that does not go back.
@@ -130,7 +130,7 @@ class Sources:
         return Source.FINE
 
     def is_from_here_to_many(self, engine: Engine, route: Route) -> bool:
-        """Tell whether a datagram came from a port of ours on this machine, and was sent to a group or broadcast."""
+        """Whether a datagram came from a port of ours on this machine, and was sent to a group or broadcast."""
         watch = self._watches[engine]
         if not engine.doubtful_source(route):
             return False
@@ -138,7 +138,7 @@ class Sources:
         return is_internet(peer) and peer[1] in self._ports and _is_own(watch, peer) and self._is_to_many(watch, route)
 
     def _is_to_many(self, watch: Watch, route: Route) -> bool:
-        """Tell whether a datagram was sent to a group or a broadcast address.
+        """Whether a datagram was sent to a group or a broadcast address.
 
         Such a datagram may come from another program of this machine with the same port: all mDNS programs use 5353. A
         forged one makes no loop, because our answer goes to a single address and is refused when it arrives.
@@ -156,17 +156,17 @@ class Sources:
 
 
 def _is_own(watch: Watch, address: Address) -> bool:
-    return _kept(watch.own, watch.engine.is_own_host, address, True)
+    return _cached(watch.own, watch.engine.is_own_host, address, True)
 
 
 def _is_broadcast(watch: Watch, address: Address, *, if_unknown: bool) -> bool:
     if ":" in address[0] and not is_mapped(address):
         return False  # IPv6 has no broadcast
-    return _kept(watch.broadcast, watch.engine.is_broadcast, address, if_unknown)
+    return _cached(watch.broadcast, watch.engine.is_broadcast, address, if_unknown)
 
 
-def _kept(answers: dict[str, bool], ask: Callable[[Address], bool], address: Address, if_unknown: bool) -> bool:
-    """Return the kernel's answer about an address, cached or new; ``if_unknown`` is the safe answer if asking fails."""
+def _cached(answers: dict[str, bool], ask: Callable[[Address], bool], address: Address, if_unknown: bool) -> bool:
+    """Return the kernel's answer about an address, cached or new. If asking fails, return ``if_unknown``."""
     host = unmapped(address)[0]
     if len(address) == 4 and address[3]:
         host = f"{host}%{address[3]}"
@@ -174,7 +174,7 @@ def _kept(answers: dict[str, bool], ask: Callable[[Address], bool], address: Add
     if answer is None:
         try:
             answer = ask(address)
-        except OSError:  # for example, this process may open no more files
+        except OSError:  # for example because this process may open no more files
             return if_unknown
         if len(answers) >= HOSTS:
             answers.clear()

@@ -1,7 +1,7 @@
 """Opening Unix-domain datagram sockets: from a path or an abstract name to an endpoint, bound or connected.
 
-A program that ends without closing its socket leaves the file behind. Such a stale file is replaced, and a living
-socket never is: the folder is locked from the check that nobody has the file until it is replaced.
+A program that ends without closing its socket leaves the file behind. Such a stale file is replaced; the file of a live
+socket never is. The folder stays locked from the check that no process has the file until it is replaced.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from .engines import AF_UNIX, Name, bound_file, switch_on_credentials, unix_engi
 if sys.platform != "win32":
     import fcntl
 
-# A send buffer of the system's default size, 208 KiB on Linux, holds 277 small datagrams that nobody has read yet, of
-# all peers together.
+# A send buffer of the system's default size, 208 KiB on Linux, holds 277 unread small datagrams, of all peers together.
 SEND_BUFFER = 4_194_304
 
 # A larger datagram would need a send buffer that no system allows by default.
 LARGEST_DATAGRAM = 2**24
 
-# Longest payload that a connection receives. Reading with a buffer of more than 128 KiB takes six times as long.
+# The longest payload that a connection receives. Reading with a buffer of more than 128 KiB takes six times as long.
 LARGEST_OF_CONNECTION = 65_535
 
-# Seconds between two attempts to lock a folder in which another process replaces a file, and attempts.
+# Seconds between attempts to lock a folder in which another process replaces a file, and the number of attempts.
 LOCK_PAUSE, LOCK_ATTEMPTS = 0.01, 100
 
 
@@ -53,24 +52,27 @@ async def open_unix_endpoint(
     removes the file, unless another one has taken its place.
 
     Args:
-      path: Of a file that is made now. A ``str`` or ``bytes`` that begins with a zero byte is an abstract name of Linux
-        (``"\0name"``), which has no file.
-      mode: Permissions of the file, such as ``0o660``, regardless of the umask. Sending needs permission to write. At
-        no moment does the file allow more. By default the umask decides.
+      path: The path of the file to make. A ``str`` or ``bytes`` that begins with a zero byte is an abstract name of
+        Linux (``"\0name"``), which has no file.
+      mode: Permissions of the file, such as ``0o660``, regardless of the umask. Senders need permission to write. The
+        file never allows more, not even for a moment. By default the umask decides.
       credentials: Let the kernel tell which process sent each datagram: :attr:`Datagram.credentials`,
         :attr:`Client.credentials`. A client is then one pair of name and credentials, and a host in ``Limits`` is a
         user. Linux only.
-      max_datagram_size: Longest payload to accept, in bytes; longer datagrams are counted as truncated. More than
-        about 130,000 makes reading slower, whatever arrives.
+      max_datagram_size: Longest payload to accept, in bytes; longer datagrams are counted as truncated. More than about
+        130,000 makes every read slower, also of short datagrams.
       receive_buffer: Bytes of kernel memory to ask for (``SO_RCVBUF``). On Linux it has no effect: the number of
         datagrams that wait for a socket is limited, by ``net.unix.max_dgram_qlen``.
       send_buffer: Bytes of kernel memory to ask for, for datagrams that their receivers have not read yet
-        (``SO_SNDBUF``); as near to 4 MiB as the system allows by default. No payload can be longer.
+        (``SO_SNDBUF``); by default as near to 4 MiB as the system allows. No payload can be longer.
 
     Raises:
-      OSError: The path cannot be bound: ``EADDRINUSE`` if another process serves it or it is no socket, or the kernel's
-        error. The message has the path.
-      TypeError, ValueError: An argument makes no sense, or this system has no such sockets.
+      OSError: The path cannot be bound: ``EADDRINUSE`` if another process serves it or it is not a socket; otherwise
+        the kernel's error. The message has the path.
+      TypeError, ValueError: An argument is invalid, or this system has no such sockets.
+
+    Cancellation:
+      A checkpoint; it leaves no socket open and no new file.
     """
     name = _checked_name(path)
     check_max_datagram_size(max_datagram_size, LARGEST_DATAGRAM)
@@ -147,7 +149,7 @@ def _checked_name(path: str | bytes | os.PathLike[str] | os.PathLike[bytes], arg
         if sys.platform != "linux":
             raise ValueError(f"{argument} must be a path: only Linux has abstract names, such as {name!r}")
         return raw
-    if 0 in raw:  # C takes a zero byte for the end
+    if 0 in raw:  # a C string ends at a zero byte
         raise ValueError(f"{argument} must not have a zero byte inside: {name!r}")
     return name
 
@@ -166,14 +168,14 @@ def _check_mode(mode: int, name: str | bytes) -> None:
 
 
 def _describe(name: str | bytes) -> str:
-    """Write a name for people to read, an abstract one as ss(8) does."""
+    """Format a name for people, an abstract one as ss(8) writes it."""
     text = os.fsdecode(name)
     return text if _is_path(name) else "@" + text[1:]
 
 
 @contextmanager
 def _errors_name(action: str, name: str | bytes) -> Iterator[None]:
-    """Put the name into the message of an error of the kernel's."""
+    """Put the name into the message of the kernel's error."""
     try:
         yield
     except OSError as error:
@@ -202,7 +204,7 @@ async def _bind(sock: socket.socket, name: str | bytes, mode: int | None) -> Non
         _remove_if_stale(name)
         _bind_with_mode(sock, name, mode)
     finally:
-        os.close(folder)  # and so unlock it
+        os.close(folder)  # which unlocks it
 
 
 def _open_folder(name: str | bytes) -> int:
@@ -220,10 +222,10 @@ async def _lock(folder: int, name: str | bytes) -> None:
 
 
 def _remove_if_stale(name: str | bytes) -> None:
-    """Remove the file of a socket that nobody is bound to.
+    """Remove the file of a socket if no process is bound to it any more.
 
     Raises:
-      OSError: ``EADDRINUSE``: it is not such a file.
+      OSError: ``EADDRINUSE``: a process is, or the file is not a socket.
     """
     try:
         before = os.lstat(name)
@@ -239,8 +241,8 @@ def _remove_if_stale(name: str | bytes) -> None:
             return
         except ConnectionRefusedError:
             pass
-        except OSError as error:  # for example EPERM: a socket that is connected; EPROTOTYPE: a stream socket
-            raise _in_use(name, f"it cannot be told whether it is stale: {error.strerror}") from None
+        except OSError as error:  # for example EPERM for a connected socket, EPROTOTYPE for a stream socket
+            raise _in_use(name, f"cannot check whether it is stale: {error.strerror}") from None
         else:
             raise _in_use(name, "another socket is bound to it")
     with _errors_name("bind", name):
@@ -255,7 +257,7 @@ def _in_use(name: str | bytes, reason: str) -> OSError:
 
 
 def _bind_with_mode(sock: socket.socket, name: str | bytes, mode: int | None) -> None:
-    """Bind a socket. At no moment does its file allow more than ``mode``."""
+    """Bind a socket whose file never allows more than ``mode``, not even for a moment."""
     if mode is None:
         with _errors_name("bind", name):
             sock.bind(cast("str", name))

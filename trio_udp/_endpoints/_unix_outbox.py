@@ -1,7 +1,8 @@
-"""Sending on a Unix-domain socket: to each peer in the order of the calls, and each peer by itself.
+"""Sending on a Unix-domain socket: in the order of the calls for each peer, and independently for different peers.
 
-Unlike UDP's, these datagrams wait for a receiver that does not read. Such a peer must not hold up the others, so the
-line of tasks that wait for room is one for each peer. Nothing else is queued: a datagram costs a system call anyway.
+Unlike UDP, a Unix-domain socket makes datagrams wait for a receiver that does not read. Such a peer must not hold up
+the others, so each peer has its own line of tasks that wait for room. The outbox queues no datagrams, since each costs
+a system call anyway.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from ._outbox import Outbox
 from ._unread import Unread
 from .engines import Outgoing, Route
 
-# Seconds between two attempts, where the kernel does not tell when there is room: at first, and at most.
+# Seconds between two attempts, where the kernel does not tell when there is room: the first pause, and the longest.
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.05
 
-# Lines from which on pauses become longer, so that many silent peers do not cost more than a few: 3 % of a CPU.
+# With more lines than this, pauses become longer, so that many silent peers cost no more than a few: 3 % of a CPU.
 MANY_LINES = 32
 
-# Probes at most, of one endpoint: each takes a file descriptor.
+# The most probes of one endpoint. Each takes a file descriptor.
 MOST_PROBES = 64
 
 # On BSD and macOS a receiver's full buffer gives ENOBUFS.
@@ -48,7 +49,7 @@ class Line:
     probe: socket.socket | None = attrs.field(default=None, init=False)
 
     def open_probe(self, name: object) -> None:
-        with suppress(OSError):  # no more descriptors; or EPERM: the peer is connected to us, and the probe of no use
+        with suppress(OSError):  # no more descriptors; or EPERM: the peer is connected to us, so a probe is useless
             self.probe = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self.probe.setblocking(False)
             self.probe.connect(name)  # type: ignore[arg-type]
@@ -120,10 +121,10 @@ class UnixOutbox(Outbox):
                 line.close()
 
     async def empty(self) -> None:
-        """Nothing is queued. Tasks that wait in a line are those of handlers."""
+        """Return at once: nothing is queued, and the tasks that wait in a line belong to handlers."""
 
     async def empty_when_stuck(self) -> None:
-        """Nothing is queued."""
+        """Return at once: nothing is queued."""
 
     def close(self) -> None:
         super().close()

@@ -1,14 +1,14 @@
-"""What the peers of a Unix-domain socket have not read yet.
+"""The datagrams that the peers of a Unix-domain socket have not read yet.
 
 A datagram stays in the *sender's* send buffer until its receiver reads it. So a peer that does not read could fill the
-buffer of an endpoint, and then nobody could be answered. (If it is connected to us, nothing else limits it: the kernel
-checks the length of a receiver's queue only for others.) Therefore, once an eighth of the buffer is in use, each peer
-may hold a part of it only, which shrinks as the square of what is free. So k silent peers, one after the other, leave
-64/(64 + k) to the others, until a part is smaller than a datagram.
+buffer of an endpoint, and then no peer could be answered. (If that peer is connected to us, nothing else limits it: the
+kernel checks the length of a receiver's queue only for other senders.) Therefore, once an eighth of the buffer is in
+use, each peer may hold only a part of it, which shrinks as the square of the free space. So k silent peers, one after
+the other, leave 64/(64 + k) to the others, until a part is smaller than a datagram.
 
-The kernel does not tell the sender who has read. It tells how much of the buffer is in use (SIOCOUTQ), which is enough
-while that is little; and for a peer that may hold too much, whether its queue is empty (sock_diag). Where it does not
-tell that, only the kernel's own limits hold.
+The kernel does not tell the sender which peers have read. It tells how much of the buffer is in use (SIOCOUTQ), which
+is enough while that is little. For a peer that may hold too much, it tells whether its queue is empty (sock_diag).
+Where it does not, only the kernel's own limits apply.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if sys.platform == "linux":
 SIOCOUTQ = 0x5411  # from linux/sockios.h
 INT = struct.Struct("@i")
 
-# Kernel memory of a datagram besides its payload, about.
+# The approximate kernel memory of a datagram besides its payload, in bytes.
 OVERHEAD = 768
 
-# The part of the send buffer that may be in use before anyone is limited; and the part of an empty one for each peer.
+# The part of the send buffer that may be in use before any peer is limited, and each peer's part of an empty buffer.
 UNLIMITED, SHARE = 1 / 8, 1 / 64
 
-# Going through all sockets of the system takes at most one part in this many of the time.
+# After a search through all sockets of the system, none begins for this many times as long.
 SEARCH_REST = 20
 
-# Peers to remember before we look which of them are still there.
+# The number of remembered peers from which on a search removes those that are gone.
 MANY = 4_096
 
 
@@ -55,17 +55,17 @@ class Unread:
 
     engine: Engine
     limit: float = attrs.field(default=0.0, init=False)
-    _held: dict[Route, int] = attrs.field(factory=dict, init=False)  # sent, and not known to be read
-    _sent: int = attrs.field(default=0, init=False)  # since the last look
-    _opaque: set[Route] = attrs.field(factory=set, init=False)  # were sent an empty datagram, and may not have read it
-    _inodes: dict[bytes, list[int]] = attrs.field(factory=dict, init=False)  # of all sockets with names
+    _held: dict[Route, int] = attrs.field(factory=dict, init=False)  # bytes sent and not known to be read
+    _sent: int = attrs.field(default=0, init=False)  # bytes since the last measurement
+    _opaque: set[Route] = attrs.field(factory=set, init=False)  # peers that may not have read an empty datagram
+    _inodes: dict[bytes, list[int]] = attrs.field(factory=dict, init=False)  # of all named sockets
     _next_search: float = attrs.field(default=-math.inf, init=False)
 
     def has_room(self, route: Route, payload: bytes) -> bool:
         """Whether a peer may be sent one more datagram. One that holds nothing always may."""
         if self._may_hold(route, payload):
             return True
-        self._look()
+        self._measure()
         if self._may_hold(route, payload):
             return True
         if self._has_read_all(route):
@@ -80,13 +80,13 @@ class Unread:
             self._opaque.add(route)
         self._sent += size
         if self._sent > self.limit / 4:
-            self._look()
+            self._measure()
             if len(self._held) + len(self._opaque) > MANY:
                 with suppress(OSError):
                     self._search()
 
     def forget(self, route: Route) -> None:
-        """Note that a peer holds nothing: it has read all, or is gone."""
+        """Note that a peer holds nothing: it has read everything, or is gone."""
         self._held.pop(route, None)
         self._opaque.discard(route)
 
@@ -94,11 +94,11 @@ class Unread:
         held = self._held.get(route)
         return held is None or held + len(payload) + OVERHEAD <= self.limit
 
-    def _look(self) -> None:
-        """Compute the limit anew. While little of the buffer is in use, nobody holds too much."""
+    def _measure(self) -> None:
+        """Compute the limit again. While little of the buffer is in use, no peer holds too much."""
         self._sent = 0
         if sys.platform != "linux":
-            self.limit = math.inf  # there a receiver's own buffer counts
+            self.limit = math.inf  # the receiver's own buffer counts there
             self._held.clear()
             return
         sock = self.engine.socket
@@ -112,7 +112,7 @@ class Unread:
             self._opaque.clear()
 
     def _has_read_all(self, route: Route) -> bool:
-        # The length of an empty datagram is 0, as that of an empty queue: the kernel's answer means nothing then.
+        # The kernel reports the same length, 0, for an empty datagram and for an empty queue.
         if route in self._opaque:
             return False
         name = _raw_name(self.engine, route)
@@ -125,13 +125,13 @@ class Unread:
         return answer is True
 
     def _is_queue_empty(self, name: bytes) -> bool | None:
-        """Whether all sockets of a name have nothing to read; None if there is none, as far as we know."""
+        """Whether no socket with a name has anything to read; None if no such socket is known."""
         found = [_sock_diag.queue_of(inode) for inode in self._inodes.get(name, ())]
         queues = [queue for queue in found if queue is not None and queue.name == name]
         return not any(queue.unread for queue in queues) if queues else None
 
     def _search(self) -> bool:
-        """Go through all sockets, unless we have just done so, and forget the peers that are gone."""
+        """Search all sockets, and forget the peers that are gone; return False if the last search was too recent."""
         start = time.perf_counter()
         if start < self._next_search:
             return False

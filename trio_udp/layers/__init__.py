@@ -1,4 +1,4 @@
-"""Layers over any channel. They use of it what a layer of your own would: ``send``, ``receive``, ``aclose``.
+"""Layers over any channel. They use only what your own layer would use: ``send``, ``receive``, ``aclose``.
 
 request.py    ask until there is an answer
 typed.py      objects instead of bytes

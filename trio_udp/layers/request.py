@@ -1,4 +1,4 @@
-"""Ask until there is an answer: a function over any channel. What an answer looks like is the protocol's business."""
+"""Ask until there is an answer: a function over any channel. The protocol decides what an answer looks like."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .._limits import check_number, check_seconds
 
 T = TypeVar("T")
 
-# A generator of its own, so that trio_udp.testing can make runs repeatable without touching the program's.
+# A random generator of its own, so that trio_udp.testing can make runs repeatable without touching the program's.
 JITTER = random.Random()
 
-# Seconds between a refusal and the next look for an answer: a channel that refuses for ever must not make us spin.
+# Seconds from a refusal to the next receive: a channel that refuses for ever must not make this loop spin.
 PAUSE = 0.01
 
-_asking: set[int] = set()  # ids of the channels with a request under way, which keep their channels alive
+_asking: set[int] = set()  # ids of channels with a running request, which keeps its channel alive
 
 
 class NoAnswerError(trio.TooSlowError):
-    """:func:`request` got no answer, not even in its last wait.
+    """:func:`request` got no answer in any of its waits.
 
     Attributes:
       attempts: How often it asked.
-      unmatched: Payloads that arrived meanwhile and were dropped, because ``matches`` did not take them.
+      unmatched: Payloads that arrived meanwhile and were dropped, because ``matches`` rejected them.
       refused: Refusals by the network: the peer's port was closed.
     """
 
@@ -48,7 +48,7 @@ class NoAnswerError(trio.TooSlowError):
 
 @attrs.frozen
 class Backoff(Iterable[float]):
-    """Waits that are drawn anew each time they are iterated over."""
+    """Waits with random jitter, drawn again in each iteration."""
 
     first: float
     attempts: int
@@ -66,15 +66,18 @@ class Backoff(Iterable[float]):
 def backoff(
     first: float = 1.0, *, attempts: int = 4, factor: float = 2.0, jitter: float = 0.1, most: float = 60.0
 ) -> Iterable[float]:
-    """Return growing waits for :func:`request`: by default about 1, 2, 4 and 8 seconds. May be iterated many times.
+    """Return growing waits for :func:`request`: by default about 1, 2, 4 and 8 seconds. Can be reused.
 
     Args:
       first: Seconds to wait for an answer after asking for the first time.
       attempts: How often to ask.
-      factor: Each wait is so many times as long as the one before.
-      jitter: Each wait is up to this part longer or shorter, at random, so that clients that lost their answers at the
-        same time do not ask again at the same time.
+      factor: The length of each wait as a multiple of the previous one.
+      jitter: Each wait is longer or shorter by up to this fraction, at random, so that clients that lost their answers
+        at the same time do not ask again at the same time.
       most: Seconds of the longest wait, before jitter.
+
+    Raises:
+      TypeError, ValueError: An argument is invalid.
     """
     if not isinstance(attempts, int) or isinstance(attempts, bool):
         raise TypeError(f"attempts must be an int, not {attempts!r}")
@@ -96,24 +99,26 @@ async def request(
 ) -> T:
     """Send a payload and return the answer to it; send it again, after each wait without one.
 
-    The server may get it more than once. What else arrives meanwhile is dropped: above all late and doubled answers to
-    earlier requests, any of which would otherwise be taken for this one's, and each answer from then on for the next.
+    The server may get it more than once. Any other payload that arrives meanwhile is dropped, above all late and
+    duplicate answers to earlier requests. Otherwise one of those would be taken for the answer to this request, and
+    every later answer for that to the next.
 
     Args:
       channel: Any channel: a :class:`Connection`, a :class:`Client`, a :class:`TypedChannel`.
       payload: The request, with something in it that its answer repeats, for example a random number.
-      matches: ``matches(payload)`` says whether a payload is the answer. It sees all that arrives, from anyone who can
-        forge the peer's address. What it raises is raised here.
-      waits: Seconds to wait for an answer, each time that the request is sent: ``backoff(...)``, or any numbers. With a
-        generator they may depend on how things go.
+      matches: ``matches(payload)`` says whether a payload is the answer. It sees every payload that arrives, also from
+        anyone who can forge the peer's address. Its exceptions are raised here.
+      waits: Seconds to wait for an answer, each time that the request is sent: ``backoff(...)``, or any numbers. A
+        generator can decide each wait when its turn comes.
 
     Errors:
       :class:`NoAnswerError`, a ``trio.TooSlowError``, after the last wait. A ``ConnectionRefusedError`` is not raised,
       since the server may be restarting: it means "no answer yet". ``trio.BusyResourceError``: another request, or
-      another receiver, uses the channel. Other errors of the channel are raised unchanged.
+      another receiver, uses the channel. Other errors of the channel are raised unchanged. An invalid argument raises
+      ``TypeError`` or ``ValueError``.
 
     Cancellation:
-      Loses nothing that the channel holds. An answer that comes after all is dropped by the next request.
+      Loses no payload that the channel holds. The next request drops an answer that comes late.
     """
     if not isinstance(channel, trio.abc.SendChannel) or not isinstance(channel, trio.abc.ReceiveChannel):
         raise TypeError(f"channel must be a trio.abc.Channel, not {channel!r}")
@@ -148,7 +153,7 @@ async def request(
 
 
 async def _send(channel: trio.abc.Channel[T], payload: T) -> int:
-    """Send, and return how often that was refused. A refusal of an earlier datagram may have kept this one back."""
+    """Send, at most twice, because the refusal of an earlier datagram may keep this one back. Return the refusals."""
     for refused in range(2):
         try:
             await channel.send(payload)

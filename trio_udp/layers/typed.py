@@ -1,4 +1,4 @@
-"""Objects instead of bytes: a channel over any channel, with two functions of the user's and no format of its own."""
+"""Objects instead of bytes: a channel over any channel, with two functions of the user and no format of its own."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ class TypedChannel(trio.abc.Channel[Received], Generic[Received, Sent, Transport
 
     In annotations: ``TypedChannel[Move]``, or ``TypedChannel[Request, Reply]`` if what is sent has another type.
 
-    A payload for which ``decode`` raises an ``Exception`` is skipped, and the conversation goes on: that is the peer's
-    fault, not the handler's. It is counted, and logged at most once a minute, or given to
-    ``on_decode_error(channel, payload, exception)`` instead: to answer it, with ``channel.send_nowait(...)``, or to
-    raise. What ``encode`` raises comes out of :meth:`send`, and nothing is sent.
+    A payload for which ``decode`` raises an ``Exception`` is skipped, and the conversation continues: that is the
+    peer's fault, not the handler's. It is counted, and logged at most once a minute for each peer. With
+    ``on_decode_error(channel, payload, exception)`` that is called instead of the log: to answer with
+    ``channel.send_nowait(...)``, or to raise. An exception of ``encode`` is raised by :meth:`send`; nothing is sent.
 
     Attributes:
-      channel: The channel of bytes, with all else that it has: ``channel.peer_address``, ``channel.server``.
+      channel: The channel of bytes, with everything else that it has: ``channel.peer_address``, ``channel.server``.
       decode_errors: Payloads skipped so far.
     """
 
@@ -87,7 +87,7 @@ class TypedChannel(trio.abc.Channel[Received], Generic[Received, Sent, Transport
         return f"<trio_udp.TypedChannel over {self.channel!r}>"
 
     if not TYPE_CHECKING:
-        __class_getitem__ = classmethod(GenericAlias)  # any number of types, as their defaults allow
+        __class_getitem__ = classmethod(GenericAlias)  # any number of types, since some have defaults
 
     async def receive(self) -> Received:
         """Wait for the next payload that decodes, and return the object. Errors and cancellation are the channel's."""
@@ -100,7 +100,10 @@ class TypedChannel(trio.abc.Channel[Received], Generic[Received, Sent, Transport
                 self._on_decode_error(self.channel, payload, error)
 
     async def send(self, value: Sent) -> None:  # type: ignore[override]
-        """Encode an object and send it. Errors are those of ``encode``, and else the channel's, as is cancellation."""
+        """Encode an object and send it.
+
+        Errors are those of ``encode`` and of the channel's ``send``. Cancellation is as for that.
+        """
         await self.channel.send(self._encode(value))
 
     async def aclose(self) -> None:
@@ -115,9 +118,10 @@ def typed(
     encode: Callable[[Sent], bytes],
     on_decode_error: Callable[[Transport, bytes, Exception], object] | None = None,
 ) -> Callable[[Transport], Awaitable[object]]:
-    """Make a handler of one that takes a :class:`TypedChannel`: ``serve(typed(f, decode=..., encode=...), 9999)``.
+    """Turn a handler that takes a :class:`TypedChannel` into one that takes a channel of bytes, such as a ``Client``.
 
-    The arguments are those of :class:`TypedChannel`. It works wherever a handler does, so also inside other layers.
+    Used as ``serve(typed(handler, decode=..., encode=...), 9999)``. The arguments are those of :class:`TypedChannel`.
+    The result works wherever a handler does, so also inside other layers. An invalid argument raises ``TypeError``.
     """
     if not _takes_a_channel(handler):
         raise TypeError(f"a typed handler is an async function with one argument, a TypedChannel, not {handler!r}")
@@ -125,7 +129,7 @@ def typed(
     _plain_function("encode", encode)
     report = _plain_function("on_decode_error", on_decode_error or PeerLog())  # one log for all clients
 
-    @functools.wraps(handler)  # not async: a server says what is wrong with a handler that returns nothing to await
+    @functools.wraps(handler)  # not async, so that a server can report a handler that returns nothing to await
     def typed_handler(channel: Transport) -> Awaitable[object]:
         return handler(TypedChannel(channel, decode=decode, encode=encode, on_decode_error=report))
 

@@ -1,13 +1,13 @@
-"""Running a server as a service: on all cores, restarted without loss, from the command line or by systemd.
+"""Running a server as a service: on several CPUs, restarted without loss, from the command line or by systemd.
 
     command line -> serve_workers() -> Supervisor -> Slot -> WorkerProcess   (the supervisor's process)
                                                                  | JSON lines
                                                               _worker.py     (one process for each worker)
 
-    systemd.py      sockets that systemd passes, and notices to it
-    _watching.py    what shows a supervisor: the live view (_live.py, _view.py), metrics and health by HTTP (_health.py)
+    systemd.py      sockets that systemd passes, and notices to systemd
+    _watching.py    views of a supervisor: the live view (_live.py, _view.py), metrics and health by HTTP (_health.py)
 
-Uses only public names of the rest of the package, and is not used by it. Read _supervisor.py first.
+The rest of trio_udp does not use this package. Read _supervisor.py first.
 """
 
 from ._process import WorkerError as WorkerError

@@ -1,4 +1,4 @@
-"""What a caller of serve_workers() may get wrong, told before anything is bound or started."""
+"""Checks on the arguments of serve_workers(), before anything is bound or started."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOG_FORMATS = ("text", "json", "none")
 
 
 def check_names(*targets: object) -> None:
-    """Raise if one is not ``module:name``."""
+    """Raise unless each is ``module:name``."""
     for target in targets:
         if not isinstance(target, str):
             raise TypeError(f"target and accept must be strings such as 'module:handler', not {target!r}")
@@ -41,7 +41,7 @@ def check_settings(steer: object, limits: object, log_format: object) -> None:
 
 
 def check_counts(**counts: tuple[object, int]) -> None:
-    """Raise if a number is not whole, or is less than the least that makes sense; each comes with that."""
+    """Raise if a number is not an int, or is less than its least value; each is a pair of both."""
     for name, (value, least) in counts.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an int, not {value!r}")
@@ -50,7 +50,7 @@ def check_counts(**counts: tuple[object, int]) -> None:
 
 
 def check_seconds(**seconds: tuple[object, float]) -> None:
-    """Raise if a time is no number, or is less than the least that makes sense; each comes with that."""
+    """Raise if a time is not a number, or is less than its least value; each is a pair of both."""
     for name, (value, least) in seconds.items():
         if not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number of seconds, not {value!r}")

@@ -1,4 +1,4 @@
-"""A worker's busiest clients, found by looking at some of them each second: nothing is done for each datagram."""
+"""A worker's busiest clients, found by sampling each second: nothing is done for each datagram."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import trio
 
 from .. import Address, Client, Server
 
-# Clients that are looked at each second; 2 ms of CPU time.
-LOOKED_AT = 500
+# Clients to sample each second; that takes 2 ms of CPU time.
+SAMPLE = 500
 
-# Clients between two checkpoints, so that datagrams are read meanwhile.
+# Clients to count between two checkpoints, so that datagrams are read meanwhile.
 AT_ONCE = 50
 
 
 class BusiestClients:
     """The clients of a server that send the most.
 
-    Of more than 500 clients it looks at 500 in random order, and again at those that were the busiest so far. So one of
+    Of more than 500 clients it samples 500 at random each second, and those that were the busiest so far. So one of
     10,000 is found within 20 seconds on average, and then stays found.
     """
 
@@ -37,8 +37,8 @@ class BusiestClients:
         grown = [(count - self._counts[client], client) for client, count in counts.items()]
         busiest = heapq.nlargest(self._most, [item for item in grown if item[0]], key=lambda item: item[0])
         clients = list(self._server.clients)
-        if len(clients) > LOOKED_AT:
-            clients = random.sample(clients, LOOKED_AT) + [client for _, client in busiest if client.ended is None]
+        if len(clients) > SAMPLE:
+            clients = random.sample(clients, SAMPLE) + [client for _, client in busiest if client.ended is None]
         self._counted_at = trio.current_time()
         self._counts = await _count(clients)
         return [(client.peer_address, round(growth / seconds, 1)) for growth, client in busiest]

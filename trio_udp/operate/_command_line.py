@@ -1,7 +1,7 @@
-"""The command line: ``python -m trio_udp``, and the script ``trio-udp``. A shell around :func:`serve_workers`.
+"""The command line: ``python -m trio_udp``, and the script ``trio-udp``. It calls :func:`serve_workers`.
 
-Every mistake of the caller ends in one line on standard error and exit status 2; an error of the system in one line
-and 1; an error inside the user's module keeps its traceback.
+A mistake of the caller ends in one line on standard error and exit status 2, an error of the system in one line and
+status 1. An error inside the user's module keeps its traceback.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ LOGGER = logging.getLogger("trio_udp")
 
 EXPECTED = (OSError, ValueError, TypeError, ImportError, WorkerError)
 
-ONLY_LOOPBACK = "without a handler an echo is served, on 127.0.0.1 and ::1 only: name a handler, or other addresses"
+ONLY_LOOPBACK = "without a handler, an echo is served, and on 127.0.0.1 and ::1 only: name a handler, or use these"
 ECHO = "trio_udp.operate._echo:echo"
 
 # What to do about errors of the system.
 HINTS = {
-    errno.EADDRINUSE: "choose another --port, or end the program that has it (ss -lunp tells which)",
+    errno.EADDRINUSE: "choose another --port, or end the program that has it (ss -lunp shows it)",
     errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE, or a socket from systemd (--systemd)",
     errno.EPERM: "ports below 1024 need CAP_NET_BIND_SERVICE, or a socket from systemd (--systemd)",
-    errno.EADDRNOTAVAIL: "give an address of this machine as --host (ip address shows them), or leave --host out",
+    errno.EADDRNOTAVAIL: "use an address of this machine as --host (ip address shows them), or leave --host out",
     errno.EMFILE: "allow more open files (ulimit -n), or use fewer workers",
 }
 
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(parser: Parser, options: argparse.Namespace) -> None:
-    """Complete the options; end with an error if they do not go together."""
+    """Complete the options; end with an error if they contradict each other."""
     if options.systemd and (options.host or options.port is not None):
         parser.error("with --systemd, leave --host and --port out: the .socket unit has them")
     if options.target is not None:
@@ -142,7 +142,7 @@ async def _serve(options: argparse.Namespace, level: int, views: Views) -> int:
             try:
                 await views.start(nursery)
                 supervisor: Supervisor = await nursery.start(run)
-            except EXPECTED as error:  # here, where it is not in a group
+            except EXPECTED as error:  # here, before it is in a group
                 failure = error
             else:
                 if sockets and options.receive_buffer is None:
@@ -158,7 +158,7 @@ async def _serve(options: argparse.Namespace, level: int, views: Views) -> int:
 
 
 async def _notify(manager: ServiceManager, supervisor: Supervisor) -> None:
-    """Tell systemd that the service is ready, that all workers answer, and that it stops, until cancelled."""
+    """Tell systemd when the service is ready, while all workers answer, and when it stops, until cancelled."""
     workers = len(supervisor.workers)
     manager.notify(READY=1, STATUS="1 worker serves" if workers == 1 else f"{workers} workers serve")
     interval = manager.watchdog_interval or math.inf
@@ -168,14 +168,14 @@ async def _notify(manager: ServiceManager, supervisor: Supervisor) -> None:
         if supervisor.answering:
             manager.notify(WATCHDOG=1)
     manager.notify(STOPPING=1, STATUS="stopping")
-    while True:  # a stop may take longer than systemd waits for the watchdog, and workers end one after the other
+    while True:  # a stop may take longer than the watchdog of systemd allows, and workers end one after the other
         await trio.sleep(interval)
         manager.notify(WATCHDOG=1)
 
 
 def _announce(supervisor: Supervisor, options: argparse.Namespace) -> None:
     if options.target is None:
-        print(f"An echo is served. Try it: nc -u 127.0.0.1 {_port_of(supervisor)}", flush=True)
+        print(f"Serving an echo. Try it: nc -u 127.0.0.1 {_port_of(supervisor)}", flush=True)
     elif options.port == 0 and not LOGGER.isEnabledFor(logging.INFO):
         print(f"port {_port_of(supervisor)}", flush=True)
 
@@ -185,7 +185,7 @@ def _port_of(supervisor: Supervisor) -> int:
 
 
 def log_statistics(supervisor: Supervisor) -> None:
-    """Log the counters of all workers together, and what each of them is doing."""
+    """Log the counters of all workers together, and the state of each."""
     statistics = supervisor.statistics()
     LOGGER.info("statistics: %s", describe(statistics))
     for worker in supervisor.workers:
@@ -197,7 +197,7 @@ def log_statistics(supervisor: Supervisor) -> None:
 
 
 def describe(statistics: ServerStatistics) -> str:
-    """Write counters on one line: the most important ones, and all others that are not 0."""
+    """Format counters on one line: the most important ones, and all others that are not 0."""
     counters = attrs.asdict(statistics)
     errors = counters.pop("errors")
     first = ["received", "delivered", "sent", "clients", "clients_started"]

@@ -1,4 +1,4 @@
-"""The handler of ``python -m trio_udp`` without a handler."""
+"""The handler that ``python -m trio_udp`` serves if it is given none."""
 
 from .. import Client
 

@@ -1,4 +1,4 @@
-"""``--metrics``: ``/metrics``, ``/live`` and ``/ready`` by HTTP, from the supervisor.
+"""``--metrics``: ``/metrics``, ``/live`` and ``/ready`` over HTTP, from the supervisor.
 
 Trio accepts the connections, so the port is closed as soon as the supervisor ends. A thread answers each request, with
 prometheus-client's own handler; the collector asks Trio for the counts.
@@ -27,12 +27,12 @@ LOGGER = logging.getLogger("trio_udp")
 PATIENCE = 5.0
 # Seconds that requests may still take when the supervisor ends.
 GRACE = 0.5
-# Connections at once. More are closed: strangers must not use up the supervisor's descriptors.
+# The most connections at once. Further ones are closed: strangers must not use up the supervisor's descriptors.
 MOST_CONNECTIONS = 16
 
 
 class Health:
-    """What the supervisor's HTTP port tells."""
+    """The answers of the supervisor's HTTP port."""
 
     def __init__(self) -> None:
         self._supervisor: Supervisor | None = None
@@ -40,14 +40,14 @@ class Health:
         self._handler = _make_handler(self._registry, self.is_ready)
 
     def begin(self, supervisor: Supervisor) -> None:
-        """Tell of this supervisor from now on."""
+        """Report about this supervisor from now on."""
         self._supervisor = supervisor
         self._registry.register(ServerCollector(supervisor))
 
     def is_ready(self) -> bool:
         """Whether new clients are welcome: not all workers are dead, and they were not told to stop.
 
-        While a worker is replaced, what arrives waits for the new one, so that changes nothing.
+        Replacing a worker changes nothing, because datagrams wait for the new one.
         """
         supervisor = self._supervisor
         return supervisor is not None and supervisor.ready and any(w.state != "dead" for w in supervisor.workers)
@@ -76,7 +76,7 @@ class Health:
                 finally:
                     scopes.remove(scope)
                     with suppress(OSError):
-                        sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that is abandoned; it closes the socket
+                        sock.shutdown(socket.SHUT_RDWR)  # wakes an abandoned thread, which closes the socket
 
         async with trio.open_nursery() as answers:
             try:
@@ -94,13 +94,13 @@ class Health:
             try:
                 self._handler(sock, None, None)
             except (OSError, trio.RunFinishedError):
-                pass  # the other end has gone, or we have
+                pass  # the other end is gone, or Trio has ended
             except Exception:
                 LOGGER.exception("a request for metrics failed")
 
 
 def _make_handler(registry: CollectorRegistry, is_ready: Callable[[], bool]) -> Any:
-    """Put our paths in front of prometheus-client's handler, which answers every path with metrics."""
+    """Add our paths to prometheus-client's handler, which answers every path with metrics."""
 
     class Handler(MetricsHandler):
         server_version, sys_version = "trio-udp", ""

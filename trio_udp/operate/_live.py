@@ -1,8 +1,8 @@
-"""``--live``: the terminal of the live view, and the loop that draws; or a line in the log now and then.
+"""``--live``: the terminal of the live view, and the loop that draws; without a terminal, a log line every 10 seconds.
 
-It runs in the supervisor, where a slow terminal holds up no datagram. The picture itself is in _view.py. Meanwhile
-standard output and standard error, which workers and their handlers share, go into a pipe; the last lines are shown,
-and written to the terminal when the view ends.
+It runs in the supervisor, where a slow terminal delays no datagram. _view.py makes the picture. Meanwhile standard
+output and standard error, which workers and their handlers share, go into a pipe. The view shows the last lines, and
+writes them to the terminal when it ends.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from ._view import ASCII_BLOCKS, BLOCKS, MINUTE, picture
 
 LOGGER = logging.getLogger("trio_udp")
 
-LOG_EVERY = 10.0  # seconds, where there is no terminal
-KEPT_LINES = 100  # of what was printed during the view
+LOG_EVERY = 10.0  # seconds, without a terminal
+KEPT_LINES = 100  # of the output during the view
 LONGEST_LINE = 10_000  # characters
 
-# Seconds that a terminal may take for the last characters. It may be stopped (Ctrl-S), or at the end of a slow line.
+# Seconds that a terminal may take for the last characters. It may be stopped (Ctrl-S), or its connection slow.
 PATIENCE = 1.0
 
-ENTER = "\x1b[?1049h\x1b[?25l\x1b[2J"  # the other screen, without cursor, empty
+ENTER = "\x1b[?1049h\x1b[?25l\x1b[2J"  # the alternate screen, without cursor, empty
 LEAVE = "\x1b[?25h\x1b[?1049l"
 HOME = "\x1b[H"
-NEXT_LINE = "\x1b[K\r\n"  # emptying the rest of the line
-REST = "\x1b[J"  # empties the rest of the screen
+NEXT_LINE = "\x1b[K\r\n"  # clears the rest of the line
+REST = "\x1b[J"  # clears the rest of the screen
 
 
 @attrs.define(eq=False)
 class Terminal:
-    """The terminal that the view has for itself.
+    """The terminal of the view.
 
     Attributes:
       lines: The last lines that this process, or a worker, has written to standard output or standard error.
@@ -57,7 +57,7 @@ class Terminal:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Columns and lines; 80 x 24 where the terminal does not tell."""
+        """Columns and lines; 80 x 24 if the terminal does not report its size."""
         with suppress(OSError):
             size = os.get_terminal_size(self.descriptor)
             if size.columns and size.lines:
@@ -76,17 +76,17 @@ class Terminal:
         await trio.to_thread.run_sync(self._give_back, abandon_on_cancel=True)
         self._was_suspended = True
         ours = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGTSTP)  # the kernel ignores it where no shell could let us go on
+        signal.raise_signal(signal.SIGTSTP)  # the kernel ignores it if no shell could continue this process
         signal.signal(signal.SIGTSTP, ours)
 
     async def leave(self) -> None:
-        """Give the terminal back as it was. Later pictures are ignored."""
+        """Restore the terminal. Later pictures are ignored."""
         self._is_left = True
         with trio.move_on_after(PATIENCE, shield=True):
             await trio.to_thread.run_sync(self._give_back, abandon_on_cancel=True)
 
     def leave_after_crash(self) -> None:
-        """Like :meth:`leave`, where Trio has ended before it could be called."""
+        """Like :meth:`leave`, if Trio ended before that could be called."""
         if not self._is_left:
             self._give_back()
 
@@ -97,10 +97,10 @@ class Terminal:
                 self._is_entered = False
 
     def _is_in_foreground(self) -> bool:
-        """Whether the shell lets us have the terminal: not after ``bg``."""
+        """Whether this process may use the terminal: not after ``bg``."""
         try:
             return os.tcgetpgrp(self.descriptor) == os.getpgrp()
-        except OSError:  # not the terminal that controls us
+        except OSError:  # not our controlling terminal
             return True
 
     def _write(self, text: str) -> None:
@@ -111,7 +111,7 @@ class Terminal:
 
 @contextmanager
 def take_terminal() -> Iterator[Terminal | None]:
-    """Take the terminal on standard output, until the block ends; ``None`` where there is none that can be drawn on."""
+    """Take the terminal on standard output until the block ends; ``None`` if there is none to draw on."""
     if not os.isatty(1) or os.environ.get("TERM") in (None, "", "dumb", "unknown"):
         yield None
         return
@@ -154,9 +154,9 @@ def _keep_lines(descriptor: int, lines: deque[str]) -> None:
 
 
 async def show_live(look: Callable[[], Moment], terminal: Terminal | None) -> None:
-    """Draw what is seen each second until cancelled; without a terminal, log it each 10 seconds.
+    """Draw the state every second until cancelled; without a terminal, log it every 10 seconds.
 
-    A terminal that is gone ends the view, not the server.
+    If the terminal is gone, the view ends, but not the server.
     """
     if terminal is None:
         await _log(look)
@@ -164,7 +164,7 @@ async def show_live(look: Callable[[], Moment], terminal: Terminal | None) -> No
     try:
         await _draw(look, terminal)
     except Exception:
-        LOGGER.exception("the live view has ended; the workers go on")
+        LOGGER.exception("the live view has ended; the workers continue")
     finally:
         with suppress(OSError):
             await terminal.leave()
@@ -185,7 +185,7 @@ async def _draw(look: Callable[[], Moment], terminal: Terminal) -> None:
     moments: deque[Moment] = deque(maxlen=MINUTE + 1)
 
     def draw(moments: list[Moment], lines: list[str]) -> None:
-        """In a thread: a picture takes some milliseconds, and a terminal may take any time."""
+        """Draw, in a thread: a picture takes some milliseconds, and a terminal may take any time."""
         console.size = width, height = terminal.size
         with console.capture() as capture:
             console.print(picture(moments, lines, width, height, blocks=blocks), end="", soft_wrap=True)
@@ -199,5 +199,5 @@ async def _draw(look: Callable[[], Moment], terminal: Terminal) -> None:
                     await terminal.suspend()
             if trio.current_time() >= next_look:
                 moments.append(look())
-                next_look = max(next_look, trio.current_time() - 1) + 1  # not many at once after a pause
+                next_look = max(next_look, trio.current_time() - 1) + 1  # after a pause, do not catch up
             await trio.to_thread.run_sync(draw, list(moments), list(terminal.lines), abandon_on_cancel=True)

@@ -1,4 +1,4 @@
-"""Logging of the supervisor and of its workers, and their garbage collector: what a program sets once at its start."""
+"""Setting up a process once at its start: logging and the garbage collector, of the supervisor and its workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 
 
 class JSONFormatter(logging.Formatter):
-    """One JSON object for each record, on one line."""
+    """Formats each record as one JSON object on one line."""
 
     converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
@@ -33,12 +33,12 @@ def prepare_process(level: int, style: str, *, is_worker: bool) -> None:
     """Set up the log and the garbage collector of a process that serves.
 
     Args:
-      level: Of the root logger.
+      level: Level of the root logger.
       style: ``"text"``, ``"json"``, or ``"none"`` to leave logging as it is.
-      is_worker: Then the supervisor tells when it serves and when it stops.
+      is_worker: Do not log when serving starts and stops, because the supervisor does.
     """
-    # Full collections go through all clients: with 100,000 of them 0.4 s each. At the default threshold of 10 whoever
-    # makes many clients at once causes nine of them.
+    # A full collection visits all clients: 0.4 s for 100,000 of them. With the default threshold of 10, a flood of new
+    # clients causes nine of them.
     gc.set_threshold(700, 10, 1000)
     if style != "none":
         handler = logging.StreamHandler(sys.stderr)

@@ -1,17 +1,17 @@
-"""The pipe between the supervisor and a worker, and all that they say to each other: JSON lines, one value each.
+"""The pipe between the supervisor and a worker, and its messages: JSON lines, one value each.
 
     supervisor            worker
     Settings  ------->                  once, at its start
-              <-------    Ready         it has imported everything, and waits; or Failed
+              <-------    Ready         the worker has imported everything, and waits; or Failed
     Serve     ------->                  read the sockets from now on
-              <-------    Report        ten times a second while something happens, else once a second
+              <-------    Report        ten times a second while counts change, otherwise once a second
               <-------    Busiest       once a second, if the settings say so
-              <-------    Leave         it got a SIGTERM: replace me
+              <-------    Leave         the worker received SIGTERM and asks to be replaced
     Stop      ------->                  drain and end
-              <-------    Released      the next worker may read: this one does not, and handlers have what it had read
+              <-------    Released      the next worker may read: this one has stopped, and handlers have its datagrams
               <-------    Report        the last one, after the drain
 
-Where the pipe ends, the other process has ended.
+When the pipe ends, the other process has ended.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .. import Address, Limits, RateLimit, ServerStatistics
 
 @attrs.frozen(kw_only=True)
 class Settings:
-    """All that a worker is told. The descriptors of its sockets are the same numbers in both processes.
+    """The settings of a worker. The descriptors of its sockets are the same numbers in both processes.
 
     Attributes:
-      number: From 1.
+      number: The worker's number, from 1.
       descriptors: One bound socket for each address.
       inherited: Another program holds the sockets too (systemd), so there may be a reader after the last worker.
       busiest_clients: How many to report.
@@ -74,7 +74,7 @@ class Serve:
 
 @attrs.frozen
 class Stop:
-    """``last``: no other worker reads the sockets after this one, so it handles what waits in the kernel too."""
+    """``last``: no worker reads the sockets after this one, so it also handles datagrams that wait in the kernel."""
 
     last: bool
 
@@ -133,8 +133,8 @@ class Pipe:
         self._received = bytearray()
 
     async def send(self, message: Message) -> None:
-        """Send a message; do nothing if the other process has ended."""
-        with trio.CancelScope(shield=True):  # never half a line
+        """Send a message, not interrupted by cancellation; do nothing if the other process has ended."""
+        with trio.CancelScope(shield=True):  # so that no line is cut off
             async with self._sending:
                 with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                     await self._stream.send_all(encode(message))
@@ -143,7 +143,7 @@ class Pipe:
         """Wait for the next message; ``None`` once the other process has ended.
 
         Raises:
-          ValueError, TypeError, KeyError: The other process speaks another version of this protocol.
+          ValueError, TypeError, KeyError: The other process uses another version of this protocol.
         """
         while b"\n" not in self._received:
             try:

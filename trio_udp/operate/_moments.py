@@ -1,4 +1,4 @@
-"""What the live view and the metrics show of a running server: looked at in Trio's thread, a value from then on."""
+"""The state of a running server that the live view shows: a value, made in Trio's thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._slot import NOTHING
 from ._sockets import describe_address
 from ._supervisor import Supervisor, WorkerStatus
 
-# Seconds that rates are averaged over. Workers report at least once a second, so shorter ones would jump.
+# Seconds over which rates are averaged. Workers report at least once a second, so rates over less would jump.
 WINDOW = 3.0
 
 
@@ -21,10 +21,10 @@ class Moment:
     """A supervisor at one time.
 
     Attributes:
-      time: In seconds, of Trio's clock.
-      addresses: That are served, as text.
+      time: Seconds, on Trio's clock.
+      addresses: The addresses that are served, as text.
       ready: See :attr:`Supervisor.ready`.
-      total: Of all workers.
+      total: Counts of all workers.
       busiest: See :attr:`Supervisor.busiest_clients`.
     """
 
@@ -49,17 +49,17 @@ def look_at(supervisor: Supervisor) -> Moment:
 
 
 def show_address(address: object) -> str:
-    """Write an address as people do, without anything that a terminal would obey."""
+    """Format an address for people, without characters that a terminal would interpret."""
     return printable(describe_address(address))
 
 
 def printable(text: str) -> str:
-    """Replace control characters: handlers may log what strangers send, and a terminal would obey it."""
+    """Replace control characters: handlers may log payloads of strangers, and a terminal would interpret them."""
     return "".join(character if character.isprintable() else "\N{MIDDLE DOT}" for character in text)
 
 
 def rate(moments: Sequence[Moment], count: Callable[[Moment], float]) -> float:
-    """Return how much a counter has grown in each second of the last 3."""
+    """Return the growth of a counter per second, over the last 3 seconds."""
     *earlier, last = moments
     if not earlier:
         return 0.0
@@ -68,7 +68,7 @@ def rate(moments: Sequence[Moment], count: Callable[[Moment], float]) -> float:
 
 
 def summary(moments: Sequence[Moment]) -> str:
-    """Say on one line what the server does, for a log."""
+    """Return the state of the server on one line, for a log."""
     total, workers = moments[-1].total, moments[-1].workers
 
     def per_second(name: str) -> float:

@@ -1,4 +1,4 @@
-"""The options of the command line, and how their values are read. What goes together is checked in _command_line.py."""
+"""The options of the command line, and the parsing of their values. _command_line.py checks combinations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .. import RateLimit, __version__
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line."""
+    """A parser with error messages of one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"trio-udp: {' '.join(message.split())} (see trio-udp --help)\n")
@@ -30,10 +30,10 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="trio-udp",
         usage="trio-udp [options] [module:handler | path/file.py:handler]",
-        description="Serve UDP with a handler of yours, on all cores, restarted without loss.",
-        epilog="Options may stand in a file: trio-udp @FILE. Signals: SIGTERM or SIGINT stops (a second one at once), "
-        "SIGHUP restarts worker by worker and loses nothing, SIGUSR1 logs statistics. Exit status: 0 after a drain, 1 "
-        "when serving failed or was cut short, 2 for a wrong command line.",
+        description="Serve UDP with your handler, on several CPUs, and restart it without losing a datagram.",
+        epilog="Options can be in a file: trio-udp @FILE. Signals: SIGTERM and SIGINT stop the server (a second one at "
+        "once), SIGHUP restarts it worker by worker without loss, SIGUSR1 logs statistics. Exit status: 0 after a "
+        "drain, 1 if serving failed or a second signal stopped it, 2 for a wrong command line.",
         fromfile_prefix_chars="@",
         allow_abbrev=False,
         formatter_class=partial(argparse.HelpFormatter, width=79, max_help_position=26),
@@ -42,66 +42,74 @@ def make_parser() -> Parser:
         "target",
         nargs="?",
         metavar="module:handler",
-        help="an async function of a client; without it, an echo is served",
+        help="an async function with one argument, a client; without it, an echo is served",
     )
     parser.add_argument("--version", action="version", version=f"trio-udp {__version__}")
 
-    where = parser.add_argument_group("where")
-    where.add_argument(
+    sockets = parser.add_argument_group("sockets")
+    sockets.add_argument(
         "--host", action="append", metavar="HOST", help="name or address to bind; may be repeated; all by default"
     )
-    where.add_argument(
+    sockets.add_argument(
         "--port", type=_port, metavar="PORT", help="9999 by default; 0 lets the kernel choose and prints the choice"
     )
-    where.add_argument("--systemd", action="store_true", help="serve on the sockets that systemd passes")
-    where.add_argument(
+    sockets.add_argument("--systemd", action="store_true", help="serve on the sockets that systemd passes")
+    sockets.add_argument(
         "--receive-buffer",
         type=_count,
         metavar="BYTES",
         help="kernel memory for datagrams not yet read; 4 MiB by default",
     )
 
-    what = parser.add_argument_group("what")
-    what.add_argument("--app-dir", default=".", metavar="DIR", help="folder to import from; the current one by default")
-    what.add_argument(
+    handler = parser.add_argument_group("handler")
+    handler.add_argument(
+        "--app-dir", default=".", metavar="DIR", help="folder to import from; the current one by default"
+    )
+    handler.add_argument(
         "--factory",
         action="store_true",
-        help="the target is a function that returns an async context manager, which gives the handler",
+        help="the target is a function that returns an async context manager, which yields the handler",
     )
 
-    what.add_argument(
+    handler.add_argument(
         "--accept",
         metavar="module:function",
-        help="a plain function that is asked about every stranger's datagram: True, False, or bytes to answer",
+        help="a plain function that decides about every stranger's datagram: True, False, or bytes to answer",
     )
 
-    how = parser.add_argument_group("how")
-    how.add_argument("--workers", type=_workers, default=1, metavar="N", help="processes; auto: one for each CPU")
-    how.add_argument("--steer", choices=["address"], help="all ports of one IP address go to one worker")
-    how.add_argument("--reload", action="store_true", help="restart when a Python file changes")
-    how.add_argument(
+    workers = parser.add_argument_group("workers")
+    workers.add_argument(
+        "--workers",
+        type=_workers,
+        default=1,
+        metavar="N",
+        help="number of processes, 1 by default; auto: one for each CPU",
+    )
+    workers.add_argument("--steer", choices=["address"], help="send all ports of one IP address to one worker")
+    workers.add_argument("--reload", action="store_true", help="restart when a Python file changes")
+    workers.add_argument(
         "--drain",
         type=_at_least(0, " s"),
         default=5.0,
         metavar="S",
         help="seconds for handlers to finish at a stop; 5 by default",
     )
-    how.add_argument(
+    workers.add_argument(
         "--lame-duck",
         type=_at_least(0, " s"),
         default=0.0,
         metavar="S",
-        help="seconds to go on serving after SIGTERM, no longer ready, until the drain",
+        help="seconds to keep serving after SIGTERM, no longer ready, before the drain; 0 by default",
     )
-    how.add_argument(
+    workers.add_argument(
         "--watchdog",
         type=_at_least(2, " s"),
         default=5.0,
         metavar="S",
-        help="seconds of silence after which a worker is replaced; 5 by default",
+        help="seconds without a report after which a worker is replaced; 5 by default",
     )
 
-    limits = parser.add_argument_group("limits", "Of all workers together.")
+    limits = parser.add_argument_group("limits", "For all workers together.")
     limits.add_argument(
         "--idle-timeout",
         type=_positive,
@@ -109,20 +117,22 @@ def make_parser() -> Parser:
         metavar="S",
         help="seconds of silence that end a conversation; 60 by default",
     )
-    limits.add_argument("--max-clients", type=_count, default=10_000, metavar="N", help="10000 by default")
+    limits.add_argument(
+        "--max-clients", type=_count, default=10_000, metavar="N", help="clients at once; 10000 by default"
+    )
     limits.add_argument(
         "--when-full",
         type=lambda text: text.replace("-", "_"),
         choices=["refuse", "evict_idle"],
         default="refuse",
-        help="what happens to a stranger at --max-clients",
+        help="what happens to a stranger at --max-clients; refuse by default",
     )
     limits.add_argument(
         "--rate",
         type=_rate,
         metavar="N[/BURST]",
         help="datagrams a second, and at once, from each IPv4 /24 or IPv6 /56; exact only with --steer address, "
-        "otherwise each worker allows so many",
+        "otherwise each worker allows as many",
     )
     limits.add_argument(
         "--amplification",
@@ -133,13 +143,13 @@ def make_parser() -> Parser:
 
     watch = parser.add_argument_group("watch")
     watch.add_argument(
-        "--live", action="store_true", help="show the traffic on the terminal; a line in the log each 10 s elsewhere"
+        "--live", action="store_true", help="show the traffic on the terminal; without one, log a line every 10 s"
     )
     watch.add_argument(
         "--metrics",
         type=_host_and_port,
         metavar="[HOST:]PORT",
-        help="serve /metrics for Prometheus, /live and /ready by HTTP, on 127.0.0.1 if no HOST is given",
+        help="serve /metrics for Prometheus, /live and /ready over HTTP, on 127.0.0.1 if no HOST is given",
     )
 
     log = parser.add_argument_group("log, on standard error")
@@ -161,7 +171,7 @@ def _at_least(least: float, unit: str) -> Callable[[str], float]:
     def parse(text: str) -> float:
         number = _number(text)
         if not number >= least:
-            raise argparse.ArgumentTypeError(f"at least {least:g}{unit}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be at least {least:g}{unit}, not {text}")
         return number
 
     return parse

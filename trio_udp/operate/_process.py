@@ -1,4 +1,4 @@
-"""One worker process as the supervisor sees it: starting it, its state, and how long it may take for anything.
+"""One worker process as the supervisor sees it: its start, its state, and its time limits.
 
 STARTING -> READY -> SERVING -> [LEAVING ->] STOPPING -> DRAINING -> DEAD
     any of them may also go to DEAD, and any before STOPPING to STOPPING
@@ -21,25 +21,25 @@ from ._messages import Busiest, Failed, Leave, Message, Pipe, Ready, Released, R
 
 LOGGER = logging.getLogger("trio_udp")
 
-# What follows the descriptor is the path of this process: a worker imports the same packages, this one included.
+# The arguments after the descriptor are sys.path of this process, so a worker imports the same packages.
 WORKER = "import sys; sys.path[:] = sys.argv[2:]; from trio_udp.operate._worker import main; main()"
 
-# The options -W of this process. (Those in the environment are inherited.)
+# The -W options of this process. (PYTHONWARNINGS is inherited.)
 WARNINGS = [f"-W{option}" for option in sys.warnoptions]
 
-# Seconds for a worker to end after its drain: to cancel handlers, and to leave the context manager of a factory.
+# Seconds for a worker to end after its drain: to cancel handlers, and to exit the context manager of a factory.
 GRACE = 2.0
 
-# Seconds before a worker that was silent for too long is killed. Perhaps this process stood still (SIGSTOP, a debugger)
-# and the worker did not: then its reports wait in the pipe, and are read meanwhile.
-SECOND_LOOK = 0.2
+# Seconds before a worker that was silent for too long is killed. This process itself may have been stopped (SIGSTOP, a
+# debugger); the worker's reports then wait in the pipe, and are read in this time.
+LAST_CHANCE = 0.2
 
 
 class WorkerError(Exception):
     """A worker did not become ready; the message says why, with the traceback if the user's code raised.
 
     Attributes:
-      exit_status: 2 if the target is not one that can be served, 1 after any other error.
+      exit_status: 2 if the target cannot be served, 1 after any other error.
     """
 
     def __init__(self, message: str, exit_status: int = 1) -> None:
@@ -56,7 +56,7 @@ class State(Enum):
     STARTING imports the handler, enters its factory                 ``ready_timeout``
     READY    waits for its turn to read                              never
     SERVING  reads its sockets                                       ``watchdog`` of silence
-    LEAVING  the same, and wants to be replaced: it got a SIGTERM    ``watchdog`` of silence
+    LEAVING  reads, and asks to be replaced: it received SIGTERM     ``watchdog`` of silence
     STOPPING was told to stop                                        ``watchdog`` of silence
     DRAINING reads no more; its handlers finish                      the end of its drain
     DEAD     has ended
@@ -107,14 +107,14 @@ class WorkerProcess:
     """One worker process, from before its start to its death.
 
     Attributes:
-      settings: Sent to it at its start.
-      pid: 0 before it runs.
+      settings: Settings that it receives at its start.
+      pid: Its process ID; 0 before it runs.
       failure: Why it has never become ready.
-      statistics: What it has reported last; ``None`` before the first report.
-      busiest: Its busiest clients, as it has reported them last, with their datagrams a second.
+      statistics: Its last report; ``None`` before the first.
+      busiest: The busiest clients that it reported last, with their datagrams a second.
       began: Time of its start.
       heard: Time of its last message.
-      killed: We had to end it, because it was silent or ignored its drain.
+      killed: The supervisor had to kill it, because it was silent or ignored its drain.
     """
 
     settings: Settings
@@ -152,36 +152,36 @@ class WorkerProcess:
         return self.state in (State.SERVING, State.LEAVING)
 
     async def wait_for(self, *states: State) -> State:
-        """Wait until it is in one of these states, or has passed them and is dead; return its state."""
+        """Wait until the process is in one of these states, or is dead; return its state."""
         while self.state not in states and self.state is not State.DEAD:
             await self._changed.wait()
         return self.state
 
     def serve(self) -> None:
-        """Let it read its sockets."""
+        """Let the process read its sockets."""
         if self.state is State.READY:
             self._move(State.SERVING, self.patience.silence)
             self._send(Serve())
 
     def stop(self, *, last: bool) -> None:
-        """Let it stop reading and drain; see :class:`Stop`."""
+        """Let the process stop reading and drain; see :class:`Stop`."""
         if State.STOPPING in NEXT[self.state]:
             self._end_of_drain = trio.current_time() + self.patience.drain + GRACE
             self._move(State.STOPPING, min(self.patience.silence, self.patience.drain + GRACE))
             self._send(Stop(last))
 
     async def run(self) -> None:
-        """Start the process, follow what it says, and return when it is dead. Cancelling kills it."""
+        """Start the process, handle its messages, and return when it is dead. Cancelling kills it."""
         pipe = None
         try:
             ours, theirs = socket.socketpair()
             pipe = Pipe(ours)
-            with theirs, trio.CancelScope(shield=True):  # or a process might start that nobody knows
+            with theirs, trio.CancelScope(shield=True):  # or a process could start that nothing waits for
                 process = await trio.lowlevel.open_process(
                     [sys.executable, *WARNINGS, "-c", WORKER, str(theirs.fileno()), *sys.path],
                     pass_fds=[theirs.fileno(), *self.settings.descriptors],
-                    # A Ctrl-C is for the supervisor. In its process group, it would end a worker that is starting, with
-                    # a traceback: no program can ignore a signal before the interpreter runs it.
+                    # Ctrl-C is for the supervisor. In the same process group it would end a starting worker with a
+                    # traceback: no program can ignore a signal before the interpreter runs it.
                     start_new_session=True,
                 )
             try:
@@ -199,7 +199,7 @@ class WorkerProcess:
             self._move(State.DEAD)
 
     async def _follow(self, process: trio.Process, pipe: Pipe) -> None:
-        """Talk with the process until it is dead."""
+        """Exchange messages with the process until it is dead."""
         self.pid = process.pid
         self._set_patience(self.patience.ready)
         heard_all = trio.Event()
@@ -207,18 +207,18 @@ class WorkerProcess:
             nursery.start_soon(self._speak, pipe)
             nursery.start_soon(self._listen, pipe, process, heard_all)
             await self._wait(process)
-            with trio.move_on_after(GRACE):  # a process of the worker's own may hold the pipe open
+            with trio.move_on_after(GRACE):  # a child process of the worker may hold the pipe open
                 await heard_all.wait()
             nursery.cancel_scope.cancel()
         self._tell_death(process.returncode)
 
     async def _wait(self, process: trio.Process) -> None:
-        """Wait until the process is dead; kill it if it takes too long for something."""
+        """Wait until the process is dead; kill it if it exceeds a time limit."""
         while True:
             with trio.CancelScope(deadline=self._deadline) as self._waiting:
                 await process.wait()
                 return
-            await trio.sleep(SECOND_LOOK)
+            await trio.sleep(LAST_CHANCE)
             if self._deadline <= trio.current_time():
                 self._kill(process, OVERDUE[self.state])
 
@@ -255,7 +255,7 @@ class WorkerProcess:
                 self.heard = trio.current_time()
                 self._hear(message)
         except (ValueError, TypeError, KeyError) as error:  # after an upgrade of the package
-            self._kill(process, f"speaks another version of trio_udp, so the service must be restarted ({error!r})")
+            self._kill(process, f"runs another version of trio_udp, so the service must be restarted ({error!r})")
         heard_all.set()
 
     def _hear(self, message: Message) -> None:
@@ -279,7 +279,7 @@ class WorkerProcess:
         self._may_send.set()
 
     def _move(self, state: State, seconds: float | None = None) -> None:
-        """Go to a state, and allow the worker so many seconds there; by default what is left."""
+        """Go to a state, and allow the worker ``seconds`` there; by default the seconds that are left."""
         assert state in NEXT[self.state]
         self.state = state
         if seconds is not None:

@@ -25,7 +25,7 @@ def watch_python_files(app_dir: str, target: str) -> Watch:
         import watchfiles
     except ImportError:
         raise ImportError("reloading needs watchfiles: pip install 'trio-udp[cli]'") from None
-    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of every change
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it logs every change
     module, _ = split_target(target)
     folders = {app_dir}
     if module.endswith(".py"):
@@ -37,7 +37,7 @@ def watch_python_files(app_dir: str, target: str) -> Watch:
             *sorted(folders), watch_filter=watchfiles.PythonFilter(), stop_event=stop, raise_interrupt=False
         )
         try:
-            # In a thread, rather than by awatch(): that needs an anyio which goes with the Trio that is installed.
+            # Use a thread rather than awatch(), which needs an anyio that fits the installed Trio.
             while await trio.to_thread.run_sync(next, changes, None, abandon_on_cancel=True):
                 changed()
         finally:

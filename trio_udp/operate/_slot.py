@@ -1,7 +1,7 @@
-"""One worker's place: its sockets, the process that reads them, and all that have done so before.
+"""One worker's place: its sockets, the process that reads them, and the processes that read them before.
 
-At most one process of a slot reads, at any time. Replacing it: the new one starts and gets ready, the old one stops
-reading and says so, the new one reads.
+At most one process of a slot reads at any time. To replace it, the new process starts and gets ready, the old one stops
+reading and says so, and then the new one reads.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from ._process import State, WorkerError, WorkerProcess
 
 LOGGER = logging.getLogger("trio_udp")
 
-# A worker that dies within so many seconds is restarted later each time: after 0, 0.25, 0.5, 1, ... seconds.
+# If a worker dies within this many seconds, each restart waits longer: 0, 0.25, 0.5, 1, ... seconds.
 SOON = 10.0
 FIRST_DELAY = 0.25
 LONGEST_DELAY = 30.0
 
-STOPPED = "the workers are told to stop"
+STOPPED = "the workers were told to stop"
 
 NOTHING = ServerStatistics(errors={}, **{f.name: 0 for f in attrs.fields(ServerStatistics) if f.name != "errors"})
 
 
 @attrs.define(eq=False)
 class Slot:
-    """See the head of this file.
+    """Starts, replaces and stops the processes of one worker.
 
     Attributes:
-      number: From 1.
-      endpoints: Its bound sockets. They are not read here; their processes have the same sockets.
+      number: The worker's number, from 1.
+      endpoints: Its bound sockets. The supervisor does not read them; the processes have the same sockets.
       worker: The process that reads, or the last that did.
       restarts: How often ``worker`` was replaced.
       killed: How many processes had to be killed.
@@ -47,7 +47,7 @@ class Slot:
     restarts: int = attrs.field(default=0, init=False)
     killed: int = attrs.field(default=0, init=False)
     _processes: list[WorkerProcess] = attrs.field(factory=list, init=False)  # alive
-    _past: ServerStatistics = attrs.field(default=NOTHING, init=False)  # of the dead
+    _past: ServerStatistics = attrs.field(default=NOTHING, init=False)  # of dead processes
     _kernel_dropped_before: int = attrs.field(init=False)
     _replacing: trio.Lock = attrs.field(factory=trio.Lock, init=False)
     _handing_over: trio.Lock = attrs.field(factory=trio.Lock, init=False)
@@ -90,7 +90,7 @@ class Slot:
                 new.serve()
 
     async def replace(self) -> None:
-        """Replace the worker. If the new one does not become ready, the old one goes on: ``WorkerError``."""
+        """Replace the worker. If the new one does not become ready, the old one continues: ``WorkerError``."""
         async with self._replacing:
             await self.let_read(await self.start_process())
 
@@ -102,14 +102,14 @@ class Slot:
             assert worker is not None
             await worker.wait_for(State.LEAVING, State.STOPPING, State.DRAINING)
             async with self._replacing:
-                pass  # perhaps it stops because it is replaced
+                pass  # it may be stopping because it is being replaced
             if self.worker is not worker:
                 continue
             if worker is not last and worker.age > SOON:
                 attempts = 0
             if attempts:
                 delay = min(FIRST_DELAY * 2 ** (attempts - 1), LONGEST_DELAY)
-                LOGGER.info("worker %d is started again in %g s", self.number, delay)
+                LOGGER.info("worker %d starts again in %g s", self.number, delay)
                 await trio.sleep(delay)
             attempts, last = attempts + 1, worker
             try:
@@ -120,17 +120,17 @@ class Slot:
                 LOGGER.error("worker %d cannot be started: %s", self.number, error)
 
     async def stop(self) -> None:
-        """Let all its processes drain and end."""
+        """Let all processes of the slot drain and end."""
         async with self._handing_over:
             self._is_stopped = True
             for process in self._processes:
                 process.stop(last=process is self.worker)
 
     def statistics(self) -> ServerStatistics:
-        """Counts of all its processes, dead ones included."""
+        """Return the counts of all processes of the slot, including dead ones."""
         living = [process.statistics for process in self._processes if process.statistics is not None]
         dropped = self._kernel_drops() - self._kernel_dropped_before
-        # Two processes with the same socket are both told its total.
+        # Two processes with the same socket both report its total.
         return attrs.evolve(sum(living, self._past), kernel_dropped=dropped)
 
     def _kernel_drops(self) -> int:
@@ -141,7 +141,7 @@ class Slot:
         self._processes.remove(process)
         self.killed += process.killed
         if (last := process.statistics) is not None:
-            # After a drain nothing waits and no handler is left. After a sudden death, this is where they went.
+            # After a drain nothing waits and no handler is left. After a sudden death, count those as lost.
             cancelled = last.handlers_cancelled or (last.clients if process.killed else 0)
             dropped = last.dropped_at_end + last.waiting
             self._past += attrs.evolve(last, waiting=0, clients=0, dropped_at_end=dropped, handlers_cancelled=cancelled)

@@ -1,7 +1,7 @@
 """The sockets of all workers, bound by the supervisor: one SO_REUSEPORT group for each address, one socket per worker.
 
-A socket outlives its worker. So its place in the group does, by which the kernel chooses whose clients are whose, and
-what arrives while a worker is replaced waits in the socket's queue.
+A socket outlives its worker, and so does its place in the group, by which the kernel assigns clients. Datagrams that
+arrive while a worker is replaced wait in the socket's queue.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Hosts = Sequence[str | None]
 
 
 async def bind_all(workers: int, port: int, hosts: Hosts, receive_buffer: int | None) -> list[list[Endpoint]]:
-    """Bind the sockets of each worker; for port 0 all to one port that no other socket has.
+    """Bind the sockets of each worker; for port 0, all of them to one port that no other socket has.
 
     Raises:
       OSError: An address cannot be bound; the message names it. No socket is left open.
@@ -49,7 +49,7 @@ async def _bind_all(
     bound: list[list[Endpoint]] = [[] for _ in range(workers)]
     for number, endpoints in enumerate(bound):
         for host in hosts:
-            # The first bind is exclusive: another server on the port is an error, not somebody to share clients with.
+            # The first bind is exclusive: another server on the port is an error, and does not share the clients.
             try:
                 opened = await open_endpoints(port, host=host, reuse_port=number > 0, receive_buffer=receive_buffer)
             except socket.gaierror as error:
@@ -71,7 +71,7 @@ def describe_address(address: object) -> str:
 
 
 def deal(sockets: Sequence[socket.socket], workers: int, receive_buffer: int | None) -> list[list[Endpoint]]:
-    """Make endpoints of sockets that another program bound, and deal those of each address to the workers in turn.
+    """Make endpoints from sockets that another program bound; deal those of each address to the workers in turn.
 
     Raises:
       ValueError: There are fewer sockets of an address than workers.
@@ -94,9 +94,9 @@ def deal(sockets: Sequence[socket.socket], workers: int, receive_buffer: int | N
 
 
 def steer_by_address(bound: list[list[Endpoint]], rate_limit: RateLimit | None) -> None:
-    """Let all ports of one IP address go to one worker; with a rate limit, of each part of the network that it limits.
+    """Send all ports of one IP address to one worker; with a rate limit, each part of the network that it limits.
 
-    Where the kernel refuses, a warning is logged once.
+    If the kernel refuses, a warning is logged once.
     """
     groups: dict[object, list[Endpoint]] = {}
     for endpoints in bound:
@@ -109,4 +109,4 @@ def steer_by_address(bound: list[list[Endpoint]], rate_limit: RateLimit | None) 
             if len(group) > 1:
                 steer(group[0].socket, steering_program(len(group), seed, *prefixes))
     except OSError as error:
-        LOGGER.warning("The kernel does not steer by address, but by address and port: %s", error)
+        LOGGER.warning("The kernel cannot steer by address; it steers by address and port: %s", error)

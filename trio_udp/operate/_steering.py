@@ -1,7 +1,7 @@
-"""Steering by address: every datagram of one IP address to one socket of a SO_REUSEPORT group, whatever its port.
+"""Steering by address: every datagram of one IP address goes to one socket of a SO_REUSEPORT group, from any port.
 
-A classic BPF program, run by the kernel for each datagram (SO_ATTACH_REUSEPORT_CBPF, socket(7)), returns the index of
-the socket in the group, which is the order in which they were bound. By default the kernel hashes ports too.
+The kernel runs a classic BPF program for each datagram (SO_ATTACH_REUSEPORT_CBPF, socket(7)). It returns the index of
+the socket in the group, in the order in which the sockets were bound. By default the kernel hashes ports too.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ Instruction: TypeAlias = tuple[int, int, int, int]  # code, jump if true, jump i
 
 
 def steering_program(sockets: int, seed: int, ipv4_prefix: int = 32, ipv6_prefix: int = 128) -> list[Instruction]:
-    """Return the program that chooses one of ``sockets`` by the source address.
+    """Return the program that chooses one of ``sockets`` sockets by the source address.
 
     Args:
       seed: 32 bits, so that strangers do not know which addresses share a socket.
-      ipv4_prefix, ipv6_prefix: Leading bits of the address that count.
+      ipv4_prefix, ipv6_prefix: Number of leading bits of the address to hash.
     """
     ipv4 = _hash_words(seed, [IPV4_SOURCE], ipv4_prefix)
     ipv6 = _hash_words(seed, [IPV6_SOURCE + 4 * word for word in range(4)], ipv6_prefix)
     end = [(MODULO, 0, 0, sockets), (RETURN_A, 0, 0, 0)]
-    # A socket for IPv6 may get IPv4 too.
+    # A socket for IPv6 may receive IPv4 too.
     version = [(LOAD_BYTE, 0, 0, NETWORK_HEADER), (SHIFT_RIGHT, 0, 0, 4), (JUMP_IF_EQUAL, 0, len(ipv4 + end), 4)]
     return [*version, *ipv4, *end, *ipv6, *end]
 
 
 def _hash_words(seed: int, offsets: list[int], prefix: int) -> list[Instruction]:
-    """Hash the first ``prefix`` bits of some words into A; M[0] holds the hash so far."""
+    """Hash the first ``prefix`` bits of the words at ``offsets`` into A; M[0] holds the hash so far."""
     program: list[Instruction] = []
     for number, offset in enumerate(offsets):
         bits = min(max(prefix - 32 * number, 0), 32)
@@ -70,10 +70,10 @@ def _hash_words(seed: int, offsets: list[int], prefix: int) -> list[Instruction]
 
 
 def steer(sock: socket.socket | trio.socket.SocketType, program: list[Instruction]) -> None:
-    """Attach a program to the group of a bound socket.
+    """Attach a program to the SO_REUSEPORT group of a bound socket.
 
     Raises:
-      OSError: The kernel, or this platform, refuses.
+      OSError: The kernel or this platform refuses.
     """
     code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
     memory = ctypes.create_string_buffer(code, len(code))

@@ -1,6 +1,6 @@
 """The supervisor at work: it starts a slot for each worker, restarts them in turn, and stops them together.
 
-The first start is different from all later ones: no worker reads before all are ready, and an error ends everything.
+The first start differs from later ones: no worker reads before all are ready, and an error ends everything.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ LOGGER = logging.getLogger("trio_udp")
 
 @attrs.define(eq=False)
 class Supervision:
-    """See the head of this file.
+    """Starts, restarts and stops the slots of a supervisor.
 
     Attributes:
       bound: The sockets of each worker.
-      settings: Of every worker, but for its number and its sockets.
-      slots: In the order of ``bound``; there once :meth:`run` runs.
-      stop_requested: Set by ``stop``.
-      restart_wanted: Somebody has asked for a restart that has not begun.
+      settings: The settings of every worker, except its number and its sockets.
+      slots: The slots in the order of ``bound``; empty until :meth:`run` runs.
+      stop_requested: Set by ``Supervisor.stop`` or a signal.
+      restart_wanted: A restart was requested and has not begun.
       is_drained: All workers have ended, and none was killed by a second signal.
     """
 
@@ -61,7 +61,7 @@ class Supervision:
                 ]
                 if stop_signals:
                     await helpers.start(self._stop_at_signals, stop_signals, processes.cancel_scope)
-                if restart_signals:  # until the end: otherwise one would kill this process
+                if restart_signals:  # until the end, or a signal would kill this process
                     await helpers.start(self._restart_at_signals, restart_signals)
                 async with trio.open_nursery() as keepers:
                     keepers.start_soon(self._end_keepers, keepers.cancel_scope)
@@ -99,7 +99,7 @@ class Supervision:
         return WorkerProcess(settings, self.patience)
 
     async def _start_all(self) -> None:
-        """Start a process for each slot; let them read once all are ready. After the first failure, wait for none."""
+        """Start a process for each slot; let them read once all are ready. The first failure ends the wait."""
         ready: dict[Slot, WorkerProcess] = {}
 
         async def start(slot: Slot) -> None:
@@ -117,7 +117,7 @@ class Supervision:
                 await slot.let_read(process)
 
     async def _end_keepers(self, keepers: trio.CancelScope) -> None:
-        """End the tasks that keep the workers going, once these may drain."""
+        """End the tasks that keep the workers running, once the workers may drain."""
         await self.stop_requested.wait()
         if self.lame_duck:
             LOGGER.info("stopping in %g s", self.lame_duck)
@@ -133,7 +133,7 @@ class Supervision:
             try:
                 await self.restart()
             except WorkerError as error:
-                LOGGER.error("not restarted, the old workers go on: %s", error)
+                LOGGER.error("restart failed, the old workers continue: %s", error)
             else:
                 LOGGER.info("restarted")
 

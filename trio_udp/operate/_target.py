@@ -1,6 +1,6 @@
-"""From "module:handler" or "path/file.py:handler" to a handler; every mistake is a :class:`TargetError` of one line.
+"""From "module:handler" or "path/file.py:handler" to a handler. A mistake raises :class:`TargetError`, in one line.
 
-An error that the user's module raises itself passes unchanged.
+An error that the user's module raises passes unchanged.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .._handlers import LOOKS_LIKE, DatagramHandler, accepts_one_argument, is_as
 
 
 class TargetError(ValueError):
-    """The target is not one that can be served; the message is one line and says what to do."""
+    """The target cannot be served; the message is one line and says what to do."""
 
 
 def split_target(target: str) -> tuple[str, str]:
-    """Return the module or file, and the name in it."""
+    """Return the module or file of a target, and the name in it."""
     module, colon, name = target.rpartition(":")
     if not (colon and module and name):
-        raise TargetError(f"{target!r} is no target: write module:handler or path/file.py:handler")
+        raise TargetError(f"{target!r} is not a target: write module:handler or path/file.py:handler")
     return module, name
 
 
@@ -48,18 +48,18 @@ def load_target(target: str, app_dir: str) -> Any:
 
 def _load_module(name: str, app_dir: str) -> ModuleType:
     if not all(part.isidentifier() for part in name.split(".")):
-        raise TargetError(f"{name!r} is no module name: write module:handler or path/file.py:handler")
+        raise TargetError(f"{name!r} is not a module name: write module:handler or path/file.py:handler")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # Another name is that of a module which the user's own module lacks.
+        # With another name, it is a module that the user's own module imports.
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         raise TargetError(f"no module named {error.name!r}: is --app-dir right? It is {app_dir}") from None
 
 
 def _load_file(path: str) -> ModuleType:
-    """Import a file under its own name, with its folder on the path, as if it were run as a script."""
+    """Import a file under its own name, with its folder on ``sys.path``, as if it were run as a script."""
     path = os.path.abspath(path)
     if not os.path.isfile(path):
         raise TargetError(f"no such file: {path}")
@@ -73,8 +73,8 @@ def _load_file(path: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise TargetError(f"not a Python file: {path}")
     module = importlib.util.module_from_spec(spec)
-    # Pickle finds functions by the name of their module, for worker processes of the user's own. A file may have the
-    # name of a module that is in use, such as queue.py; that one stays.
+    # Pickle finds functions by the name of their module, for the user's own worker processes. If the file has the name
+    # of a loaded module, such as queue.py, that module stays.
     sys.modules.setdefault(name, module)
     spec.loader.exec_module(module)
     return module
@@ -83,8 +83,9 @@ def _load_file(path: str) -> ModuleType:
 def check_target(found: object, target: str, *, factory: bool = False) -> Handler:
     """Return the object if it is a handler; otherwise raise :class:`TargetError`.
 
-    A factory may give a plain function that returns an awaitable, such as ``lambda client: handler(client, database)``.
-    Elsewhere that is more likely a forgotten ``async`` or ``--factory``.
+    A factory may yield a plain function that returns an awaitable, such as
+    ``lambda client: handler(client, database)``. Without a factory, a plain function is more likely a forgotten
+    ``async`` or ``--factory``.
     """
     if isinstance(found, DatagramHandler):
         return found
@@ -102,11 +103,11 @@ def check_target(found: object, target: str, *, factory: bool = False) -> Handle
 
 
 def check_accept(found: object, target: str, handler: Handler) -> Accept:
-    """Return the object if it can be asked about strangers; otherwise raise :class:`TargetError`."""
+    """Return the object if it is an ``accept`` function; otherwise raise :class:`TargetError`."""
     wanted = "--accept needs a plain function with one argument: def accept(datagram) -> bool | bytes"
     if isinstance(handler, DatagramHandler):
         raise TargetError(
-            "--accept has no use beside a datagram_handler, which sees every datagram itself: leave it out"
+            "--accept cannot be used with a datagram_handler, which sees every datagram itself: leave it out"
         )
     if inspect.isclass(found) or not callable(found):
         raise TargetError(f"{target!r} is not a function but {_kind(found)}: {wanted}")
@@ -119,7 +120,7 @@ def check_accept(found: object, target: str, handler: Handler) -> Accept:
 
 @asynccontextmanager
 async def entered(found: object, target: str, factory: bool) -> AsyncIterator[Handler]:
-    """Give the handler of a target: the object itself, or what the context manager of a factory gives."""
+    """Yield the handler of a target: the object itself, or the object that the context manager of a factory yields."""
     if not factory:
         yield check_target(found, target)
         return

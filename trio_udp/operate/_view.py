@@ -1,7 +1,7 @@
-"""The picture of the live view: a pure function of what was seen in the last minute, and of the size of the screen.
+"""The picture of the live view: a pure function of the moments of the last minute and of the size of the screen.
 
-At 80 x 24, from top to bottom: addresses; rates with a minute's sparklines; clients; on the left losses and errors, on
-the right workers and the busiest clients; the log. A smaller screen gets shorter rows and less of the lists.
+At 80 x 24, from top to bottom: addresses; rates with sparklines of one minute; clients; on the left losses and errors,
+on the right workers and the busiest clients; the log. A smaller screen gets shorter rows and shorter lists.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def picture(moments: Sequence[Moment], log: Sequence[str], width: int, height: i
     """Return the whole screen, line by line, no line longer than ``width``.
 
     Args:
-      moments: The last minute, one for each second, at least one.
-      log: The last lines that anything has written.
+      moments: The moments of the last minute, one for each second; at least one.
+      log: The last lines of output.
     """
     tall = height >= 24
     lines = [
@@ -59,7 +59,7 @@ def _title(moment: Moment, width: int) -> Text:
 
 
 def _traffic(label: str, field: str, moments: Sequence[Moment], width: int, rows: int, blocks: str) -> list[Text]:
-    """Datagrams and bytes a second, and the datagrams of the last minute as a sparkline of so many rows."""
+    """Datagrams and bytes a second, and a sparkline of the last minute's datagrams, ``rows`` high."""
 
     def datagrams(moment: Moment) -> int:
         return int(getattr(moment.total, field))
@@ -90,7 +90,7 @@ def _traffic(label: str, field: str, moments: Sequence[Moment], width: int, rows
 
 
 def sparkline(values: Sequence[float], most: float, rows: int, blocks: str = BLOCKS) -> list[str]:
-    """Draw values as columns, from the top row to the bottom row. Whatever is not 0 shows at least a little."""
+    """Draw values as columns, from the top row to the bottom row. Every value except 0 is visible."""
     steps = len(blocks) - 1
     heights = [max(round(value / most * rows * steps), 1) if value else 0 for value in values]
     return [
@@ -123,7 +123,7 @@ def _labelled(name: str, count: int, width: int, style: str = "not bold") -> Tex
 
 
 def _lost(moments: Sequence[Moment], width: int, room: int) -> list[Text]:
-    """Every reason of loss, then errors of sockets by name; red while they grow."""
+    """Every reason for loss, then socket errors by name; red while they grow."""
     total = moments[-1].total
     name_width, rate_width = 18, 6 if width >= 34 else 4
     count_width = max(width - name_width - rate_width - 2, 3)
@@ -152,7 +152,7 @@ def _lost(moments: Sequence[Moment], width: int, room: int) -> list[Text]:
 
 
 def _workers(moments: Sequence[Moment], width: int, room: int) -> list[Text]:
-    """One line for each worker, as far as there is room: first those that do not serve or were restarted most often."""
+    """One line for each worker. If there is no room for all, prefer those that do not serve or restarted most often."""
     workers = list(moments[-1].workers)
     shown = workers
     if len(workers) > room - 1:
@@ -182,13 +182,13 @@ def _busiest(moment: Moment, width: int, room: int) -> list[Text]:
     for peer, growth in moment.busiest[: max(room - 1, 0)]:
         address = show_address(peer)
         if len(address) > address_width:
-            address = address[: address_width - 7] + "…" + address[-6:]  # the port must be seen
+            address = address[: address_width - 7] + "…" + address[-6:]  # keep the port visible
         rows.append(Text(f"{address:<{address_width}} {short(growth, 6):>6}"))
     return rows
 
 
 def short(number: float, width: int) -> str:
-    """Write a number in at most so many characters, at least 3: 12,345 or 12k, and 0.3 where it is small."""
+    """Format a number in at most ``width`` characters (at least 3): 12,345 or 12k, and 0.3 if it is small."""
     if 0 < number < 9.95 and number != int(number):
         return f"{max(number, 0.1):.1f}"
     text = f"{number:,.0f}"

@@ -1,4 +1,4 @@
-"""``--live`` and ``--metrics`` as the command line starts them; their packages are imported only then."""
+"""Starting ``--live`` and ``--metrics`` from the command line; their packages are imported only then."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from ._health import Health
     from ._live import Terminal
 
-BUSIEST_CLIENTS = 20  # of each worker; a screen has room for so many in all
+BUSIEST_CLIENTS = 20  # of each worker; a screen has room for that many in all
 
 
 @attrs.frozen(kw_only=True)
 class Views:
-    """What is shown of a supervisor, and where.
+    """The views of a supervisor that the command line asks for.
 
     Attributes:
-      busiest_clients: How many each worker must report.
+      busiest_clients: How many clients each worker must report.
     """
 
     _live: bool
@@ -37,7 +37,7 @@ class Views:
         return BUSIEST_CLIENTS if self._terminal is not None else 0
 
     async def start(self, nursery: trio.Nursery) -> None:
-        """Open the port for metrics and health, not ready yet.
+        """Open the port for metrics and health; it reports not ready yet.
 
         Raises:
           OSError: The port cannot be bound.
@@ -58,7 +58,7 @@ class Views:
 
 @contextmanager
 def watching(*, live: bool, metrics: tuple[str, int] | None) -> Iterator[Views]:
-    """Prepare what is asked for; with ``live``, take the terminal until the block ends.
+    """Prepare the requested views; with ``live``, take the terminal until the block ends.
 
     Raises:
       ImportError: An extra is not installed; the message names it.

@@ -1,6 +1,6 @@
-"""What runs in each worker process: load the handler, wait for the turn to read, serve, drain, end.
+"""The program of a worker process: load the handler, wait for the turn to read, serve, drain, end.
 
-The supervisor starts it (see _process.py), and decides everything; a worker without a supervisor drains and ends.
+The supervisor starts it (see _process.py) and makes all decisions. A worker without a supervisor drains and ends.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from ._target import TargetError, check_accept, entered, load_target
 
 LOGGER = logging.getLogger("trio_udp")
 
-# Seconds between two reports: the first while something happens, the second at most. The counts since the last report
-# are lost if the worker is killed. A report costs 0.2 ms, so an idle worker should make few.
+# Seconds between two reports: the first while counts change, the second at most. The counts since the last report are
+# lost if the worker is killed. A report takes 0.2 ms, so an idle worker should make few.
 QUICK_REPORT = 0.1
 SLOW_REPORT = 1.0
 
-# Seconds in which handlers may finish what the worker has read, before the next worker reads: then the replies of both
-# leave in order. Longer is no use: the kernel's buffer may fill meanwhile.
+# Seconds for handlers to take the datagrams that the worker has read, before the next worker reads, so that the replies
+# of both leave in order. A longer wait could fill the kernel's buffer.
 HAND_OVER = 0.05
 
-# Seconds, a year: time.sleep raises for infinity, which a drain may take.
+# A year, in seconds. A drain may take infinity, for which time.sleep raises.
 LONGEST_SLEEP = 365 * 86_400.0
 
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 async def work(end: socket.socket) -> int:
-    """Do all that a worker does; return its exit status."""
+    """Run the life of a worker; return its exit status."""
     pipe = Pipe(end)
     settings = await pipe.receive()
     if not isinstance(settings, Settings):
@@ -96,7 +96,7 @@ def take_over(descriptor: int, settings: Settings) -> Endpoint:
 async def serve_until_told(
     pipe: Pipe, settings: Settings, handler: Handler, accept: Accept | None, endpoints: list[Endpoint]
 ) -> None:
-    """Serve until the supervisor says ``Stop`` or is gone; return after the drain."""
+    """Serve until the supervisor sends ``Stop`` or is gone; return after the drain."""
     serve = partial(
         serve_endpoints,
         handler,
@@ -130,11 +130,11 @@ async def serve_until_told(
 
 
 async def finish_what_was_read(server: Server) -> None:
-    """Let handlers take what waits for them, if they do so soon."""
+    """Let handlers take the datagrams that wait for them, if they do so soon."""
     with trio.move_on_after(HAND_OVER):
-        while server.statistics().waiting:  # noqa: ASYNC110  # counters tell nobody when they change
+        while server.statistics().waiting:  # noqa: ASYNC110  # counters do not notify
             await trio.sleep(0.001)
-    await trio.sleep(0.001)  # their replies leave
+    await trio.sleep(0.001)  # until their replies have left
 
 
 async def report(pipe: Pipe, server: Server) -> None:
@@ -160,11 +160,11 @@ async def ask_to_leave_at_sigterm(pipe: Pipe) -> None:
 
 
 def end_without_supervisor(descriptor: int, seconds: float) -> None:
-    """End this process so many seconds after its supervisor, even if its handlers block it for ever."""
+    """End this process ``seconds`` after its supervisor, even if a handler blocks it for ever."""
 
     def watch() -> None:
         poll = select.poll()
-        poll.register(descriptor, 0)  # only whether the other end is closed
+        poll.register(descriptor, 0)  # 0: only report that the other end is closed
         poll.poll()
         time.sleep(min(seconds, LONGEST_SLEEP))
         os._exit(1)
@@ -173,9 +173,9 @@ def end_without_supervisor(descriptor: int, seconds: float) -> None:
 
 
 def traceback_of_user(error: BaseException) -> str:
-    """Format an error with its traceback, without the frames of this package and of the import system before it.
+    """Format an error with its traceback, without the first frames, of this package and the import system.
 
-    A file that Python cannot parse has no frame of the user's; the error itself names the line.
+    A file that Python cannot parse has no frame of the user's code; the error itself names the line.
     """
     ours = (os.path.dirname(__file__), os.path.dirname(importlib.__file__), contextlib.__file__, "<frozen importlib")
     trace = error.__traceback__

@@ -1,7 +1,7 @@
-"""Both halves of being a systemd service: the sockets that it passes to us, and the notices that we send to it.
+"""Running as a systemd service: the sockets that systemd passes, and the notices that we send to it.
 
-The protocols are those of sd_listen_fds(3) and sd_notify(3); nothing here needs libsystemd. Not here: when a server is
-ready, what its watchdog watches, or which socket goes to which worker.
+The protocols are those of sd_listen_fds(3) and sd_notify(3), without libsystemd. This file does not decide when a
+server is ready, what its watchdog watches, or which socket goes to which worker.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOGGER = logging.getLogger("trio_udp")
 FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 LISTEN_VARIABLES = ("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
-# As getsockopt(2) tells it. It holds 256 small datagrams, which is less than arrives during a restart.
+# As getsockopt(2) reports it. It holds 256 small datagrams, and more may arrive during a restart.
 KERNEL_DEFAULT_BUFFER = 212_992
 
 INTERNET = {socket.AF_INET, socket.AF_INET6}
@@ -31,17 +31,17 @@ PROTOCOLS = {socket.SOCK_DGRAM: "UDP", socket.SOCK_STREAM: "TCP"}
 
 
 def endpoints_from_systemd() -> list[Endpoint]:
-    """Make endpoints of the sockets that systemd has passed to this process, in the order of their ``.socket`` units.
+    """Make endpoints from the sockets that systemd has passed to this process, in the order of their ``.socket`` units.
 
-    They are ``shared``: systemd holds them too. What arrives while no process of the service runs waits in the kernel,
-    and a server on them reads nothing once it stops, so a restart loses no datagram.
+    They are ``shared``, because systemd holds them too. Datagrams that arrive while no process of the service runs wait
+    in the kernel, and a server on them reads nothing once it stops, so a restart loses no datagram.
 
-    UDP sockets and Unix datagram sockets are taken. The environment variables of sd_listen_fds(3) are removed, so that
-    no child process takes the sockets for its own; so a second call raises. A warning is logged for sockets with the
+    Accepts UDP sockets and Unix-domain datagram sockets. Removes the environment variables of sd_listen_fds(3), so that
+    no child process takes the sockets for its own; a second call therefore raises. Logs a warning for sockets with the
     kernel's default receive buffer: ``ReceiveBuffer=`` in the unit makes it larger.
 
     Raises:
-      ValueError: systemd has passed no sockets, or one that is neither of the two. Nothing has changed then.
+      ValueError: systemd has passed no sockets, or a socket that is neither of the two. Nothing has changed then.
     """
     passed = sockets_from_systemd()
     warn_of_default_buffers(sock for _, sock in passed)
@@ -57,11 +57,11 @@ def sockets_from_systemd(*, one_port: bool = False) -> list[tuple[str, socket.so
     """Take over the datagram sockets that systemd has passed to this process: name and socket of each, in order.
 
     The name is ``FileDescriptorName=`` of the unit, by default the unit's own name. The sockets are as systemd made
-    them, so they may be blocking, but child processes do not inherit them. :func:`trio_udp.endpoints_from_systemd`
-    tells the rest.
+    them, so they may be blocking, but child processes do not inherit them. See also
+    :func:`trio_udp.endpoints_from_systemd`.
 
     Args:
-      one_port: Take UDP sockets only, all of the same port, as for the workers of one server.
+      one_port: Accept UDP sockets only, all with the same port, as for the workers of one server.
 
     Raises:
       ValueError: As :func:`trio_udp.endpoints_from_systemd`, or the sockets are not what ``one_port`` asks for.
@@ -101,7 +101,7 @@ def _passed_names(environment: Mapping[str, str]) -> list[str]:
             f"no sockets from systemd: they are for process {pid}, and this is process {os.getpid()}. "
             "A script that starts this program must exec it"
         )
-    # isdecimal() is true for digits of all scripts, and so is int().
+    # isdecimal() and int() accept the digits of all scripts.
     if not (count.isascii() and count.isdecimal()):
         raise ValueError(f"LISTEN_FDS must be a number, not {count!r}")
     if not 0 < int(count) <= 65_536:
@@ -114,7 +114,7 @@ def _passed_names(environment: Mapping[str, str]) -> list[str]:
 
 
 def _check(sock: socket.socket, name: str, one_port: bool) -> None:
-    """Raise ``ValueError`` if a socket is not one to serve on."""
+    """Raise ``ValueError`` if a socket cannot be served on."""
     if sock.type != socket.SOCK_DGRAM:
         raise ValueError(
             f"{name} has passed a socket that is not for datagrams ({_describe(sock)}): write ListenDatagram= in the "
@@ -141,8 +141,8 @@ def warn_of_default_buffers(sockets: Iterable[socket.socket]) -> None:
     sizes = [sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) for sock in sockets]
     if defaults := sizes.count(KERNEL_DEFAULT_BUFFER):
         LOGGER.warning(
-            "%d of %d sockets from systemd have the kernel's default receive buffer of %d bytes: bursts, and what "
-            "arrives during a restart, may be lost. Write ReceiveBuffer=4M in the .socket unit",
+            "%d of %d sockets from systemd have the kernel's default receive buffer of %d bytes: datagrams of bursts, "
+            "and those that arrive during a restart, may be lost. Write ReceiveBuffer=4M in the .socket unit",
             *(defaults, len(sizes), KERNEL_DEFAULT_BUFFER),
         )
 
@@ -150,10 +150,10 @@ def warn_of_default_buffers(sockets: Iterable[socket.socket]) -> None:
 @final
 @attrs.define(eq=False)
 class ServiceManager:
-    """Tells the service manager about this process. Without one, it does nothing.
+    """Tells the service manager about this process. Without a manager, it does nothing.
 
-    A notice never waits and never raises. One that does not get through, because the manager is gone or its socket is
-    full, goes along with the next; the first failure is logged.
+    A notice never waits and never raises. If it cannot be delivered, because the manager is gone or its socket is full,
+    it is sent again with the next one. The first failure is logged.
 
     Attributes:
       watchdog_interval: Seconds between two ``WATCHDOG=1``, half of what ``WatchdogSec=`` allows; ``None`` if the
@@ -169,7 +169,7 @@ class ServiceManager:
     def from_environment(cls) -> ServiceManager:
         """Read ``NOTIFY_SOCKET``, ``WATCHDOG_USEC`` and ``WATCHDOG_PID``, and remove them from the environment.
 
-        Child processes do not see them: the manager refuses notices from these anyway.
+        Child processes then do not see them; the manager refuses notices from them anyway.
         """
         address, microseconds, pid = (
             os.environ.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
@@ -181,13 +181,13 @@ class ServiceManager:
     def notify(self, **assignments: str | int) -> None:
         """Send assignments of sd_notify(3), as in ``notify(READY=1, STATUS="serving on port 9999")``.
 
-        ``RELOADING=1`` gets its ``MONOTONIC_USEC``; the end of the reload is the next ``READY=1``. Without arguments,
-        send what has not got through.
+        ``RELOADING=1`` gets its ``MONOTONIC_USEC``; the next ``READY=1`` ends the reload. Without arguments, send the
+        assignments that were not delivered.
         """
         if self._address is None:
             return
         for name, value in assignments.items():
-            self._unsent.pop(name, None)  # the latest value, in the latest place
+            self._unsent.pop(name, None)  # the latest value, in the last place
             self._unsent[name] = str(value).replace("\n", " ")  # a line break would begin another assignment
         if "RELOADING" in assignments:
             self._unsent["MONOTONIC_USEC"] = str(time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
@@ -203,6 +203,6 @@ class ServiceManager:
         except OSError as error:
             if not self._has_failed:
                 self._has_failed = True
-                LOGGER.warning("The service manager at %s does not get our notices: %s", self._address, error)
+                LOGGER.warning("Cannot notify the service manager at %s: %s", self._address, error)
         else:
             self._unsent.clear()

@@ -1,14 +1,14 @@
 """A network in memory for testing programs that speak UDP: no sockets, virtual time, random network conditions.
 
-_network.py      SimulatedNetwork: open endpoints on it, connect, inject, partition it. Read this first
+_network.py      SimulatedNetwork: open endpoints, connect, inject datagrams, partition. Read this first
 _engine.py       an endpoint's engine over a simulated socket
-_wire.py         datagrams under way: arrival times, receiving sockets, partitions
+_wire.py         datagrams in transit: arrival times, receiving sockets, partitions
 _sockets.py      the kernel's part: buffers, and the table of addresses and groups
 _conditions.py   loss, latency and so on: the random draw for each packet
-_packets.py      a datagram under way, and its fragments
-_addresses.py    addresses in the form in which the network compares them
+_packets.py      a datagram in transit, and its fragments
+_addresses.py    addresses in their normal form, so that they can be compared
 _timeline.py     recorded events, as values and as readable lines
-_scheduling.py   randomness elsewhere: Trio's task order, jitter
+_scheduling.py   other randomness: Trio's task order, jitter
 
 Each file imports only from files below it. See docs/testing.md. ``import trio_udp`` does not import this package.
 """

@@ -1,7 +1,7 @@
 """Addresses of a simulated network: their normal form, and those that stand for several endpoints.
 
-Addresses are tuples as the ``socket`` module gives them. Here two that mean the same are made equal, once, at the edge
-of the network; all other files compare them with ``==``.
+Addresses are tuples as the ``socket`` module gives them. This file makes two that mean the same equal, once, at the
+edge of the network; all other files compare addresses with ``==``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def reaches_many(address: Address) -> bool:
 
 
 def interface_of(destination: Address) -> int | None:
-    """The interface that a route names: only where the destination is link-local, a group or a broadcast address."""
+    """Return the interface of a route: only if the destination is link-local, a group or a broadcast address."""
     return INTERFACE if is_link_local(destination) or reaches_many(destination) else None
 
 

@@ -1,4 +1,4 @@
-"""Network conditions: their values, checked on assignment, and the random draw of what happens to one packet."""
+"""Network conditions: their values, checked on assignment, and the random draw of the fate of one packet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import attrs
 from ._packets import Packet
 from ._scheduling import check_seed
 
-# Most seconds that a reordered datagram is held back.
+# The most seconds that a reordered datagram is held back.
 HELD_BACK = 0.1
 
 # RFC 791: every link carries packets of at least this length.
@@ -53,7 +53,7 @@ class Journey(NamedTuple):
     """How one copy of a packet travels."""
 
     latency: float  # seconds
-    held_back: float | None  # seconds more, so that later datagrams overtake it; None: it keeps its place in the order
+    held_back: float | None  # more seconds, so that later datagrams overtake it; None: it keeps its place in the order
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -75,10 +75,10 @@ class Conditions:
         return random.Random(self.seed)
 
     def journeys(self, packet: Packet) -> list[Journey]:
-        """Draw what happens to a packet: no journey if it is lost, two if it is duplicated.
+        """Draw the fate of a packet: no journey if it is lost, two if it is duplicated.
 
-        Always draws the same number of random numbers, so that changing one condition leaves the other draws as they
-        are.
+        This always draws the same number of random numbers, so that changing one condition leaves the other draws as
+        they are.
         """
         draw = self._random
         lost, doubled = draw.random(), draw.random()

@@ -26,7 +26,7 @@ from ._wire import Wire
 
 @attrs.define(eq=False)
 class SimulatedEngine:
-    """One endpoint's use of a simulated socket. Several engines can use one shared socket."""
+    """The engine of one endpoint. Several engines can use one shared socket."""
 
     simulated_socket: SimulatedSocket
     _sockets: SocketTable
@@ -39,13 +39,13 @@ class SimulatedEngine:
     wakes_tasks: bool = attrs.field(default=True, init=False)
     counts: ReceiveCounts = attrs.field(factory=ReceiveCounts, init=False)
     closed: bool = attrs.field(default=False, init=False)
-    read_ahead: int = attrs.field(default=0, init=False)  # always
+    read_ahead: int = attrs.field(default=0, init=False)  # stays 0
     _watched_ports: frozenset[int] = attrs.field(default=frozenset(), init=False)
-    _last_figures: KernelFigures | None = attrs.field(default=None, init=False)  # those at the moment of closing
+    _last_figures: KernelFigures | None = attrs.field(default=None, init=False)  # as they were at closing
 
     @property
     def socket(self) -> trio.socket.SocketType:
-        # An OSError, like that of an option which a real socket does not have.
+        # An OSError, as for an option that a real socket does not have.
         raise io.UnsupportedOperation("an endpoint of a SimulatedNetwork has no socket")
 
     @family.default
@@ -156,7 +156,7 @@ class SimulatedEngine:
     def interface(self, route: Route) -> int | None:
         return cast("SimulatedRoute", route).interface
 
-    # Sources that cannot be trusted.
+    # Untrusted sources.
 
     def watch_ports(self, ports: frozenset[int]) -> None:
         self._watched_ports = ports
@@ -179,7 +179,7 @@ class SimulatedEngine:
     def allows_broadcast(self) -> bool:
         return self.simulated_socket.allow_broadcast
 
-    # Waiting, and the end.
+    # Waiting and closing.
 
     def kernel_figures(self) -> KernelFigures:
         own = self.simulated_socket

@@ -32,31 +32,30 @@ from ._sockets import SimulatedSocket, SocketTable
 from ._timeline import DatagramEvent
 from ._wire import Partition, Wire
 
-# Where a connection is bound by default: addresses for documentation, and the dynamic ports of RFC 6335.
-SOMEWHERE, SOMEWHERE_IPV6 = "198.51.100.1", "2001:db8::1"
+# Default local addresses of connections: hosts reserved for documentation, and the dynamic ports of RFC 6335.
+DEFAULT_HOST, DEFAULT_HOST_IPV6 = "198.51.100.1", "2001:db8::1"
 FREE_PORTS = range(49_152, 65_536)
 
 
 @attrs.define(eq=False, kw_only=True)
 class SimulatedNetwork(Conditions):
-    """A network in memory, on Trio's clock, with network conditions that a seed decides.
+    """A network in memory, on Trio's clock, with random network conditions that a seed determines.
 
-    Endpoints and connections on it have the same types as on a real one. By default nothing is lost and everything
-    arrives at once. Assign to an attribute to change a condition at any time, for the datagrams sent from then on.
-    Use it inside Trio, best with ``trio.testing.MockClock(autojump_threshold=0)`` (in pytest: ``autojump_clock``);
-    nothing needs to be closed. The same seed gives the same run, byte for byte, under
-    :func:`deterministic_scheduling`.
+    Endpoints and connections on it have the same types as on a real network. By default no datagram is lost, and all
+    arrive at once. Assign to an attribute to change a condition at any time, for the datagrams sent from then on. Use
+    it inside Trio, best with ``trio.testing.MockClock(autojump_threshold=0)`` (in pytest: ``autojump_clock``); nothing
+    needs to be closed. Under :func:`deterministic_scheduling` the same seed gives the same run, byte for byte.
 
     Attributes:
-      seed: Of the network's random numbers. Read-only.
+      seed: Seed of the network's random numbers. Read-only.
       loss: Probability that a packet is lost.
       duplicate: Probability that a datagram arrives twice.
       reorder: Probability that a datagram is held back, for up to a tenth of a second, so that later datagrams overtake
-        it. All others arrive in the order of sending, between the same two addresses.
+        it. All others between the same two addresses arrive in the order of sending.
       latency: Seconds from sending to arrival, ``(least, most)``. Because datagrams between two addresses do not
-        overtake one another, dense traffic waits for its slowest datagram and takes nearly the most.
-      mtu: Bytes in one packet, IP header included. A longer datagram travels in fragments, as a kernel sends it by
-        default, and is lost if any of them is.
+        overtake one another, dense traffic waits for its slowest datagram, and its latency is close to the most.
+      mtu: Bytes in one packet, including the IP header. A longer datagram travels in fragments, as a kernel sends it by
+        default, and is lost if any fragment is.
       bandwidth: Payload bytes per second that leave each sending address. Datagrams that wait to leave fill its send
         buffer; when that is full, ``send_nowait`` raises ``trio.WouldBlock`` and ``send`` waits. ``None``: no limit.
     """
@@ -72,11 +71,11 @@ class SimulatedNetwork(Conditions):
 
     @property
     def events(self) -> list[DatagramEvent]:
-        """Everything that has happened so far. The list grows until you ``clear()`` it."""
+        """All events so far, in order. The list grows until you ``clear()`` it."""
         return self._wire.events
 
     def timeline(self) -> str:
-        """Return everything that has happened so far, one line for each of ``events``."""
+        """Return all events so far as text, one line for each."""
         return "\n".join(map(str, self.events))
 
     def endpoint(
@@ -98,7 +97,8 @@ class SimulatedNetwork(Conditions):
 
         Args:
           host: Numeric. ``"0.0.0.0"`` or ``"::"`` stands for all ``own_hosts``, or without them for all addresses of
-            its family that no other endpoint has. A group's address stands for that group, once :meth:`join` is called.
+            the family that no other endpoint has. The address of a group stands for that group, once :meth:`join` is
+            called.
           port: UDP port; 0 lets the network choose.
           max_datagram_size: Longest payload to accept, in bytes; longer datagrams are counted as truncated.
           receive_buffer: Bytes of memory for datagrams not yet read, each of which takes 768 besides its payload.
@@ -106,17 +106,17 @@ class SimulatedNetwork(Conditions):
             as on Linux.
           send_buffer: The same for datagrams that have not yet left; see ``bandwidth``.
           own_hosts: The numeric addresses of the machine that the endpoint is on, so that several machines can have an
-            endpoint bound to all addresses at the same port. The first is the one it sends from by default. Without
-            them an endpoint bound to all addresses sends from the loopback address.
+            endpoint bound to all addresses at the same port. By default it sends from the first of them. Without
+            ``own_hosts`` an endpoint bound to all addresses sends from the loopback address.
           allow_broadcast: Allow sending to 255.255.255.255, as ``SO_BROADCAST`` does.
-          shared: Open the endpoint over a socket that a supervisor holds: when the endpoint is closed, the socket
-            stays, and datagrams wait in its buffer for the next endpoint that is opened there with ``shared=True`` (and
+          shared: Open the endpoint over a socket that a supervisor holds. When the endpoint is closed, the socket stays
+            open, and datagrams wait in its buffer for the next endpoint that is opened there with ``shared=True`` (and
             the same ``own_hosts``). Buffer sizes and ``allow_broadcast`` stay as the first endpoint set them.
           proxies: As for :func:`~trio_udp.open_endpoints`.
 
         Raises:
           OSError: ``EADDRINUSE``: the address is taken.
-          TypeError, ValueError: An argument is not valid.
+          TypeError, ValueError: An argument is invalid.
         """
         check_max_datagram_size(max_datagram_size)
         for name, size in (("receive_buffer", receive_buffer), ("send_buffer", send_buffer)):
@@ -125,7 +125,7 @@ class SimulatedNetwork(Conditions):
         address = numeric_address((host, port))
         networks = Networks.parse("proxies", proxies)
         if isinstance(own_hosts, str):
-            raise TypeError(f"own_hosts must be several addresses, not {own_hosts!r}")
+            raise TypeError(f"own_hosts must be a list of addresses, not {own_hosts!r}")
         hosts = tuple(_unicast((own, port), like=address)[0] for own in own_hosts)
         options = {"own_hosts": hosts, "allow_broadcast": allow_broadcast, "shared": shared}
         sizes = {"receive_buffer": receive_buffer, "send_buffer": send_buffer}
@@ -142,7 +142,7 @@ class SimulatedNetwork(Conditions):
         local_address: Address | None = None,
         receive_buffer: int | None = None,
     ) -> Connection:
-        """Open a connection to an address; stands in for :func:`trio_udp.connect`.
+        """Open a connection to an address, in place of :func:`trio_udp.connect`. A checkpoint.
 
         Args:
           host: Numeric.
@@ -154,10 +154,10 @@ class SimulatedNetwork(Conditions):
 
         Raises:
           OSError: ``EADDRINUSE``: ``local_address`` is taken. ``EACCES``: ``host`` is the broadcast address.
-          TypeError, ValueError: Not addresses that can be written to, or addresses of two families.
+          TypeError, ValueError: An address is invalid or cannot be sent to, or the addresses are of two families.
         """
         peer = _destination((host, port, flowinfo, scope_id) if flowinfo or scope_id else (host, port))
-        local = reachable(numeric_address(local_address or (SOMEWHERE_IPV6 if is_ipv6(peer) else SOMEWHERE, 0)))
+        local = reachable(numeric_address(local_address or (DEFAULT_HOST_IPV6 if is_ipv6(peer) else DEFAULT_HOST, 0)))
         check_families(local, peer)
         options: dict[str, Any] = {"peer": peer}
         if receive_buffer is not None:
@@ -177,7 +177,7 @@ class SimulatedNetwork(Conditions):
 
         Raises:
           OSError: ``EADDRINUSE``: the endpoint is in the group already.
-          ValueError: Not a group address of the endpoint's family, or not an open endpoint of this network.
+          ValueError: It is not a group of the endpoint's family, or not an open endpoint of this network.
         """
         socket, host = self._group(endpoint, group)
         self._wire.catch_up_if_any()
@@ -195,11 +195,11 @@ class SimulatedNetwork(Conditions):
         self._sockets.leave(socket, host)
 
     def inject(self, payload: Payload, source: Address, destination: Address) -> None:
-        """Send a datagram from any address, also a forged one, under the same network conditions as all others.
+        """Send a datagram from any address, also a forged one, under the same network conditions as any other.
 
         Raises:
           OSError: ``EMSGSIZE``: longer than a UDP datagram can be.
-          TypeError, ValueError: Not bytes-like, not addresses, or addresses of two families.
+          TypeError, ValueError: The payload is not bytes-like, an address is invalid, or they are of two families.
         """
         source, destination = normal(numeric_address(source)), _destination(destination)
         check_families(source, destination)
@@ -212,9 +212,9 @@ class SimulatedNetwork(Conditions):
     def partition(
         self, some: Iterable[Address], others: Iterable[Address] | None = None, *, error: int | None = None
     ) -> Partition:
-        """Cut some addresses off from others: no datagram is sent or arrives between them, in either direction.
+        """Cut some addresses off from others: no datagram leaves or arrives between them, in either direction.
 
-        Begins at once and lasts until :meth:`Partition.heal`, or until the end of a ``with`` block::
+        The partition begins at once and lasts until :meth:`Partition.heal`, or until the end of a ``with`` block::
 
             with network.partition([connection.local_address]):
                 await trio.sleep(120)
@@ -223,7 +223,7 @@ class SimulatedNetwork(Conditions):
           some: Addresses, with their ports.
           others: Addresses to cut them off from; by default all others.
           error: An errno (such as ``errno.EHOSTUNREACH`` or ``errno.EPERM``) for sending across the cut, as if the
-            sender's own router or firewall caused it. By default the sender is not told.
+            sender's own router or firewall caused it. By default the sender gets no error.
         """
         if error is not None:
             check_number(error, "error", 1, 2**31, kind=int)
@@ -235,7 +235,7 @@ class SimulatedNetwork(Conditions):
         """Make one read fail with an errno, at the endpoint or connection at an address.
 
         Datagrams that arrived before are read first. ``errno.EAGAIN`` simulates a datagram that polls as readable and
-        is then dropped, for example for its wrong checksum.
+        is then dropped, for example for a wrong checksum.
 
         Raises:
           ValueError: There is no endpoint at this address.
@@ -286,7 +286,7 @@ def _one_address(address: Address) -> Address:
     """Check an address that names one end of a path."""
     address = numeric_address(address)
     if is_unspecified(address):
-        raise ValueError(f"{address!r} stands for many addresses: name the addresses that are meant")
+        raise ValueError(f"{address!r} stands for many addresses: name each address")
     return normal(address)
 
 
@@ -295,7 +295,7 @@ def _unicast(address: Address, like: Address) -> Address:
     address = _one_address(address)
     check_families(address, like)
     if reaches_many(address):
-        raise ValueError(f"not an address of one machine: {address[0]!r}")
+        raise ValueError(f"not the address of one machine: {address[0]!r}")
     return address
 
 

@@ -1,4 +1,4 @@
-"""Randomness outside the network: Trio's order of the tasks of one pass, and the jitter of ``backoff``."""
+"""Randomness outside the network: Trio's task order within one pass, and the jitter of ``backoff``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from ..layers.request import JITTER
 
 
 def deterministic_scheduling(seed: int) -> AbstractContextManager[None]:
-    """Let a seed decide in which order Trio runs its tasks, and the jitter of :func:`~trio_udp.backoff`, in a block.
+    """Let a seed determine Trio's task order and the jitter of :func:`~trio_udp.backoff` within a block.
 
-    ``with deterministic_scheduling(seed): trio.run(...)`` does the same each time if the program does: with
-    ``trio.testing.MockClock``, with a :class:`SimulatedNetwork` instead of a real one, and without threads. The fixture
-    ``simulated_network`` does this for its test.
+    ``with deterministic_scheduling(seed): trio.run(...)`` then gives the same run each time, if the program itself is
+    deterministic: with ``trio.testing.MockClock``, with a :class:`SimulatedNetwork` instead of a real one, and without
+    threads. The fixture ``simulated_network`` does this for its test.
+
+    Raises:
+      TypeError: The seed is not an int.
     """
     check_seed(seed)
     return _seeded(seed)

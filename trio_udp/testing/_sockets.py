@@ -1,7 +1,7 @@
 """The kernel's part of a simulated network: each socket's buffers, and the table of addresses and groups.
 
 A socket is separate from its engine because it can outlive the engine: a shared socket waits, with its buffer, for the
-next endpoint. Nothing here knows the clock or the network; callers pass the time in.
+next endpoint. This file uses neither the clock nor the network; callers pass the time in.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .._endpoints._address import is_link_local, is_multicast, is_unspecified
 from ._addresses import normal, reachable, reaches_many, unspecified
 from ._packets import SimulatedRoute
 
-# Bytes of kernel memory that a datagram takes besides its payload, and the default size of a buffer, both as on Linux:
-# a socket holds 277 small datagrams.
+# Bytes of kernel memory that a datagram takes besides its payload, and the default size of a buffer. Both are as on
+# Linux, so a socket holds 277 small datagrams.
 OVERHEAD = 768
 DEFAULT_BUFFER = 212_992
 
@@ -37,8 +37,8 @@ class SimulatedSocket:
       peer: The address that the socket is connected to.
       own_addresses: The addresses that the socket can send from, with its port. The first is the default, and receives
         groups and broadcasts.
-      groups: The groups it is in, each with the sources it hears, or ``None`` for all.
-      hops, loop, interface: Of what it sends to groups, as ``Endpoint.multicast_hops`` and so on.
+      groups: The groups that the socket has joined, each with the sources it receives from, or ``None`` for all.
+      hops, loop, interface: Options for sending to groups, as ``Endpoint.multicast_hops`` and so on.
       waiting: Tasks that wait to read or write.
     """
 
@@ -59,8 +59,10 @@ class SimulatedSocket:
     dropped: int = attrs.field(default=0, init=False)
     arrived_bytes: int = attrs.field(default=0, init=False)
     waiting: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, init=False)
-    _arrived: deque[tuple[bytes, SimulatedRoute] | OSError] = attrs.field(factory=deque, init=False)  # and not yet read
-    _unsent: deque[tuple[float, int]] = attrs.field(factory=deque, init=False)  # when each has left, and its bytes
+    _arrived: deque[tuple[bytes, SimulatedRoute] | OSError] = attrs.field(factory=deque, init=False)  # but not yet read
+    _unsent: deque[tuple[float, int]] = attrs.field(
+        factory=deque, init=False
+    )  # when each datagram has left, and its bytes
     _unsent_bytes: int = attrs.field(default=0, init=False)
     _line_free_at: float = attrs.field(default=0.0, init=False)
 
@@ -77,7 +79,7 @@ class SimulatedSocket:
         return True
 
     def put_error(self, error: OSError) -> None:
-        """Make a read fail, after the datagrams that are already here."""
+        """Make a read fail, after the datagrams that have already arrived."""
         self._arrived.append(error)
         self.waiting.unpark_all()
 
@@ -105,11 +107,11 @@ class SimulatedSocket:
         return self._unsent_bytes < self.send_buffer
 
     def next_departure(self) -> float:
-        """When the first datagram in the send buffer has left."""
+        """When the first datagram in the send buffer will have left."""
         return self._unsent[0][0]
 
     def queue(self, now: float, length: int, bandwidth: float | None) -> float:
-        """Put a datagram into the send buffer; return when its last byte has left."""
+        """Put a datagram into the send buffer; return when its last byte will have left."""
         self._line_free_at = max(now, self._line_free_at) + (length / bandwidth if bandwidth else 0)
         if self._line_free_at > now:
             self._unsent.append((self._line_free_at, OVERHEAD + length))
@@ -117,7 +119,7 @@ class SimulatedSocket:
         return self._line_free_at
 
     def forget_times(self) -> None:
-        """Empty the send buffer: its times are those of another clock."""
+        """Empty the send buffer, because its times are those of another clock."""
         self._unsent.clear()
         self._unsent_bytes = 0
         self._line_free_at = 0.0
@@ -148,7 +150,7 @@ class SimulatedSocket:
         return self.own_addresses[0][0] in [own[0] for own in other.own_addresses]
 
     def can_send_from(self, local: Address) -> bool:
-        """Whether the socket has a local address. It may have any, if its own addresses are unknown."""
+        """Whether the socket can send from a local address. It can from any, if its own addresses are unknown."""
         return local in self.own_addresses or (self.is_of_machine and not self.own_hosts)
 
 
@@ -207,7 +209,9 @@ class SocketTable:
         if is_multicast(destination):
             members = self._members.get(destination[0], ())
             candidates = [
-                socket for socket in members if (heard := socket.groups[destination[0]]) is None or source[0] in heard
+                socket
+                for socket in members
+                if (sources := socket.groups[destination[0]]) is None or source[0] in sources
             ]
         return [
             socket
@@ -224,21 +228,21 @@ class SocketTable:
             raise OSError(errno.EADDRINUSE, f"{os.strerror(errno.EADDRINUSE)}: already in group {host}")
         if source is None:
             return
-        heard = socket.groups[host]
-        if heard is None:  # as on Linux, naming a source ends the membership for all
-            heard = socket.groups[host] = set()
-        if source in heard:
+        sources = socket.groups[host]
+        if sources is None:  # as on Linux, naming a source ends the membership for all
+            sources = socket.groups[host] = set()
+        if source in sources:
             raise OSError(errno.EADDRNOTAVAIL, f"{os.strerror(errno.EADDRNOTAVAIL)}: already in group {host}")
-        heard.add(source)
+        sources.add(source)
 
     def leave(self, socket: SimulatedSocket, host: str, source: str | None = None) -> None:
         """Remove a member; without a source, for all of its sources."""
-        heard = socket.groups.get(host, set())
-        if host not in socket.groups or (source is not None and (heard is None or source not in heard)):
+        sources = socket.groups.get(host, set())
+        if host not in socket.groups or (source is not None and (sources is None or source not in sources)):
             raise OSError(errno.EADDRNOTAVAIL, f"{os.strerror(errno.EADDRNOTAVAIL)}: not in group {host}")
-        if source is not None and heard is not None:
-            heard.remove(source)
-            if heard:
+        if source is not None and sources is not None:
+            sources.remove(source)
+            if sources:
                 return
         del socket.groups[host]
         self._members[host].remove(socket)

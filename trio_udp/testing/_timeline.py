@@ -22,11 +22,11 @@ class DatagramEvent:
         second copy), ``"lost"``, ``"cut off"`` (by a partition) or ``"no receiver"`` (the group has no members). On
         arrival: ``"arrived"``, ``"buffer full"``, ``"port closed"``, ``"cut off"`` or ``"no receiver"``. The refusal
         that tells a connected sender that the port is closed has the same fates after ``"refusal "``.
-      source: The address that it comes from, or claims to come from.
-      destination: The address that it was sent to.
-      payload: Its bytes; for a refusal, those of the refused datagram.
+      source: The address that the datagram comes from, or claims to come from.
+      destination: The address that the datagram was sent to.
+      payload: The bytes of the datagram; for a refusal, those of the refused datagram.
       receiver: The address of the machine that this copy goes to, if ``destination`` is a group or the broadcast
-        address; else ``None``.
+        address; otherwise ``None``.
     """
 
     time: float

@@ -1,10 +1,11 @@
-"""Datagrams under way: when each arrives, and at which sockets.
+"""Datagrams in transit: when each arrives, and at which sockets.
 
-    SimulatedEngine.send() -> Wire.send() -> [random draw] -> under way -> arrive -> SimulatedSocket.put()
+    SimulatedEngine.send() -> Wire.send() -> [random draw] -> in transit -> arrive -> SimulatedSocket.put()
 
-All packets under way are in one heap. They arrive when Trio's clock reaches their time; of two that are due at the same
-moment, the first to be sent arrives first. ``catch_up`` delivers the packets that are due. Every call that looks at the
-network begins with it, and a task that runs only while packets are under way calls it at the time of the next arrival.
+All packets in transit are in one heap. They arrive when Trio's clock reaches their time; of two that are due at the
+same time, the one sent first arrives first. ``catch_up`` delivers the packets that are due. Every call that reads the
+state of the network begins with it, and a task that runs only while packets are in transit calls it at the time of the
+next arrival.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class Wire:
     _partitions: list[Partition] = attrs.field(factory=list, init=False)
     _numbers: Iterator[int] = attrs.field(factory=lambda: itertools.count(1), init=False)
 
-    # A heap of (arrival time, number to break ties, packet); and for each path, when the last packet in order arrives.
-    _under_way: list[tuple[float, int, Packet]] = attrs.field(factory=list, init=False)
+    # A heap of (arrival time, number to break ties, packet). And for each path, the arrival of its last packet in
+    # order.
+    _in_transit: list[tuple[float, int, Packet]] = attrs.field(factory=list, init=False)
     _order: Iterator[int] = attrs.field(factory=itertools.count, init=False)
     _last_arrival: dict[tuple[Address, Address], float] = attrs.field(factory=dict, init=False)
 
@@ -65,12 +67,12 @@ class Wire:
         departure: float,
         sender: SimulatedSocket | None = None,
     ) -> None:
-        """Take over a datagram that leaves its sender at ``departure``; without a sender it was injected."""
+        """Carry a datagram that leaves its sender at ``departure``; without a sender it is an injected one."""
         number = next(self._numbers)
         if not reaches_many(destination):
             self._leave(Packet(number, payload, source, destination, destination), now, departure)
         else:
-            # Each machine gets a copy that travels by itself; sockets on one machine share it.
+            # Each machine gets its own copy; sockets on one machine share it.
             receivers = self._sockets.many(destination, source)
             if sender is not None and is_multicast(destination):
                 receivers = [socket for socket in receivers if _reaches(sender, socket)]
@@ -98,7 +100,7 @@ class Wire:
                 arrival += held_back
                 fate = "held back"
             self._record(now, packet, fate)
-            heapq.heappush(self._under_way, (arrival, next(self._order), packet))
+            heapq.heappush(self._in_transit, (arrival, next(self._order), packet))
 
     # Arriving.
 
@@ -107,20 +109,20 @@ class Wire:
         now = trio.current_time()
         clock = trio.lowlevel.current_clock()
         if clock is not self._clock:
-            # Another run of Trio, with its own time: packets that were under way in the previous run arrive now.
+            # Another run of Trio has its own time: packets in transit from the previous run arrive now.
             self._clock = clock
-            self._under_way = [(now, order, packet) for _, order, packet in sorted(self._under_way)]
+            self._in_transit = [(now, order, packet) for _, order, packet in sorted(self._in_transit)]
             self._last_arrival.clear()
             for socket in self._sockets:
                 socket.forget_times()
-        while self._under_way and self._under_way[0][0] <= now:
-            when, _, packet = heapq.heappop(self._under_way)
+        while self._in_transit and self._in_transit[0][0] <= now:
+            when, _, packet = heapq.heappop(self._in_transit)
             self._arrive(when, packet)
         return now
 
     def catch_up_if_any(self) -> None:
-        """Deliver the packets that are due, before the network changes. Does nothing outside of Trio."""
-        if self._under_way and is_in_trio():
+        """Deliver the packets that are due, before the network changes. Outside of Trio, do nothing."""
+        if self._in_transit and is_in_trio():
             self.catch_up()
 
     def _arrive(self, now: float, packet: Packet) -> None:
@@ -139,7 +141,7 @@ class Wire:
             self._put(now, packet, socket, packet.destination)
         else:
             self._record(now, packet, "port closed")
-            # Only a connected sender learns of a refusal.
+            # Only a connected sender receives a refusal.
             if self._sockets.connected(packet.source, packet.destination):
                 self._leave(packet.refusal(), now, now)
 
@@ -148,7 +150,7 @@ class Wire:
         sockets = [socket for socket in found if socket.own_addresses[0] == packet.receiver]
         for socket in sockets:
             self._put(now, packet, socket, socket.source_for(packet.source))
-        if not sockets:  # left the group, or was closed, in the meantime
+        if not sockets:  # they have left the group, or were closed, in the meantime
             self._record(now, packet, "no receiver")
 
     def _put(self, now: float, packet: Packet, socket: SimulatedSocket, local: Address) -> None:
@@ -167,19 +169,19 @@ class Wire:
 
     def _set_alarm(self) -> None:
         """Make sure that ``catch_up`` is called when the next packet is due."""
-        if not self._under_way:
+        if not self._in_transit:
             return
         if self._alarm is None:
             # A system task, because it must outlive the sender, and every clean-up that still waits for an answer.
-            trio.lowlevel.spawn_system_task(self._catch_up_while_under_way)
+            trio.lowlevel.spawn_system_task(self._catch_up_while_in_transit)
             self._alarm = trio.CancelScope()  # until the task begins
-        elif self._under_way[0][0] < self._alarm.deadline:
-            self._alarm.deadline = self._under_way[0][0]
+        elif self._in_transit[0][0] < self._alarm.deadline:
+            self._alarm.deadline = self._in_transit[0][0]
 
-    async def _catch_up_while_under_way(self) -> None:
+    async def _catch_up_while_in_transit(self) -> None:
         try:
-            while self._under_way:
-                with trio.CancelScope(deadline=self._under_way[0][0]) as self._alarm:
+            while self._in_transit:
+                with trio.CancelScope(deadline=self._in_transit[0][0]) as self._alarm:
                     await trio.sleep_forever()
                 self.catch_up()
         finally:
@@ -204,7 +206,7 @@ class Wire:
 
 
 def _reaches(sender: SimulatedSocket, receiver: SimulatedSocket) -> bool:
-    """Whether a datagram to a group reaches a member: no routers here count its hops, but 0 stays on the machine."""
+    """Whether a datagram to a group reaches a member. No routers count hops here, but 0 stays on the machine."""
     return sender.loop if receiver.is_on_machine_of(sender) else sender.hops > 0
 
 

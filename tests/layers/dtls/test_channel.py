@@ -429,7 +429,7 @@ async def test_a_session_is_for_one_name(start: Start) -> None:
     async with secured.connected() as channel:
         session = channel.session
     for name in ("other.test", None):
-        with pytest.raises(ValueError, match=f"the session is one with '{NAME}', not with"):
+        with pytest.raises(ValueError, match=f"the session is for '{NAME}', not for"):
             await secured.open(server_hostname=name, session=session)
     with pytest.raises(TypeError, match=r"session must be a trio_udp\.dtls\.Session"):
         await secured.open(session=b"session")

@@ -3,7 +3,7 @@
 _engine.py            Engine: the interface between an endpoint and an engine
 _choice.py            the choice of an engine for a socket
 _socket.py            the common part of both engines
-proxy.py              around another engine: takes off the headers of proxies
+proxy.py              a wrapper around another engine that takes off the headers of proxies
 proxy_header.py       the header of the PROXY protocol
 portable.py           for every platform: one system call for each datagram
 unix.py               for Unix-domain sockets: names, credentials, the file of a socket
@@ -11,11 +11,11 @@ linux.py              for Linux: one system call for up to 64 messages
 linux_routes.py       the routes of the Linux engine: raw addresses
 linux_structures.py   the C structures of its system calls
 segmentation.py       which datagrams leave as one message (GSO)
-pktinfo.py            the control messages that tell, and set, our own address
+pktinfo.py            the control messages that tell and set our own address
 ancillary.py          options that bring other ancillary data, and passed files
 probes.py             questions to the kernel about addresses
 multicast.py          groups and multicast options
-coalescing.py         UDP_GRO (GRO), switched on and off for all engines of a socket
+coalescing.py         UDP_GRO (GRO), turned on and off for all engines of a socket
 """
 
 from ._choice import engine_for as engine_for

@@ -26,7 +26,7 @@ def engine_for(
       proxies: Senders that put a header in front of each payload.
 
     Raises:
-      ValueError: ``TRIO_UDP_ENGINE`` names no engine, or one that cannot serve this socket. It does not concern
+      ValueError: ``TRIO_UDP_ENGINE`` names no engine, or one that cannot serve this socket. It has no effect on
         Unix-domain sockets.
     """
     if proxies:
@@ -45,5 +45,5 @@ def engine_for(
             if can_serve(sock):
                 return LinuxEngine(sock, max_datagram_size, shared=shared)
     if name == "linux":
-        raise ValueError(f"TRIO_UDP_ENGINE=linux, but there is no such engine for {sock!r}")
+        raise ValueError(f"TRIO_UDP_ENGINE=linux, but that engine cannot serve {sock!r}")
     return portable_engine(sock, max_datagram_size, shared=shared)

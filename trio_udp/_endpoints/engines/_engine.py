@@ -29,7 +29,7 @@ Ancillary: TypeAlias = "tuple[tuple[int, int, bytes], ...]"
 
 Received: TypeAlias = tuple[bytes, Route, Ancillary]
 
-# A payload, its route, and the Sender that counts it (see _statistics.py). Engines ignore the third.
+# A payload, its route, and the Sender that counts it (see _statistics.py). Engines ignore the Sender.
 Outgoing: TypeAlias = tuple[bytes, Route, Any]
 
 
@@ -39,8 +39,8 @@ class Multicast(Protocol):
     An interface is an index; 0 leaves the choice to the kernel.
 
     Attributes:
-      hops: Time to live of the datagrams that it sends to groups.
-      loop: Members on this machine get a copy of what it sends to groups.
+      hops: Time to live of the datagrams that the socket sends to groups.
+      loop: Members on this machine get a copy of the datagrams that the socket sends to groups.
     """
 
     hops: int
@@ -48,17 +48,17 @@ class Multicast(Protocol):
 
     @property
     def interface(self) -> int:
-        """The interface that it sends to groups on, unless a route says otherwise."""
+        """The interface on which the socket sends to groups, unless a route says otherwise."""
 
     def set_interface(self, index: int, own: Address | None) -> None:
-        """Choose the interface to send to groups on, and the address to send from if there is no better one."""
+        """Choose the interface on which to send to groups, and the address to send from if there is no better one."""
 
     @property
     def families(self) -> Sequence[int]:
         """Address families of the groups that the socket can be in. Empty for Unix-domain sockets."""
 
     def join(self, group: Address, source: Address | None, interface: int) -> None:
-        """Receive the datagrams to a group: of one source, or of all."""
+        """Receive the datagrams to a group from one source, or from all."""
 
     def leave(self, group: Address, source: Address | None, interface: int) -> None:
         """Undo a ``join`` with the same arguments."""
@@ -74,12 +74,12 @@ class Engine(Protocol):
     """One socket, and everything that an :class:`Endpoint` does with it.
 
     Attributes:
-      family: Its address family.
-      bound_address: The address it is bound to.
-      connected: The socket is connected to one peer, and learns when that peer refuses a datagram.
+      family: The address family of the socket.
+      bound_address: The address that the socket is bound to.
+      connected: The socket is connected to one peer, and the kernel reports when that peer refuses a datagram.
       counts: Running counts of received datagrams; ``receive`` updates them.
       wakes_tasks: Sending may wake tasks of this process, as on a simulated network.
-      multicast: Its groups and multicast options.
+      multicast: The groups and multicast options of the socket.
     """
 
     family: int
@@ -93,15 +93,15 @@ class Engine(Protocol):
 
     @property
     def socket(self) -> trio.socket.SocketType:
-        """For the user; everything else goes through the engine."""
+        """The socket, for users; everything else goes through the engine."""
 
     # Moving datagrams.
 
     def receive(self, batch: list[Received]) -> bool:
-        """Append what has arrived, at most ``BATCH`` datagrams, to an empty batch. True if the kernel has no more.
+        """Append datagrams that have arrived, at most ``BATCH``, to an empty batch. True if the kernel has no more.
 
         Raises:
-          OSError: Reading failed; ``batch`` holds what had arrived before.
+          OSError: Reading failed; ``batch`` holds the datagrams that were read before.
         """
 
     @property
@@ -109,7 +109,7 @@ class Engine(Protocol):
         """Datagrams that were read from the kernel and not yet returned, because a batch was full."""
 
     def send(self, outgoing: Sequence[Outgoing]) -> int:
-        """Send datagrams in order, as many as one call allows; return how many the kernel took, at least one.
+        """Send datagrams in order, as many as one call allows; return how many the kernel has taken, at least one.
 
         Raises:
           BlockingIOError: The send buffer is full; none was sent.
@@ -119,31 +119,31 @@ class Engine(Protocol):
     # Routes.
 
     def route(self, address: Address, local_address: Address | None = None) -> Route:
-        """The route to an address, which need not have written to us.
+        """The route to an address, also to one that has never written to us.
 
         Args:
           address: Numeric, of the socket's family.
           local_address: Our own address to send from; by default the kernel's choice. With ``source_for(address)`` the
-            result equals the route of what the peer sends back.
+            result equals the route of the datagrams that the peer sends back.
         """
 
     def source_for(self, address: Address) -> Address:
         """Our own address that the kernel would send from to ``address``. ``OSError`` if there is no route."""
 
     def max_payload(self, route: Route) -> int:
-        """Length of the longest payload that one datagram can carry on a route."""
+        """Bytes of the longest payload that one datagram can carry on a route."""
 
     def peer_address(self, route: Route) -> Address:
         """The address at the other end of a route."""
 
     def local_address(self, route: Route) -> Address:
-        """Our own address at this end of a route, where replies leave from."""
+        """Our own address at this end of a route, from which replies leave."""
 
     def destination(self, route: Route) -> Address:
-        """The address that the datagram was sent to: our own, a group or a broadcast address."""
+        """The address that a datagram on this route was sent to: our own, a group or a broadcast address."""
 
     def interface(self, route: Route) -> int | None:
-        """Index of the interface it arrived on, where the destination is link-local, a group or a broadcast address."""
+        """Index of the arrival interface, if the destination is link-local, a group or a broadcast address."""
 
     def host(self, route: Route) -> bytes:
         """The host at the other end of a route, as ``host_bytes`` gives it. Cheap."""
@@ -154,7 +154,7 @@ class Engine(Protocol):
         """Set the source ports for which ``doubtful_source`` is true."""
 
     def doubtful_source(self, route: Route) -> bool:
-        """Whether a source needs a closer look. Cheap, and sometimes true for a harmless source.
+        """Whether a source needs further checks. Cheap, and sometimes true for a harmless source.
 
         Always true for a watched port, and for a group, broadcast (255.255.255.255) or unspecified address.
         """
@@ -171,7 +171,7 @@ class Engine(Protocol):
     # Waiting and closing.
 
     def kernel_figures(self) -> KernelFigures:
-        """The kernel's figures for the socket; also available once it is closed."""
+        """The kernel's figures for the socket, also after it is closed."""
 
     def is_readable(self) -> bool:
         """Whether ``wait_readable`` would return at once."""

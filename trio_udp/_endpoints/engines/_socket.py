@@ -40,7 +40,7 @@ SO_MEMINFO = 55
 MEMINFO = struct.Struct("@9I")
 RMEM_ALLOC, DROPS = 0, 8
 
-# Pairs of an address of ours and an interface, of which it is known whether they belong together.
+# The most cached answers to whether an address of ours is on an interface.
 MAX_LOOKED_UP = 256
 
 
@@ -53,9 +53,9 @@ def is_connected(sock: socket.socket | trio.socket.SocketType) -> bool:
 
 
 def own_host_of(sock: socket.socket | trio.socket.SocketType) -> bytes:
-    """Raw address that a socket is bound to, if it is one of our own.
+    """Return the raw address that a socket is bound to, if it is one of our own.
 
-    b"" for a socket that is bound to all addresses, a group or a broadcast address, and for Unix-domain sockets.
+    b"" for a socket bound to all addresses, a group or a broadcast address, and for Unix-domain sockets.
     """
     if sock.family not in INTERNET:
         return b""
@@ -67,11 +67,11 @@ def own_host_of(sock: socket.socket | trio.socket.SocketType) -> bytes:
 
 
 def tells_destination(sock: trio.socket.SocketType) -> bool:
-    """Make the kernel tell each datagram's destination, unless the socket has only one; return whether it does."""
+    """Let the kernel tell each datagram's destination, unless only one is possible; return whether it does."""
     if sock.family not in INTERNET or is_connected(sock):
         return False
     own = own_host_of(sock)
-    # An address in 169.254/16 does not tell the interface. One in fe80::/10 is bound with its scope.
+    # An address in 169.254/16 does not determine the interface. One in fe80::/10 is bound together with its scope.
     if own and (own[0] == 0xFE or not is_link_local(own)):
         return False
     return switch_on_pktinfo(sock)
@@ -104,7 +104,7 @@ class SocketEngine(ABC):
         self.multicast = SocketMulticast(self._socket)
         self._is_on: IsOn = lru_cache(MAX_LOOKED_UP)(partial(probes.is_on, self._socket))
 
-    # Routes. Each engine takes its own routes apart.
+    # Routes. Each engine decodes its own routes.
 
     @abstractmethod
     def peer_address(self, route: Route) -> Address: ...
@@ -115,7 +115,7 @@ class SocketEngine(ABC):
 
     def max_payload(self, route: Route) -> int:
         if not self._is_inet:
-            return sys.maxsize  # the kernel's own limit is its send buffer
+            return sys.maxsize  # the kernel's only limit is its send buffer
         return max_payload(self.peer_address(route))
 
     def local_address(self, route: Route) -> Address:
@@ -140,7 +140,7 @@ class SocketEngine(ABC):
         host, port = socket.inet_ntop(self.family, raw), self.bound_address[1]
         if self.family == socket.AF_INET:
             return host, port
-        # The kernel gives a scope for the same addresses: link-local ones, and groups within one machine or link.
+        # The kernel gives a scope to the same addresses: link-local ones, and groups within one machine or link.
         scoped = raw[:12] != MAPPED and (is_link_local(raw) or (raw[0] == 0xFF and raw[1] & 0x0F in (1, 2)))
         return host, port, 0, interface if scoped else 0
 
@@ -211,14 +211,14 @@ class SocketEngine(ABC):
         return len(self._ahead)
 
     def _put_ahead(self, payload: bytes, route: Route, segment_size: int, ancillary: Ancillary) -> None:
-        """Divide a message into the datagrams that it was coalesced from, and keep them for the next ``receive``."""
+        """Split a message into the datagrams that it was coalesced from, and keep them for the next ``receive``."""
         step = segment_size or len(payload) or 1
         self._ahead += [(payload[at : at + step], route, ancillary) for at in range(0, len(payload) or 1, step)]
 
     # The kernel.
 
     def _can_set(self, option: int, value: int) -> bool:
-        """Set an option of UDP if the kernel has it."""
+        """Set a UDP option; return False if the kernel does not have it."""
         try:
             self._socket.setsockopt(socket.IPPROTO_UDP, option, value)
         except OSError:
@@ -226,18 +226,18 @@ class SocketEngine(ABC):
         return True
 
     def _get(self, option: int) -> int | None:
-        """An option of UDP, None if the kernel does not have it."""
+        """Return a UDP option, or None if the kernel does not have it."""
         try:
             return self._socket.getsockopt(socket.IPPROTO_UDP, option)
         except OSError:
             return None
 
     def kernel_figures(self) -> KernelFigures:
-        with suppress(OSError):  # closed: the last figures stay
+        with suppress(OSError):  # closed: keep the last figures
             buffer = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
             if sys.platform == "linux":
-                # SO_MEMINFO costs nothing until it is read, and counts from the socket's first moment. SO_RXQ_OVFL
-                # costs a control message for each datagram, and counts only from when it is set.
+                # SO_MEMINFO costs nothing until it is read, and counts since the socket was made. SO_RXQ_OVFL costs a
+                # control message for each datagram, and counts only since it was set.
                 figures = MEMINFO.unpack(self._socket.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, MEMINFO.size))
                 self._kernel_figures = KernelFigures(
                     dropped=figures[DROPS], queued=figures[RMEM_ALLOC], receive_buffer=buffer // 2
@@ -251,7 +251,7 @@ class SocketEngine(ABC):
     def is_readable(self) -> bool:
         return self.socket.is_readable()
 
-    # Plain functions that return a coroutine: that saves one coroutine for each wait.
+    # Plain functions that return a coroutine, which saves one coroutine for each wait.
     def wait_readable(self) -> Coroutine[Any, Any, None]:
         return self._wait(trio.lowlevel.wait_readable)
 
@@ -276,5 +276,5 @@ class SocketEngine(ABC):
 
     def abandon(self) -> None:
         if not self.closed:
-            trio.lowlevel.notify_closing(self._socket)  # a task that already waits would wait for ever
+            trio.lowlevel.notify_closing(self._socket)  # otherwise a waiting task would wait for ever
             self.socket.detach()

@@ -1,4 +1,4 @@
-"""Ancillary data that the engines do not ask for themselves: which options bring it, and files that come with it."""
+"""Ancillary data that the engines do not request themselves: the options that add it, and the files passed with it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from array import array
 
 from .pktinfo import ControlMessage
 
-# Options that bring ancillary data, by level. The numbers are from Linux headers: asm-generic/socket.h, linux/in.h,
-# linux/in6.h; the socket module of other platforms has few of them.
+# Options that add ancillary data, by level. The numbers are from the Linux headers asm-generic/socket.h, linux/in.h and
+# linux/in6.h. The socket module has few of them.
 LINUX_OPTIONS = {
     # SO_PASSCRED, SO_TIMESTAMP, SO_PASSSEC, SO_TIMESTAMPNS, SO_TIMESTAMPING, SO_RXQ_OVFL, SO_WIFI_STATUS; the three
     # kinds of time stamps again, for times after 2038; SO_RCVMARK, SO_PASSPIDFD, SO_RCVPRIORITY
@@ -29,7 +29,7 @@ OTHER_OPTIONS = {
 
 
 def brings_ancillary(sock: socket.socket, *, besides: int | None = None) -> bool:
-    """Whether a socket has options that add control messages to datagrams; ``besides`` one of ``SOL_SOCKET``."""
+    """Whether a socket has options that add control messages to datagrams, apart from ``besides`` of ``SOL_SOCKET``."""
     options: list[tuple[int, int]] = []
     if sys.platform == "linux":
         options += [(level, option) for level, numbers in LINUX_OPTIONS.items() for option in numbers]
@@ -42,12 +42,12 @@ def brings_ancillary(sock: socket.socket, *, besides: int | None = None) -> bool
 def _is_set(sock: socket.socket, level: int, option: int) -> bool:
     try:
         return bool(sock.getsockopt(level, option))
-    except OSError:  # not of this family, or not in this kernel
+    except OSError:  # another family, or a kernel without it
         return False
 
 
 def close_passed_files(control: list[ControlMessage]) -> list[ControlMessage]:
-    """Close files passed over a Unix-domain socket: strangers could use up our file descriptors."""
+    """Close files passed over a Unix-domain socket, or strangers could use up our file descriptors."""
     kept = []
     for level, kind, data in control:
         if (level, kind) == (socket.SOL_SOCKET, getattr(socket, "SCM_RIGHTS", None)):

@@ -1,14 +1,14 @@
-"""The engine for Linux: up to 64 messages for one system call, in both directions.
+"""The engine for Linux: up to 64 messages per system call, in both directions.
 
 recvmmsg(2) and sendmmsg(2) are called through ctypes, with the structures of linux_structures.py.
 
 The kernel can move many datagrams as one message, see udp(7). Sending: consecutive datagrams of one size to one peer
 leave as the *segments* of a single message (GSO, ``UDP_SEGMENT``), which saves a third of an echo's time at four
-datagrams for each client. Receiving: datagrams that a sender on this machine or a network card has coalesced arrive in
+datagrams for each client. Receiving: datagrams that a network card or a sender on this machine has coalesced arrive in
 one buffer, together with the size of its segments (GRO, ``UDP_GRO``).
 
-A route is the raw socket address of the peer followed, where the kernel tells destinations, by a raw control message
-that names our own address; see linux_routes.py. It is decoded only on demand.
+A route is the raw socket address of the peer. Where the kernel tells destinations, a raw control message that names our
+own address follows it; see linux_routes.py. It is decoded only on demand.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from .linux_routes import RawRoutes
 from .linux_structures import IncomingMessages, this_thread
 from .pktinfo import UDP_SEGMENT
 
-# Datagrams to look at for one call, where neighbours can be merged.
+# Datagrams to consider for one call where neighbours can be merged.
 MERGE_AT_ONCE = 4 * BATCH
 
-# These errors may concern merging only: no checksum in hardware (EIO), or a segment longer than the path MTU of this
-# peer (EMSGSIZE, on older kernels EINVAL). The kernel may fragment a single datagram, but not a segment.
+# These errors may concern merging only: the hardware computes no checksum (EIO), or a segment is longer than the path
+# MTU to this peer (EMSGSIZE, on older kernels EINVAL). The kernel may fragment a single datagram, but not a segment.
 MERGING_FAILED = {errno.EIO, errno.EINVAL, errno.EMSGSIZE}
 
-# Errors by which a kernel, an emulator or a seccomp filter denies a system call.
+# Errors with which a kernel, an emulator or a seccomp filter denies a system call.
 NO_SUCH_CALL = {errno.ENOSYS, errno.EPERM, errno.EINVAL}
 
 # AttributeError if the C library lacks these functions; see engine_for().
@@ -50,8 +50,8 @@ def _raise(code: int) -> NoReturn:
 
 
 def can_serve(sock: trio.socket.SocketType) -> bool:
-    """Whether this engine is for a socket: of UDP, over IPv4 or IPv6, on a 64-bit machine that has the system calls."""
-    # The C library of 32-bit machines may know two layouts of these structures, for times before and after 2038.
+    """Whether this engine can serve a socket: UDP over IPv4 or IPv6, on a 64-bit machine that has the system calls."""
+    # The C library of a 32-bit machine may have two layouts of these structures, for times before and after 2038.
     if (
         ctypes.sizeof(ctypes.c_void_p) != 8
         or sock.family not in (socket.AF_INET, socket.AF_INET6)
@@ -59,12 +59,12 @@ def can_serve(sock: trio.socket.SocketType) -> bool:
     ):
         return False
     fileno, flags = sock.fileno(), socket.MSG_DONTWAIT
-    # With no messages. An emulator or a seccomp filter may deny the calls.
+    # Try both calls with no messages: an emulator or a seccomp filter may deny them.
     if _recvmmsg(fileno, None, 0, flags, None) < 0 or _sendmmsg(fileno, None, 0, flags) < 0:
         code = ctypes.get_errno()
         if code in NO_SUCH_CALL:
             name = errno.errorcode[code]
-            warn_once("recvmmsg or sendmmsg cannot be used (%s): a system call for each datagram", name)
+            warn_once("recvmmsg or sendmmsg cannot be used (%s): each datagram takes a system call", name)
             return False
     return True
 
@@ -74,15 +74,15 @@ class LinuxEngine(RawRoutes):
 
     def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int, *, shared: bool = False) -> None:
         super().__init__(sock, max_datagram_size)
-        # The kernel reports the refusal of an earlier datagram once, and sendmmsg does not report an error after the
-        # first message. So each message of a connected socket has a call of its own.
+        # The kernel reports the refusal of an earlier datagram once, and sendmmsg reports no error after the first
+        # message. So each message of a connected socket has a call of its own.
         self._at_once = 1 if self.connected else BATCH
-        # Before Linux 4.18 the kernel would ignore the control message. The previous owner may have set the option.
+        # A kernel before Linux 4.18 would ignore the control message. A previous owner may have set the option.
         self._merges = self._get(UDP_SEGMENT) is not None if shared else self._can_set(UDP_SEGMENT, 0)
         self._has_merged = False
         self._coalescing = None if shared else coalescing.switch_on(self._socket)
         self._ask = BATCH  # messages to read at once
-        self._drained = False  # the last read found fewer
+        self._drained = False  # the last read returned fewer
 
     # Receiving.
 
@@ -123,7 +123,7 @@ class LinuxEngine(RawRoutes):
         return count < asked
 
     def _put_messages_ahead(self, memory: IncomingMessages, sizes: list[int]) -> None:
-        """Read ahead messages of which some are coalesced, or have unusual control messages."""
+        """Read ahead a batch in which some messages are coalesced or have unusual control messages."""
         payloads, records, understand = memory.payloads, memory.records, self._ends.understand
         where = zip(memory.starts, sizes, memory.names, memory.controls, memory.control_sizes)
         for start, size, name, control, control_size in where:
@@ -137,7 +137,7 @@ class LinuxEngine(RawRoutes):
         return self._drained and not self._ahead
 
     def _count_received(self, batch: list[Received], sizes: list[int]) -> None:
-        """Count a batch, and remove datagrams that are longer than allowed."""
+        """Count a batch, and remove the datagrams that are longer than ``max_datagram_size``."""
         self.counts.received += len(batch)
         self.counts.bytes_received += sum(sizes)
         if max(sizes) > self._longest:
@@ -152,8 +152,8 @@ class LinuxEngine(RawRoutes):
         ):
             return self._send_single(outgoing[0])
         memory = this_thread.outgoing(self._layout)
-        # Routes are compared for equality, not identity: each received datagram has its own route object. The first two
-        # nearly always decide; comparing all costs as much as a tenth of the layout.
+        # Compare routes for equality, not identity: each received datagram has its own route object. The first two
+        # nearly always decide; comparing all costs a tenth as much as the layout.
         merges = self._merges and len(outgoing) > 1 and outgoing[0][1] == outgoing[1][1]
         payloads, routes, _ = zip(*outgoing[: MERGE_AT_ONCE if merges else BATCH])
         code = 0
@@ -168,7 +168,7 @@ class LinuxEngine(RawRoutes):
             code = ctypes.get_errno()
             if code not in MERGING_FAILED or datagrams[0] == 1:
                 _raise(code)
-            # The kernel may still take the datagrams singly.
+            # The kernel may still take the datagrams one by one.
             payloads, routes = payloads[: self._at_once], routes[: self._at_once]
         memory.lay_out(routes, b"".join(payloads), list(map(len, payloads)))
         sent = _sendmmsg(self._socket.fileno(), memory.pointer, len(payloads), socket.MSG_DONTWAIT)
@@ -183,7 +183,7 @@ class LinuxEngine(RawRoutes):
         return self._merges and 0 < len(outgoing[1][0]) <= len(outgoing[0][0])
 
     def _send_single(self, outgoing: Outgoing) -> int:
-        """Send one datagram without structures, which makes a single reply 10 % faster."""
+        """Send one datagram without ctypes structures, which makes a single reply 10 % faster."""
         payload, route, _ = outgoing
         # The route is the peer address; on a connected socket it is empty.
         size, fileno = len(payload), self._socket.fileno()
@@ -192,12 +192,12 @@ class LinuxEngine(RawRoutes):
         return 1
 
     def _merging_has_failed(self, code: int) -> None:
-        """Stop merging if the kernel, which has taken these datagrams singly, does not support it."""
-        # A segment longer than one peer's path MTU says nothing about the other peers; on older kernels it gives
+        """Stop merging if it is not supported: the kernel has just taken the same datagrams one by one."""
+        # A segment longer than the path MTU to one peer says nothing about other peers; on older kernels it gives
         # EINVAL.
         if code == errno.EIO or (code == errno.EINVAL and not self._has_merged):
             self._merges = False
-            warn_once("UDP_SEGMENT does not work here (%s): datagrams are sent singly", errno.errorcode[code])
+            warn_once("UDP_SEGMENT does not work here (%s): datagrams are sent one by one", errno.errorcode[code])
 
     def close(self) -> None:
         if self._coalescing is not None:

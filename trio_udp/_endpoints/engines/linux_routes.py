@@ -1,6 +1,6 @@
 """Routes of the engine for Linux: bytes that the kernel wrote, and that a reply gives back to it unchanged.
 
-:class:`RawRoutes` makes them and takes them apart; the engine itself, in linux.py, only moves them.
+:class:`RawRoutes` makes and decodes them; the engine itself, in linux.py, only moves them.
 
 A route is a socket address. Where the kernel tells destinations, a route also has an *end*: one control message with
 our own address. The end also holds the group that a datagram was sent to. Over IPv4 that is in ``ipi_addr``, which the
@@ -33,13 +33,13 @@ from .pktinfo import (
     unpack_control,
 )
 
-# Size of the cache of decoded control messages. A machine has few addresses, and decoding the same bytes each time
-# would take a tenth of an echo. But a server may answer for a whole IPv6 prefix, and strangers could write to each
+# Size of the cache of decoded control messages. Decoding the same bytes each time would take a tenth of an echo, and
+# most machines have few addresses. But a server may answer for a whole IPv6 prefix, and strangers could write to every
 # address in it.
 MAX_ENDS = 1_000
 
-# Most IPv6 groups that one socket distinguishes. Only groups that a program of this machine has joined arrive. Beyond
-# this number the interface is known, but not the group.
+# The most IPv6 groups that one socket distinguishes. Datagrams arrive only for groups that a program of this machine
+# has joined. Beyond this number the interface is known, but not the group.
 MAX_GROUPS = 1_000
 
 
@@ -65,7 +65,7 @@ class Layout:
 
     @property
     def end_offset(self) -> int:
-        """Where the end of a route begins: the padding before the control message is part of it."""
+        """Where the end of a route begins. The padding before the control message is part of the end."""
         return self.name_size if self.default_control else self.control_offset
 
 
@@ -96,7 +96,7 @@ class Ends(dict[bytes, bytes]):
         return self[control]
 
     def _understand(self, control: bytes) -> tuple[bytes, int, Ancillary]:
-        """The end of a route, the size of segments or 0, and other control messages."""
+        """Return the end of a route, the size of segments or 0, and other control messages."""
         reply, group, segment_size, ancillary = understand(unpack_control(control), self._is_on)
         return self.pack(reply, group), segment_size, ancillary
 
@@ -106,7 +106,7 @@ class Ends(dict[bytes, bytes]):
         if not default:
             return b""
         control = pack_control(*reply[0]) if reply else default
-        if len(control) != len(default):  # of another family: all records of an array have one size
+        if len(control) != len(default):  # another family: all records of an array have one size
             control, group = default, b""
         if self._layout.family == socket.AF_INET:
             return control[:-8] + group.ljust(4, b"\0") + control[-4:]
@@ -132,7 +132,7 @@ class Ends(dict[bytes, bytes]):
 
 
 class RawRoutes(SocketEngine):
-    """The part of the engine for Linux that looks inside routes."""
+    """The part of the engine for Linux that makes and decodes routes."""
 
     def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int) -> None:
         super().__init__(sock, max_datagram_size)

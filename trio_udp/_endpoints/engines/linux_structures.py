@@ -1,7 +1,7 @@
 """The C structures that recvmmsg(2) and sendmmsg(2) read and write, laid out once for each thread.
 
-Nearly all of their content never changes. A call writes only the columns that differ, each with one operation for the
-whole array: 0.2 µs for each datagram of a batch of 64, each way, where the kernel needs more than 1 µs.
+Most of their content never changes. A call writes only the columns that differ, each with one operation for the whole
+array. That takes 0.2 µs for each datagram of a batch of 64, each way; the kernel takes more than 1 µs.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ._engine import BATCH
 from .linux_routes import Layout
 from .pktinfo import CMSG_HEADER, CONTROL_SIZE, UDP_SEGMENT, pack_control
 
-# Room for one message: the longest datagram, or row of segments. Not a round 65,536: all payloads would then begin in
-# the same few sets of the CPU's cache.
+# Room for one message: the longest datagram, or the longest row of segments. Not exactly 65,536, because all payloads
+# would then begin in the same few sets of the CPU's cache.
 BUFFER_SIZE = 65_536 + 192
 
 
@@ -30,7 +30,7 @@ class IOVec(ctypes.Structure):
 
 
 class MsgHdr(ctypes.Structure):
-    """struct msghdr as the kernel has it, see recvmsg(2)."""
+    """struct msghdr in the kernel's form, see recvmsg(2)."""
 
     _fields_ = (
         ("name", ctypes.c_void_p),
@@ -50,7 +50,7 @@ class MMsgHdr(ctypes.Structure):
 
 
 def _memory(size: int) -> mmap.mmap:
-    """Memory whose slices are bytes. The kernel allocates only pages in use; a forked child has its own copy."""
+    """Return memory whose slices are bytes. The kernel allocates only used pages; a forked child has its own copy."""
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
@@ -75,7 +75,7 @@ class Messages:
             record += record_size
         self.pointer = ctypes.c_void_p(ctypes.addressof(self._headers))
         self.headers = memoryview(self._headers).cast("B")
-        # Columns of the arrays; "L" is what C calls size_t.
+        # Columns of the arrays; "L" is size_t in C.
         self.lengths = self.headers.cast("I")[MMsgHdr.length.offset // 4 :: ctypes.sizeof(MMsgHdr) // 4]
         self.control_sizes = self.headers.cast("L")[MsgHdr.control_length.offset // 8 :: ctypes.sizeof(MMsgHdr) // 8]
         words = memoryview(self._iovecs).cast("B").cast("L")
@@ -102,7 +102,7 @@ class IncomingMessages(Messages):
         self.usual_control_sizes = memoryview(array("L", [len(layout.default_control)] * BATCH))
 
     def reset(self) -> None:
-        """Undo what the kernel has written into the headers."""
+        """Undo the kernel's changes to the headers."""
         size = self.used * ctypes.sizeof(MMsgHdr)
         self.headers[:size] = self._template[:size]
         self.used = BATCH
@@ -112,8 +112,8 @@ class OutgoingMessages(Messages):
     """The structures that sendmmsg reads."""
 
     def __init__(self, layout: Layout) -> None:
-        # A record is a route and this control message, which the kernel reads only for merged datagrams. Size 0 means
-        # one datagram.
+        # A record is a route and this control message, which the kernel reads only for merged datagrams. A size of 0
+        # means one datagram.
         self._separator = pack_control(socket.IPPROTO_UDP, UDP_SEGMENT, bytes(2))
         plain_size, record_size = len(layout.default_control), layout.route_size + len(self._separator)
         super().__init__(layout, record_size, plain_size)
@@ -132,8 +132,8 @@ class OutgoingMessages(Messages):
 
         Args:
           routes: One for each message.
-          payloads: Those of all messages, one after the other.
-          sizes: Their lengths.
+          payloads: The payloads of all messages, one after the other.
+          sizes: The length of each payload, in bytes.
           segment_sizes: The kernel cuts each message into datagrams of this size; the last may be smaller. 0 for a
             single datagram, which is the default for all.
         """
@@ -159,7 +159,7 @@ class OutgoingMessages(Messages):
 class ThisThread(threading.local):
     """The memory for the system calls of this thread; nothing in it is needed after a call.
 
-    All sockets of a thread share it. Threads do not, because other threads run during a call.
+    All sockets of a thread share it. Threads do not share it, because other threads run during a call.
     """
 
     def __init__(self) -> None:

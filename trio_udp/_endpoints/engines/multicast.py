@@ -17,7 +17,7 @@ from . import probes
 MCAST_JOIN_GROUP, MCAST_LEAVE_GROUP, MCAST_JOIN_SOURCE_GROUP, MCAST_LEAVE_SOURCE_GROUP = 42, 45, 46, 47
 IP_MULTICAST_ALL, IPV6_MULTICAST_ALL = 49, 29
 
-# Whether these options are there. Without them a socket can join for all sources only.
+# Whether the system has these options. Without them a socket can join for all sources only.
 HAS_SOURCES = sys.platform == "linux"
 
 SOCKADDR_STORAGE_SIZE = 128  # a sockaddr_in or sockaddr_in6, padded
@@ -34,7 +34,7 @@ class SocketMulticast:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._chosen = 0  # interface for sending over IPv4, which the kernel does not tell
+        self._chosen = 0  # the interface for sending over IPv4, which the kernel does not report
 
     @property
     def families(self) -> list[socket.AddressFamily]:
@@ -53,7 +53,7 @@ class SocketMulticast:
             option = socket.IP_ADD_MEMBERSHIP if family == socket.AF_INET else socket.IPV6_JOIN_GROUP
             self._socket.setsockopt(LEVELS[family], option, _any_source(group, source, interface))
         if sys.platform == "linux":
-            # Without it the socket hears the groups that all other sockets of this machine are in.
+            # Otherwise the socket would also receive the groups that other sockets of this machine have joined.
             option = IP_MULTICAST_ALL if family == socket.AF_INET else IPV6_MULTICAST_ALL
             self._socket.setsockopt(LEVELS[family], option, 0)
 
@@ -101,7 +101,7 @@ class SocketMulticast:
     def interface(self) -> int:
         if self.families[0] == socket.AF_INET6:
             return self._socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF)
-        # The kernel tells only an address, and only if the interface was chosen by one, as configure may have done.
+        # The kernel reports only an address, and only if the interface was chosen by address, for example by configure.
         chosen = self._socket.getsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, 4)
         return (any(chosen) and probes.interface_of(self._socket, chosen)) or self._chosen
 
@@ -114,7 +114,7 @@ class SocketMulticast:
                     source = probes.raw_host(family, own[0])
                 elif index and (raw := probes.ipv4_address_on(self._socket, index))[:1] == b"\x7f":
                     source = raw  # the kernel would take the address of another interface
-                # struct ip_mreqn: a group, an address, a number. On Windows the number is in place of an address.
+                # struct ip_mreqn: a group, an address, an index. On Windows the index takes the place of an address.
                 value = struct.pack("!I", index) if sys.platform == "win32" else bytes(4) + source + value
             self._socket.setsockopt(LEVELS[family], INTERFACE[family], value)
         self._chosen = index
@@ -126,16 +126,16 @@ class SocketMulticast:
 
     def interfaces_with(self, address: Address) -> list[int]:
         if sys.platform != "linux":
-            raise NotImplementedError("naming an interface by its address is for Linux only: use its name or index")
+            raise NotImplementedError("an interface can be named by its address on Linux only: use its name or index")
         return probes.interfaces_with(self._socket, probes.raw_host(family_of(address), address[0]))
 
 
 def _any_source(group: Address, source: Address | None, interface: int) -> bytes:
-    """The value of the options that every system has, to join and leave for all sources."""
+    """Return the value for the options that every system has, to join and leave for all sources."""
     if source is not None:
-        raise NotImplementedError("source-specific groups are for Linux only")
+        raise NotImplementedError("joining for a single source works on Linux only")
     family = family_of(group)
     raw = probes.raw_host(family, group[0])
-    if family == socket.AF_INET:  # struct ip_mreqn; Windows has struct ip_mreq, and takes the number for the address
+    if family == socket.AF_INET:  # struct ip_mreqn; Windows has struct ip_mreq, with the index as its address
         return raw + (struct.pack("!I", interface) if sys.platform == "win32" else struct.pack("@4xI", interface))
     return raw + struct.pack("@I", interface)

@@ -3,8 +3,8 @@
 On a socket bound to all interfaces the kernel would choose a reply's source by its routing table, and a client with a
 connected socket might not receive the reply. See ip(7), ipv6(7) and RFC 3542 section 6.
 
-Apart from :func:`switch_on_pktinfo`, everything here is a pure function over bytes. Only the caller can look up which
-addresses an interface has; see :data:`IsOn`.
+Apart from :func:`switch_on_pktinfo`, this file has pure functions over bytes. The caller looks up which addresses an
+interface has; see :data:`IsOn`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ._engine import Ancillary
 ControlMessage: TypeAlias = tuple[int, int, bytes]  # level, type, data
 
 ReplyControl: TypeAlias = "tuple[()] | tuple[ControlMessage]"
-"""Ancillary data for ``sendmsg``: the address to send from, or nothing where the kernel may choose."""
+"""Ancillary data for ``sendmsg``: the address to send from, or nothing if the kernel may choose."""
 
 IsOn: TypeAlias = "Callable[[bytes, bytes], bool]"
 """Whether one of our raw IPv4 addresses is on an interface, whose index is in the form of the structures."""
@@ -44,7 +44,7 @@ MAPPED = bytes(10) + b"\xff\xff"
 NO_MAPPED_ADDRESS: ReplyControl = ((socket.IPPROTO_IPV6, IPV6_PKTINFO or 0, MAPPED + bytes(8)),)
 
 # Room for the control messages of one datagram: either structure, and those that the user has configured. The kernel
-# truncates what does not fit.
+# truncates the rest.
 CONTROL_SIZE = 512
 
 
@@ -68,7 +68,7 @@ NOTHING_SAID = Arrival((), b"", 0, ())
 
 
 def anywhere(own: bytes, interface: bytes) -> bool:
-    """An :data:`IsOn` that looks nothing up."""
+    """An :data:`IsOn` that always says yes."""
     return True
 
 
@@ -102,12 +102,12 @@ def _answer_ipv6(info: bytes, ipv4: bytes, is_on: IsOn) -> tuple[ReplyControl, b
     # struct in6_pktinfo {struct in6_addr ipi6_addr; unsigned int ipi6_ifindex;}
     address, interface, group = info[:16], info[16:20], b""
     if address[:12] == MAPPED:
-        # On a socket for both families a datagram over IPv4 has both structures. Only the one of IPv4 tells our own
-        # address beside the destination, and only the one of IPv6 fits into a route.
+        # On a socket for both families a datagram over IPv4 has both structures. Only the IPv4 structure tells our own
+        # address beside the destination, and only the IPv6 structure fits into a route.
         interface, own, group = _take_apart(ipv4 or interface + bytes(4) + address[12:], is_on)
         address, group = MAPPED + own.ljust(4, b"\0"), group and MAPPED + group
     elif address[0] == 0xFF:
-        # A group is no address to send from. The unspecified address leaves the choice to the kernel.
+        # A datagram cannot be sent from a group. The unspecified address leaves the choice to the kernel.
         address, group = bytes(16), address
     elif not is_link_local(address):
         interface = bytes(4)
@@ -115,7 +115,7 @@ def _answer_ipv6(info: bytes, ipv4: bytes, is_on: IsOn) -> tuple[ReplyControl, b
 
 
 def _take_apart(info: bytes, is_on: IsOn) -> tuple[bytes, bytes, bytes]:
-    """Split IPv4's structure into the interface for replies, our own address or b"", and the group or b""."""
+    """Split the IPv4 structure into the interface for replies, our own address or b"", and the group or b""."""
     # struct in_pktinfo {int ipi_ifindex; struct in_addr ipi_spec_dst, ipi_addr;}: addr is where the datagram was sent
     # to, and spec_dst our own address on that network. It is zero if the interface has no address, or if the datagram
     # arrived before the kernel was asked.
@@ -123,11 +123,12 @@ def _take_apart(info: bytes, is_on: IsOn) -> tuple[bytes, bytes, bytes]:
     if not any(destination):
         destination = own
     if destination[0] >= 0xE0 or (own != destination and any(own)):  # a group or a broadcast address
-        # spec_dst is the address that we would write to the peer from. If its network is on several interfaces, as
-        # 169.254/16 can be, it may be the address on another one. Then the kernel chooses, when the reply is sent.
+        # spec_dst is the address that the kernel would send from to the peer. If the peer's network is on several
+        # interfaces, as 169.254/16 can be, it may be the address of another one. Then let the kernel choose when the
+        # reply is sent.
         usable = any(own) and own[0] < 0xE0 and is_on(own, interface)
         return interface, own if usable else b"", destination
-    # One of our own. Routing finds the interface, except for link-local addresses: each network has the same.
+    # One of our own. Routing finds the interface, except for link-local addresses, which are the same on each network.
     return interface if is_link_local(destination) else bytes(4), destination if any(destination) else b"", b""
 
 
@@ -139,7 +140,7 @@ def is_link_local(raw: bytes) -> bool:
 
 
 def is_group(raw: bytes) -> bool:
-    """Whether a raw address is a multicast address or 255.255.255.255, mapped ones included."""
+    """Whether a raw address, mapped or not, is a multicast address or 255.255.255.255."""
     if len(raw) == 16 and raw[:12] != MAPPED:
         return raw[0] == 0xFF
     return 0xE0 <= raw[-4] < 0xF0 or raw[-4:] == b"\xff\xff\xff\xff"
@@ -204,13 +205,13 @@ CMSG_HEADER = struct.Struct("@Nii")
 
 
 def pack_control(level: int, kind: int, data: bytes) -> bytes:
-    """One control message as the kernel has it, padded so that another may follow."""
+    """Return one control message in the kernel's form, padded so that another may follow."""
     size = CMSG_HEADER.size + len(data)
     return (CMSG_HEADER.pack(size, level, kind) + data).ljust(_aligned(size), b"\0")
 
 
 def unpack_control(control: bytes) -> Iterator[ControlMessage]:
-    """Take control messages apart, as ``recvmsg`` gives them; those that are not whole are left out."""
+    """Decode control messages, as ``recvmsg`` gives them; incomplete ones are left out."""
     position = 0
     while position + CMSG_HEADER.size <= len(control):
         size, level, kind = CMSG_HEADER.unpack_from(control, position)

@@ -1,8 +1,8 @@
 """The engine for every platform: one system call for each datagram.
 
-Each kind of socket has its own cheapest calls, chosen once, when the engine is made. So options that add control
-messages (time stamps and the like) must be set before, in ``configure`` of :func:`open_endpoints`. Setting them later
-has no effect where ``recvfrom`` is used.
+Each kind of socket has its own cheapest calls, which are chosen once, when the engine is made. So options that add
+control messages, such as time stamps, must be set before, in ``configure`` of :func:`open_endpoints`. Set later, they
+have no effect if the engine uses ``recvfrom``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .ancillary import brings_ancillary, close_passed_files
 from .pktinfo import CONTROL_SIZE, UDP_GRO, UDP_SEGMENT, Arrival, ControlMessage, ReplyControl, understand
 
 # Size of the cache of decoded control messages. A server may answer for a whole IPv6 prefix, and strangers could write
-# to each address in it.
+# to every address in it.
 MAX_ARRIVALS = 1_000
 
 # On Windows: the datagram was longer than the buffer, and is lost.
@@ -48,11 +48,11 @@ class PortableEngine(SocketEngine):
         coalesces = False
         if sys.platform == "linux" and self._is_inet:
             if not shared:
-                self._can_set(UDP_SEGMENT, 0)  # the previous owner may have set it
-            # Another holder may switch UDP_GRO on later, and queued datagrams stay coalesced after it is switched off
-            # (see coalescing.py). So leave the option as it is, and divide coalesced datagrams.
+                self._can_set(UDP_SEGMENT, 0)  # a previous owner may have set it
+            # Another holder may turn UDP_GRO on later, and queued datagrams stay coalesced after it is turned off (see
+            # coalescing.py). So leave the option as it is, and split coalesced datagrams.
             coalesces = shared or bool(self._get(UDP_GRO))
-        # One byte more than allowed: a datagram that fills it was too long. MSG_TRUNC says so too but needs recvmsg.
+        # One byte more than allowed: a datagram that fills it was too long. MSG_TRUNC would need recvmsg.
         self._buffer_size = 65_535 if coalesces else max_datagram_size + 1
         self._ports: frozenset[int] = frozenset()
         # Decoding the control messages each time would take a tenth of an echo. Most machines have few addresses.
@@ -179,7 +179,7 @@ class WildcardEngine(PortableEngine):
 
 
 class ConnectedEngine(PortableEngine):
-    """A socket connected to one peer: there is only one route, None."""
+    """A socket connected to one peer: the only route is None."""
 
     def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int, *, shared: bool = False) -> None:
         super().__init__(sock, max_datagram_size, shared=shared)
@@ -192,8 +192,8 @@ class ConnectedEngine(PortableEngine):
         return None
 
     def send(self, outgoing: Sequence[Outgoing]) -> int:
-        # One datagram for each call. The kernel reports the refusal of an earlier datagram once, and this call could
-        # not report an error after the first datagram.
+        # Send one datagram at each call. The kernel reports the refusal of an earlier datagram once, and this method
+        # could not report an error after the first datagram.
         self._socket.send(outgoing[0][0])
         return 1
 

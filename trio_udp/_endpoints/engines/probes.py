@@ -1,7 +1,7 @@
-"""Probes: questions to the kernel about addresses, each by a temporary socket.
+"""Probes: questions to the kernel about addresses, most of them asked with a temporary socket.
 
-A probe is in the network namespace of the calling thread. For a socket inherited from another namespace the answers are
-those of the thread's namespace.
+A probe is in the network namespace of the calling thread. A socket inherited from another namespace therefore gets
+answers about the thread's namespace.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ IFREQ_SIZE = NAME_SIZE + struct.calcsize(
     "@2LH6B"
 )  # struct ifreq: a name, and a union whose largest member is struct ifmap
 
-# Addresses that no machine has: reserved (RFC 1112 section 4), and for discarding (RFC 6666).
-NOBODYS = {socket.AF_INET: "240.0.0.1", socket.AF_INET6: "100::1"}
+# Addresses that no machine has: one reserved (RFC 1112 section 4), one for discarding (RFC 6666).
+UNUSED_ADDRESSES = {socket.AF_INET: "240.0.0.1", socket.AF_INET6: "100::1"}
 
 
 @contextmanager
@@ -52,10 +52,11 @@ def is_own_host(family: int, address: Address) -> bool:
         return False
     if not _can_bind(family, (host, 0, *scope)):
         return False
-    if not _can_bind(family, (NOBODYS[socket.AddressFamily(family)], 0)):
+    if not _can_bind(family, (UNUSED_ADDRESSES[socket.AddressFamily(family)], 0)):
         return True
-    # With the setting ip_nonlocal_bind, as on load balancers, a socket can be bound to any address. Then compare the
-    # source: the kernel sends to a local address from that address, except to secondary addresses of an interface.
+    # With the setting ip_nonlocal_bind, common on load balancers, a socket can be bound to any address. Then compare
+    # the source: the kernel sends to a local address from that same address, except to secondary addresses of an
+    # interface.
     with suppress(OSError):
         return source(None, family, address)[0] == host
     return False
@@ -82,7 +83,7 @@ def is_broadcast(family: int, address: Address) -> bool:
             except OSError as error:
                 if error.errno != errno.EACCES:
                     return False
-            # A route of type "prohibit" gives the same error, with the option too.
+            # A route of type "prohibit" gives the same error, even with the option.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
             sock.connect(_with_port(address))
     except OSError:
@@ -115,7 +116,7 @@ def index_of(sock: socket.socket, interface: str) -> int:
     import fcntl
 
     name = os.fsencode(interface)
-    if not 0 < len(name) < NAME_SIZE or b"\0" in name:  # the kernel would cut it off
+    if not 0 < len(name) < NAME_SIZE or b"\0" in name:  # the kernel would cut the name off
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
     answer = fcntl.ioctl(sock, SIOCGIFINDEX, name.ljust(IFREQ_SIZE, b"\0"))
     return int.from_bytes(answer[16:20], sys.byteorder)
@@ -167,7 +168,7 @@ def ipv4_addresses(sock: socket.socket) -> list[tuple[int, bytes]]:
         # eth0:1 is an alias of eth0.
         name = os.fsdecode(entry[:NAME_SIZE].partition(b"\0")[0].partition(b":")[0])
         if name not in indexes:
-            with suppress(OSError):  # gone in this moment
+            with suppress(OSError):  # it has just been removed
                 indexes[name] = index_of(sock, name)
         if name in indexes:
             addresses.append((indexes[name], entry[20:24]))  # after the family and port of a sockaddr_in
@@ -176,9 +177,9 @@ def ipv4_addresses(sock: socket.socket) -> list[tuple[int, bytes]]:
 
 def _ipv6_addresses() -> Iterator[tuple[int, bytes]]:
     """All IPv6 addresses of this machine, each with the index of its interface; Linux only."""
-    # Of the calling thread's namespace, as other probes: there is no ioctl for it. A line has the address, and the
-    # index in hexadecimal.
-    with suppress(OSError), open("/proc/thread-self/net/if_inet6") as lines:  # none if IPv6 is switched off
+    # No ioctl gives these. The file shows the calling thread's namespace, like other probes. A line has the address,
+    # and the index in hexadecimal.
+    with suppress(OSError), open("/proc/thread-self/net/if_inet6") as lines:  # no such file if IPv6 is turned off
         for line in lines:
             address, index, *_ = line.split()
             yield int(index, 16), bytes.fromhex(address)

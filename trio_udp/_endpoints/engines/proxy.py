@@ -1,11 +1,12 @@
 """The engine of an endpoint with ``proxies``: another engine, and the headers that proxies put in front of payloads.
 
 Senders in the networks of ``proxies`` are trusted, and must put a header of the PROXY protocol, version 2, in front of
-every datagram. This engine takes it off. All other senders are what they are: bytes that look like a header are their
-payload. Replies have no header, and leave on the route that the datagram came on, so through the proxy.
+every datagram. This engine takes it off. In a datagram from any other sender, bytes that look like a header are
+payload. Replies have no header, and leave on the route that the datagram arrived on, thus through the proxy.
 
 A route is the inner engine's route and the *ends* from the header, b"" for a datagram that no proxy has passed on; see
-proxy_header.py. So a client is its own address and the proxy's socket: a proxy expects the answer where it has asked.
+proxy_header.py. So a client is a pair of its own address and the proxy's socket: a proxy expects the answer on the
+socket that it sent the request from.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from .proxy_header import IPV6, addresses, read_header
 
 ProxiedRoute: TypeAlias = tuple[Route, bytes]
 
-# Routes of which it is known whether they lead to a proxy. Strangers choose how many there are, so a full cache is
-# emptied. To ask anew takes 1 µs.
+# The most cached answers to whether a route leads to a proxy. Strangers choose how many routes there are, so a full
+# cache is emptied. A new answer takes 1 µs.
 MAX_ROUTES = 1_000
 
-# ``max_datagram_size`` of the inner engine: any datagram. The limit is for payloads, and a header comes on top.
+# ``max_datagram_size`` of the inner engine: any datagram. The user's limit is for payloads, without the header.
 INNER_SIZE = 65_535
 
-# Datagrams to hand down at once: at least as many as an engine looks at in one call, but not a queue of thousands.
+# Datagrams to pass to the inner engine at once: as many as it considers for one call, but not a queue of thousands.
 SEND_AT_ONCE = 4 * BATCH
 
 
@@ -40,7 +41,7 @@ class ProxyEngine:
 
     Attributes:
       _inner: The engine that reads and writes them. Its ``max_datagram_size`` is ``INNER_SIZE``.
-      _is_proxy: By inner route, for those seen lately: whether its sender is a proxy.
+      _is_proxy: Cached answers: whether the sender of an inner route is a proxy.
     """
 
     def __init__(self, inner: Engine, proxies: Networks, max_datagram_size: int) -> None:
@@ -55,7 +56,7 @@ class ProxyEngine:
         self.connected = inner.connected
         self.counts = inner.counts
         self.wakes_tasks = inner.wakes_tasks
-        # What has nothing to do with routes is the inner engine's, without a call in between.
+        # Methods that do not use routes are those of the inner engine, without a call in between.
         self.source_for = inner.source_for
         self.is_own_host = inner.is_own_host
         self.is_broadcast = inner.is_broadcast
@@ -88,18 +89,18 @@ class ProxyEngine:
     def receive(self, batch: list[Received]) -> bool:
         try:
             return self._inner.receive(batch)
-        finally:  # also where reading failed: what had arrived before is in the batch
+        finally:  # also if reading failed: datagrams that were read before are in the batch
             batch[:] = self._without_headers(batch)
 
     def _without_headers(self, batch: list[Received]) -> list[Received]:
-        """Return the datagrams as their clients sent them; count those that cannot be, and those that are too long."""
+        """Return the datagrams as their clients sent them; count malformed ones and those that are too long."""
         known, longest, counts = self._is_proxy, self._longest, self.counts
         kept: list[Received] = []
         malformed: list[Route] = []
         for payload, route, ancillary in batch:
             is_proxy = known.get(route)
             if is_proxy is None:
-                is_proxy = self._find_out(route)
+                is_proxy = self._check_proxy(route)
             ends = b""
             if is_proxy:
                 found = read_header(payload)
@@ -119,10 +120,10 @@ class ProxyEngine:
             self._warnings.warn("malformed", "refused a datagram without a valid PROXY header from proxy %s", proxy)
         return kept
 
-    def _find_out(self, route: Route) -> bool:
-        """Whether a route leads to a proxy."""
+    def _check_proxy(self, route: Route) -> bool:
+        """Whether a route leads to a proxy; cache the answer."""
         is_proxy = self._inner.host(route) in self._proxies
-        if is_proxy:  # not an address of many machines, or of none: no answer may go there
+        if is_proxy:  # except an address of many machines or of none, which must not be answered
             peer = self._inner.peer_address(route)
             is_proxy = not (is_multicast(peer) or is_limited_broadcast(peer) or is_unspecified(peer))
         if len(self._is_proxy) >= MAX_ROUTES:
@@ -137,7 +138,9 @@ class ProxyEngine:
     # Routes.
 
     def route(self, address: Address, local_address: Address | None = None) -> Route:
-        return self._inner.route(address, local_address), b""  # what the program itself addresses goes there directly
+        return self._inner.route(
+            address, local_address
+        ), b""  # datagrams that the program itself addresses go there directly
 
     def max_payload(self, route: Route) -> int:
         return self._inner.max_payload(_parts(route)[0])
@@ -166,7 +169,7 @@ class ProxyEngine:
             return ends[:4]
         return ends[12:16] if ends.startswith(MAPPED) else ends[:16]
 
-    # Untrusted sources: the rules hold for the address in the header too, because the proxy sends the answer there.
+    # Untrusted sources: the rules also hold for the address in the header, because the proxy sends the answer there.
 
     def watch_ports(self, ports: frozenset[int]) -> None:
         self._ports = frozenset(port.to_bytes(2, "big") for port in ports)

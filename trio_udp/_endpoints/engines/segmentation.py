@@ -1,7 +1,7 @@
 """Segmentation offload (GSO, ``UDP_SEGMENT``): which neighbours in a batch can leave as one message.
 
 The kernel takes consecutive datagrams of one size to one peer as the *segments* of a single message; the last one may
-be smaller. See udp(7). The pure functions here decide that; linux.py makes the system calls.
+be smaller. See udp(7). The pure functions here choose the messages; linux.py makes the system calls.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import NamedTuple
 from .._address import MAX_PAYLOAD_IPV4
 from ._engine import Outgoing, Route
 
-# Kernels before 6.9 divide a message into no more segments than this.
+# Kernels before 6.9 cut a message into at most this many segments.
 MAX_SEGMENTS = 64
 
 
 class Messages(NamedTuple):
-    """Messages as columns.
+    """Messages, as one list for each of their properties.
 
     Attributes:
-      datagrams: How many each carries.
-      routes, sizes: Where each goes, and its bytes.
-      segment_sizes: Bytes of a datagram in it; 0 for a message of one datagram.
+      datagrams: The number of datagrams in each message.
+      routes, sizes: The route and the bytes of each message.
+      segment_sizes: The bytes of one datagram in each message; 0 for a message of one datagram.
     """
 
     datagrams: list[int]
@@ -34,7 +34,7 @@ class Messages(NamedTuple):
 
 
 def merge(routes: Sequence[Route], sizes: list[int], most: int) -> Messages:
-    """Make at most ``most`` messages of the first datagrams, neighbours merged."""
+    """Merge neighbours into messages, at most ``most`` of them; later datagrams are left out."""
     messages = Messages([], [], [], [])
     start = 0
     for run in runs_alike(routes, sizes)[:most]:
@@ -58,8 +58,8 @@ def merge(routes: Sequence[Route], sizes: list[int], most: int) -> Messages:
 
 
 def runs_alike(routes: Sequence[Route], sizes: list[int]) -> list[int]:
-    """Lengths of the runs of datagrams that have equal routes and do not grow."""
-    # Compares neighbours in C; a Python loop costs twice as much. A 0 ends a run.
+    """Return the lengths of runs of datagrams with equal routes in which no datagram is longer than the one before."""
+    # This compares neighbours in C; a Python loop would take twice as long. A 0 ends a run.
     alike = map(eq, routes, routes[1:])
     if sizes.count(sizes[0]) < len(sizes):
         alike = map(and_, alike, map(ge, sizes, sizes[1:]))
@@ -67,7 +67,7 @@ def runs_alike(routes: Sequence[Route], sizes: list[int]) -> list[int]:
 
 
 def segments_in(sizes: list[int], start: int, end: int) -> int:
-    """How many datagrams of a run one message can carry: all of one size but the last, which may be smaller."""
+    """Return how many datagrams of a run fit into one message: all of one size but the last, which may be smaller."""
     size, count = sizes[start], end - start
     if size == sizes[end - 2] and sizes[end - 1] and count <= MAX_SEGMENTS and size * count <= MAX_PAYLOAD_IPV4:
         return count

@@ -1,8 +1,7 @@
 """The engine for Unix-domain datagrams: names, credentials, passed files, and the file of a bound socket. See unix(7).
 
 It reads and writes like the portable engine. A route is the peer's name, or on a socket with SO_PASSCRED the name and
-the credentials, as the kernel tells them with each datagram. So a client never changes hands: another process that
-takes over a name is another client.
+the credentials that the kernel tells with each datagram. So a process that takes over a name is another client.
 """
 
 from __future__ import annotations
@@ -29,26 +28,26 @@ from .portable import ConnectedEngine, PortableEngine
 AF_UNIX: int | None = getattr(socket, "AF_UNIX", None)
 
 Name: TypeAlias = str | bytes | None
-"""What the ``socket`` module gives: a path, an abstract name as bytes that begin with zero, or None for no name."""
+"""A name as the ``socket`` module gives it: a path, an abstract name (bytes that begin with 0), or None for no name."""
 
 # From asm-generic/socket.h and linux/socket.h; the socket module has them only on Linux.
 SO_PASSCRED, SCM_CREDENTIALS = 16, 2
 UCRED = struct.Struct("@iII")
 
-# Room for one struct ucred, and for nothing else: the kernel puts it first, so that files which a peer passes
-# (SCM_RIGHTS) find no room. Then the kernel closes them (MSG_CTRUNC), and none ever gets a number of ours.
+# Room for one struct ucred and nothing else: the kernel puts it first, so that files that a peer passes (SCM_RIGHTS)
+# find no room. The kernel then closes them (MSG_CTRUNC), and none takes a file descriptor of ours.
 CREDENTIALS_ONLY = socket.CMSG_SPACE(UCRED.size) if hasattr(socket, "CMSG_SPACE") else 0
 
 # The kernel keeps this much of the send buffer for itself (unix_dgram_sendmsg).
 SEND_BUFFER_OVERHEAD = 32
 
-NOBODY_THERE = {errno.ENOENT, errno.ENOTCONN, errno.ECONNREFUSED}
+NO_PEER = {errno.ENOENT, errno.ENOTCONN, errno.ECONNREFUSED}
 
 
 @final
 @attrs.frozen
 class Credentials:
-    """The process that sent a Unix-domain datagram, as the kernel vouches for it.
+    """The process that sent a Unix-domain datagram, according to the kernel.
 
     Attributes:
       pid: Its process ID; 0 if it is in a PID namespace that we cannot see into.
@@ -63,15 +62,15 @@ class Credentials:
 
 @attrs.frozen
 class BoundFile:
-    """The file that binding a socket has made."""
+    """The file that the bind of a socket made."""
 
-    path: str | bytes  # absolute: the program may change its folder
+    path: str | bytes  # absolute, because the program may change its folder
     device: int
     inode: int
-    owner: int  # the process that has made it; those that it forks share the socket
+    owner: int  # the process that made it; processes that it forks share the socket
 
     def remove(self) -> None:
-        """Remove the file, unless another one has its place now. Its inode is not used again while we are bound."""
+        """Remove the file, unless another one has its place now. Its inode is not reused while the socket is bound."""
         with suppress(OSError):
             found = os.lstat(self.path)
             if (found.st_dev, found.st_ino, os.getpid()) == (self.device, self.inode, self.owner):
@@ -86,10 +85,10 @@ def bound_file(path: str | bytes) -> BoundFile:
 
 
 def switch_on_credentials(sock: socket.socket) -> None:
-    """Make the kernel tell the credentials of each datagram that is sent from now on.
+    """Let the kernel tell the credentials of each datagram that is sent from now on.
 
     Raises:
-      ValueError: This system cannot.
+      ValueError: This system cannot do so.
     """
     if sys.platform != "linux":
         raise ValueError("credentials=True is not possible on this platform: leave it out")
@@ -134,7 +133,7 @@ class UnixFile(PortableEngine):
 
     def close(self) -> None:
         if self.file is not None and not self.closed:
-            self.file.remove()  # first, for the sake of the inode
+            self.file.remove()  # first, while the inode cannot be reused
         super().close()
 
 
@@ -142,7 +141,7 @@ class UnixEngine(UnixFile):
     """A socket that anyone may send to.
 
     Attributes:
-      has_credentials: The kernel tells who sent each datagram, and routes contain it.
+      has_credentials: The kernel tells which process sent each datagram, and routes contain it.
       watched_names: See :func:`watch_names`; at first its own name.
     """
 
@@ -182,7 +181,7 @@ class UnixEngine(UnixFile):
         except OSError as error:
             if error.errno is not None:
                 raise
-            # A path that fills the structure to its last byte: the kernel allows it, the socket module does not.
+            # The path fills the structure to its last byte. The kernel allows that, the socket module does not.
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)) from None
 
     def route(self, address: Address, local_address: Address | None = None) -> Route:
@@ -209,10 +208,10 @@ class UnixEngine(UnixFile):
 
 
 class UnixConnectedEngine(UnixFile, ConnectedEngine):
-    """A socket connected to one name. Once its peer is gone, each send tries to reach a new one of that name.
+    """A socket connected to one name. Once its peer is gone, each send tries to reach a new peer with that name.
 
     Attributes:
-      target: The name to connect to. A path that the peer itself was bound to may be relative to another folder.
+      target: The name to connect to. (The peer's own path may be relative to another folder.)
     """
 
     def __init__(self, sock: trio.socket.SocketType, max_datagram_size: int, *, shared: bool = False) -> None:
@@ -220,18 +219,18 @@ class UnixConnectedEngine(UnixFile, ConnectedEngine):
         self.target = cast("Name", self._peer_address)
 
     def _receive_plain(self) -> Received:
-        # Anyone may send to a socket that is bound and not connected: before it was, and after its peer is gone.
+        # Anyone may send to a bound socket that is not connected: before the connect, and after the peer is gone.
         for _ in range(BATCH):
             payload, name = self._socket.recvfrom(self._buffer_size)
             if (name or "") == self._peer_address:
                 return payload, None, ()
-        raise BlockingIOError  # so that a flood of theirs lets other tasks run
+        raise BlockingIOError  # so that other tasks run during a flood from others
 
     def send(self, outgoing: Sequence[Outgoing]) -> int:
         try:
             return super().send(outgoing)
         except OSError as error:
-            # The first send to a peer that is gone gives ECONNREFUSED, and undoes the connection.
+            # The first send to a peer that is gone gives ECONNREFUSED and disconnects the socket.
             if error.errno != errno.ENOTCONN:
                 raise
         try:
@@ -240,13 +239,13 @@ class UnixConnectedEngine(UnixFile, ConnectedEngine):
                 self._peer_address = self._socket.getpeername()
                 return super().send(outgoing)
         except OSError as error:
-            if error.errno not in NOBODY_THERE:
+            if error.errno not in NO_PEER:
                 raise
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
 
 
 def credentials_of(engine: Engine, route: Route) -> Credentials | None:
-    """The credentials of a peer, where there are any."""
+    """The credentials of a peer, if the engine has any."""
     return engine.credentials(route) if isinstance(engine, UnixEngine) else None
 
 
@@ -262,14 +261,16 @@ def is_by_name(engine: Engine) -> bool:
 
 
 def route_to_name(engine: Engine, route: Route) -> Route:
-    """Check that the datagrams of a peer that we write to first will have the same route.
+    """Check that the datagrams of a peer to which we write first will have the same route; return the route.
 
     Raises:
-      ValueError: They will not, because they bring credentials; or it is our own name.
+      ValueError: They will not, because they bring credentials; or the peer is ourselves.
     """
     if isinstance(engine, UnixEngine):
         if engine.has_credentials:
-            raise ValueError("who has a name is known only from its datagrams, on an endpoint with credentials=True")
+            raise ValueError(
+                "with credentials=True a peer is known only once it has sent a datagram: connect() cannot begin"
+            )
         if route == engine.name:
-            raise ValueError(f"this server has that name itself: {route!r}")
+            raise ValueError(f"this is the name of this server itself: {route!r}")
     return route

@@ -1,9 +1,9 @@
 """DTLS 1.2 over any channel of datagrams. Needs the extra ``dtls``; users see it as :mod:`trio_udp.dtls`.
 
-_secure.py       secure() and connect(): where servers and clients begin
-_channel.py      DTLSChannel: waiting, repeating, closing
+_secure.py       secure() and connect(): what servers and clients call
+_channel.py      DTLSChannel: waiting, retransmitting, closing
 _association.py  OpenSSL, without I/O
-_context.py _identity.py _cookies.py _records.py    what these need
+_context.py _identity.py _cookies.py _records.py _ends.py _over_client.py    their parts
 """
 
 try:

@@ -1,10 +1,10 @@
 """One DTLS association, without I/O: datagrams in, payloads and datagrams out.
 
-It drives one ``SSL.Connection`` over memory BIOs. Time is the channel's matter: it says when to repeat a flight. A
-*flight* is what one end sends in a handshake before it must wait for the other (RFC 6347 section 4.2.4).
+It drives one ``SSL.Connection`` over memory BIOs. The channel keeps time: it says when to repeat a flight. A *flight*
+is the datagrams that one end sends in a handshake before it must wait for the other (RFC 6347 section 4.2.4).
 
-A server's association begins with a ClientHello whose cookie is valid. Until then there is no ``SSL.Connection``, and
-nothing that a stranger sends costs more than a cookie.
+A server's association begins with a ClientHello that has a valid cookie. Until then there is no ``SSL.Connection``, and
+no datagram from a stranger costs more than a cookie.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ from ._records import (
     split,
 )
 
-# Longest payload of a record (RFC 5246 section 6.2.1), and the most that OpenSSL adds to one, rounded up.
+# The longest payload of a record (RFC 5246 section 6.2.1), and the most bytes that OpenSSL adds to one, rounded up.
 MAX_PAYLOAD = 16_384
 OVERHEAD = 256
 
-# Longest handshake message that a server takes from a client, in bytes: enough for a chain of certificates. OpenSSL
-# would reserve 100,000 for each of ten messages as soon as it has got a fragment.
+# The longest handshake message that a server accepts from a client, in bytes: enough for a chain of certificates.
+# OpenSSL would reserve 100,000 for each of ten messages as soon as a fragment arrives.
 LONGEST_MESSAGE = 16_384
 
-# Most bytes that a client may send in a handshake, repetitions included.
+# The most bytes that a client may send in a handshake, including repetitions.
 LONGEST_HANDSHAKE = 262_144
 
-# Bytes to ask OpenSSL for at once: enough for most flights. (A buffer of 64 KB, even for a moment, would leave the heap
-# in such pieces that each client takes 4 KB more.)
+# Bytes to read from OpenSSL at once: enough for most flights. (A buffer of 64 KB, even for a moment, would fragment the
+# heap so that each client takes 4 KB more.)
 CHUNK = 1_280
 
-# Least time between two repetitions of the last flight, in seconds: anybody can ask for one with a forged datagram.
+# The least time between two repetitions of the last flight, in seconds: a forged datagram is enough to cause one.
 REPEAT_EVERY = 0.5
 
-# Copies of each datagram of a flight that is repeated; see Association.repeat().
+# Copies of each datagram when a flight is repeated; see Association.repeat().
 REPEAT_COPIES = 2
 
 
 class Stage(enum.Enum):
-    """What an association is in; each stage leads only to later ones."""
+    """The stage of an association. Each stage leads only to later ones."""
 
     HANDSHAKE = enum.auto()
     ESTABLISHED = enum.auto()
@@ -69,16 +69,16 @@ HANDSHAKE, ESTABLISHED, ENDED, BROKEN, CLOSED = Stage
 
 @attrs.define(eq=False)
 class Association:
-    """Both ends of DTLS: a client's has its ``SSL.Connection`` from the beginning, a server's from the hello on.
+    """One end of DTLS. A client has its ``SSL.Connection`` from the beginning, a server from the hello on.
 
     Attributes:
-      address: The peer's; what a cookie is for.
+      address: The peer's address, for which a cookie is valid.
       ssl: ``None`` at a server that waits for a hello with a valid cookie.
-      payloads: Received, and not yet taken.
-      reason: Why it is broken.
-      flights: How many flights we have sent, repetitions not counted.
+      payloads: Payloads received and not yet taken.
+      reason: Why the association is broken.
+      flights: The number of flights that we have sent, without repetitions.
       confirmed: The peer has finished the handshake too.
-      replaced: The peer has begun another one.
+      replaced: The peer has begun another association.
     """
 
     context: SSL.Context
@@ -96,23 +96,23 @@ class Association:
     is_server: bool = attrs.field(init=False)
     _flight: list[bytes] = attrs.field(factory=list, init=False)  # records
     _next_number: int = attrs.field(default=0, init=False)  # of a record of epoch 0
-    # Bytes of a record without payload. What is shorter is forged, and would make OpenSSL 3.5 give up.
+    # Bytes of a record without payload. A shorter record is forged, and would make OpenSSL 3.5 give up.
     _shortest: int = attrs.field(default=0, init=False)
-    _heard: int = attrs.field(default=0, init=False)  # bytes
+    _handshake_bytes: int = attrs.field(default=0, init=False)  # from the peer
     _seen: int = attrs.field(default=-1, init=False)  # the peer's last handshake message
-    _answered: int = attrs.field(default=-1, init=False)  # that one when our flight began
-    _cookie: bytes = attrs.field(default=b"", init=False)  # of the hello that began it
+    _answered: int = attrs.field(default=-1, init=False)  # the value of _seen when our flight began
+    _cookie: bytes = attrs.field(default=b"", init=False)  # of the hello that began the handshake
     _repeated_at: float = attrs.field(default=float("-inf"), init=False)
 
     def __attrs_post_init__(self) -> None:
         self.is_server = self.ssl is None
 
     def begin(self) -> list[bytes]:
-        """Return the datagrams to begin with, or to go on with after an interruption."""
-        return self._shake_hands() if self.ssl is not None and not self._flight else self.repeat()
+        """Return the datagrams with which to begin, or to continue after an interruption."""
+        return self._continue_handshake() if self.ssl is not None and not self._flight else self.repeat()
 
     def take(self, datagram: bytes) -> list[bytes]:
-        """Take in a datagram that has arrived; return datagrams to send. ``stage`` and ``payloads`` say what it was."""
+        """Process a datagram that has arrived; return datagrams to send. ``stage`` and ``payloads`` show the result."""
         ssl, stage = self.ssl, self.stage
         if stage is ESTABLISHED and not is_unprotected(datagram):
             records = split(datagram)
@@ -125,16 +125,15 @@ class Association:
         if self.is_server and is_client_hello(datagram):
             return self._take_hello(datagram)
         if stage is ESTABLISHED:
-            # What anybody can forge does not reach OpenSSL, which would believe some of it.
+            # Datagrams that anyone can forge do not reach OpenSSL, which would act on some of them.
             return self._repeat_soon() if is_of_handshake(datagram) else []
-        return [] if ssl is None else self._go_on(datagram)
+        return [] if ssl is None else self._take_handshake(datagram)
 
     def repeat(self) -> list[bytes]:
-        """Return the current flight of the handshake once more: there was no answer in time.
+        """Return the current flight of the handshake again, because no answer came in time.
 
-        The network loses some datagrams, so it is each of them twice. Waits double, so after a few losses another one
-        costs a minute. Through 30 % loss one or two handshakes of a hundred were not done after 150 seconds without
-        this, and one of 1,800 with it.
+        Each datagram is in it twice. The waits double, so after a few losses another loss costs a minute. At 30 % loss,
+        1 to 2 % of handshakes took more than 150 seconds with single datagrams, and one in 1,800 with double ones.
         """
         if not self._renew_flight():
             self._flight, self._next_number = renumber(self._flight, self._next_number)
@@ -148,8 +147,8 @@ class Association:
         try:
             ssl.send(payload)
         except SSL.Error:
-            # OpenSSL has got a fragment of a hello in a record of this association, and waits for the rest of it.
-            self.fail("the peer began to negotiate again")
+            # OpenSSL has read a fragment of a hello in a record of this association, and waits for the rest of it.
+            self.fail("the peer tried to renegotiate")
             return b""
         return ssl.bio_read(len(payload) + OVERHEAD)
 
@@ -159,8 +158,8 @@ class Association:
         self.reason = reason
 
     def close(self) -> list[bytes]:
-        """End the association; return what tells the peer."""
-        goodbye = self._say_goodbye() if self.stage is ESTABLISHED else []
+        """End the association; return the datagrams that tell the peer."""
+        goodbye = self._shut_down() if self.stage is ESTABLISHED else []
         self.stage = CLOSED
         self.payloads.clear()
         return goodbye
@@ -176,14 +175,14 @@ class Association:
             self._cookie, self._seen = hello.cookie, hello.message_number
             return self._accept(datagram)
         if hello.cookie != self._cookie:
-            # The peer lost its state and has shown that it has this address (RFC 6347 section 4.2.8).
+            # The peer has lost its state, and has proved its address (RFC 6347 section 4.2.8).
             self.replaced = True
             self.reason = "the peer began another handshake"
             self.stage = ENDED if self.stage is ESTABLISHED else BROKEN
             return []
         if self.stage is ESTABLISHED:
             return self._repeat_soon()
-        return self._go_on(datagram)  # OpenSSL knows the hello, but more may follow it in the datagram
+        return self._take_handshake(datagram)  # OpenSSL has the hello, but more may follow it in the datagram
 
     def _accept(self, datagram: bytes) -> list[bytes]:
         """Begin a server's handshake with a hello whose cookie is valid."""
@@ -197,14 +196,16 @@ class Association:
             self.fail(f"malformed ClientHello: {reason_of(error)}")
             return []
         self._next_number = number_of(datagram)
-        return self._shake_hands()
+        return self._continue_handshake()
 
-    def _go_on(self, datagram: bytes) -> list[bytes]:
-        """Take in a datagram of the handshake."""
+    def _take_handshake(self, datagram: bytes) -> list[bytes]:
+        """Process a datagram of the handshake."""
         assert self.ssl is not None
-        self._heard += len(datagram)
-        if self.is_server and (self._heard > LONGEST_HANDSHAKE or longest_message(datagram) > LONGEST_MESSAGE):
-            self.fail("the peer sends too much")
+        self._handshake_bytes += len(datagram)
+        if self.is_server and (
+            self._handshake_bytes > LONGEST_HANDSHAKE or longest_message(datagram) > LONGEST_MESSAGE
+        ):
+            self.fail("the peer sent too many bytes")
             return []
         self._renew_flight()
         number = message_number_of(datagram)
@@ -212,14 +213,15 @@ class Association:
             self._seen = max(self._seen, number)
         flights = self.flights
         self.ssl.bio_write(datagram)
-        answer = self._shake_hands()
+        answer = self._continue_handshake()
         if number is not None and number <= self._answered and self.flights == flights and not answer:
-            # The peer repeats what we have answered: the answer may be lost (RFC 6347 section 4.2.4, figure 3).
+            # The peer repeats a flight that we have answered: the answer may be lost (RFC 6347 section 4.2.4, figure
+            # 3).
             return self._repeat_soon()
         return answer
 
-    def _shake_hands(self) -> list[bytes]:
-        """Let OpenSSL go on with the handshake."""
+    def _continue_handshake(self) -> list[bytes]:
+        """Let OpenSSL continue the handshake."""
         assert self.ssl is not None
         try:
             self.ssl.do_handshake()
@@ -227,8 +229,7 @@ class Association:
             return self._begin_flight()
         except SSL.Error as error:
             return self._after_error(error)
-        # If this last step has made nothing, then the other end's flight was the last one, and there is nothing that
-        # we would have to repeat.
+        # If this last step has written nothing, the peer's flight was the last one, and we have nothing to repeat.
         self.stage = ESTABLISHED
         self._shortest = self.mtu - self.ssl.get_cleartext_mtu()
         last = self._begin_flight()
@@ -249,14 +250,14 @@ class Association:
         except SSL.WantReadError:  # junk, or no more
             return self._output()
         except SSL.ZeroReturnError:
-            goodbye = self._say_goodbye()
+            goodbye = self._shut_down()
             self.stage = ENDED
             return goodbye
         except SSL.Error as error:
             return self._after_error(error)
 
     def _after_error(self, error: SSL.Error) -> list[bytes]:
-        """Return the alert that OpenSSL wants to send. Unless its state is an error, what arrived was mere junk."""
+        """Return the alert that OpenSSL wants to send. Unless its state is an error, the datagram was only junk."""
         assert self.ssl is not None
         records = self._output()
         if isinstance(error, SSL.ZeroReturnError):
@@ -265,7 +266,7 @@ class Association:
             self.fail((self.identity and self.identity.objection) or reason_of(error))
         return pack(records, self.mtu)
 
-    def _say_goodbye(self) -> list[bytes]:
+    def _shut_down(self) -> list[bytes]:
         assert self.ssl is not None
         try:
             self.ssl.shutdown()
@@ -274,7 +275,7 @@ class Association:
         return self._output()
 
     def _repeat_soon(self) -> list[bytes]:
-        """Return our flight once more because the peer repeats its own; but not too often."""
+        """Return our flight again because the peer repeats its own; but not too often."""
         now = trio.current_time()
         if now < self._repeated_at + REPEAT_EVERY:
             return []
@@ -282,7 +283,7 @@ class Association:
         return self.repeat()
 
     def _begin_flight(self) -> list[bytes]:
-        """Return what a step of the handshake has made: our next flight, if it is anything."""
+        """Return the datagrams that a step of the handshake has written: our next flight, if there are any."""
         records = self._output()
         if records or self.stage is ESTABLISHED:
             self._flight = records
@@ -291,10 +292,10 @@ class Association:
         return pack(records, self.mtu)
 
     def _renew_flight(self) -> bool:
-        """Let OpenSSL make the current flight anew if its own timer, on the real clock, is due; say whether it did.
+        """Let OpenSSL write the current flight again if its timer, on the real clock, is due; return whether it did.
 
-        Peers other than us need new records sometimes: they take an old Finished for a replay. It must not happen in
-        the middle of a step, where nobody can tell the old flight from the next one.
+        Other implementations sometimes need new records: they take an old Finished for a replay. It must not happen in
+        the middle of a step, where the old flight could not be told from the next one.
         """
         if self.ssl is None:
             return False

@@ -1,4 +1,4 @@
-"""DTLSChannel: an association over a channel. All waiting is here: for datagrams, for room to send, for time."""
+"""DTLSChannel: an association over a channel. It does all the waiting: for datagrams, for room to send, for time."""
 
 from __future__ import annotations
 
@@ -22,45 +22,46 @@ from ._over_client import OverClient
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
-# The longest wait for an answer in a handshake, in seconds (RFC 6347 section 4.2.4.1). Each wait is twice the last one.
+# The longest wait for an answer in a handshake, in seconds (RFC 6347 section 4.2.4.1). Each wait is twice the one
+# before.
 LONGEST_WAIT = 60.0
 
-# Payloads that one receive_many() returns, as of a trio_udp.Client.
+# The most payloads that receive_many() returns, as for a trio_udp.Client.
 MANY = 64
 
 
 @final
 class DTLSChannel(OverClient):
-    """DTLS 1.2 over any ``trio.abc.Channel[bytes]`` that keeps datagrams apart; each payload is one record.
+    """DTLS 1.2 over any ``trio.abc.Channel[bytes]`` that carries datagrams; each payload is one record.
 
-    :func:`secure` makes one for each client and :func:`connect` one for a server. Made by hand, it runs over a
-    :class:`trio_udp.Client`, a :class:`trio_udp.Connection`, a connection of the simulated network, or a channel of
-    your own, as ``trio.SSLStream`` runs over any stream::
+    :func:`secure` makes one for each client, and :func:`connect` makes one. Made directly, it runs over a
+    :class:`trio_udp.Client`, a :class:`trio_udp.Connection`, a connection of the simulated network, or your own
+    channel, as ``trio.SSLStream`` runs over any stream::
 
         connection = await simulated_network.connect("192.0.2.53", 5684)
         channel = DTLSChannel(connection, context, server_hostname="example.org")
         await channel.do_handshake()
 
-    The names of a ``Client`` are here too, and mean the same, as far as the channel below has them. ``statistics()``
-    counts its datagrams, those of the handshake included.
+    The names of a ``Client`` mean the same here, as far as the channel below has them. ``statistics()`` counts the
+    datagrams of that channel, including those of the handshake.
 
-    Datagrams may still be lost, doubled and overtaken: DTLS drops what is doubled or forged, and repeats only the
-    handshake.
+    Payloads may still be lost or arrive out of order. DTLS drops duplicate and forged datagrams, and retransmits only
+    the handshake.
 
     Args:
-      transport_channel: What it runs over. It belongs to this channel, which closes it.
-      context: From ``OpenSSL.SSL.Context(SSL.DTLS_METHOD)``. It is set up for DTLS 1.2 when it is first given to this
-        package, and must not have been used elsewhere before. A server's has a certificate and its key.
+      transport_channel: The channel below. It belongs to this channel, which closes it.
+      context: From ``OpenSSL.SSL.Context(SSL.DTLS_METHOD)``. This package sets it up for DTLS 1.2 at its first use, so
+        it must not have been used elsewhere before. A server's context has a certificate and its key.
       server_side: Be the server.
       server_hostname: For clients: verify that the server's certificate is trusted and is for this name or address.
-        ``None`` leaves verification to what the context says, which by pyOpenSSL's default is none.
-      mtu: Most bytes of a datagram in the handshake. Payloads are not divided: one that is longer travels in IP
-        fragments, where the network allows that.
-      session: For clients: resume this session if the server agrees. One whose ticket makes the first flight longer
-        than a datagram is left out, as no server can answer that.
+        ``None`` leaves verification to the context; by pyOpenSSL's default there is none.
+      mtu: The most bytes of a datagram in the handshake. Payloads are not split: a longer one travels in IP fragments,
+        if the network allows that.
+      session: For clients: resume this session if the server agrees. A session with a ticket that makes the first
+        flight longer than a datagram is not used, because no server could answer.
 
     Raises:
-      TypeError, ValueError: An argument makes no sense, or the context cannot be changed any more.
+      TypeError, ValueError: An argument is invalid, or the context can no longer be changed.
     """
 
     __slots__ = ("_association", "_lock", "_receiving", "_taken")
@@ -83,19 +84,19 @@ class DTLSChannel(OverClient):
         else:
             raise ValueError("server_hostname and session are for clients")
         super().__init__(transport_channel)
-        if isinstance(transport_channel, trio_udp.Client):  # nobody may send to it in the clear by mistake
+        if isinstance(transport_channel, trio_udp.Client):  # or a program could send in the clear by mistake
             show_as(transport_channel, self)  # type: ignore[arg-type]
         self._lock: trio.Lock | None = trio.Lock()  # until the handshake is over
         self._taken = 0
-        self._receiving = 0  # tasks, of which all but one are about to fail
+        self._receiving = 0  # number of tasks; all but one of them are about to fail
 
     def __repr__(self) -> str:
         return f"<trio_udp.dtls.DTLSChannel {self._association.stage.name.lower()} over {self._transport!r}>"
 
     async def do_handshake(self, *, retransmit_timeout: float = 1.0) -> None:
-        """Shake hands with the peer; return at once if that is done. ``send`` and ``receive`` do it too if need be.
+        """Complete the handshake with the peer; a checkpoint if it is done. ``send`` and ``receive`` call it if needed.
 
-        Flights that the network loses are sent again, for as long as it takes; so put it under ``trio.fail_after``.
+        Flights that the network loses are sent again without limit, so use ``trio.fail_after``.
 
         Args:
           retransmit_timeout: Seconds to wait for an answer before a flight is sent again. The wait doubles each time,
@@ -103,18 +104,18 @@ class DTLSChannel(OverClient):
 
         Raises:
           trio.BrokenResourceError: The handshake failed; the message says why. It cannot be tried again.
-          OSError: The transport's own, such as ``ConnectionRefusedError``: nobody listens there.
+          OSError: An error of the channel below, such as ``ConnectionRefusedError``: the peer's port is closed.
           trio.ClosedResourceError: After :meth:`close`.
 
         Cancellation:
-          A handshake that was cancelled goes on when this is called again.
+          Always noticed. A cancelled handshake continues when this is called again.
         """
         first_wait = check_seconds("retransmit_timeout", retransmit_timeout)
         lock = self._lock
         if lock is not None:
             async with lock:
                 if self._association.stage is HANDSHAKE:
-                    await self._shake_hands(first_wait)
+                    await self._run_handshake(first_wait)
                     self._lock = None
         else:
             await trio.lowlevel.checkpoint()
@@ -124,7 +125,7 @@ class DTLSChannel(OverClient):
         if association.stage is CLOSED:
             await self._raise_closed()
 
-    async def _shake_hands(self, first_wait: float) -> None:
+    async def _run_handshake(self, first_wait: float) -> None:
         association = self._association
         await self._send_all(association.begin())
         wait, flights, began = first_wait, association.flights, trio.current_time()
@@ -139,34 +140,34 @@ class DTLSChannel(OverClient):
             if datagram is not None:
                 answer = self._take(datagram)
                 if association.ssl is not None and hasattr(self._transport, "validate"):
-                    self._transport.validate()  # the cookie has shown that
+                    self._transport.validate()  # the cookie has proved the address
             else:
                 answer = association.repeat()
                 wait, began = min(2 * wait, LONGEST_WAIT), trio.current_time()
             await self._send_all(answer)
-            if association.flights != flights:  # progress; what made none, such as junk, must not put off repetition
+            if association.flights != flights:  # progress; junk makes none, and must not delay the next repetition
                 wait, flights, began = first_wait, association.flights, trio.current_time()
 
     async def receive(self) -> bytes:
         """Wait for the peer's next payload and return it; never empty.
 
         Raises:
-          trio.EndOfChannel: The peer has closed the association or begun a new one, or the channel below has ended; a
-            server's :attr:`ended` says which. Also, at a server, if an error of the peer's broke the association.
+          trio.EndOfChannel: The peer has closed the association or begun a new one, or the channel below has ended;
+            :attr:`ended` says which. At a server also if an error of the peer broke the association.
           trio.BrokenResourceError: At a client: an error broke the association, or the handshake failed.
           trio.ClosedResourceError: After :meth:`close`.
           trio.BusyResourceError: Another task is receiving.
 
         Cancellation:
-          As of the channel below: of a ``Client`` always noticed, and never loses a datagram.
+          As for the channel below. With a ``Client`` it is always noticed, and never loses a datagram.
         """
         return await self._next(trio.EndOfChannel)
 
     def __anext__(self) -> Coroutine[Any, Any, bytes]:
-        return self._next(StopAsyncIteration)  # not by way of receive: 230 bytes for each client that waits
+        return self._next(StopAsyncIteration)  # without receive(), which takes 230 bytes for each client that waits
 
     async def _next(self, over: type[Exception]) -> bytes:
-        """Wait for the next payload and take it; raise ``over`` where the channel has ended."""
+        """Wait for the next payload and take it; raise ``over`` once the channel has ended."""
         association = self._association
         payloads = association.payloads
         if payloads:
@@ -181,7 +182,7 @@ class DTLSChannel(OverClient):
             else:
                 self._receiving += 1
                 try:
-                    datagram = await self._transport.receive()  # which raises what it should once we have closed it
+                    datagram = await self._transport.receive()  # raises the right error once it is closed
                 except trio.EndOfChannel:
                     raise over from None
                 finally:
@@ -210,7 +211,10 @@ class DTLSChannel(OverClient):
         return association.payloads.pop(0)
 
     async def receive_many(self) -> list[bytes]:
-        """Wait for a payload, and return all that have arrived by then: at least one, at most 64, in order."""
+        """Wait for a payload, and return all that have arrived by then: at least one, at most 64, in order.
+
+        Errors and cancellation are as for :meth:`receive`.
+        """
         many = [await self.receive()]
         with suppress(trio.WouldBlock, trio.EndOfChannel, trio.BrokenResourceError, trio.ClosedResourceError):
             while len(many) < MANY:
@@ -218,22 +222,23 @@ class DTLSChannel(OverClient):
         return many
 
     async def send(self, value: trio_udp.Payload) -> None:
-        """Send one payload to the peer, after those sent before it.
+        """Send one payload to the peer, after all payloads sent before.
 
-        What a server sends to a client that has closed or broken the association is dropped, as over plain UDP: nobody
-        is there to get it.
+        A server's payload to a client that has closed or broken the association is dropped, as over plain UDP: no peer
+        is left to receive it.
 
         Args:
-          value: Any bytes-like object of 1 to 16,384 bytes, copied now. DTLS has no empty payloads.
+          value: Any bytes-like object of 1 to 16,384 bytes, copied at the call. DTLS has no empty payloads.
 
         Raises:
+          TypeError: Not a bytes-like object.
           ValueError: The payload is empty.
-          OSError: ``EMSGSIZE``: it is longer than a record can be. Else the transport's own.
+          OSError: ``EMSGSIZE``: it is longer than a record can be. Otherwise an error of the channel below.
           trio.BrokenResourceError: At a client: the server has closed the association, or an error broke it.
           trio.ClosedResourceError: After :meth:`close`.
 
         Cancellation:
-          As of the channel below: of a ``Client`` always noticed, and then the payload is not sent.
+          As for the channel below. With a ``Client`` it is always noticed, and the payload is then not sent.
         """
         payload = _payload(value)
         association = self._association
@@ -257,12 +262,15 @@ class DTLSChannel(OverClient):
             raise trio.WouldBlock
         datagram = association.protect(copy)
         if datagram or association.stage is CLOSED:
-            self._transport.send_nowait(datagram)  # raises once we have closed it
+            self._transport.send_nowait(datagram)  # raises the right error once it is closed
         else:
             self._raise_if_broken(or_ended=True)
 
     async def send_many(self, payloads: Iterable[trio_udp.Payload]) -> None:
-        """Send many payloads, in order. Everything is checked first; if :meth:`send` would refuse one, none is sent."""
+        """Send many payloads, in order. If :meth:`send` would refuse one, none is sent.
+
+        Other errors and cancellation are as for ``send_many`` of the channel below.
+        """
         copies = [_payload(payload) for payload in payloads]
         association = self._association
         if not association.confirmed:
@@ -274,12 +282,12 @@ class DTLSChannel(OverClient):
             await self._send_nothing()
 
     def close(self) -> None:
-        """Tell the peer that the association is over, if there is room to send that, and close both. Idempotent."""
+        """Tell the peer, if there is room to send, and close the association and the channel below. Idempotent."""
         self._send_all_nowait(self._association.close())
         self._transport.close()
 
     async def aclose(self) -> None:
-        """Like :meth:`close`, and a checkpoint. A transport that cannot send without waiting is waited for."""
+        """Like :meth:`close`, and a checkpoint. If the channel below has no ``send_nowait``, wait for its ``send``."""
         goodbye = self._association.close()
         try:
             if hasattr(self._transport, "send_nowait"):
@@ -292,21 +300,21 @@ class DTLSChannel(OverClient):
 
     @property
     def ssl_connection(self) -> SSL.Connection | None:
-        """OpenSSL's own object, to look at: cipher, protocols, keying material. A server has none before the hello."""
+        """OpenSSL's own object, to inspect: cipher, protocols, keying material. A server has none before the hello."""
         return self._association.ssl
 
     @property
     def peer_certificate(self) -> Certificate | None:
-        """The peer's certificate, as ``cryptography`` has it; ``None`` if it has shown none.
+        """The peer's certificate, as an object of ``cryptography``; ``None`` if the peer has sent none.
 
-        At a server it is verified only if its context says so.
+        A server verifies it only if its context says so.
         """
         connection = self._association.ssl
         return None if connection is None else connection.get_peer_certificate(as_cryptography=True)
 
     @property
     def session(self) -> Session | None:
-        """What a client can resume the session with; ``None`` before the handshake, and at servers."""
+        """The session, which a client can resume later; ``None`` before the handshake, and at servers."""
         association = self._association
         if association.is_server or association.ssl is None or association.stage in (HANDSHAKE, BROKEN):
             return None
@@ -325,17 +333,17 @@ class DTLSChannel(OverClient):
         return ended
 
     def _take(self, datagram: bytes) -> list[bytes]:
-        """Take in a datagram; return what to send. Make way if the peer has begun another association with it."""
+        """Process a datagram; return datagrams to send. Close this channel if it begins another association."""
         answer = self._association.take(datagram)
         if self._association.replaced and hasattr(self._transport, "close"):
-            self._transport.close()  # the hello, which the peer repeats, then makes it a client
+            self._transport.close()  # the peer repeats its hello, which then makes it a new client
         return answer
 
     async def _prepare_to_send(self) -> None:
-        """Shake hands if that is not done. Until the peer has shown that it has our last flight, see what has arrived.
+        """Complete the handshake if needed. Then process datagrams until the peer has confirmed our last flight.
 
-        It may be the peer's repeated flight, and a handler that only sends would never see it. If a task is receiving,
-        that sees it.
+        They may repeat a flight of the peer, and a handler that only sends would never see them. If a task is
+        receiving, that task processes them.
         """
         association = self._association
         if association.stage is HANDSHAKE:
@@ -348,19 +356,19 @@ class DTLSChannel(OverClient):
                 await self._send_all(self._take(receive_nowait()))
 
     async def _send_nothing(self) -> None:
-        """End a send that has nobody to send to."""
+        """End a send that no peer can receive."""
         if self._association.stage is CLOSED:
             await self._raise_closed()
         self._raise_if_broken(or_ended=True)
         await trio.lowlevel.checkpoint()
 
     async def _raise_closed(self) -> NoReturn:
-        # The channel below raises it, so that a server knows the error of its own client, which is a normal end.
+        # Let the channel below raise it: a server recognises the error of its own client as a normal end.
         await self._transport.send(b"")
         raise trio.ClosedResourceError
 
     def _raise_if_broken(self, *, or_ended: bool = False) -> None:
-        """Raise what a client is told. A server's handler is told of an end only: a stranger's fault is no error."""
+        """Raise the error at a client. A server sees only an end: a stranger's fault is not the handler's error."""
         association = self._association
         if not association.is_server and (association.stage is BROKEN or or_ended):
             raise trio.BrokenResourceError(association.reason or "the peer has closed the association")
@@ -371,7 +379,7 @@ class DTLSChannel(OverClient):
                 await self._transport.send(datagram)
         except (OSError, trio.BrokenResourceError):
             if self._association.stage in (HANDSHAKE, ESTABLISHED):
-                raise  # else it was an alert, and the peer need not be there to get it
+                raise  # otherwise it was an alert, and the peer need not receive it
 
     def _send_all_nowait(self, datagrams: list[bytes]) -> None:
         with suppress(trio.WouldBlock, OSError, trio.BrokenResourceError, trio.ClosedResourceError):

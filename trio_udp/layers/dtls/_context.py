@@ -1,4 +1,4 @@
-"""The user's ``SSL.Context``, and what DTLS over datagrams needs of it."""
+"""The user's ``SSL.Context``, and its settings for DTLS."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def prepare(context: SSL.Context) -> Cookies:
     """Set up a context for DTLS, once; return the cookies of the servers that use it.
 
     Raises:
-      TypeError: Not a context of pyOpenSSL's.
-      ValueError: Not one for DTLS, or one that cannot be changed any more.
+      TypeError: It is not a context of pyOpenSSL.
+      ValueError: It is not for DTLS, or can no longer be changed.
     """
     if not isinstance(context, SSL.Context):
         raise TypeError(f"context must be an OpenSSL.SSL.Context, not {context!r}")
@@ -33,7 +33,7 @@ def prepare(context: SSL.Context) -> Cookies:
 
 
 def check_has_certificate(context: SSL.Context) -> None:
-    """Raise ``ValueError`` unless a context has what a server needs."""
+    """Raise ``ValueError`` unless a context has a certificate and its key, as a server needs."""
     if context not in _have_certificates:  # the check takes OpenSSL 10 µs
         try:
             context.check_privatekey()
@@ -43,7 +43,7 @@ def check_has_certificate(context: SSL.Context) -> None:
 
 
 def reason_of(error: SSL.Error) -> str:
-    """Return what OpenSSL says about an error, without its numbers and names of functions."""
+    """Return OpenSSL's text for an error, without numbers and names of functions."""
     queue = error.args[0] if error.args and isinstance(error.args[0], list) else []
     reasons = [str(entry[-1]) for entry in queue if entry and entry[-1]]
     return ", ".join(dict.fromkeys(reasons)) or "no reason given"
@@ -51,22 +51,22 @@ def reason_of(error: SSL.Error) -> str:
 
 def _set_up(context: SSL.Context) -> None:
     try:
-        # DTLS 1.0 is history (RFC 8996), and pyOpenSSL has no DTLS 1.3.
+        # DTLS 1.0 is deprecated (RFC 8996), and pyOpenSSL has no DTLS 1.3.
         context.set_max_proto_version(DTLS_1_2)
         context.set_min_proto_version(DTLS_1_2)
     except ValueError:  # since pyOpenSSL 26.2
         raise ValueError(
-            "the context has been used for a connection and cannot be changed any more: make another one, and give it "
+            "the context has been used for a connection and can no longer be changed: make another one, and give it "
             "to trio_udp.dtls before anything else"
         ) from None
-    # The MTU is what we say: OpenSSL has no socket to ask. A renegotiation would be one handshake more for an attacker.
-    # With encrypt-then-MAC, which only the old CBC ciphers use, OpenSSL gives up at the first forged record.
+    # We set the MTU, since OpenSSL has no socket to ask. A renegotiation would give attackers one handshake more. With
+    # encrypt-then-MAC, which only the old CBC ciphers use, OpenSSL gives up at the first forged record.
     context.set_options(SSL.OP_NO_QUERY_MTU | SSL.OP_NO_RENEGOTIATION | NO_ENCRYPT_THEN_MAC)
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)
-    # Needed for resumption wherever clients have certificates.
+    # Resumption needs this if clients have certificates.
     context.set_session_id(b"trio_udp.dtls")
-    # DTLSv1_listen() asks these; Cookies has already done the work.
+    # DTLSv1_listen() calls these; Cookies has already checked the cookie.
     context.set_cookie_generate_callback(lambda _: b"unused")
     context.set_cookie_verify_callback(lambda *_: True)
     if SSL.Connection(context).get_protocol_version() != DTLS_1_2:
-        raise ValueError("the context is not one for DTLS: make it with SSL.Context(SSL.DTLS_METHOD)")
+        raise ValueError("the context is not for DTLS: make it with SSL.Context(SSL.DTLS_METHOD)")

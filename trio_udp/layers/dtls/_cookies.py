@@ -1,6 +1,6 @@
-"""Cookies: a client shows that it gets what is sent to its address before anything is kept of it.
+"""Cookies: a client proves that it receives at its address before the server keeps anything of it.
 
-RFC 6347 section 4.2.1, by hand: OpenSSL would need an object of its own for every stranger.
+This implements RFC 6347 section 4.2.1, because OpenSSL would need an object for every stranger.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import trio
 
 from ._records import ClientHello, hello_verify_request, parse_client_hello
 
-# Seconds in which a cookie is made from the same time. One is valid until the next such period is over.
+# Seconds of a period. A cookie depends on the number of the current period, and is valid until the next one is over.
 PERIOD = 30
 
-# Bytes. With this much, a HelloVerifyRequest (48) is never longer than the ClientHello it answers (67 at least).
+# Bytes of a cookie. A HelloVerifyRequest (48) is then never longer than the ClientHello that it answers (at least 67).
 LENGTH = 20
 
 
 @attrs.define(eq=False)
 class Cookies:
-    """Makes and checks cookies, with a key that only this object has."""
+    """Makes and checks cookies with a random key of its own."""
 
     _key: bytes = attrs.field(factory=lambda: os.urandom(32), init=False, repr=False)
 
     def judge(self, datagram: bytes, address: object) -> bool | bytes:
-        """Decide about a stranger's datagram: what to answer, ``True`` for a valid cookie, ``False`` for anything else.
+        """Decide about a stranger's datagram: bytes to answer, ``True`` for a valid cookie, otherwise ``False``.
 
-        The second hello of a client is never answered with another cookie: the number of the third one would be 2, for
-        which OpenSSL begins no handshake.
+        The second hello of a client is never answered with another cookie: the third hello would have the number 2,
+        with which OpenSSL begins no handshake.
         """
         hello = parse_client_hello(datagram)
         if hello is None:

@@ -1,4 +1,4 @@
-"""The two ends of an association, made of the arguments that users pass."""
+"""Making the two ends of an association from the arguments of users."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from ._context import check_has_certificate, prepare
 from ._identity import Identity, check_host, sni_of
 from ._records import split
 
-# Bytes in a datagram: those that fit into the smallest packet that IPv6 must carry, less 48 of headers.
+# Bytes in a datagram: the smallest MTU of IPv6, 1,280, less 48 bytes of headers.
 MTU = 1_232
 
-# Bounds of the MTU: the least that every host can receive by IPv4 (RFC 791), and the most. A ClientHello must fit in.
+# Bounds of the MTU: the datagram that every host can receive over IPv4 (RFC 791), and the longest. A ClientHello must
+# fit.
 LEAST_MTU, MOST_MTU = 548, 65_507
 
 
 @final
 @attrs.frozen(eq=False)
 class Session:
-    """What a client needs to resume a session: a shorter handshake, in which no certificate is sent.
+    """A session that a client can resume, with a shorter handshake in which no certificate is sent.
 
-    From :attr:`DTLSChannel.session`, for ``session=``, with the same context. It holds keys: keep it to yourself.
+    It comes from :attr:`DTLSChannel.session` and is for ``session=``, with the same context. Keep it secret: it holds
+    keys.
 
     Attributes:
-      server_hostname: The name that the server's certificate was verified for, or ``None``. It can be resumed for this
-        name only, since a resumed handshake shows no certificate.
+      server_hostname: The name that the server's certificate was verified for, or ``None``. The session can be resumed
+        for this name only, because a resumed handshake shows no certificate.
     """
 
     server_hostname: str | None
@@ -58,7 +60,7 @@ def client_end(
             raise TypeError(f"session must be a trio_udp.dtls.Session, not {session!r}")
         name = host_of(identity)
         if name != session.server_hostname:
-            raise ValueError(f"the session is one with {session.server_hostname!r}, not with {name!r}")
+            raise ValueError(f"the session is for {session.server_hostname!r}, not for {name!r}")
         if not _hello_fits(_connection(context, mtu, identity, session)):
             session = None
     return Association(context, cookies, mtu, address, _connection(context, mtu, identity, session), identity)
@@ -91,7 +93,7 @@ def _connection(context: SSL.Context, mtu: int, identity: Identity | None, sessi
 
 
 def _hello_fits(connection: SSL.Connection) -> bool:
-    """Whether a client's hello is in one piece: a long session ticket may divide it, and then no server answers."""
+    """Whether a client's hello is one record. A long session ticket may split it, and then no server answers."""
     with suppress(SSL.WantReadError):
         connection.do_handshake()
     return len(split(connection.bio_read(1 << 16))) == 1

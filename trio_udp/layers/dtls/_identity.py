@@ -1,4 +1,4 @@
-"""The peer's certificate: is it trusted, and is it that of the host we asked for? (RFC 9525)"""
+"""Verifying the server's certificate: it must be trusted, and be for the host that the user named (RFC 9525)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from service_identity.hazmat import DNS_ID, IPAddress_ID, verify_service_identit
 class Identity:
     """Verifies a server's certificate for one name, as OpenSSL's callback during the handshake.
 
-    After the handshake would be too late: the server would hold the connection to be established.
+    After the handshake would be too late: the server would take the connection for established.
 
     Attributes:
-      objection: What is wrong with the certificate; empty if nothing is, so far.
+      objection: The fault of the certificate; empty if there is none so far.
     """
 
     host: str
     objection: str = attrs.field(default="", init=False)
 
     def verify(self, _: SSL.Connection, certificate: crypto.X509, error: int, depth: int, fine: int) -> bool:
-        """Look at one certificate of the chain, the server's own last (depth 0)."""
+        """Check one certificate of the chain; the server's own comes last (depth 0)."""
         if not fine:
             self.objection = f"the certificate is not valid: {_meaning_of(error)}"
             return False
@@ -37,14 +37,14 @@ class Identity:
         try:
             verify_service_identity(extract_patterns(certificate.to_cryptography()), [_service_id(self.host)], [])
         except VerificationError:
-            return f"the certificate is not that of {self.host!r}"
+            return f"the certificate is not for {self.host!r}"
         except Exception as error:  # of several kinds, from both libraries that read the certificate
             return f"the certificate has no usable name: {error}"
         return ""
 
 
 def check_host(host: str) -> str:
-    """Return a host as certificates have it; raise ``ValueError`` if no certificate can have it."""
+    """Return a host in the form that certificates use; raise ``ValueError`` if no certificate can be for it."""
     if not isinstance(host, str):
         raise TypeError(f"server_hostname must be a str, not {host!r}")
     host = host.partition("%")[0].rstrip(".")  # no scope ID, no root
@@ -58,7 +58,7 @@ def check_host(host: str) -> str:
 
 
 def sni_of(host: str) -> bytes | None:
-    """Return the name to tell the server; ``None`` for numeric addresses, which RFC 6066 leaves out."""
+    """Return the name to send to the server (SNI); ``None`` for numeric addresses, which RFC 6066 excludes."""
     identity = _service_id(host)
     return identity.hostname if isinstance(identity, DNS_ID) else None
 
@@ -72,7 +72,7 @@ def _service_id(host: str) -> DNS_ID | IPAddress_ID:
 
 
 def _meaning_of(error: int) -> str:
-    """Return OpenSSL's name for a reason, in words."""
+    """Return OpenSSL's name for an error code, in words."""
     for name, code in vars(SSL.X509VerificationCodes).items():
         if code == error and name.startswith("ERR_"):
             return name.removeprefix("ERR_").replace("_", " ").lower()

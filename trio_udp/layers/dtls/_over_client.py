@@ -1,4 +1,4 @@
-"""What a channel over a ``Client`` hands on to it: names that a handler finds at both. No more than that."""
+"""The names of a ``Client`` that a channel over it has too; each only calls the channel below."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 
 class OverClient(trio.abc.Channel[bytes]):
-    """A channel over another one: it has these names if that is a ``Client``, and some of them if it is something else.
+    """A channel over another one. These names work if that is a ``Client``, and some of them if it is another channel.
 
-    They are written out, and no ``__getattr__`` finds them, so that editors, type checkers and readers see them.
+    They are written out, instead of a ``__getattr__``, so that editors, type checkers and readers see them.
     """
 
     __slots__ = ("__weakref__", "_transport")
 
     def __init__(self, transport_channel: trio.abc.Channel[bytes]) -> None:
-        # Typed as what it is at a server. Other channels have some of these names.
+        # Typed as at a server. Other channels have some of these names.
         self._transport: trio_udp.Client = transport_channel  # type: ignore[assignment]
 
     @property
     def transport_channel(self) -> trio.abc.Channel[bytes]:
-        """The channel that it runs over. Sending by it sends in the clear."""
+        """The channel below. Sending over it directly sends in the clear."""
         return self._transport
 
     @property
@@ -35,7 +35,7 @@ class OverClient(trio.abc.Channel[bytes]):
 
     @property
     def local_address(self) -> trio_udp.Address:
-        """Our own address, which our datagrams leave from."""
+        """Our own address, from which our datagrams leave."""
         return self._transport.local_address
 
     @property
@@ -74,11 +74,11 @@ class OverClient(trio.abc.Channel[bytes]):
 
     @property
     def validated(self) -> bool:
-        """Whether the peer's address is verified: at a server, once there is a handshake."""
+        """Whether the peer's address is verified; at a server, once the handshake has begun."""
         return self._transport.validated
 
     def validate(self) -> None:
-        """See :meth:`trio_udp.Client.validate`. A handshake has done it already."""
+        """See :meth:`trio_udp.Client.validate`. The handshake calls it."""
         self._transport.validate()
 
     def transaction(self) -> AbstractContextManager[None]:

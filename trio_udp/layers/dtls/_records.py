@@ -3,8 +3,8 @@
     record     type (1), version (2), epoch (2), sequence number (6), length (2), content
     handshake  type (1), length (3), message number (2), fragment offset (3), fragment length (3), body
 
-The functions that take datagrams take any bytes that a stranger may send, and never raise. Those that take records take
-what OpenSSL made.
+The functions of a datagram accept any bytes that a stranger may send, and never raise. The functions of records expect
+records that OpenSSL made.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MESSAGE_PART = 12  # the header of a handshake message, or of a fragment of one
 CHANGE_CIPHER_SPEC, HANDSHAKE = 20, 22
 CLIENT_HELLO, HELLO_VERIFY_REQUEST = 1, 3
 
-# HelloVerifyRequest says DTLS 1.0 whatever is negotiated afterwards: RFC 6347 section 4.2.1.
+# HelloVerifyRequest says DTLS 1.0, regardless of the version negotiated later: RFC 6347 section 4.2.1.
 DTLS_1_0 = b"\xfe\xff"
 
 # A datagram that begins with a handshake message: type, epoch, number and length of the record; type, length and number
@@ -34,13 +34,13 @@ SHORTEST_HELLO = SESSION_ID + 1 + 1 + 4 + 2
 
 
 class ClientHello(NamedTuple):
-    """A ClientHello that is whole, in the first record of a datagram.
+    """A complete ClientHello, in the first record of a datagram.
 
     Attributes:
       record_number: The six bytes of the record's sequence number.
       message_number: 0 for a client's first hello, 1 for the one that answers a HelloVerifyRequest.
-      cookie: Empty in the first one.
-      essence: All of its body but the cookie. The two hellos of one client have the same.
+      cookie: Empty in the first hello.
+      essence: The body without the cookie. It is the same in both hellos of one client.
     """
 
     record_number: bytes
@@ -50,7 +50,7 @@ class ClientHello(NamedTuple):
 
 
 def parse_client_hello(datagram: bytes) -> ClientHello | None:
-    """Return the ClientHello that a datagram begins with; ``None`` if it is anything else, or a mere fragment."""
+    """Return the ClientHello that a datagram begins with; ``None`` if it is anything else, or only a fragment."""
     size = len(datagram)
     if size < SHORTEST_HELLO:
         return None
@@ -79,12 +79,13 @@ def hello_verify_request(hello: ClientHello, cookie: bytes) -> bytes:
     """Return the datagram that asks a client for its hello again, with a cookie."""
     length = (3 + len(cookie)).to_bytes(3, "big")
     message = b"%c%b\0\0\0\0\0%b%b%c%b" % (HELLO_VERIFY_REQUEST, length, length, DTLS_1_0, len(cookie), cookie)
-    # The record has the number of the client's, so that the client's later records can have no number twice.
+    # The record repeats the number of the client's record, so that several requests cannot use one number twice (RFC
+    # 6347 section 4.2.1).
     return b"%c%b\0\0%b%b%b" % (HANDSHAKE, DTLS_1_0, hello.record_number, len(message).to_bytes(2, "big"), message)
 
 
 def is_unprotected(datagram: bytes) -> bool:
-    """Whether a datagram begins with a record that anybody may have made: of epoch 0, or no record at all."""
+    """Whether a datagram begins with a record that anyone may have made: one of epoch 0, or no record at all."""
     return len(datagram) < RECORD_HEADER or datagram[3:5] == b"\0\0"
 
 
@@ -94,7 +95,7 @@ def is_client_hello(datagram: bytes) -> bool:
 
 
 def is_of_handshake(datagram: bytes) -> bool:
-    """Whether a datagram looks like a repeated part of a handshake: the peer may not have got our end of it."""
+    """Whether a datagram looks like a repeated part of a handshake: the peer may not have received our last flight."""
     return (
         len(datagram) > RECORD_HEADER
         and datagram[3:5] == b"\0\0"
@@ -104,7 +105,7 @@ def is_of_handshake(datagram: bytes) -> bool:
 
 
 def message_number_of(datagram: bytes) -> int | None:
-    """Return the number of the unprotected handshake message that a datagram begins with, if it does."""
+    """Return the number of the unprotected handshake message that a datagram begins with, or None."""
     if len(datagram) < BODY or datagram[0] != HANDSHAKE or datagram[3:5] != b"\0\0":
         return None
     return int.from_bytes(datagram[17:19], "big")
@@ -122,7 +123,7 @@ def longest_message(datagram: bytes) -> int:
 
 
 def split(datagram: bytes) -> list[bytes]:
-    """Divide a datagram, or OpenSSL's output, into records; the last one may be cut short."""
+    """Split a datagram, or OpenSSL's output, into records; the last one may be incomplete."""
     records = []
     position = 0
     while position < len(datagram):
@@ -140,8 +141,8 @@ def number_of(record: bytes) -> int:
 def renumber(records: Iterable[bytes], next_number: int) -> tuple[list[bytes], int]:
     """Give the records of epoch 0 numbers that have not been used yet; return them, and the next unused number.
 
-    A peer ignores numbers that it has seen before, though it may not have been able to use the record then. In later
-    epochs the number is protected like the content.
+    A peer ignores numbers that it has seen before, even if it could not use the record then. In later epochs the number
+    is protected like the content.
     """
     renumbered = []
     for record in records:
@@ -153,9 +154,9 @@ def renumber(records: Iterable[bytes], next_number: int) -> tuple[list[bytes], i
 
 
 def pack(records: Iterable[bytes], size: int) -> list[bytes]:
-    """Put records into as few datagrams of at most ``size`` bytes as there can be in this order.
+    """Put records into as few datagrams of at most ``size`` bytes as their order allows.
 
-    The fewer datagrams a flight of the handshake takes, the likelier it survives a network that loses some.
+    A flight of the handshake in fewer datagrams is likelier to survive a lossy network.
     """
     datagrams: list[bytes] = []
     for record in records:

@@ -1,4 +1,4 @@
-"""secure: a handler for encrypted clients, made of any handler. connect: the other end."""
+"""secure: make any handler one for encrypted clients. connect: the other end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from OpenSSL import SSL
 
 import trio_udp
 
-# What a layer needs of handlers: the same checks, and the same care for their errors.
+# A layer checks handlers and treats their errors as a server does.
 from ..._handlers import DatagramHandler, call, check_handler, handler_raised
 from ..._limits import check_seconds
 from ._channel import DTLSChannel, has_waiting, taken_from
@@ -21,7 +21,7 @@ from ._cookies import Cookies
 from ._ends import MTU, Session, check_mtu
 from ._identity import check_host
 
-# A handler written for a Client runs unchanged, although what it gets is a DTLSChannel with the same names.
+# A handler written for a Client runs unchanged, although it gets a DTLSChannel, which has the same names.
 Securable: TypeAlias = Callable[[DTLSChannel], Awaitable[object]] | Callable[[trio_udp.Client], Awaitable[object]]
 
 
@@ -31,10 +31,10 @@ class SecuredHandler:
     """A handler for ``trio_udp.serve``, as :func:`secure` makes it.
 
     Attributes:
-      handshakes: Handshakes that were completed.
-      handshakes_failed: Those that were begun, by a client with a valid cookie, and were not completed.
-      last_error: Why the last of these failed: ``trio.BrokenResourceError`` with OpenSSL's reason, or
-        ``trio.TooSlowError``.
+      handshakes: Completed handshakes.
+      handshakes_failed: Handshakes that a client with a valid cookie began and that were not completed.
+      last_error: The error of the last failed handshake: ``trio.BrokenResourceError`` with OpenSSL's reason,
+        ``trio.TooSlowError``, or an error of the transport or of a function that the context calls.
     """
 
     _handler: Callable[[DTLSChannel], Awaitable[object]]
@@ -47,10 +47,10 @@ class SecuredHandler:
     last_error: Exception | None = attrs.field(default=None, init=False)
 
     async def __call__(self, client: trio_udp.Client) -> None:
-        """Shake hands with a client, and run the handler with its :class:`DTLSChannel`."""
+        """Complete the handshake with a client, and run the handler with its :class:`DTLSChannel`."""
         channel = DTLSChannel(client, self._context, server_side=True, mtu=self._mtu)
         try:
-            calls = await self._shakes_hands(channel)
+            calls = await self._completes_handshake(channel)
             while calls:  # again while it leaves payloads behind, as over plain UDP
                 taken_before = taken_from(channel)
                 try:
@@ -61,11 +61,11 @@ class SecuredHandler:
         finally:
             channel.close()
 
-    # trio_udp asks it about every stranger, after the user's own accept.
+    # trio_udp calls it for every stranger, after the user's own accept.
     def _trio_udp_gate(self, datagram: trio_udp.Datagram) -> bool | bytes:
         return self._cookies.judge(datagram.payload, datagram.peer_address)
 
-    async def _shakes_hands(self, channel: DTLSChannel) -> bool:
+    async def _completes_handshake(self, channel: DTLSChannel) -> bool:
         error: Exception
         try:
             with trio.fail_after(self._handshake_timeout):
@@ -73,9 +73,9 @@ class SecuredHandler:
         except trio.TooSlowError:
             error = trio.TooSlowError(f"the DTLS handshake took longer than {self._handshake_timeout:g} seconds")
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as reason:
-            error = reason.with_traceback(None)  # which would keep the whole association
+            error = reason.with_traceback(None)  # the traceback would keep the whole association alive
             error.__context__ = error.__cause__ = None
-        except Exception as raised:  # by a function of the user's that the context calls
+        except Exception as raised:  # by a user's function that the context calls
             handler_raised(channel, raised)  # type: ignore[arg-type]
             error = raised.with_traceback(None)
         else:
@@ -96,31 +96,32 @@ def secure(
         context.use_privatekey_file("key.pem")
         trio.run(trio_udp.serve, trio_udp.dtls.secure(handler, context), 5684)
 
-    ``handler(channel)`` is called with a :class:`DTLSChannel` instead of a ``Client``, with the same names, once the
-    handshake is done; so a handler for plain UDP needs no change. When it returns, the client is told (close_notify).
-    Limits, idle timeout, statistics, drain and ``on_error`` are those of ``serve``. ``on_error``, ``server.clients``
-    and ``server.send_to_all`` have the channels; ``server.send_to`` knows no clients, and sends in the clear.
+    Once the handshake is done, ``handler(channel)`` is called with a :class:`DTLSChannel` instead of a ``Client``. It
+    has the same names, so a handler for plain UDP needs no change. When the handler returns, the client is told
+    (close_notify). Limits, idle timeout, statistics, drain and ``on_error`` are those of ``serve``. ``on_error``,
+    ``server.clients`` and ``server.send_to_all`` use the channels; ``server.send_to`` knows no clients, and sends in
+    the clear.
 
-    A stranger is kept only if it sends back a cookie that proves its address; its first datagram is answered by
-    ``accept``, as it were, and counted as ``answered_by_accept``. Anything that is not a ClientHello is refused. An
-    ``accept`` of your own is asked first, and sees ClientHellos. A client with a valid cookie counts as validated.
+    The server keeps nothing of a stranger until it sends back a cookie that proves its address. The cookie is the
+    answer to its first datagram, which counts as ``answered_by_accept``. Anything that is not a ClientHello is refused.
+    Your own ``accept`` is called first, and sees ClientHellos. A client with a valid cookie counts as validated.
 
-    A client that restarts on its port: the old handler's channel ends, and its next handshake makes a new client.
+    If a client restarts on its port, the old handler's channel ends, and the next handshake makes a new client.
 
     Args:
       handler: An async function of one argument, a ``request_handler``, or anything else that ``serve`` takes except a
         ``datagram_handler``.
-      context: From ``OpenSSL.SSL.Context(SSL.DTLS_METHOD)``, with certificate and key, not yet used. To ask for
-        clients' certificates, call its ``set_verify`` and ``load_verify_locations``. Set everything before: it cannot
-        be changed once it is used.
-      mtu: Most bytes of a datagram in the handshake.
+      context: From ``OpenSSL.SSL.Context(SSL.DTLS_METHOD)``, with certificate and key, not yet used. To request
+        clients' certificates, call its ``set_verify`` and ``load_verify_locations``. Set everything before this call: a
+        context cannot be changed once it is used.
+      mtu: The most bytes of a datagram in the handshake.
       handshake_timeout: Seconds that a handshake may take.
 
     Errors:
-      A handshake that fails is the peer's matter: it is counted, see :class:`SecuredHandler`, and never an error.
+      A failed handshake is the peer's fault: it is counted (see :class:`SecuredHandler`) and raises nothing.
 
     Raises:
-      TypeError, ValueError: An argument makes no sense, or the context cannot be changed any more.
+      TypeError, ValueError: An argument is invalid, or the context can no longer be changed.
     """
     if isinstance(handler, SecuredHandler):
         raise TypeError("this handler is secured already")
@@ -156,25 +157,29 @@ async def connect(
         async with channel:
             await channel.send(b"hello")
 
-    The server's certificate must be trusted by the context and be for ``server_hostname``, whatever verification the
-    context asks for by itself. Where that is not wanted: ``DTLSChannel(await trio_udp.connect(host, port), context)``.
+    The context must trust the server's certificate, and the certificate must be for ``server_hostname``, regardless of
+    the context's own verify mode. To leave that to the context, use
+    ``DTLSChannel(await trio_udp.connect(host, port), context)``.
 
-    A server that does not answer is waited for, with longer and longer pauses: put it under ``trio.fail_after``.
+    The handshake is repeated, with longer and longer pauses, until the server answers: use ``trio.fail_after``.
 
     Args:
       host, port, local_address, receive_buffer, configure: As for :func:`trio_udp.connect`.
-      context: See :class:`DTLSChannel`; with the certificates to trust, and your own if the server asks for one.
-      server_hostname: The name or address to verify, and to tell the server (SNI); ``host`` by default.
+      context: See :class:`DTLSChannel`; with the certificates to trust, and your own if the server requests one.
+      server_hostname: The name or address to verify and to send to the server (SNI); ``host`` by default.
       mtu, session: See :class:`DTLSChannel`.
       retransmit_timeout: See :meth:`DTLSChannel.do_handshake`.
 
     Raises:
-      OSError: As for :func:`trio_udp.connect`; ``ConnectionRefusedError`` if nobody listens.
+      OSError: As for :func:`trio_udp.connect`; ``ConnectionRefusedError`` if the server's port is closed.
       trio.BrokenResourceError: The handshake failed; the message says why.
-      TypeError, ValueError: An argument makes no sense, or the context cannot be changed any more.
+      TypeError, ValueError: An argument is invalid, or the context can no longer be changed.
+
+    Cancellation:
+      Noticed at any time; it leaves no socket open.
     """
     prepare(context)
-    name = check_host(host if server_hostname is None else server_hostname)  # None would be to verify nothing
+    name = check_host(host if server_hostname is None else server_hostname)  # DTLSChannel verifies nothing for None
     check_seconds("retransmit_timeout", retransmit_timeout)
     connection = await trio_udp.connect(
         host, port, local_address=local_address, receive_buffer=receive_buffer, configure=configure
