@@ -127,7 +127,7 @@ class Outbox:
         return payload
 
     def hold(self) -> None:
-        """Collect replies until the end of this pass. That pays for several replies; a single one should leave at once."""
+        """Collect replies until the end of this pass. That pays for several; a single reply should leave at once."""
         self.held = not self._line.locked()
 
     def end_pass(self) -> None:
