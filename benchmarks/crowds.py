@@ -1,15 +1,14 @@
-"""What 100,000 clients at once cost: memory, and how long other tasks wait when all of them come or go.
+"""Measure the cost of 100,000 clients: memory, and how long other tasks wait when all clients come or go at once.
 
     python benchmarks/crowds.py                # two minutes; prints a table
-    python benchmarks/crowds.py --types        # also which objects each idle client consists of
+    python benchmarks/crowds.py --types        # also lists the objects of an idle client
 
-Needs Linux and a C compiler. Each run is a new process. 100,000 clients come over a real socket, and all of them expire
-at once; then 100,000 come again, and the server stops. There are runs with the garbage collector's default thresholds,
-and runs in which ``gc.set_threshold`` makes full collections rare.
+Needs Linux and a C compiler. Each run is a new process. 100,000 clients arrive over a real socket, and all of them
+expire at once. Then 100,000 arrive again, and the server stops. Some runs use the garbage collector's default
+thresholds; in others ``gc.set_threshold`` makes full collections rare.
 
-A pause is the longest time that another task, which does nothing but take its turns, waits for one. Other processes can
-only make it longer, so the table shows the best run: the minimum of the maxima. Measured in CPU time it leaves them
-out.
+A pause is the longest time that another task, which only yields, waits for its next turn. Other processes can only make
+it longer, so the table shows the best run: the minimum of the maxima. A pause in CPU time excludes other processes.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ from measure import LOAD_CORE, build, resident_bytes, run_load, running
 
 import trio_udp
 
-IN_FLIGHT = 256  # datagrams of new clients at once
+IN_FLIGHT = 256  # datagrams of new clients in transit
 
 THRESHOLDS = {"default": gc.get_threshold(), "700, 10, 1000": (700, 10, 1_000)}
 
-# What a client that waits for its next datagram may cost, and how long others may wait when all leave.
+# The most that an idle client may cost, and the longest that other tasks may wait when all clients leave.
 TARGETS = {"objects": 8, "bytes": 2_300, "expiry_pause_cpu": 0.005, "stop_pause_cpu": 0.005}
 
 Run: TypeAlias = dict[str, Any]
@@ -68,7 +67,7 @@ ROWS = {
 
 
 class LeapingClock(trio.abc.Clock):
-    """A clock that can be put forward, so that nobody has to wait for an idle timeout."""
+    """A clock that can be put forward, so that a run need not wait for idle timeouts."""
 
     def __init__(self) -> None:
         self.ahead = 0.0
@@ -104,7 +103,7 @@ class Pauses:
             self.longest_collection = max(self.longest_collection, now - self._began)
 
     async def watch(self, every: float, until: Callable[[], bool]) -> None:
-        """Run again and again: at once, or ``every`` so many seconds where other tasks' CPU time is measured."""
+        """Yield all the time, or every ``every`` seconds while the CPU time of other tasks is measured."""
         before, cpu_before = time.perf_counter(), time.thread_time()
         while not until():
             if every:
@@ -118,7 +117,7 @@ class Pauses:
 
 
 async def serve_crowd(clock: LeapingClock) -> None:
-    """Serve, obey each line of standard input, and answer it with figures in JSON."""
+    """Serve, carry out each command on standard input, and answer it with figures in JSON."""
 
     async def echo(client: trio_udp.Client) -> None:
         async for payload in client:
@@ -228,7 +227,7 @@ def run_once(programs: Path, threshold: str, clients: int) -> Run:
 
 
 def best(runs: list[Run], key: str) -> float:
-    """The run that was disturbed the least; of answers, the run with the fewest."""
+    """Return the least disturbed run; among answers, the run with the fewest lost."""
     choose = max if key == "new_lost" else min
     return float(choose(run[key] for run in runs))
 

@@ -1,4 +1,4 @@
-"""What DTLS costs the server, in CPU time and memory: the server is a process of its own, and the load is this one.
+"""Measure the cost of DTLS for a server, in CPU time and memory. The server is a child process, the load is this one.
 
     python benchmarks/dtls.py [--scale 0.1] [--server trio]
 
@@ -33,7 +33,7 @@ import trio_udp
 from trio_udp.dtls import DTLSChannel, connect, secure
 
 HOST = "127.0.0.1"
-CHUNK = 50  # hellos sent between two pauses
+CHUNK = 50  # ClientHellos between two pauses
 
 
 def make_certificate(folder: Path) -> tuple[str, str]:
@@ -95,7 +95,7 @@ SERVERS = {"trio_udp": serve_with_trio_udp, "trio": serve_with_trio}
 
 
 def run_server(which: str, certificate: str, key: str, pipe: Pipe) -> None:
-    """Serve an echo until the load is done; answer each line from the pipe with what has been used so far."""
+    """Serve an echo until the load is done. Answer each line from the pipe with the resources used so far."""
 
     async def main() -> None:
         context = SSL.Context(SSL.DTLS_METHOD)
@@ -111,7 +111,7 @@ def run_server(which: str, certificate: str, key: str, pipe: Pipe) -> None:
 
 
 class Load:
-    """The clients, and what the server has used meanwhile."""
+    """The clients, and the server's resources used meanwhile."""
 
     def __init__(self, port: int, certificate: str, pipe: Pipe) -> None:
         self.port, self.pipe = port, pipe

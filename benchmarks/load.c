@@ -1,16 +1,16 @@
-/* The load for every server: closed loops over loopback, cheap enough that the server is what is measured.
+/* The load for every server: closed loops over loopback, cheap enough that only the server's cost counts.
  *
  *     load PORT PID WARM SECONDS echo CLIENTS IN_FLIGHT    64 bytes each; the server answers with the same
  *     load PORT PID WARM SECONDS out                       the server answers every request with OUT_BURST datagrams
  *     load PORT PID WARM SECONDS in                        the server acknowledges every IN_BURST-th datagram
  *     load PORT PID WARM SECONDS fan MEMBERS               the server sends each question to all members
  *
- * Warms the server with process id PID up for WARM seconds, and until every client has been seen, then measures for
- * SECONDS. Prints as JSON how many datagrams came through in how much time and CPU time of the server, and how many
- * were lost or came out of order from the very beginning. 0 SECONDS: only get every client seen.
+ * It warms up the server with process id PID for WARM seconds, and until every client has been answered. Then it measures
+ * for SECONDS, and prints as JSON: the datagrams that came through, the time and the server's CPU time for them, and the
+ * datagrams that were lost or out of order since the start. With 0 SECONDS it only gets every client answered.
  *
- * A hundred thousand clients need no hundred thousand sockets. There is one, bound to all addresses; IP_PKTINFO sets
- * the source of each datagram to 127.0.0.1, 127.0.0.2 and so on, and tells which of them was answered.
+ * A hundred thousand clients do not need a hundred thousand sockets. There is one socket, bound to all addresses.
+ * IP_PKTINFO sets the source of each datagram to 127.0.0.1, 127.0.0.2 and so on, and says which of them got an answer.
  *
  * STREAM_SIZE, OUT_BURST, IN_BURST, JOIN and RECEIVE_BUFFER are defined on the compiler's command line, as in servers.py. */
 #define _GNU_SOURCE

@@ -1,4 +1,4 @@
-"""One measurement: start one server on one CPU, load it from another, end both whatever happens."""
+"""One measurement: start a server on one CPU, load it from another, and end both in any case."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SERVER_CORE = min(os.sched_getaffinity(0))
 LOAD_CORE = max(os.sched_getaffinity(0))
 
 START_TIMEOUT = 30  # seconds, for a server to start
-LOAD_TIMEOUT = 120  # and for a load, however slowly a server may get to know 100,000 clients
+LOAD_TIMEOUT = 120  # seconds for a load, even if a server is slow to accept 100,000 clients
 
-# asyncio allocates 256 KiB for each datagram that it reads. Depending on what else a process has done, glibc takes that
-# from the system and gives it back each time, or keeps it. That makes a factor of almost three, so both are measured.
-# See mallopt(3). Elsewhere than on glibc these have no effect.
+# asyncio allocates 256 KiB for each datagram that it reads. Depending on the history of the process, glibc either takes
+# that from the system and returns it each time, or keeps it. The difference is almost a factor of three, so both are
+# measured. See mallopt(3). Without glibc these variables have no effect.
 ENVIRONMENT = {
     "asyncio": {"MALLOC_MMAP_THRESHOLD_": "131072"},
     "asyncio keeping memory": {
@@ -40,9 +40,9 @@ ENVIRONMENT = {
 
 class Load(NamedTuple):
     what: str  # the servers do; see servers.py
-    clients: int = 1  # 0: every datagram comes from a client that has never been seen; for "fan", the members
-    in_flight: int = 1  # datagrams on their way, of all clients together
-    memory: bool = False  # measure what the server keeps for each client
+    clients: int = 1  # 0: every datagram comes from a new client; for "fan", the number of members
+    in_flight: int = 1  # datagrams in flight, of all clients together
+    memory: bool = False  # measure the server's memory for each client
 
 
 class Figures(NamedTuple):
@@ -56,7 +56,7 @@ class Figures(NamedTuple):
 
 
 def build(folder: Path) -> None:
-    """Compile the C programs: a load in Python would be slower than the servers that it is to load."""
+    """Compile the C programs: a load in Python would be slower than the servers under test."""
     names = ("STREAM_SIZE", "OUT_BURST", "IN_BURST", "RECEIVE_BUFFER", "LONGEST_LIFE")
     definitions = [f"-D{name}={getattr(servers, name)}" for name in names] + [f'-DJOIN="{servers.JOIN.decode()}"']
     compiler = os.environ.get("CC", "cc")
@@ -69,7 +69,7 @@ def build(folder: Path) -> None:
 
 
 def measure(programs: Path, load: Load, server: str, technique: str | None, warm: float, seconds: float) -> Figures:
-    """Measure a server, perhaps without one technique, in a new process."""
+    """Measure a server, optionally without one technique, in a new process."""
     what = load.what
     if server == "C":
         command = [str(programs / "server"), what]
@@ -111,7 +111,7 @@ class _Failed(Exception):
 
 @contextmanager
 def running(command: list[str], environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Run a server; give its process and its port."""
+    """Run a server; yield its process and its port."""
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
@@ -143,7 +143,7 @@ def running(command: list[str], environment: dict[str, str]) -> Iterator[tuple[s
 
 
 def run_load(command: list[str]) -> dict[str, float]:
-    """Run the load to its end; return what it has measured."""
+    """Run the load to its end; return its results."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_TIMEOUT)
     except subprocess.TimeoutExpired:

@@ -1,8 +1,8 @@
-/* The least that a server can cost: what the others do, in C, with many datagrams in each system call.
+/* The lowest possible cost of a server: the same work in C, with many datagrams in each system call.
  *
- *     server echo|once|out|in|fan    prints its port, then serves on it until it is killed; see servers.py for what it does
+ *     server echo|once|out|in|fan    prints its port, then serves on it until it is killed; servers.py describes each mode
  *
- * The names in capitals that are not defined here are so on the compiler's command line, as in servers.py. */
+ * The compiler's command line defines the names in capitals that are not defined here, as in servers.py. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <stdbool.h>

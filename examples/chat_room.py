@@ -1,11 +1,12 @@
-"""Chat rooms that may be open to the internet: strangers get nothing but a token until they have sent it back.
+"""Chat rooms that may be open to the internet: a stranger gets only a token until it has sent the token back.
 
-A forged address never becomes a client: ``accept`` answers "hello" with a token, keeps nothing, and admits those that
-send it back. Late joiners get the last lines. A member who is silent is asked, and leaves if there is no answer.
+A forged address never becomes a client: ``accept`` answers "hello" with a token, keeps nothing, and admits a stranger
+that sends its token back. Late joiners get the last lines. The server asks a silent member whether it is still there,
+and the member leaves if it does not answer.
 
     python examples/chat_room.py        (or: trio-udp --accept examples/chat_room.py:accept examples/chat_room.py:chat)
     nc -u 127.0.0.1 9999        (in two or three terminals: "hello", then "join TOKEN ROOM NAME" with the token you get;
-                                 then lines for the room: an empty one says you are still there, "/quit" leaves)
+                                 then lines for the room: an empty line keeps you in it, "/quit" leaves)
 """
 
 import argparse
@@ -24,7 +25,7 @@ SECRET = secrets.token_bytes(32)
 
 
 def token(address: trio_udp.Address, age: int = 0) -> bytes:
-    """What only the owner of an address can know: the same for half a minute, and the one before that with age 1."""
+    """Return a token that only the owner of an address can know. It changes every 30 seconds; age 1 is the last one."""
     text = f"{address} {trio.current_time() // 30 - age}"
     return hmac.digest(SECRET, text.encode(), "sha256").hex()[:8].encode()
 
@@ -39,12 +40,12 @@ def accept(datagram: trio_udp.Datagram) -> bool | bytes:
 
 
 def text(payload: bytes) -> str:
-    """What may be shown on the terminals of others."""
+    """Return the characters that are safe to show on other terminals."""
     return "".join(filter(str.isprintable, payload.decode(errors="replace")))
 
 
 class Room:
-    """Who is there, and the last lines, for those who come late."""
+    """The members, and the last lines, which late joiners get."""
 
     def __init__(self) -> None:
         self.members: dict[trio_udp.Client, str] = {}
@@ -55,7 +56,7 @@ class Room:
         await server.send_to_all(self.lines[-1], self.members)
 
     async def listen(self, client: trio_udp.Client, joining: bytes) -> None:
-        """Hand on what a member says until it quits or its conversation ends."""
+        """Send a member's lines to the room, until the member quits or its conversation ends."""
         asked = False
         while True:
             with trio.move_on_after(math.inf if asked else client.idle_timeout / 2) as patience:
@@ -64,7 +65,7 @@ class Room:
                 await client.send(b"still there?\n")
             elif payload == b"/quit":
                 return
-            elif payload == joining:  # again: our answer was lost
+            elif payload == joining:  # repeated, because our answer was lost
                 await client.send_many([*self.lines, f"{self.members[client]} joins\n".encode()])
             elif payload:
                 await self.say(client.server, f"{self.members[client]}: {text(payload)}")
@@ -72,7 +73,7 @@ class Room:
 
 async def handler(rooms: dict[str, Room], client: trio_udp.Client) -> None:
     joining = (await client.receive()).strip()
-    _, _, room_name, name = map(text, joining.split())  # accept has seen to that
+    _, _, room_name, name = map(text, joining.split())  # accept has checked the form
     client.validate()
     room = rooms.setdefault(room_name, Room())
     room.members[client] = name

@@ -1,10 +1,10 @@
-"""Send lines to a UDP server, one datagram each, and print the answers: to try the other examples.
+"""Send each line as a datagram to a UDP server, and print the answers. Use it to try the other examples.
 
-Every line is sent up to three times until an answer comes, since UDP promises no delivery. The server may then see
-it more than once.
+UDP promises no delivery, so the client sends a line up to three times until an answer arrives. The server may see the
+line more than once.
 
     python examples/client.py hello "two words"
-    python examples/client.py --port 9998               (type lines; an empty one is an empty datagram)
+    python examples/client.py --port 9998               (type lines; an empty line sends an empty datagram)
 """
 
 import argparse
@@ -24,7 +24,7 @@ def show(answer: bytes) -> None:
 
 
 async def ask(connection: trio_udp.Connection, payload: bytes, seconds: float) -> bytes | None:
-    """Return the answer, or None if there is none after all tries."""
+    """Return the answer, or None if no answer has arrived after all tries."""
     for _ in range(TRIES):
         await connection.send(payload)
         with trio.move_on_after(seconds):
@@ -33,19 +33,19 @@ async def ask(connection: trio_udp.Connection, payload: bytes, seconds: float) -
 
 
 async def main(host: str, port: int, seconds: float, lines: Iterable[str]) -> str | None:
-    """Return what went wrong, if anything did."""
+    """Return an error message, or None if all lines were answered."""
     async with await trio_udp.connect(host, port) as connection:
         try:
-            for line in lines:  # waiting for the keyboard stops the whole loop, but there is no other task
+            for line in lines:  # reading the keyboard blocks, but there is no other task
                 with suppress(trio.WouldBlock):
-                    while True:  # what came late, or unasked, is not the answer to this line
+                    while True:  # a late or unrequested datagram is not the answer to this line
                         show(connection.receive_nowait())
                 answer = await ask(connection, line.encode(), seconds)
                 if answer is None:
                     return f"no answer to {line!r} after {TRIES} tries"
                 show(answer)
         except ConnectionRefusedError:
-            return f"nobody listens on {host} port {port}"
+            return f"nothing listens on {host} port {port}"
     return None
 
 

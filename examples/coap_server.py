@@ -1,14 +1,15 @@
-"""A CoAP server (RFC 7252) whose resources can be observed (RFC 7641) and are sent in blocks, both ways (RFC 7959).
+"""A CoAP server (RFC 7252) with observable resources (RFC 7641) and blockwise transfer in both directions (RFC 7959).
 
-Both sides ask: the client for resources, and the server whether its notifications have arrived. So one task takes all
-of a client's messages, each request has a task of its own, and an ACK wakes the task that waits for it. aiocoap reads
-and writes the messages (its network code is not used). With ``--cert`` the same handler runs over DTLS.
+Both sides send requests: the client requests resources, and the server sends notifications that the client has to
+acknowledge. So one task receives all messages of a client, each request has its own task, and an ACK wakes the task
+that waits for it. aiocoap reads and writes the messages (its network code is not used). With ``--cert`` the same
+handler runs over DTLS.
 
     python examples/coap_server.py --host 127.0.0.1 5683
     coap-client-notls -m put -e hello coap://127.0.0.1/note
-    coap-client-notls -s 10 coap://127.0.0.1/note           (tells each change for ten seconds)
+    coap-client-notls -s 10 coap://127.0.0.1/note           (prints each change for ten seconds)
 
-``/slow`` answers after a while; all other paths can be written, read, observed and deleted.
+``/slow`` answers after two seconds. All other paths can be written, read, observed and deleted.
 """
 
 import argparse
@@ -45,23 +46,15 @@ from aiocoap.numbers.codes import (
 
 import trio_udp
 
-UNDERSTOOD = {
-    3,
-    7,
-    11,
-    15,
-    17,
-    23,
-    27,
-}  # of the critical options: Uri-Host, -Port, -Path, -Query, Accept, Block2, Block1
-ACK_AFTER = 0.5  # seconds until a request is acknowledged by itself; its answer is then a message of its own
-LIFETIME = 247.0  # seconds in which a message may come again (EXCHANGE_LIFETIME)
-REMEMBERED = 64  # messages of a client, and what they were answered
+UNDERSTOOD = {3, 7, 11, 15, 17, 23, 27}  # critical options: Uri-Host, -Port, -Path, -Query, Accept, Block2, Block1
+ACK_AFTER = 0.5  # seconds until the server sends an empty ACK; the answer then follows as a separate message
+LIFETIME = 247.0  # seconds in which a message may be repeated (EXCHANGE_LIFETIME)
+REMEMBERED = 64  # messages of a client to remember, with their answers
 LARGEST_SIZE = 6  # of a block: 2 ** (6 + 4) bytes
 MOST_BYTES = 1_000_000  # in a resource
 MOST_RESOURCES = 1_000
-MOST_REQUESTS = 32  # of a client at once, observations included
-MOST_UPLOADS = 4  # of a client at once
+MOST_REQUESTS = 32  # of a client at a time, observations included
+MOST_UPLOADS = 4  # of a client at a time
 
 Path = tuple[str, ...]
 
@@ -97,7 +90,7 @@ class Store:
         return DELETED
 
     async def handler(self, client: trio_udp.Client) -> None:
-        """Talk with one client."""
+        """Serve one client."""
         client.idle_timeout = LIFETIME
         async with trio.open_nursery() as nursery:
             conversation = Conversation(self, client, nursery)
@@ -108,13 +101,14 @@ class Store:
 
 @attrs.define
 class Conversation:
-    """What is known of one client.
+    """The state of one client.
 
     Attributes:
-      answers: What its last requests were answered, by message ID; ``None`` while there is no answer.
-      unacknowledged: Our own messages that it has not acknowledged, by message ID; rejected if its RST has come.
-      uploads: What has arrived of resources that it writes block by block.
-      observations: What ends them, by token.
+      answers: The answers to the client's last requests, by message ID; ``None`` while there is no answer.
+      unacknowledged: Our own messages that the client has not acknowledged, by message ID.
+      rejected: The message IDs that the client has rejected with an RST.
+      uploads: The parts that have arrived of resources that the client writes block by block.
+      observations: The cancel scopes of observations, by token.
     """
 
     store: Store
@@ -129,7 +123,7 @@ class Conversation:
     ids: "count[int]" = attrs.field(factory=lambda: count(random.getrandbits(16)))
 
     async def take(self, payload: bytes) -> None:
-        """Look at one message. What makes no sense is ignored, so that nothing can go back and forth for ever."""
+        """Handle one message. Ignore a malformed one: answering it could go on for ever."""
         try:
             message = Message.decode(payload)
         except (Error, ValueError, IndexError):
@@ -139,7 +133,7 @@ class Conversation:
                 if message.mtype == RST:
                     self.rejected.add(message.mid)
                 event.set()
-        elif message.mid in self.answers:  # it comes again
+        elif message.mid in self.answers:  # a repeated request
             if (answer := self.answers[message.mid]) is not None and message.mtype == CON:
                 await self.client.send(answer)
         elif message.code.is_request() and message.mtype in (CON, NON):
@@ -155,7 +149,7 @@ class Conversation:
             await self.client.send(Message(_mtype=RST, _mid=message.mid, code=EMPTY).encode())
 
     async def answer(self, request: Message) -> None:
-        """Answer a request, with the ACK if there is an answer soon; then go on with it, if it observes."""
+        """Answer a request, in the ACK if the answer is ready soon. Then go on with the observation, if it is one."""
         acknowledged = False
 
         async def acknowledge() -> None:
@@ -179,7 +173,7 @@ class Conversation:
             self.running -= 1
 
     async def respond(self, request: Message) -> Message:
-        """Do what a request asks for."""
+        """Return the response to a request."""
         path: Path = request.opt.uri_path
         if any(o.number.is_critical() and int(o.number) not in UNDERSTOOD for o in request.opt.option_list()):
             return Message(code=BAD_OPTION)
@@ -194,7 +188,7 @@ class Conversation:
             if resource is None:
                 return Message(code=NOT_FOUND)
             response = blockwise(request, resource.content, resource.version)
-            if request.opt.observe is not None:  # 0 begins, or begins anew; 1 ends
+            if request.opt.observe is not None:  # 0 starts or restarts, 1 ends
                 if (scope := self.observations.pop(request.token, None)) is not None:
                     scope.cancel()
                 if request.opt.observe == 0:
@@ -207,7 +201,7 @@ class Conversation:
         return Message(code=METHOD_NOT_ALLOWED)
 
     def put(self, request: Message, path: Path) -> Message:
-        """Take a resource, or a block of one."""
+        """Store a resource, or a block of one."""
         block = request.opt.block1
         if block is None:
             return Message(code=self.store.put(path, request.payload))
@@ -226,10 +220,10 @@ class Conversation:
         return Message(code=code, block1=block)
 
     async def observe(self, request: Message, told: int) -> None:
-        """Tell a client each change, or the latest of several, until it is gone or wants no more."""
+        """Send each change to the client, or the latest of several, until the client is gone or cancels."""
         with trio.CancelScope() as scope:
             self.observations[request.token] = scope
-            self.client.idle_timeout = math.inf  # it may be long until there is something to tell
+            self.client.idle_timeout = math.inf  # it may take long until there is a change
             while (resource := self.store.resources.get(request.opt.uri_path)) is not None:
                 if resource.version % 2**24 == told:
                     await resource.changed.wait()
@@ -247,10 +241,10 @@ class Conversation:
             self.client.idle_timeout = LIFETIME
 
     async def reply(self, request: Message, response: Message, *, acknowledged: bool) -> bool:
-        """Send a response: with the ACK of the request or, if that has gone, until the client acknowledges it.
+        """Send a response in the ACK of the request. If that ACK has left, send it until the client acknowledges it.
 
         Returns:
-          Whether it may have arrived.
+          Whether the response may have arrived.
         """
         response.token = request.token
         if not acknowledged:
@@ -275,7 +269,7 @@ class Conversation:
 
 
 def blockwise(request: Message, content: bytes, version: int) -> Message:
-    """Return the part of a content that a client asks for, or the first."""
+    """Return the block of a content that a client requests, or the first block."""
     asked = request.opt.block2
     size = min(asked.size_exponent, LARGEST_SIZE) if asked else LARGEST_SIZE
     start = asked.start if asked else 0

@@ -1,9 +1,9 @@
 """Collect log lines from many senders in one file, in arrival order, and lose none when the collector is stopped.
 
-``datagram_handler`` sees every datagram in arrival order, over all senders. Lines collect in the buffer of the file; a
-task beside the server writes them out every few seconds. At SIGTERM the server first catches up: what had reached the
-machine by then is written too. While the disk is slow, datagrams wait in the kernel; those that find its buffer full
-are counted (``kernel_dropped``).
+``datagram_handler`` sees the datagrams of all senders in arrival order. Lines collect in the buffer of the file, and a
+task beside the server writes them to the disk every few seconds. On SIGTERM the server first catches up, so it also
+writes the lines that have reached the machine by then. While the disk is slow, datagrams wait in the kernel. If its
+buffer is full, the kernel drops and counts them (``kernel_dropped``).
 
     FILE=collected.log python examples/collector.py     (or: trio-udp --factory examples/collector.py:collector)
     nc -u 127.0.0.1 9999        (in several terminals: type lines; then stop the collector with Ctrl-C)
@@ -32,9 +32,9 @@ class Collector:
         self.lines = 0
 
     def handler(self, datagram: trio_udp.Datagram) -> None:
-        line = datagram.payload.rstrip(b"\r\n").replace(b"\n", b"\\n")  # or one sender could write another's lines
+        line = datagram.payload.rstrip(b"\r\n").replace(b"\n", b"\\n")  # or a sender could forge another's lines
         peer = datagram.peer_address
-        sender = peer[0] if isinstance(peer, tuple) else repr(peer)  # on a Unix-domain socket a name, or None
+        sender = peer[0] if isinstance(peer, tuple) else repr(peer)  # on a Unix-domain socket: a name, or None
         self.file.write(b"%b %b\n" % (sender.encode(), line))
         self.lines += 1
 
@@ -50,7 +50,7 @@ class Collector:
 
 @asynccontextmanager
 async def collector() -> AsyncIterator[trio_udp.Handler]:
-    """Give the handler. After the server has stopped, what it has collected is written out."""
+    """Yield the handler. After the server has stopped, write all collected lines to the disk."""
     with open(os.environ.get("FILE", "collected.log"), "ab", buffering=BUFFER) as file:  # noqa: ASYNC230  # see above
         collector = Collector(file)
         async with trio.open_nursery() as nursery:
@@ -62,7 +62,7 @@ async def collector() -> AsyncIterator[trio_udp.Handler]:
 
 async def main(port: int) -> None:
     async with collector() as handler, trio.open_nursery() as nursery:
-        # A disk that is full ends the collector.
+        # A full disk ends the collector.
         stop_signals = {signal.SIGINT, signal.SIGTERM}
         serve = partial(trio_udp.serve, handler, port, on_error=trio_udp.raise_error, stop_signals=stop_signals)
         server: trio_udp.Server = await nursery.start(serve)

@@ -1,16 +1,17 @@
-"""A DNS forwarder with a cache: asks another server for what it does not know yet.
+"""A DNS forwarder with a cache: it asks another server for answers that it does not have yet.
 
-A ``request_handler`` with ``concurrency`` answers many queries of one client at once. Equal questions that come while
-one is on its way share its answer. Each question goes out over a connection of its own, so from a random port, in
-rANdOM caSe, and ``trio_udp.request`` takes no other payload for its answer: whoever forges one has to guess all of it
-(RFC 5452). Absent names are remembered too (RFC 2308), and for a second that the other server is silent (RFC 9520).
+A ``request_handler`` with ``concurrency`` answers several queries of one client at a time. If the same question arrives
+again while the first is being answered, both get the same answer. Each question leaves over its own connection, so from
+a random port, with a random ID and in rANdOM caSe. ``trio_udp.request`` accepts only an answer that matches, so a
+forger would have to guess all of these (RFC 5452). The cache also holds absent names (RFC 2308), and for one second the
+fact that the other server did not answer (RFC 9520).
 
     python examples/dns_server.py --port 5354 examples/example.zone
     python examples/dns_forwarder.py --to 127.0.0.1 5354 --port 5353
     dig @127.0.0.1 -p 5353 www.example.com
 
-It serves this machine only, unless ``--host`` says otherwise: a forwarder for all would be a weapon. Left out: TCP,
-DNSSEC validation (what the other server says of it is passed on), several servers to ask.
+It only serves this machine, unless ``--host`` says otherwise: attackers abuse a forwarder that is open to all. Left
+out: TCP, DNSSEC validation (the result of the other server is passed on), several servers to ask.
 """
 
 import argparse
@@ -36,13 +37,13 @@ from dns.rdatatype import RdataType
 
 import trio_udp
 
-PAYLOAD = 1232  # bytes; the largest that crosses any IPv6 path in one piece
-ENTRIES = 10_000  # answers to remember
-ON_THE_WAY = 500  # questions at once, each with a socket
-LONGEST = 86_400  # seconds to remember an answer
-LONGEST_ABSENCE = 10_800  # as RFC 2308, 5 advises
+PAYLOAD = 1232  # bytes; the largest payload that crosses any IPv6 path in one packet
+ENTRIES = 10_000  # answers in the cache
+ON_THE_WAY = 500  # questions at a time, each with a socket
+LONGEST = 86_400  # seconds to keep an answer
+LONGEST_ABSENCE = 10_800  # seconds to keep the absence of a name (RFC 2308, 5)
 FAILURE = 1.0  # seconds to remember that there was no answer
-WAITS = (0.4, 0.8, 1.6)  # seconds for an answer; clients ask again after 5, as a rule
+WAITS = (0.4, 0.8, 1.6)  # seconds for an answer; clients usually ask again after 5
 
 Question = tuple[dns.name.Name, RdataClass, RdataType, bool]  # name, in any case; with DNSSEC
 Connect = Callable[[], Awaitable[trio_udp.Connection]]
@@ -50,14 +51,14 @@ Connect = Callable[[], Awaitable[trio_udp.Connection]]
 
 @attrs.frozen
 class Answer:
-    """What the other server has said, or that it has not."""
+    """The other server's answer, or the fact that there was none."""
 
     rcode: Rcode
     flags: int = 0  # AD and TC
     answer: tuple[dns.rrset.RRset, ...] = ()
     authority: tuple[dns.rrset.RRset, ...] = ()
     since: float = attrs.field(factory=trio.current_time)
-    seconds: float = FAILURE  # to remember it
+    seconds: float = FAILURE  # how long to keep it
 
     @classmethod
     def of(cls, message: dns.message.Message) -> "Answer":
@@ -80,13 +81,13 @@ class Answer:
         return trio.current_time() < self.since + self.seconds
 
     def fill(self, reply: dns.message.Message) -> None:
-        """Put the records into a reply, with the seconds that are left to them."""
+        """Put the records into a reply, with the rest of their TTL."""
         reply.set_rcode(self.rcode)
         reply.flags |= self.flags
         asked, age = reply.question[0].name, int(trio.current_time() - self.since)
         for section, rrsets in ((reply.answer, self.answer), (reply.authority, self.authority)):
             for rrset in rrsets:
-                name = asked if rrset.name == asked else rrset.name  # in the case in which the client writes it
+                name = asked if rrset.name == asked else rrset.name  # with the client's upper and lower case
                 section.append(dns.rrset.from_rdata_list(name, max(0, rrset.ttl - age), list(rrset)))
 
 
@@ -96,19 +97,19 @@ class Forwarder:
 
     Attributes:
       connect: Opens a connection to the other server.
-      nursery: Where it is asked, so that an answer is for all who want it, even if the first of them has gone.
+      nursery: Runs the questions, so that all clients get the answer, even if the first to ask has gone.
     """
 
     connect: Connect
     nursery: trio.Nursery
     asked: int = 0
-    _answers: OrderedDict[Question, Answer] = attrs.field(factory=OrderedDict)  # those used last are at the end
+    _answers: OrderedDict[Question, Answer] = attrs.field(factory=OrderedDict)  # the least recently used first
     _on_the_way: dict[Question, trio.Event] = attrs.field(factory=dict)
 
     async def handler(self, payload: bytes, client: trio_udp.Client) -> bytes | None:
         """Answer a query."""
         if len(payload) < 12 or payload[2] & 0x80:
-            return None  # to answer an answer could go back and forth for ever
+            return None  # not a query; answering an answer could go on for ever
         try:
             if sum(struct.unpack_from("!4H", payload, 4)) > 3:  # a question, OPT and a signature; see dns_server.py
                 raise dns.exception.FormError
@@ -138,7 +139,7 @@ class Forwarder:
             return reply.to_wire()
 
     async def _find(self, question: Question) -> Answer:
-        """Return what is remembered, or ask; once for all who want to know the same at the same time."""
+        """Return an answer from the cache, or ask the other server, once for all clients with the same question."""
         if question in self._answers and self._answers[question].is_fresh:
             self._answers.move_to_end(question)
             return self._answers[question]

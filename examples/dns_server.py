@@ -1,15 +1,14 @@
 """An authoritative DNS server over UDP for one zone file.
 
     python examples/dns_server.py --port 5353 examples/example.zone
-    ZONE_FILE=examples/example.zone trio-udp --port 5353 --workers 2 examples/dns_server.py:handler     (or so)
+    ZONE_FILE=examples/example.zone trio-udp --port 5353 --workers 2 examples/dns_server.py:handler     (the same)
     dig @127.0.0.1 -p 5353 www.example.com
 
-Behind dnsdist with ``newServer{address="...", useProxyProtocol=true}``: add ``--proxy`` with the network that it is in.
+Behind dnsdist with ``newServer{address="...", useProxyProtocol=true}``, add ``--proxy`` with dnsdist's network.
 
-``answer`` turns a query into a reply and knows nothing of sockets; ``main`` puts it on the network with
-``datagram_handler``: a query needs no client and no task, since almost every one comes from another port (RFC 5452).
-dnspython reads the zone file and speaks the wire format. Left out: TCP, DNSSEC, TSIG, DNAME, zone transfer, rate
-limits.
+``answer`` turns a query into a reply and uses no sockets. ``main`` serves it with ``datagram_handler``, because a query
+needs no client and no task: almost every query comes from another port (RFC 5452). dnspython reads the zone file and
+the wire format. Left out: TCP, DNSSEC, TSIG, DNAME, zone transfer, rate limits.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ from dns.rdatatype import AAAA, ANY, CNAME, DS, MX, NS, SOA, SRV, A
 
 import trio_udp
 
-MAX_PAYLOAD = 1232  # The largest that crosses any IPv6 path in one piece: 1280 less the headers of IPv6 and UDP.
+MAX_PAYLOAD = 1232  # The largest that crosses any IPv6 path in one packet: 1280 less the headers of IPv6 and UDP.
 WILDCARD = dns.name.Name(["*"])
-TARGET_FIELDS = {NS: "target", MX: "exchange", SRV: "target"}  # whose addresses go into the additional section
+TARGET_FIELDS = {NS: "target", MX: "exchange", SRV: "target"}  # the additional section has the addresses of these
 
 
 def load_zone(path: str, origin: str | None = None) -> dns.zone.Zone:
-    """Read a zone file; names that only have names below them get a node too, an empty one (RFC 4592, 2.2.2)."""
+    """Read a zone file. A name that only has names below it gets an empty node (RFC 4592, 2.2.2)."""
     zone = dns.zone.from_file(path, origin, relativize=False)
     for name in list(zone):
         while name != zone.origin:
@@ -56,18 +55,18 @@ def load_zone(path: str, origin: str | None = None) -> dns.zone.Zone:
 
 
 def answer(zone: dns.zone.Zone, payload: bytes) -> bytes | None:
-    """Return the reply to one datagram, or ``None`` where silence is better. No payload makes it raise."""
-    # Too short to have a header, or itself a response: to answer that could go back and forth for ever.
+    """Return the reply to one datagram, or ``None`` for no reply. No payload makes this function raise."""
+    # Too short for a header, or itself a response: answering a response could go on for ever.
     if len(payload) < 12 or payload[2] & 0x80:
         return None
     try:
-        # A question, OPT and a signature are all that a query can need. To parse 1 kB of other records, made for the
-        # purpose, takes dnspython 0.2 s, and nothing else is answered meanwhile.
+        # A query needs no more than a question, OPT and a signature. An attacker can make 1 kB of records that take
+        # dnspython 0.2 s to parse, and the server answers nothing else meanwhile.
         if sum(struct.unpack_from("!4H", payload, 4)) > 3:
             raise dns.exception.FormError
         query = dns.message.from_wire(payload)
     except dns.exception.DNSException:
-        # A header alone, with the query's ID, opcode and RD: never longer than the garbage it answers.
+        # Only a header, with the query's ID, opcode and RD: never longer than the malformed query.
         rcode = Rcode.NOTIMP if payload[2] & 0x78 else Rcode.FORMERR
         return payload[:2] + bytes([0x80 | payload[2] & 0x79, rcode]) + bytes(8)
     reply = dns.message.make_response(query)
@@ -79,9 +78,9 @@ def answer(zone: dns.zone.Zone, payload: bytes) -> bytes | None:
 
 
 def resolve(zone: dns.zone.Zone, query: dns.message.Message, reply: dns.message.Message) -> Rcode:
-    """Fill the answer and authority sections as RFC 1034, 4.3.2 says; return the reply's code."""
+    """Fill the answer and authority sections (RFC 1034, 4.3.2); return the reply's code."""
     if query.opcode() != dns.opcode.QUERY or len(query.question) != 1:
-        reply.question = []  # echoed, many questions could make a reply longer than the query
+        reply.question = []  # a copy of many questions could make the reply longer than the query
         return Rcode.FORMERR if query.opcode() == dns.opcode.QUERY else Rcode.NOTIMP
     if query.edns > 0:
         return Rcode.BADVERS
@@ -90,9 +89,9 @@ def resolve(zone: dns.zone.Zone, query: dns.message.Message, reply: dns.message.
     if query.question[0].rdclass != IN or not name.is_subdomain(zone.origin):
         return Rcode.REFUSED
     if dns.rdatatype.is_metatype(rdtype) and rdtype != ANY:
-        return Rcode.REFUSED  # a zone transfer, or nothing that a zone could hold
+        return Rcode.REFUSED  # a zone transfer, or a type that no zone can hold
 
-    reply.flags |= AA  # says whose the first name is, wherever CNAMEs lead from there (RFC 1035, 4.1.1)
+    reply.flags |= AA  # about the first name, wherever CNAMEs lead from there (RFC 1035, 4.1.1)
     while True:
         owner, node = find(zone, name)
         if node is None:
@@ -106,7 +105,7 @@ def resolve(zone: dns.zone.Zone, query: dns.message.Message, reply: dns.message.
             return Rcode.NOERROR
         found = node.get_rdataset(IN, CNAME) or node.get_rdataset(IN, rdtype)
         if rdtype == ANY and not found:
-            found = next(iter(node), None)  # one RRset of many will do (RFC 8482, 4.1)
+            found = next(iter(node), None)  # any one RRset is enough (RFC 8482, 4.1)
         if not found:
             reply.authority.append(negative_soa(zone))
             return Rcode.NOERROR
@@ -115,7 +114,7 @@ def resolve(zone: dns.zone.Zone, query: dns.message.Message, reply: dns.message.
             return Rcode.NOERROR
         name = found[0].target
         if not name.is_subdomain(zone.origin) or any(name == rrset.name for rrset in reply.answer):
-            return Rcode.NOERROR  # the resolver goes on elsewhere, or sees for itself that this is a loop
+            return Rcode.NOERROR  # the resolver goes on elsewhere, or detects the loop
 
 
 def find(zone: dns.zone.Zone, name: dns.name.Name) -> tuple[dns.name.Name, dns.node.Node | None]:
@@ -136,14 +135,14 @@ def to_rrset(owner: dns.name.Name, rdataset: dns.rdataset.Rdataset) -> dns.rrset
 
 
 def negative_soa(zone: dns.zone.Zone) -> dns.rrset.RRset:
-    """Return the SOA with the TTL that tells for how long to remember that there is nothing (RFC 2308, 3)."""
+    """Return the SOA. Its TTL says how long to remember that a name or type is absent (RFC 2308, 3)."""
     soa = zone.find_rrset("@", SOA)
     soa.update_ttl(soa[0].minimum)  # the lower of the two
     return soa
 
 
 def add_addresses(zone: dns.zone.Zone, reply: dns.message.Message) -> None:
-    """Save the resolver a query: add what the zone knows of the hosts named in the reply, such as glue."""
+    """Add the zone's addresses of hosts in the reply, such as glue, to save the resolver a query."""
     for rrset in reply.answer + reply.authority:
         for rdata in rrset if rrset.rdtype in TARGET_FIELDS else ():
             for rdtype in (A, AAAA):
@@ -153,11 +152,11 @@ def add_addresses(zone: dns.zone.Zone, reply: dns.message.Message) -> None:
 
 
 def to_wire(reply: dns.message.Message, limit: int) -> bytes:
-    """Encode a reply in ``limit`` bytes: if need be without what is optional, or else empty and with the TC bit set."""
+    """Encode a reply in ``limit`` bytes. If it is too long, leave out optional records, or set TC in an empty reply."""
     try:
         return reply.to_wire(max_size=limit)
     except dns.exception.TooBig:
-        # The glue of a referral is not optional: without it the resolver may find no way down (RFC 9471).
+        # The glue of a referral is not optional: without it the resolver may not reach the next server (RFC 9471).
         if reply.additional and not any(rrset.rdtype == NS for rrset in reply.authority):
             reply.additional = []
         else:
@@ -173,7 +172,7 @@ def zone_of_environment() -> dns.zone.Zone:
 
 @trio_udp.datagram_handler
 def handler(datagram: trio_udp.Datagram) -> bytes | None:
-    """Answer from the zone file that ``ZONE_FILE`` names: for ``trio-udp``."""
+    """Answer from the zone file in the variable ``ZONE_FILE``. This is the handler for ``trio-udp``."""
     return answer(zone_of_environment(), datagram.payload)
 
 
@@ -189,7 +188,7 @@ async def main(zone: dns.zone.Zone, host: str, port: int, proxies: list[IPv4Netw
         answer_from_zone,
         port,
         host=host,
-        max_datagram_size=MAX_PAYLOAD,  # nobody may send more than a server offers to take
+        max_datagram_size=MAX_PAYLOAD,  # the size that the server advertises
         proxies=proxies,
         stop_signals=(signal.SIGINT, signal.SIGTERM),
     )
@@ -206,7 +205,7 @@ if __name__ == "__main__":
     parser.add_argument("--origin", help="name of the zone, if the file has no $ORIGIN")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=5353)
-    help_proxy = "where load balancers are that put a PROXY header in front of queries; may be repeated"
+    help_proxy = "network of load balancers that put a PROXY header in front of queries; may be repeated"
     parser.add_argument("--proxy", metavar="NETWORK", type=ip_network, action="append", default=[], help=help_proxy)
     arguments = parser.parse_args()
     try:

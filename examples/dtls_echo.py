@@ -1,6 +1,6 @@
-"""Echo over DTLS: a server and a client of it, which verify each other's side of the encryption.
+"""Echo over DTLS: a server, and a client that verifies its certificate.
 
-The handler is one for plain UDP. Only ``secure`` around it, and the certificate, make it encrypted.
+The handler is written for plain UDP. ``secure`` and a certificate add the encryption.
 
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30 -subj /CN=localhost \\
         -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout key.pem -out cert.pem
@@ -34,7 +34,7 @@ async def serve(host: str | None, port: int, certificate: str, key: str) -> None
     limits = trio_udp.Limits(
         max_clients=2_000,  # 75 KB each
         clients_per_host=200,
-        rate_limit=trio_udp.RateLimit(200),  # a handshake takes the time of thirty echoes
+        rate_limit=trio_udp.RateLimit(200),  # a handshake takes as much CPU time as 40 echoes
     )
     stop_signals = {signal.SIGINT, signal.SIGTERM}
     async with trio.open_nursery() as nursery:
@@ -47,7 +47,7 @@ async def serve(host: str | None, port: int, certificate: str, key: str) -> None
 
 
 async def ask(host: str, port: int, trusted: str | None, line: str, seconds: float) -> str | None:
-    """Print the answer to a line; return what went wrong, if anything did."""
+    """Print the answer to a line. Return an error message, or None."""
     context = SSL.Context(SSL.DTLS_METHOD)
     if trusted is None:
         context.set_default_verify_paths()
@@ -59,7 +59,7 @@ async def ask(host: str, port: int, trusted: str | None, line: str, seconds: flo
                 await channel.send(line.encode())
                 print((await channel.receive()).decode())
     except ConnectionRefusedError:
-        return f"nobody listens on {host} port {port}"
+        return f"nothing listens on {host} port {port}"
     except OSError as error:
         return f"cannot ask {host} port {port}: {error.strerror}"
     except (trio.BrokenResourceError, trio.EndOfChannel) as error:
@@ -74,7 +74,7 @@ if __name__ == "__main__":
     parser.add_argument("port", nargs="?", type=int, default=9999)
     parser.add_argument("--host", help="to bind, all interfaces by default; with --ask, the server (localhost)")
     parser.add_argument(
-        "--cert", metavar="FILE", help="the server's certificate, and those between it and its authority"
+        "--cert", metavar="FILE", help="the server's certificate, followed by intermediate certificates"
     )
     parser.add_argument("--key", metavar="FILE", help="the certificate's private key")
     parser.add_argument("--ask", metavar="LINE", help="be the client: send this line and print the answer")
@@ -92,4 +92,4 @@ if __name__ == "__main__":
             host = arguments.host or "localhost"
             sys.exit(trio.run(ask, host, arguments.port, arguments.trust, arguments.ask, arguments.timeout))
     except SSL.Error as error:
-        sys.exit(f"no such certificate or key, or they do not belong together: {error}")
+        sys.exit(f"cannot read the certificate or the key, or they do not match: {error}")

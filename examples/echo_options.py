@@ -1,7 +1,7 @@
-"""Echo every datagram; set options of the server's sockets, and print them at the start.
+"""Set options of the server's sockets, and print them when the server starts. The handler echoes every datagram.
 
-``configure`` is called with each socket right before it is bound. ``nursery.start`` gives the running server, and
-``endpoint.socket`` the socket with all its options.
+The server calls ``configure`` with each socket right before it binds it. ``nursery.start`` returns the running server,
+and ``endpoint.socket`` is the socket with all its options.
 
     python examples/echo_options.py     (or, with options of the command line: trio-udp examples/echo_options.py:echo)
     nc -u 127.0.0.1 9999        (in another terminal: type a line)
@@ -27,14 +27,14 @@ async def echo(client: trio_udp.Client) -> None:
 
 
 def share_address(sock: socket.socket) -> None:
-    """Set what has no argument of its own: other processes may bind this address too."""
+    """Let other processes bind this address too. ``configure`` is the place for options without an argument."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
 
 def print_options(endpoint: trio_udp.Endpoint) -> None:
     for name in OPTIONS:
         if hasattr(socket, name):  # Windows has no SO_REUSEPORT
-            # Linux reports twice the buffer it was asked for: it counts its own bookkeeping too, see socket(7).
+            # Linux reports twice the requested buffer, because it adds room for its own bookkeeping, see socket(7).
             print(f"  {name} = {endpoint.socket.getsockopt(socket.SOL_SOCKET, getattr(socket, name))}")
 
 

@@ -1,7 +1,7 @@
-"""Tell three kinds of error apart: the peer's, the handler's and the server's own.
+"""Handle three kinds of errors: those of the peer, of the handler and of the server.
 
-The server keeps a total for each client. A malformed payload gets an error as its answer, and the conversation goes
-on. An exception that leaves the handler ends that client only, by way of ``on_error``. An exception that leaves
+The server keeps a total for each client. A malformed payload gets an error message as its answer, and the conversation
+goes on. An exception that leaves the handler goes to ``on_error``, and ends only that client. An exception that leaves
 ``on_error`` ends the server.
 
     python examples/errors.py       (or, where errors are only logged: trio-udp examples/errors.py:handler)
@@ -23,7 +23,7 @@ failures: Counter[str] = Counter()
 
 
 def calculate(total: float, payload: bytes) -> float:
-    """Return the new total. A malformed payload is a ``ValueError``; nobody has thought of dividing by 0."""
+    """Return the new total. A malformed payload raises ``ValueError``. A division by 0 is the bug of this example."""
     match json.loads(payload):
         case {"add": int() | float() as operand}:
             return total + operand
@@ -42,16 +42,16 @@ async def handler(client: trio_udp.Client) -> None:
     async for payload in client:
         try:
             total = calculate(total, payload)
-        except (ValueError, RecursionError) as error:  # the latter for "[[[[[" and so on
+        except (ValueError, RecursionError) as error:  # json raises RecursionError for a long "[[[[[..."
             await client.send(encode(error=str(error)))
         else:
             await client.send(encode(total=total))
 
 
 def on_error(client: trio_udp.Client, error: Exception) -> None:
-    trio_udp.log_error(client, error)  # what the server does by itself: at most 10 tracebacks a second
+    trio_udp.log_error(client, error)  # the default of on_error: at most 10 tracebacks a second
     failures[type(error).__name__] += 1
-    # Not an async function, so it cannot wait until there is room to send. An answer may be lost on the way anyhow.
+    # on_error is not async, so it cannot wait for room in the send buffer. An answer may get lost on the way anyhow.
     with suppress(trio.WouldBlock, trio.ClosedResourceError):
         client.send_nowait(encode(error="internal"))
 

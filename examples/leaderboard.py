@@ -1,7 +1,7 @@
 """Share state between servers on many machines: the best scores of all players, in Redis.
 
-Any server may get any datagram, and a player's address may change, so the state is keyed by who the player is. The
-first score of a name sets its secret. (Nothing is encrypted here.) To send a score again changes nothing: so a player
+Any server may get any datagram, and a player's address may change. So the key of the state is the player's name. The
+first score for a name sets its secret. (Nothing is encrypted here.) Sending a score twice changes nothing, so a player
 who gets no answer just sends it again.
 
     redis-server --port 6379
@@ -25,11 +25,12 @@ from coredis.retry import NoRetryPolicy
 
 import trio_udp
 
-# Seconds for each step: to connect, and to get an answer. The client's own limits, rather than trio.fail_after around
-# the calls: in coredis 6.9 a task that is cancelled while it connects takes a place of the pool with it.
+# Seconds to connect, and seconds to get an answer. Use coredis's own limits, not trio.fail_after around the calls: in
+# coredis 6.9 a task that is cancelled while it connects never gives its place in the pool back.
 LIMIT = 1.0
 
-# Redis runs it at once or not at all, and not beside another server's: one step, so one time limit.
+# Redis runs a script in one step, and no other server's script at the same time. So there is one time limit for all of
+# it.
 SCORE = """
 local known = redis.call('HGET', KEYS[1], ARGV[1])
 if known and known ~= ARGV[2] then return {} end
@@ -87,15 +88,15 @@ def is_points(text: bytes) -> bool:
 
 @asynccontextmanager
 async def leaderboard() -> AsyncIterator[trio_udp.Handler]:
-    """Open the handler of a server. Redis may come and go, before and after."""
-    logging.getLogger("coredis").setLevel(logging.CRITICAL)  # it logs a traceback for each failed connection
+    """Yield the handler of a server. Redis may start and stop at any time, also before the server starts."""
+    logging.getLogger("coredis").setLevel(logging.CRITICAL)  # otherwise a traceback for each failed connection
     url = os.environ.get("REDIS", "redis://127.0.0.1:6379")
     async with coredis.Redis.from_url(
         url,
         decode_responses=True,
         connect_timeout=LIMIT,
         stream_timeout=LIMIT,
-        max_idle_time=10,  # a connection on which nothing comes for so long is closed: its Redis may be gone
+        max_idle_time=10,  # seconds after which a silent connection is closed, because its Redis may be gone
         retry_policy=NoRetryPolicy(),  # the player sends again
     ) as redis:
         yield trio_udp.request_handler(Leaderboard(redis).answer)

@@ -1,14 +1,14 @@
-"""Send what one says to all: a lobby that people join late and leave by falling silent.
+"""A lobby: it sends each line to all its members. Members may join late, and leave by falling silent.
 
-``server.send_to_all`` sends one payload to many clients in few system calls. A task beside the server tells everyone
-every few seconds who is there.
+``server.send_to_all`` sends one payload to many clients with few system calls. A task beside the server sends a list of
+the members every few seconds.
 
     python examples/lobby.py        (or: trio-udp --max-clients 100 --factory examples/lobby.py:lobby)
-    nc -u 127.0.0.1 9999        (in two or three terminals: your first line is your name, an empty one says that you
-                                 are still there, "quit" leaves)
+    nc -u 127.0.0.1 9999        (in two or three terminals: the first line is your name, an empty line keeps you in
+                                 the lobby, "quit" leaves)
 
-A datagram makes the lobby send many, and its source may be forged. On the internet, let people in only once they have
-sent back a token, and call ``client.validate()`` then; see docs/guarantees.md.
+One datagram makes the lobby send many, and its source may be forged. On the internet, admit a client only after it has
+sent back a token, and then call ``client.validate()``: see examples/chat_room.py.
 """
 
 import logging
@@ -23,12 +23,12 @@ import trio
 
 import trio_udp
 
-IDLE_TIME = float(os.environ.get("IDLE_TIME", "60"))  # seconds of silence until one leaves
-EVERY = float(os.environ.get("EVERY", "10"))  # seconds between lists of who is there
+IDLE_TIME = float(os.environ.get("IDLE_TIME", "60"))  # seconds of silence after which a member leaves
+EVERY = float(os.environ.get("EVERY", "10"))  # seconds between lists of the members
 
 
 class Lobby:
-    """Who is there, and the last lines, for those who come late."""
+    """The members, and the last lines, which late joiners get."""
 
     def __init__(self) -> None:
         self.names: dict[trio_udp.Client, bytes] = {}
@@ -48,7 +48,7 @@ class Lobby:
             async for payload in client:
                 match payload.strip():
                     case b"":
-                        pass  # still there
+                        pass  # only keeps the member alive
                     case b"quit":
                         client.close()
                         break
@@ -64,13 +64,13 @@ class Lobby:
     async def tell_who_is_here(self) -> None:
         while True:
             await trio.sleep(EVERY)
-            for server in {client.server for client in self.names}:  # one, or none while nobody is there
+            for server in {client.server for client in self.names}:  # one, or none if the lobby is empty
                 await server.send_to_all(b"here: %b\n" % b", ".join(self.names.values()), self.names)
 
 
 @asynccontextmanager
 async def lobby() -> AsyncIterator[trio_udp.Handler]:
-    """Give the handler, and run a task beside the server."""
+    """Yield the handler, and run a task beside the server."""
     here = Lobby()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(here.tell_who_is_here)

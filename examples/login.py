@@ -1,9 +1,9 @@
 """Receive several times in one handler: a login with a time limit, then a session until "quit".
 
-A conversation that has steps is written down in steps; between them, its state is in local variables.
+A conversation with steps is a function with steps. Its state is in local variables.
 
     python examples/login.py    (or: trio-udp --drain 40 examples/login.py:handler)
-    nc -u 127.0.0.1 9999        (in another terminal: anything begins; the user is "ada", the password "lovelace")
+    nc -u 127.0.0.1 9999        (in another terminal: any line starts; the user is "ada", the password "lovelace")
 """
 
 import hmac
@@ -17,11 +17,11 @@ import trio
 
 import trio_udp
 
-# Seconds for the answer to each question, and of silence after the login.
+# The time to answer each question, and the longest silence after the login, in seconds.
 ANSWER_TIME = float(os.environ.get("ANSWER_TIME", "20"))
 IDLE_TIME = float(os.environ.get("IDLE_TIME", "600"))
 
-PASSWORDS = {b"ada": b"lovelace"}  # for show: keep salted hashes, and send no password over plain UDP
+PASSWORDS = {b"ada": b"lovelace"}  # only for this example: store salted hashes, and send no password over plain UDP
 
 
 async def ask(client: trio_udp.Client, question: bytes) -> bytes:
@@ -32,12 +32,12 @@ async def ask(client: trio_udp.Client, question: bytes) -> bytes:
 
 async def log_in(client: trio_udp.Client) -> bytes | None:
     """Return the name of the user, or None after three wrong passwords."""
-    await client.receive()  # the datagram that began the conversation answers no question
+    await client.receive()  # the first datagram starts the conversation and answers no question
     complaint = b""
     for _ in range(3):
         user = await ask(client, complaint + b"user name? ")
         password = await ask(client, b"password? ")
-        # Compare in any case: how long it takes must not tell whether there is such a user.
+        # Always compare, so that the time it takes does not tell whether the user exists.
         is_right = hmac.compare_digest(password, PASSWORDS.get(user, b""))
         if is_right and user in PASSWORDS:
             return user
@@ -47,7 +47,7 @@ async def log_in(client: trio_udp.Client) -> bytes | None:
 
 async def handler(client: trio_udp.Client) -> None:
     try:
-        with client.transaction():  # a login that has begun may end, even while the server stops
+        with client.transaction():  # a stopping server lets a login finish
             user = await log_in(client)
     except trio.TooSlowError:
         return await client.send(b"goodbye: that took too long\n")
@@ -66,5 +66,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     port = int(sys.argv[1]) if sys.argv[1:] else 9999
     stop_signals = {signal.SIGINT, signal.SIGTERM}
-    # The drain is long enough for a login: a user name and a password.
+    # The drain is long enough for one user name and one password.
     trio.run(partial(trio_udp.serve, handler, port, drain_timeout=2 * ANSWER_TIME, stop_signals=stop_signals))

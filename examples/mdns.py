@@ -1,7 +1,8 @@
 """Publish a name and a service of this machine by multicast DNS (RFC 6762, RFC 6763), with python-zeroconf's codec.
 
-Questions to the group are answered on the interface that they came in on, with our address there: to the group, or to
-the peer alone if it asks for that. It does not probe for the name, announce it, or leave out answers that are known.
+The answer to a question leaves on the interface on which the question arrived, with our address on that interface. It
+goes to the group, or only to the peer if the peer asks for that. Left out: probing for the name, announcements, and
+known-answer suppression.
 
     pip install zeroconf; python examples/mdns.py demo _http._tcp 8080
     avahi-resolve -n demo.local        avahi-browse --resolve _http._tcp        (on this or another machine)
@@ -23,12 +24,12 @@ ANSWER = 0x8400  # flags: a response, authoritative
 
 
 def share(sock: socket.socket) -> None:
-    """Let other programs of this machine have the port too."""
+    """Share the port with other programs on this machine."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
 
 def own_address(datagram: trio_udp.Datagram) -> str:
-    """Return our own address for the peer. Over IPv6 a group's datagrams do not tell it; the routes do."""
+    """Return our address for the peer. For a datagram to an IPv6 group, only the routing table knows it."""
     if ":" not in datagram.peer_address[0]:
         return datagram.local_address[0]
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
@@ -41,7 +42,7 @@ class Responder:
         self.name, self.type, self.port = name, f"{service}.local.", port
 
     def answer(self, datagram: trio_udp.Datagram) -> bytes | None:
-        """Answer one question of any peer. What is returned goes to the peer alone."""
+        """Answer one query. The return value goes only to the peer."""
         query = DNSIncoming(datagram.payload)
         if not query.valid or not query.is_query():
             return None
@@ -53,7 +54,7 @@ class Responder:
         answers = [record for record in records if any(question.answered_by(record) for question in query.questions)]
         if not answers:
             return None
-        knows_multicast = datagram.peer_address[1] == PORT  # others want a usual answer: with the question and number
+        knows_multicast = datagram.peer_address[1] == PORT  # other peers expect unicast DNS: with question and ID
         reply = DNSOutgoing(ANSWER, multicast=knows_multicast, id_=query.id)
         for question in () if knows_multicast else query.questions:
             reply.add_question(question)
@@ -65,13 +66,13 @@ class Responder:
         payload = reply.packets()[0]
         if not knows_multicast or all(question.unicast for question in query.questions):
             return payload
-        with suppress(OSError, trio.WouldBlock):  # the interface is gone, or the send buffer full: it will ask again
+        with suppress(OSError, trio.WouldBlock):  # no such interface, or a full send buffer: the peer asks again
             send_to_group(payload, datagram)
         return None
 
 
 def send_to_group(payload: bytes, datagram: trio_udp.Datagram) -> None:
-    """Send to the group on the interface that a datagram came in on."""
+    """Send to the group, on the interface on which a datagram arrived."""
     if ":" in datagram.peer_address[0]:
         datagram.endpoint.send_to_nowait(payload, (GROUP_IPV6, PORT, 0, datagram.interface or 0))
     else:
@@ -83,7 +84,7 @@ async def main(name: str, service: str, port: int) -> None:
     for endpoint in endpoints:
         endpoint.multicast_hops = 255
         for _, interface in socket.if_nameindex():
-            with suppress(OSError):  # it does not have this family
+            with suppress(OSError):  # the interface does not have this family
                 endpoint.join_group(GROUP if len(endpoint.local_address) == 2 else GROUP_IPV6, interface=interface)
         print("listening on {}:{}".format(*endpoint.local_address), flush=True)
     handler = trio_udp.datagram_handler(Responder(name, service, port).answer)
@@ -92,8 +93,8 @@ async def main(name: str, service: str, port: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("name", help="of this machine, before .local")
-    parser.add_argument("service", help="such as _http._tcp")
-    parser.add_argument("port", type=int, help="of the service")
+    parser.add_argument("name", help="name of this machine, without .local")
+    parser.add_argument("service", help="type of the service, such as _http._tcp")
+    parser.add_argument("port", type=int, help="port of the service")
     arguments = parser.parse_args()
     trio.run(main, arguments.name, arguments.service, arguments.port)

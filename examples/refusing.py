@@ -1,11 +1,11 @@
-"""Turn datagrams away: strangers' before anything is kept of them, known clients' in the handler.
+"""Refuse datagrams: those of strangers in ``accept``, those of clients in the handler.
 
-``accept`` is asked about strangers only. What is no request at all gets no answer: it would go to the address that the
-sender claims to have, and an answer that is answered again goes on for ever (CVE-2024-2169). A request from a network
-that is not allowed is answered, and still nothing is kept of it. The counters are printed when the server stops.
+The server calls ``accept`` for strangers only. A datagram that is not a request gets no answer: the source may be
+forged, and an answer that is answered in turn could go on for ever (CVE-2024-2169). A request from a network that is
+not allowed gets an answer, but the server keeps nothing. The server prints its counters when it stops.
 
     ALLOW="127.0.0.0/8 192.168.0.0/16" python examples/refusing.py
-    trio-udp --accept examples/refusing.py:gate.accept examples/refusing.py:handler     (or so)
+    trio-udp --accept examples/refusing.py:gate.accept examples/refusing.py:handler     (the same)
     nc -u 127.0.0.1 9999        (in another terminal: type "EX1 hello", then "hello" twice)
 """
 
@@ -26,25 +26,25 @@ MAGIC = b"EX1 "
 
 @dataclass
 class Gate:
-    """What decides is also what counts: an object whose methods the server calls."""
+    """Decides which datagrams to serve, and counts those that the handler refuses."""
 
     networks: list[IPv4Network | IPv6Network]
     turned_out: int = 0
 
     def accept(self, datagram: trio_udp.Datagram) -> bool | bytes:
-        if not datagram.payload.startswith(MAGIC):  # the cheaper question first
+        if not datagram.payload.startswith(MAGIC):  # the cheaper check first
             return False
         peer = ip_address(datagram.peer_address[0])
         if any(peer in network for network in self.networks):
             return True
-        return b"not here\n"  # begins otherwise than a request; at most 3 times as long as the datagram is sent
+        return b"not here\n"  # does not start like a request; sent if at most 3 times as long as the datagram
 
     async def handler(self, client: trio_udp.Client) -> None:
         async for payload in client:
             if not payload.startswith(MAGIC):
                 self.turned_out += 1
                 await client.send(b"refused\n")
-                client.close()  # drops what else it has sent; its next datagram is a stranger's, up to accept again
+                client.close()  # drops its waiting datagrams; its next one is a stranger's, and goes to accept again
                 return
             await client.send(payload.removeprefix(MAGIC))
 

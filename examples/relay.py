@@ -1,13 +1,14 @@
-"""A relay: carries the datagrams of each client to a server and back, as a NAT or a load balancer does.
+"""A relay forwards the datagrams of each client to a server, and the answers back, as a NAT or a load balancer does.
 
-Each client has a task and a connection to the server, so that answers find their way. Traffic in either direction keeps
-them alive: the client's own silence ends nothing (``idle_timeout = inf``), instead both ways move one deadline.
+Each client has a task and its own connection to the server, so that each answer goes to the right client. Traffic in
+either direction keeps both alive: the client has no idle timeout (``idle_timeout = inf``), and traffic in both
+directions extends one deadline.
 
     python examples/dns_server.py examples/example.zone                 (listens on port 5353)
     python examples/relay.py --to 127.0.0.1 5353 9999                   (or: trio-udp examples/relay.py:to_dns)
     dig @127.0.0.1 -p 9999 www.example.com
 
-A client costs a socket: let the limit of open files (ulimit -n) be higher than --most.
+Each client takes a socket: set the limit of open files (ulimit -n) higher than --most.
 """
 
 import argparse
@@ -21,11 +22,11 @@ import trio
 
 import trio_udp
 
-LAST_ANSWERS = 1.0  # seconds that the server has for them, once a client's own datagrams end because the relay stops
+LAST_ANSWERS = 1.0  # seconds in which the server may still answer when the relay stops
 
 
 async def relay(connect: Callable[[], Awaitable[trio_udp.Connection]], silence: float, client: trio_udp.Client) -> None:
-    """Carry datagrams both ways, until for ``silence`` seconds there were none."""
+    """Forward datagrams in both directions, until there have been none for ``silence`` seconds."""
     client.idle_timeout = math.inf
     async with await connect() as server, trio.open_nursery() as nursery:
         alive = nursery.cancel_scope
@@ -36,21 +37,21 @@ async def relay(connect: Callable[[], Awaitable[trio_udp.Connection]], silence: 
                 try:
                     payload = await server.receive()
                 except ConnectionRefusedError:
-                    continue  # nobody listens there now: that is the client's to find out, as without a relay
+                    continue  # nothing listens there now; the client gets no answer, as without a relay
                 if client.ended is None:
                     alive.deadline = trio.current_time() + silence
-                with suppress(OSError):  # longer than the client's version of IP allows
+                with suppress(OSError):  # the payload is longer than the client's version of IP allows
                     await client.send(payload)
 
         nursery.start_soon(back)
         async for payload in client:
             alive.deadline = trio.current_time() + silence
-            with suppress(OSError):  # refused, too long, no route: it is lost, as on any network
+            with suppress(OSError):  # refused, too long, no route: the datagram is lost, as on any network
                 await server.send(payload)
         alive.deadline = trio.current_time() + LAST_ANSWERS
 
 
-# By default a connection asks for 4 MiB of kernel memory, which is much for one client.
+# The default receive buffer of a connection is 4 MiB, which is a lot for one client.
 connect_to = partial(trio_udp.connect, receive_buffer=262_144)
 to_dns = partial(relay, partial(connect_to, "127.0.0.1", 5353), 60.0)
 
@@ -77,8 +78,8 @@ if __name__ == "__main__":
     parser.add_argument("port", nargs="?", type=int, default=9999)
     parser.add_argument("--host", help="name or address to bind; all interfaces by default")
     parser.add_argument("--to", nargs=2, default=["127.0.0.1", "5353"], metavar=("HOST", "PORT"), help="the server")
-    parser.add_argument("--silence", type=float, default=60.0, metavar="SECONDS", help="in both directions")
-    parser.add_argument("--most", type=int, default=500, metavar="CLIENTS", help="at once")
+    parser.add_argument("--silence", type=float, default=60.0, metavar="SECONDS", help="after which a client ends")
+    parser.add_argument("--most", type=int, default=500, metavar="CLIENTS", help="at a time")
     arguments = parser.parse_args()
     to = arguments.to[0], int(arguments.to[1])
     trio.run(main, arguments.host, arguments.port, to, arguments.silence, arguments.most)

@@ -1,10 +1,10 @@
 """Share a resource between all handlers: open it before serving, close it when the last handler is done.
 
-Every datagram is stored as a note in an SQLite database, and its number is the answer. A signal stops the server;
-the notes that have arrived by then are still stored and answered, and only then the database is closed.
+The server stores every datagram as a note in an SQLite database, and answers with the number of the note. A signal
+stops the server. It still stores and answers the notes that have arrived by then, and then closes the database.
 
     DATABASE=notes.db python examples/service.py
-    DATABASE=notes.db trio-udp --workers 2 --factory examples/service.py:service    (or so: each worker opens it)
+    DATABASE=notes.db trio-udp --workers 2 --factory examples/service.py:service    (each worker opens the database)
     nc -u 127.0.0.1 9999        (in another terminal: type a line)
 """
 
@@ -23,16 +23,16 @@ import trio_udp
 
 
 class Notes:
-    """An open database, for any number of tasks."""
+    """An open database that any number of tasks may use."""
 
     def __init__(self, path: str) -> None:
-        # The connection is used in many threads, but thanks to the limiter never in two at once.
+        # Many threads use the connection, but the limiter allows only one at a time.
         self.connection = sqlite3.connect(path, check_same_thread=False)
         self._limiter = trio.CapacityLimiter(1)
         self.connection.execute("CREATE TABLE IF NOT EXISTS notes (number INTEGER PRIMARY KEY, note BLOB)")
 
     async def add(self, note: bytes) -> int | None:
-        # A cancelled task waits for its thread, as it cannot abandon it: nothing uses a connection that is closed.
+        # A cancelled task waits for its thread (abandon_on_cancel is off), so no thread uses a closed connection.
         return await trio.to_thread.run_sync(self._add, note, limiter=self._limiter)
 
     def _add(self, note: bytes) -> int | None:
@@ -46,7 +46,7 @@ async def open_notes(path: str) -> AsyncIterator[Notes]:
     try:
         yield notes
     finally:
-        with trio.CancelScope(shield=True):  # a program that is cancelled closes its database too
+        with trio.CancelScope(shield=True):  # close the database also when the program is cancelled
             await trio.to_thread.run_sync(notes.connection.close)
         print("database closed")
 
@@ -59,7 +59,7 @@ async def handler(notes: Notes, client: trio_udp.Client) -> None:
 
 @asynccontextmanager
 async def service() -> AsyncIterator[trio_udp.Handler]:
-    """Give the handler. The database is open until the last handler is done."""
+    """Yield the handler. The database is open until the last handler is done."""
     async with open_notes(os.environ.get("DATABASE", ":memory:")) as notes:
         yield partial(handler, notes)
 

@@ -1,12 +1,12 @@
 """Do slow work without making other clients wait.
 
-Blocking calls go to a thread, long computations to a worker process. One client's answers come in the order of its
-requests; those of different clients as soon as each is ready. (With ``concurrency=``, ``request_handler`` answers one
-client's requests in that way too.) Needs ``trio-parallel``.
+A blocking call runs in a thread, and a long computation in a worker process. One client gets its answers in the order
+of its requests. Different clients get theirs as soon as each is ready. (With ``concurrency=``, one client gets its
+answers as soon as each is ready, too.) Needs ``trio-parallel``.
 
     TIMEOUT=10 python examples/slow_work.py     (or: trio-udp --drain 10 examples/slow_work.py:handler)
-    nc -u 127.0.0.1 9999        (in two more terminals: type "sleep 3" in one and "ping" in the other,
-                                 or "prime 1000003"; what takes longer than TIMEOUT seconds gets no answer)
+    nc -u 127.0.0.1 9999        (in two more terminals: type "sleep 3" in one and "ping" in the other, or
+                                 "prime 1000003"; a request that takes longer than TIMEOUT seconds gets no answer)
 """
 
 import logging
@@ -24,13 +24,13 @@ import trio_udp
 
 TIMEOUT = float(os.environ.get("TIMEOUT", "10"))  # seconds for each request
 
-# A thread cannot be stopped, only abandoned, and keeps its place here until it is done: however many requests time
-# out, no more than this many threads ever run. Worker processes are killed; by default there are as many as CPUs.
+# A thread cannot be stopped, only abandoned, and it counts here until it ends. So no more than this many threads ever
+# run, however many requests time out. Worker processes are killed; by default there is one for each CPU.
 THREADS = trio.CapacityLimiter(8)
 
 
 def is_prime(number: int) -> bool:
-    """Plain trial division: what a worker process, which imports this module, runs."""
+    """Check a number by trial division. A worker process imports this module and runs this function."""
     return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
 
 
@@ -51,7 +51,7 @@ async def work(payload: bytes, client: trio_udp.Client) -> bytes:
 
 handler = trio_udp.request_handler(work, timeout=TIMEOUT)
 
-# Worker processes import this module: without this line each of them would start a server.
+# Worker processes import this module. Without this line, each of them would start a server.
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     port = int(sys.argv[1]) if sys.argv[1:] else 9999

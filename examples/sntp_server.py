@@ -1,13 +1,13 @@
-"""An SNTP server (RFC 4330, RFC 5905): tells NTP clients the time of this machine's clock.
+"""An SNTP server (RFC 4330, RFC 5905): it tells NTP clients the time of this machine's clock.
 
-Each answer depends on one datagram only, so a ``datagram_handler`` is enough. An answer says when its request arrived,
-which is before the handler runs: ``configure`` asks Linux for a time stamp on each datagram, and the handler finds
-it in ``datagram.ancillary``.
+Each answer depends on one datagram only, so a ``datagram_handler`` is enough. An answer says when its request arrived.
+That is before the handler runs, so ``configure`` makes Linux add a time stamp to each datagram, and the handler reads
+it from ``datagram.ancillary``.
 
     python examples/sntp_server.py --host 127.0.0.1 11123
     chronyd -Q -t 5 'server 127.0.0.1 port 11123 iburst' 'pidfile /tmp/chronyd.pid'
 
-Only requests are answered, with something that is no request and no longer than one.
+The server answers only requests. An answer is not a request, and not longer than one.
 """
 
 import argparse
@@ -26,13 +26,13 @@ HEADER = struct.Struct("!BBbbII4sQ8sQQ")  # RFC 5905, 7.3
 SECONDS_TO_1970 = 2_208_988_800  # since 1900
 CLIENT, SERVER = 3, 4
 PRECISION = -20  # of our time stamps: 2**-20 seconds
-DISPERSION = 2**16 // 100  # of our clock, in seconds * 2**16: nobody has told how good it is
-LOCAL_CLOCK = bytes([127, 127, 1, 1])  # the reference of a server that has none but its own clock
+DISPERSION = 2**16 // 100  # of our clock, in seconds * 2**16: a guess, because its quality is unknown
+LOCAL_CLOCK = bytes([127, 127, 1, 1])  # the reference ID of a server with no reference but its own clock
 SO_TIMESTAMPNS = 35  # on Linux
 
 
 def to_ntp(nanoseconds: int) -> int:
-    """Turn a Unix time into a time stamp of NTP: seconds * 2**32, which begin again at 0 in 2036."""
+    """Convert a Unix time to an NTP time stamp: seconds * 2**32 since 1900, which start again at 0 in 2036."""
     return ((nanoseconds + SECONDS_TO_1970 * 10**9 << 32) // 10**9) % 2**64
 
 
@@ -53,7 +53,7 @@ def tell_time(stratum: int, datagram: trio_udp.Datagram) -> bytes | None:
     if mode != CLIENT or not 1 <= version <= 4:
         return None
     first, received = version << 3 | SERVER, to_ntp(arrived(datagram))
-    # Repeat the client's own time stamp: by it the client knows its answer, and a forger does not.
+    # Repeat the client's time stamp. The client recognizes its answer by it, and a forger does not know it.
     return HEADER.pack(
         first, stratum, min(poll, 17), PRECISION, 0, DISPERSION, LOCAL_CLOCK, received, sent, received,
         to_ntp(time.time_ns()),
@@ -86,7 +86,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("port", nargs="?", type=int, default=123)
     parser.add_argument("--host", help="name or address to bind; all interfaces by default")
-    help_stratum = "how far the clock is from a reference clock; 10 by default, so that clients prefer any other server"
+    help_stratum = "distance of this clock from a reference clock; by default 10, so that clients prefer other servers"
     parser.add_argument("--stratum", type=int, default=10, choices=range(1, 16), metavar="1..15", help=help_stratum)
     arguments = parser.parse_args()
     trio.run(main, arguments.host, arguments.port, arguments.stratum)

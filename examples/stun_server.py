@@ -1,14 +1,15 @@
 """A STUN server (RFC 8489) that also tells clients how their NAT behaves (RFC 5780).
 
-It answers a Binding request with the address that it came from. For RFC 5780 it needs a second address of this machine,
-and listens at two ports on both: a client may ask for an answer from the other address, the other port, or both, and
-learns whether its NAT lets that in. One ``datagram_handler`` serves all four endpoints; ``Server.send_to_nowait`` sends
-from any of them.
+It answers a Binding request with the source address of the request. For RFC 5780 it needs a second address of this
+machine, and listens at two ports of each address. A client may request an answer from the other address, the other
+port, or both, and so learns whether its NAT lets that answer in. One ``datagram_handler`` serves all four endpoints,
+and ``Server.send_to_nowait`` sends from any of them.
 
     python examples/stun_server.py --host 127.0.0.1 --other-host 127.0.0.2 3478
     turnutils_stunclient -f 127.0.0.1
 
-Answers are up to 6 times as long as requests, and addresses can be forged, so each network gets only so many.
+Answers are up to 6 times as long as requests, and addresses can be forged. So a rate limit bounds the answers to each
+network.
 """
 
 import argparse
@@ -23,23 +24,23 @@ import trio
 
 import trio_udp
 
-REQUEST, SUCCESS, ERROR = 0x0001, 0x0101, 0x0111  # of the only method: Binding
+REQUEST, SUCCESS, ERROR = 0x0001, 0x0101, 0x0111  # message types of the only method, Binding
 COOKIE = bytes.fromhex("2112A442")
 MAPPED_ADDRESS, CHANGE_REQUEST, ERROR_CODE, UNKNOWN_ATTRIBUTES = 0x0001, 0x0003, 0x0009, 0x000A
 XOR_MAPPED_ADDRESS, PADDING, RESPONSE_PORT, RESPONSE_ORIGIN, OTHER_ADDRESS = 0x0020, 0x0026, 0x0027, 0x802B, 0x802C
-CREDENTIALS = {0x0006, 0x0008, 0x0014, 0x0015, 0x001C, 0x001D, 0x001E}  # not asked for here, and not checked
+CREDENTIALS = {0x0006, 0x0008, 0x0014, 0x0015, 0x001C, 0x001D, 0x001E}  # not required here, and not checked
 CHANGE_HOST, CHANGE_PORT = 4, 2  # bits of CHANGE-REQUEST
 
 
 def read_request(payload: bytes) -> dict[int, bytes] | None:
-    """Return the attributes of a Binding request; ``None`` if the payload is anything else."""
+    """Return the attributes of a Binding request, or ``None`` if the payload is not one."""
     if len(payload) < 20 or unpack_from("!HH", payload) != (REQUEST, len(payload) - 20) or payload[4:8] != COOKIE:
         return None
     attributes: dict[int, bytes] = {}
     at = 20
     while at + 4 <= len(payload):
         kind, length = unpack_from("!HH", payload, at)
-        attributes.setdefault(kind, payload[at + 4 : at + 4 + length])  # of several, the first counts
+        attributes.setdefault(kind, payload[at + 4 : at + 4 + length])  # the first of several counts
         at += 4 + length + -length % 4
     sizes = {CHANGE_REQUEST: 4, RESPONSE_PORT: 4}
     well_formed = all(len(attributes.get(kind, bytes(size))) == size for kind, size in sizes.items())
@@ -51,7 +52,7 @@ def attribute(kind: int, value: bytes) -> bytes:
 
 
 def address(kind: int, host_and_port: tuple[str, int], mask: bytes = bytes(16)) -> bytes:
-    """Make an attribute of an address. XOR-MAPPED-ADDRESS has a mask, or NATs would rewrite the address in it."""
+    """Encode an address as an attribute. XOR-MAPPED-ADDRESS has a mask, so that no NAT rewrites the address in it."""
     host, port = ip_address(host_and_port[0]).packed, pack("!H", host_and_port[1])
     masked = (bytes(a ^ b for a, b in zip(part, mask, strict=False)) for part in (port, host))
     return attribute(kind, pack("!H", 1 if len(host) == 4 else 2) + b"".join(masked))
@@ -65,7 +66,7 @@ def handler(hosts: Mapping[str, str], ports: Mapping[int, int], datagram: trio_u
     """Answer a Binding request.
 
     Args:
-      hosts, ports: For each of our two hosts and ports the other one; empty if there is no other.
+      hosts, ports: Map each of our two hosts and ports to the other one. Empty if there is only one.
     """
     requested = read_request(datagram.payload)
     if requested is None:
@@ -90,19 +91,19 @@ def handler(hosts: Mapping[str, str], ports: Mapping[int, int], datagram: trio_u
     )
     told += address(RESPONSE_ORIGIN, origin) + address(OTHER_ADDRESS, (hosts[local_host], ports[local_port]))
     if PADDING in requested:
-        told += attribute(PADDING, bytes(len(requested[PADDING])))  # not our MTU: nobody gets more than was sent
+        told += attribute(PADDING, bytes(len(requested[PADDING])))  # as many bytes as the request, not our MTU
     answer = message(SUCCESS, transaction, told)
     if not change and RESPONSE_PORT not in requested:
         return answer
     (port,) = unpack_from("!H", requested.get(RESPONSE_PORT, pack("!H", peer[1])))
     assert datagram.server is not None
-    with suppress(OSError, ValueError, trio.WouldBlock):  # port 0, no route from there, a full send buffer: no answer
+    with suppress(OSError, ValueError, trio.WouldBlock):  # port 0, no route or a full send buffer: no answer
         datagram.server.send_to_nowait(answer, (peer[0], port, *peer[2:]), local_address=origin)
     return None
 
 
 async def open_all(host: str | None, other_host: str | None, port: int, other_port: int) -> list[trio_udp.Endpoint]:
-    """Open one endpoint, or two for each of both hosts."""
+    """Open one endpoint, or with a second host two for each host."""
     endpoints = await trio_udp.open_endpoints(port, host=host)
     if other_host is not None:
         port = endpoints[0].local_address[1]

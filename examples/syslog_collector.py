@@ -1,9 +1,9 @@
 """Collect syslog messages (RFC 5424 and RFC 3164, over UDP: RFC 5426) in an SQLite database, in arrival order.
 
-An endpoint without a server is read by one task, which may wait: for room in the queue, while the disk is slow. Then
-datagrams wait in the kernel, and those that find no room there are counted (``kernel_dropped``), so memory is bounded.
-A thread commits all that has arrived during its last commit. At SIGTERM, all that has reached the machine is stored
-before the collector ends.
+One task reads an endpoint without a server. While the disk is slow, the task waits for room in its queue, and datagrams
+wait in the kernel. If the kernel has no room either, it drops and counts them (``kernel_dropped``). So memory is
+bounded. Each commit, in a thread, stores all messages that have arrived during the commit before it. On SIGTERM the
+collector stores all messages that have reached the machine, and then ends.
 
     python examples/syslog_collector.py --file syslog.db 5514
     logger -d -n 127.0.0.1 -P 5514 --rfc5424 "hello"
@@ -25,12 +25,12 @@ import trio
 
 import trio_udp
 
-LONGEST = 8_192  # bytes of a message; RFC 5424 wants at least 2,048
-QUEUE = 20_000  # messages that wait for a commit; with LONGEST it bounds the memory, to 160 MB
-BATCH = 2_000  # most messages in a commit: SQLite takes 32,766 values in a statement
+LONGEST = 8_192  # bytes of a message; RFC 5424 requires at least 2,048
+QUEUE = 20_000  # messages that wait for a commit; together with LONGEST this bounds the memory to 160 MB
+BATCH = 2_000  # most messages in a commit: a statement of SQLite takes at most 32,766 values
 
-BUFFER = 2**25  # bytes of the kernel's memory for a burst: 80,000 short messages
-LOCKED = 60  # seconds that other programs may lock the database
+BUFFER = 2**25  # bytes of receive buffer in the kernel: enough for a burst of 80,000 short messages
+LOCKED = 60  # seconds to wait while another program locks the database
 
 SCHEMA = """
 create table if not exists messages (
@@ -39,7 +39,7 @@ create table if not exists messages (
     source text not null,    -- IP address
     facility integer not null,
     severity integer not null,
-    time text,               -- as it was sent, like all that follows
+    time text,               -- as sent, like all columns below
     host text,
     app text,
     process text,
@@ -50,8 +50,8 @@ create table if not exists messages (
 """
 Row = tuple[float | int | str | None, ...]
 
-# The groups of both are priority, time, host, app, process, type, data and message. Many senders of the old format put
-# the time of the new one in it.
+# Both have the groups priority, time, host, app, process, type, data and message. Many senders of the old format use
+# the time format of the new one.
 RFC_5424 = re.compile(
     rb"<(\d{1,3})>1 (\S+) (\S+) (\S+) (\S+) (\S+) (-|(?:\[(?:[^]\\]|\\.)*\])+)(?: (?:\xef\xbb\xbf)?(.*))?", re.DOTALL
 )
@@ -63,7 +63,7 @@ RFC_3164 = re.compile(
 
 
 def parse(payload: bytes) -> Row:
-    """Return facility, severity and the other fields. What is no syslog message comes from a user, as RFC 3164 says."""
+    """Return facility, severity and the other fields. Any other payload is a user's notice (RFC 3164, 4.3.3)."""
     payload = payload.rstrip(b"\r\n\0")
     found = RFC_5424.fullmatch(payload) or RFC_3164.fullmatch(payload)
     if found is None or int(found[1]) > 191:
@@ -74,14 +74,14 @@ def parse(payload: bytes) -> Row:
 
 
 def store(database: sqlite3.Connection, rows: list[Row]) -> None:
-    """Commit rows. One statement inserts them all: it needs Python's global lock once, and not for each row."""
+    """Commit rows. One statement inserts all rows, so it needs Python's global lock only once."""
     places = ", ".join(["(null, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * len(rows))
     with database:
         database.execute(f"insert into messages values {places}", list(chain.from_iterable(rows)))
 
 
 async def write(database: sqlite3.Connection, queue: trio.MemoryReceiveChannel[Row]) -> int:
-    """Store what is in the queue until it is closed; return how many messages there were."""
+    """Store all messages from the queue until it is closed; return their number."""
     stored = 0
     async for row in queue:
         batch = [row]
@@ -98,7 +98,7 @@ async def put(queue: trio.MemorySendChannel[Row], datagram: trio_udp.Datagram) -
     try:
         queue.send_nowait(row)
     except trio.WouldBlock:
-        with trio.CancelScope(shield=True):  # the message is in nobody's hands but ours
+        with trio.CancelScope(shield=True):  # the kernel no longer has the message, so do not drop it
             await queue.send(row)
 
 
@@ -108,21 +108,21 @@ async def read(endpoint: trio_udp.Endpoint, queue: trio.MemorySendChannel[Row]) 
 
 
 async def catch_up(endpoint: trio_udp.Endpoint, queue: trio.MemorySendChannel[Row]) -> None:
-    """Read what has arrived by now: no more than the kernel can hold, or a flood would keep us here."""
+    """Read all datagrams that have arrived, but no more than the kernel can hold, so that a flood cannot go on here."""
     with suppress(trio.WouldBlock):
         for _ in range(endpoint.statistics().receive_buffer // 512 + 64):
             await put(queue, endpoint.receive_nowait())
 
 
 def enlarge(sock: socket.socket) -> None:
-    """Ask for a larger receive buffer than the system allows (net.core.rmem_max): on Linux, root may have that."""
+    """Request a larger receive buffer than net.core.rmem_max allows. On Linux, only root gets it."""
     with suppress(OSError):
         if sys.platform == "linux":
             sock.setsockopt(socket.SOL_SOCKET, 33, BUFFER)  # SO_RCVBUFFORCE
 
 
 async def collect(endpoints: list[trio_udp.Endpoint], database: sqlite3.Connection) -> int:
-    """Collect messages until SIGINT or SIGTERM; return how many have been stored."""
+    """Collect messages until SIGINT or SIGTERM; return the number of stored messages."""
     stored = 0
     inlet, outlet = trio.open_memory_channel[Row](QUEUE)
 
@@ -150,8 +150,8 @@ async def main(host: str | None, port: int, path: str) -> None:
     with ExitStack() as stack:
         connect = partial(sqlite3.connect, path, timeout=LOCKED, check_same_thread=False)
         database = stack.enter_context(closing(await trio.to_thread.run_sync(connect)))
-        database.execute("pragma journal_mode = wal")  # others may read meanwhile
-        database.execute("pragma synchronous = full")  # what is stored outlives a power cut
+        database.execute("pragma journal_mode = wal")  # other programs can read meanwhile
+        database.execute("pragma synchronous = full")  # stored messages survive a power cut
         database.execute(SCHEMA)
         endpoints = await trio_udp.open_endpoints(port, host=host, max_datagram_size=LONGEST, configure=enlarge)
         for endpoint in endpoints:

@@ -1,8 +1,8 @@
-"""A syslog server on a Unix-domain socket: one line for each message, with the process that sent it.
+"""A syslog server on a Unix-domain socket: it prints a line for each message, with the process that sent it.
 
-The kernel vouches for the sender, whatever the message says: a message of root's is told from one that only claims so.
-Programs that log never wait for an answer, and most have no name to be answered at. So this is a ``datagram_handler``:
-it sees the messages of all processes in the order of their arrival.
+The kernel says which process sent a message, so no process can pose as root. Programs that log never wait for an
+answer, and most have no name to which an answer could go. So this is a ``datagram_handler``: it sees the messages of
+all processes in arrival order.
 
     python examples/syslog_unix.py syslog.sock
     logger -u syslog.sock -p daemon.warning "disk is nearly full"        (in another terminal)
@@ -35,7 +35,7 @@ def parse(message: bytes) -> tuple[str, str]:
         message = message[match.end() :]
     else:
         number = DEFAULT_PRIORITY
-    # Some senders end a message with a line feed or a zero byte. Inside, it could forge another line.
+    # Some senders end a message with a line feed or a zero byte. A line feed inside could forge another line.
     text = message.rstrip(b"\n\0").decode(errors="backslashreplace")
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return f"{FACILITIES[number // 8]}.{SEVERITIES[number % 8]}", text
@@ -65,7 +65,7 @@ if __name__ == "__main__":
         type=partial(int, base=8),
         default=0o666,
         metavar="OCTAL",
-        help="permissions of the file: who can write to it can log (default: 666)",
+        help="permissions of the file; a process that may write to it can log (default: 666)",
     )
     arguments = parser.parse_args()
     trio.run(main, arguments.path, arguments.mode)

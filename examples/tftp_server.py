@@ -1,15 +1,15 @@
 """A TFTP server (RFC 1350, with the options of RFC 2347, 2348, 2349 and 7440) for the files below one directory.
 
-A client is the address and port of one transfer, so the handler runs once for each, even if the request is repeated. It
-answers from a port of its own, as TFTP wants it: ``connect``, from the address that the request was sent to, gives a
-:class:`trio_udp.Connection`, which receives from this client only. For others, the kernel says, that port is closed.
+A client is the address and port of one transfer, so the handler runs once for each transfer, even if the request is
+repeated. TFTP requires that it answers from a new port. ``connect``, from the address to which the request was sent,
+returns a :class:`trio_udp.Connection`, which receives from this client only. To others the port looks closed.
 
     python examples/tftp_server.py --root /srv/tftp --write 6969
     curl -T big.iso tftp://127.0.0.1:6969/
     curl tftp://127.0.0.1:6969/big.iso -o copy.iso
 
-TFTP knows no users: anyone may read every file below the directory. With --write anyone may add files; none is ever
-replaced, and none is there before it is complete. Disks are read and written in threads.
+TFTP has no users: anyone may read every file below the directory. With --write, anyone may add files. No file is ever
+replaced, and a file appears only when it is complete. Threads read and write the disk.
 """
 
 import argparse
@@ -32,23 +32,23 @@ import trio
 import trio_udp
 
 READ, WRITE, DATA, ACK, ERROR, OPTIONS = range(1, 7)
-UNDEFINED, NOT_FOUND, NOT_ALLOWED, DISK_FULL, ILLEGAL, _, EXISTS = range(7)  # what an ERROR says
+UNDEFINED, NOT_FOUND, NOT_ALLOWED, DISK_FULL, ILLEGAL, _, EXISTS = range(7)  # codes of an ERROR
 
-FIRST_WAIT = 1.0  # seconds for an answer, before any has been measured
+FIRST_WAIT = 1.0  # seconds to wait for an answer, before the first round trip is measured
 LEAST_WAIT = 0.02
-MOST_WAIT = 8.0  # some clients repeat nothing until they have heard nothing for 5 seconds, not even what they ignore
+MOST_WAIT = 8.0  # some clients only repeat a packet after 5 seconds without any packet, even one that they ignore
 ATTEMPTS = 12  # the last one about half a minute after the first
-ATTEMPTS_AT_FIRST = 5  # while the client has shown nothing but a request, whose address may be forged
-LINGER = 6.0  # seconds after the last ACK, in which the client may ask for it again
-DRAIN = 30.0  # seconds for transfers to finish once the server is stopped
-CHUNK = 262_144  # bytes to read and write at once
-WINDOW = 1_048_576  # most bytes on the way to one client
+ATTEMPTS_AT_FIRST = 5  # while there is only a request, whose address may be forged
+LINGER = 6.0  # seconds after the last ACK in which the client may need it again
+DRAIN = 30.0  # seconds for transfers to finish when the server stops
+CHUNK = 262_144  # bytes to read and write at a time
+WINDOW = 1_048_576  # most bytes in transit to one client
 
 T = TypeVar("T")
 
 
 class Refusal(Exception):
-    """Ends a transfer; the client is told why."""
+    """Ends a transfer, and sends the reason to the client."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
@@ -81,7 +81,7 @@ class Request:
         return cls(payload[1], name, mode.lower() == b"netascii", {key.lower(): value for key, value in pairs})
 
     def number(self, option: bytes, least: int, most: int | None = None) -> int | None:
-        """Return the value of an option; ``None``, which means to ignore it, if there is no sensible one."""
+        """Return the value of an option, or ``None`` to ignore a missing or invalid one."""
         value = self.options.get(option, b"")
         if not value.isdigit() or len(value) > 18 or int(value) < least or (most is not None and int(value) > most):
             return None
@@ -90,7 +90,7 @@ class Request:
 
 @attrs.frozen
 class Terms:
-    """What a transfer has been agreed on; ``accepted`` are the options to confirm."""
+    """The parameters of a transfer. ``accepted`` are the options to confirm."""
 
     block: int
     window: int
@@ -122,24 +122,24 @@ class Terms:
 class Transfer:
     """The conversation with one client about one file.
 
-    Duplicates are ignored, and packets are repeated after a time only: if each side answered each duplicate with one of
-    its own, all the rest would be sent twice (the Sorcerer's Apprentice Syndrome).
+    Ignore duplicates, and repeat packets only after a timeout. If each side answered each duplicate with another one,
+    the rest of the file would be sent twice (the Sorcerer's Apprentice Syndrome).
     """
 
     connection: trio_udp.Connection
     terms: Terms
     netascii: bool = False
-    size: int = 0  # bytes so far, as they are on the way
+    size: int = 0  # bytes so far, as sent on the network
     _confirmed: int = 0  # blocks
     _arrived: list[bytes] = attrs.field(factory=list)  # blocks after those
     _linger: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     _round_trip: float | None = None
 
     async def send(self, read: Callable[[int], Awaitable[bytes]]) -> None:
-        """Send a file: a window of blocks at a time, beginning with the first that has not arrived (RFC 7440)."""
+        """Send a file: one window of blocks at a time, which starts with the first unconfirmed block (RFC 7440)."""
         if (confirmation := self.terms.confirmation()) is not None:
             await self._exchange(lambda: [confirmation], lambda kind, number, _: (kind, number) == (ACK, 0) or None)
-        window: deque[bytes] = deque()  # the blocks after those that have been confirmed
+        window: deque[bytes] = deque()  # the blocks after the confirmed ones
 
         def count_arrived(kind: int, number: int, _: bytes) -> int | None:
             arrived = (number - self._confirmed) % 65_536
@@ -159,7 +159,7 @@ class Transfer:
                     window.popleft()
 
     async def receive(self, write: Callable[[bytearray], Awaitable[object]], most: int) -> None:
-        """Receive a file of at most so many bytes. The last block is still to be confirmed, by :meth:`confirm`."""
+        """Receive a file of at most ``most`` bytes. Then :meth:`confirm` must confirm the last block."""
         await self._begin()
         is_last, unwritten = False, bytearray()
         while not is_last:
@@ -177,18 +177,18 @@ class Transfer:
                 unwritten = bytearray(rest)
 
     async def confirm(self) -> None:
-        """Say that all has arrived; and go on saying so, for as long as the client may ask again."""
+        """Confirm the last block, and again each time that the client repeats the block, for ``LINGER`` seconds."""
         await self.connection.send_many(self._confirmation())
-        with self._linger as linger, suppress(ConnectionRefusedError):  # usually, the client has closed its port
+        with self._linger as linger, suppress(ConnectionRefusedError):  # usually the client has closed its port
             linger.deadline = trio.current_time() + LINGER
             async for packet in self.connection:
                 if packet[:2] == pack("!H", DATA):
                     await self.connection.send_many(self._confirmation())
 
     async def begin_again(self, client: trio_udp.Client) -> None:
-        """Repeat our first answer each time that the client repeats its request; until the server stops.
+        """Repeat our first answer each time the client repeats its request, until the server stops.
 
-        A timer does not repeat that one: when curl (7.88) gets the options twice, its second block becomes the first.
+        No timer repeats that answer: if curl (7.88) gets the options twice, it sends its second block as the first.
         """
         with suppress(ConnectionRefusedError):
             async for _ in client:
@@ -207,14 +207,14 @@ class Transfer:
         ahead = (number - self._confirmed - len(self._arrived) - 1) % 65_536
         if kind != DATA or len(block) > self.terms.block or ahead >= self.terms.window:
             return None
-        if ahead:  # one is missing: say at once how far we are
+        if ahead:  # a block is missing: confirm the blocks before it immediately
             return self._arrived or None
         self._arrived.append(block)
         is_full = len(block) < self.terms.block or len(self._arrived) == self.terms.window
         return self._arrived if is_full else None
 
     async def _exchange(self, packets: Callable[[], list[bytes]], take: Callable[[int, int, bytes], T | None]) -> T:
-        """Send packets until ``take(kind, number, rest)`` returns something for an answer; again after each wait."""
+        """Send packets, and again after each wait, until ``take(kind, number, rest)`` accepts an answer."""
         if self._round_trip is not None:
             waits = trio_udp.backoff(max(4 * self._round_trip, LEAST_WAIT), attempts=ATTEMPTS, most=MOST_WAIT)
         elif self.terms.timeout is not None:
@@ -233,7 +233,7 @@ class Transfer:
                         raise Aborted(f"the client says {answer[4:-1]!r}")
                     if (taken := take(kind, number, answer[4:])) is None:
                         continue
-                    if attempt == 0:  # or nobody knows which one has been answered (Karn's algorithm)
+                    if attempt == 0:  # otherwise it is unknown which attempt was answered (Karn's algorithm)
                         sample = trio.current_time() - sent
                         before = sample if self._round_trip is None else self._round_trip
                         self._round_trip = before + (sample - before) / 8
@@ -243,7 +243,7 @@ class Transfer:
         raise Aborted("no answer")
 
     async def _blocks(self, read: Callable[[int], Awaitable[bytes]]) -> AsyncGenerator[bytes, None]:
-        """Read a file in blocks; the last is shorter than the others, and may be empty."""
+        """Read a file in blocks. The last block is shorter than the others, and may be empty."""
         ahead = b""
         while chunk := await read(CHUNK):
             ahead += to_netascii(chunk) if self.netascii else chunk
@@ -259,7 +259,7 @@ def to_netascii(data: bytes) -> bytes:
 
 
 def from_netascii(data: bytearray, is_last: bool) -> tuple[bytearray, bytes]:
-    """Return the data as it was, and a CR at the end whose second half is still to come."""
+    """Return the original data, and a CR at the end if the character after it has not arrived yet."""
     rest = b"\r" if data.endswith(b"\r") and not is_last else b""
     return data[: len(data) - len(rest)].replace(b"\r\n", b"\n").replace(b"\r\0", b"\r"), rest
 
@@ -268,7 +268,7 @@ def from_netascii(data: bytearray, is_last: bool) -> tuple[bytearray, bytes]:
 
 
 async def in_thread(function: Callable[..., T], *arguments: object) -> T:
-    """Do something with files in a thread. What the system says against it is a refusal, in words of our own."""
+    """Call a function for files in a thread. Turn an error of the system into a refusal, in our own words."""
     try:
         return await trio.to_thread.run_sync(function, *arguments)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -282,7 +282,7 @@ async def in_thread(function: Callable[..., T], *arguments: object) -> T:
 
 
 def find(root: str, name: bytes) -> str:
-    """Return the path of a file below the root. With ``..``, or by a link, it may not lead out of there."""
+    """Return the path of a file below the root. Refuse a path that leaves the root by ``..`` or by a link."""
     path = os.path.realpath(os.path.join(root, os.fsdecode(name.lstrip(b"/"))))
     if not Path(path).is_relative_to(root):
         raise Refusal(NOT_ALLOWED, "not below the served directory")
@@ -291,13 +291,13 @@ def find(root: str, name: bytes) -> str:
 
 def open_to_read(root: str, name: bytes) -> IO[bytes]:
     path = find(root, name)
-    if os.path.exists(path) and not os.path.isfile(path):  # to open a FIFO would wait for somebody who writes
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a FIFO would wait for a writer
         raise Refusal(NOT_ALLOWED, "not a file")
     return open(path, "rb")
 
 
 def open_to_write(root: str, name: bytes) -> tuple[IO[bytes], str]:
-    """Open a temporary file in the directory in which a file is to be; return it with the path it shall have."""
+    """Open a temporary file in the target directory; return it with the final path."""
     path = find(root, name)
     if os.path.exists(path):
         raise FileExistsError(path)
@@ -306,7 +306,7 @@ def open_to_write(root: str, name: bytes) -> tuple[IO[bytes], str]:
 
 def publish(file: IO[bytes], path: str) -> None:
     file.close()
-    os.link(file.name, path)  # unlike a rename, it does not replace what has come there meanwhile
+    os.link(file.name, path)  # unlike a rename, this does not replace a file that was created meanwhile
 
 
 def remove(file: IO[bytes]) -> None:
@@ -318,7 +318,7 @@ def remove(file: IO[bytes]) -> None:
 
 
 def accept(datagram: trio_udp.Datagram) -> bool:
-    """Take requests only, and none from port 0, which cannot be answered."""
+    """Accept only requests, and none from port 0, because nothing can be sent there."""
     return datagram.payload[:2] in (pack("!H", READ), pack("!H", WRITE)) and datagram.peer_address[1] != 0
 
 
@@ -346,7 +346,7 @@ class Server:
                     connection.send_nowait(Refusal(UNDEFINED, "the server is stopping").packet)
                 raise
             nursery.cancel_scope.cancel()
-        client.close()  # the same request that came again is no new one
+        client.close()  # drop repetitions of the same request
 
     async def answer(
         self, request: Request, connection: trio_udp.Connection, client: trio_udp.Client, nursery: trio.Nursery
@@ -368,7 +368,7 @@ class Server:
         file, path = await in_thread(open_to_write, self.root, request.name)
         try:
             transfer = Transfer(connection, Terms.agree(request, size), request.netascii)
-            client.idle_timeout = math.inf  # it speaks to the connection now
+            client.idle_timeout = math.inf  # the client now sends to the connection
             nursery.start_soon(transfer.begin_again, client)
             await transfer.receive(partial(in_thread, file.write), self.most)
             await in_thread(publish, file, path)
@@ -401,9 +401,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("port", nargs="?", type=int, default=69)
     parser.add_argument("--host", help="name or address to bind; all interfaces by default")
-    parser.add_argument("--root", default=".", metavar="DIRECTORY", help="with the files; the current one by default")
+    parser.add_argument("--root", default=".", metavar="DIRECTORY", help="directory to serve (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help="let anyone add files")
-    parser.add_argument("--most", type=int, default=10**9, metavar="BYTES", help="of a file that is added")
+    parser.add_argument("--most", type=int, default=10**9, metavar="BYTES", help="largest file that may be added")
     arguments = parser.parse_args()
     if not os.path.isdir(arguments.root):
         parser.error(f"{arguments.root} is not a directory")

@@ -1,12 +1,13 @@
-"""Tell the time to anyone who sends a datagram, even an empty one.
+"""Answer every datagram, even an empty one, with the current time.
 
-``datagram_handler`` makes a handler of a plain function that returns the answer to one datagram: no clients, no tasks.
+``datagram_handler`` turns a plain function into a handler. The function returns the answer to one datagram; there are
+no clients and no tasks.
 
     python examples/time_server.py      (or: trio-udp examples/time_server.py:tell_time)
     nc -u 127.0.0.1 9999        (in another terminal: press Enter)
 
-A protocol of your own should answer only requests, and with something that is no request. This server answers
-anything: a forged datagram could make two of its kind answer each other for ever (CVE-2024-2169).
+Your own protocol should answer only requests, with an answer that is not a request. This server answers anything, so a
+forged datagram could make two such servers answer each other for ever (CVE-2024-2169).
 """
 
 import logging

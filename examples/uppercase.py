@@ -1,6 +1,6 @@
-"""Answer every datagram in upper case, and print who wrote what. Read this example first.
+"""Answer every datagram in upper case, and print its sender. Read this example first.
 
-The handler is called once for each address that writes, and lives as long as that conversation.
+The handler runs once for each client, for as long as the conversation lasts.
 
     python examples/uppercase.py        (or, on two cores: trio-udp --workers 2 examples/uppercase.py:uppercase)
     nc -u 127.0.0.1 9999        (in another terminal: type a line)

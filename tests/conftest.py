@@ -24,7 +24,7 @@ ALICE = ("192.0.2.1", 1000)
 BOB = ("192.0.2.2", 2000)
 CAROL = ("192.0.2.3", 3000)
 
-# A shell makes its background jobs ignore SIGINT, and the programs that tests start would inherit that.
+# A shell makes its background jobs ignore SIGINT, and programs that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -40,7 +40,7 @@ async def echo(client: Client) -> None:
 
 @attrs.define
 class InMemory:
-    """An endpoint at ``SERVER`` on a simulated network, and what a test does to it."""
+    """An endpoint at ``SERVER`` on a simulated network, and methods for a test to send to it and read its replies."""
 
     network: SimulatedNetwork
     endpoint: Endpoint
@@ -51,7 +51,7 @@ class InMemory:
 
     @property
     def sent(self) -> list[tuple[Address, bytes]]:
-        """Receiver and payload of each datagram that the endpoint has sent."""
+        """The receiver and the payload of each datagram that the endpoint has sent."""
         events = self.network.events
         return [
             (event.destination, event.payload) for event in events if (event.fate, event.source) == ("sent", SERVER)
@@ -78,7 +78,7 @@ def in_memory(*, send_buffer: int | None = None, bandwidth: float | None = None)
 
 
 def narrow() -> InMemory:
-    """Open an endpoint that sends a byte per second; its send buffer is full while a datagram has not yet left."""
+    """Open an endpoint that sends one byte a second, so its send buffer is full until a datagram has left."""
     return in_memory(send_buffer=1, bandwidth=1)
 
 
@@ -87,9 +87,9 @@ StartInMemory = Callable[..., Awaitable[RunningInMemory]]
 
 @pytest.fixture
 def start_in_memory(nursery: trio.Nursery) -> StartInMemory:
-    """Start a server in memory; keywords are those of ``serve_endpoints``.
+    """Start a server in memory. The keywords are those of ``serve_endpoints``.
 
-    Tests in which time passes also ask for ``autojump_clock``.
+    A test in which time passes also uses ``autojump_clock``.
     """
 
     async def start(
@@ -104,7 +104,7 @@ def start_in_memory(nursery: trio.Nursery) -> StartInMemory:
 
 @pytest.fixture(params=["linux", "portable"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test once with each engine: the one chosen for UDP sockets on Linux, and the one for all platforms."""
+    """Run a test once with each engine: the Linux engine, and the portable one."""
     if request.param == "linux" and sys.platform != "linux":
         pytest.skip("needs Linux")
     monkeypatch.setenv("TRIO_UDP_ENGINE", "" if request.param == "linux" else "portable")
@@ -116,7 +116,7 @@ StartServer = Callable[..., Awaitable[Server]]
 
 @pytest.fixture
 def start_on_loopback(engine: str, nursery: trio.Nursery) -> StartServer:
-    """Start a server on 127.0.0.1 with each engine; keywords are those of ``serve``."""
+    """Start a server on 127.0.0.1 with each engine. The keywords are those of ``serve``."""
 
     async def start(handler: Callable[[Client], Awaitable[object]] = echo, **options: Any) -> Server:
         options.setdefault("host", "127.0.0.1")
@@ -132,7 +132,7 @@ def port_of(server: Server) -> int:
 
 @contextmanager
 def plain_socket(host: str = "127.0.0.9") -> Iterator[socket.socket]:
-    """Open a UDP socket of the standard library on a free port; its calls fail after 5 seconds."""
+    """Open a UDP socket of the standard library on a free port. Its calls fail after 5 seconds."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind((host, 0))
         sock.settimeout(5)

@@ -1,4 +1,4 @@
-"""Network namespaces of Linux, which stand for machines. They need root and ip(8).
+"""Linux network namespaces, which play separate machines. They need root and ip(8).
 
 A socket belongs to the namespace in which it was opened, so a server in this process can be on any of these machines.
 """
@@ -20,7 +20,7 @@ import attrs
 import pytest
 
 CLONE_NEWNET = 0x40000000
-# From linux/rtnetlink.h: be told of changes.
+# From linux/rtnetlink.h: the groups that report changes.
 RTMGRP_LINK, RTMGRP_IPV6_IFADDR = 0x1, 0x100
 
 
@@ -34,7 +34,7 @@ def run(*command: str) -> str:
 @contextmanager
 def inside(namespace: str) -> Iterator[None]:
     """Open sockets and files in a namespace until the block ends."""
-    libc = ctypes.CDLL(None, use_errno=True)  # os.setns is there since Python 3.12
+    libc = ctypes.CDLL(None, use_errno=True)  # os.setns exists since Python 3.12
     with open("/proc/thread-self/ns/net") as home, open(f"/run/netns/{namespace}") as there:
         if libc.setns(there.fileno(), CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
@@ -47,7 +47,7 @@ def inside(namespace: str) -> Iterator[None]:
 
 @cache
 def can_make_namespaces() -> bool:
-    """Whether this process may make them; root in a container often may not."""
+    """Whether this process may make network namespaces; root in a container often may not."""
     if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
         return False
     with suppress(OSError), machines("try"):
@@ -73,20 +73,20 @@ class Machine:
             return socket.if_nametoindex(interface)
 
     def wire_to(self, other: Machine, name: str = "wire") -> None:
-        """Join two machines by a wire; its interface has the same name on both, and is down."""
+        """Connect two machines by a wire. Its interface has the same name on both machines, and is down."""
         self.ip(f"link add {name} type veth peer name {name} netns {other.name}")
 
     def wait_until_up(self, *interfaces: str) -> None:
-        """Wait until interfaces are up, at both ends of their wires."""
+        """Wait until interfaces are up at both ends of their wires."""
         self._wait(lambda: all("state UP" in self.ip(f"link show {interface}") for interface in interfaces))
 
     def add_address(self, address: str, interface: str) -> None:
-        """Give an interface an address, and wait until it can be used: over IPv6 the kernel prepares it a little."""
+        """Give an interface an address, and wait until it is usable: the kernel takes a moment for IPv6."""
         self.ip(f"address add {address} dev {interface} {'nodad' if ':' in address else ''}")
         self._wait(lambda: not self.ip(f"address show dev {interface} tentative"))
 
     def _wait(self, is_done: Callable[[], bool]) -> None:
-        """Wait for changes of links and IPv6 addresses until something holds."""
+        """Wait for changes of links and IPv6 addresses until a condition holds."""
         with inside(self.name):
             changes = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         with changes:
@@ -110,7 +110,7 @@ class Machine:
 
 @contextmanager
 def machines(*names: str) -> Iterator[list[Machine]]:
-    """Make machines with nothing but a loopback interface, which is up; they are gone when the block ends."""
+    """Make machines that only have a loopback interface, which is up. Remove them when the block ends."""
     made: list[Machine] = []
     try:
         for name in names:
@@ -126,7 +126,7 @@ def machines(*names: str) -> Iterator[list[Machine]]:
 
 @contextmanager
 def link_local_machines() -> Iterator[tuple[Machine, Machine]]:
-    """Make two machines joined by a wire, where they have the addresses fe80::1 and fe80::2."""
+    """Make two machines with a wire between them, on which they have the addresses fe80::1 and fe80::2."""
     with machines("ours", "theirs") as (ours, theirs):
         ours.wire_to(theirs)
         for machine, host in ((ours, "fe80::1"), (theirs, "fe80::2")):

@@ -1,4 +1,4 @@
-"""Headers of the PROXY protocol, version 2, as a proxy writes them. Made here from the specification alone."""
+"""Headers of the PROXY protocol, version 2, as a proxy writes them. They follow the specification alone."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ UNSPECIFIED, TCP4, UDP4, TCP6, UDP6, UNIX_STREAM, UNIX_DATAGRAM = 0x00, 0x11, 0x
 
 
 def raw_header(command: int, family: int, block: bytes) -> bytes:
-    """Write a header of any command and family; ``block`` is all that follows the length."""
+    """Write a header of any command and family. ``block`` is everything after the length."""
     return SIGNATURE + bytes([command, family]) + struct.pack("!H", len(block)) + block
 
 
 def header(source: Address, destination: Address, *, tlvs: bytes = b"", stream: bool = False) -> bytes:
-    """Write the header of a datagram from a client at ``source``; both addresses are of one family."""
+    """Write the header of a datagram from a client at ``source``. Both addresses are of one family."""
     is_ipv6 = ":" in source[0]
     pack = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     hosts = socket.inet_pton(pack, source[0]) + socket.inet_pton(pack, destination[0])
@@ -34,11 +34,11 @@ def tlv(kind: int, value: bytes) -> bytes:
     return struct.pack("!BH", kind, len(value)) + value
 
 
-OWN = raw_header(LOCAL, UNSPECIFIED, b"")  # the proxy speaks for itself, as dnsdist does to see whether a server is up
+OWN = raw_header(LOCAL, UNSPECIFIED, b"")  # from the proxy itself, such as a health check of dnsdist
 
 VALID = header(("192.0.2.1", 1000), ("192.0.2.53", 53))
 
-# Datagrams that no proxy may send, by what is wrong with them.
+# Datagrams that no proxy may send, by their mistake.
 MALFORMED = {
     "empty": b"",
     "no header": b"query",

@@ -69,10 +69,10 @@ def datagram_handler(function: Callable[[Datagram], Payload | None]) -> Datagram
         def time(datagram):
             return b"%d" % trio.current_time()
 
-    The server calls it for every datagram, **in arrival order over all senders**, and sends what it returns (``b""`` is
-    an empty reply, ``None`` is none) to where the datagram came from, from where it was sent to, together with the
-    other replies of the batch (or of up to four batches, while more datagrams wait in the kernel). There are no
-    clients, tasks or inboxes. The function runs in the receive loop, so it should be quick: nothing is received
+    The server calls it for every datagram, **in arrival order over all senders**, and sends the returned bytes (``b""``
+    is an empty reply, ``None`` is no reply) back to the datagram's peer, from the address that it was sent to. Replies
+    leave together with the others of the batch, or of up to four batches while more datagrams wait in the kernel. There
+    are no clients, tasks or inboxes. The function runs in the receive loop, so it should be quick: nothing is received
     meanwhile. ``Limits.rate_limit`` applies, and ``Limits.amplification`` to each reply alone. The limits on clients
     and inboxes do not, nor does ``idle_timeout``.
 

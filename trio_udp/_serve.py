@@ -99,19 +99,19 @@ async def serve(
       proxies: Networks of load balancers, such as ``["10.0.0.0/8"]`` (strings, or objects of the module ``ipaddress``).
         Senders in them must put a header of the PROXY protocol, version 2, in front of every datagram, as dnsdist does
         with ``useProxyProtocol=true``. The addresses in it count everywhere: ``peer_address`` is the client's, for
-        handlers, ``accept`` and every limit, and ``local_address`` is where the client wrote to. Replies go back
-        through the proxy. A datagram without a valid header is refused (``refused_malformed``). A header from any other
-        sender is payload. Name no network whose addresses others can forge.
+        handlers, ``accept`` and every limit, and ``local_address`` is the address that the client wrote to. Replies go
+        back through the proxy. A datagram without a valid header is refused (``refused_malformed``). A header from any
+        other sender is payload. Name no network whose addresses others can forge.
       idle_timeout: Seconds of silence after which a waiting handler's ``async for`` ends; ``math.inf`` for never. See
         :attr:`Client.idle_timeout`.
       limits: Bounds on memory, on the rate of strangers, and on the bytes sent to them.
       accept: ``accept(datagram)`` is called for every stranger's :class:`Datagram`, before the server keeps anything
         and before it checks ``max_clients``. ``True``: it becomes a client. ``False``: it is refused. Bytes: they are
-        sent back at once, from where the datagram was sent to, and nothing is kept (cookies, QUIC Retry, "server
-        full"); at most 3 times the datagram's bytes, or ``Limits.amplification`` times if that is set. Any other value,
-        or an exception, refuses the datagram and is logged as an error. It is a plain function, run in the receive
-        loop, so it should be quick. While the server drains it is still called, and only bytes count. Answer only
-        datagrams that parse as requests, with bytes that do not, or two servers may answer each other for ever
+        sent back at once, from the address that the datagram was sent to, and nothing is kept (cookies, QUIC Retry,
+        "server full"); at most 3 times the datagram's bytes, or ``Limits.amplification`` times if that is set. Any
+        other value, or an exception, refuses the datagram and is logged as an error. It is a plain function, run in the
+        receive loop, so it should be quick. While the server drains it is still called, and only bytes count. Answer
+        only datagrams that parse as requests, with bytes that do not, or two servers may answer each other for ever
         (CVE-2024-2169).
       on_error: Called with the client (or, for a ``datagram_handler``, the datagram) and the exception when a handler
         raises. That ends this client only, unless ``on_error`` itself raises: then the server ends with that exception.

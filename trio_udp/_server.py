@@ -311,8 +311,8 @@ class Server(metaclass=NoPublicConstructor):
     async def send_to_all(self, payload: Payload, clients: Iterable[Client] | None = None) -> None:
         """Send one payload to many clients, in as few system calls as possible.
 
-        It does not wait for room: where the send buffer is full, that client's datagram is dropped and counted among
-        its ``send_errors`` (``EAGAIN``). Clients that have ended, for whatever reason, are skipped.
+        It does not wait for room: if the send buffer is full, that client's datagram is dropped and counted among its
+        ``send_errors`` (``EAGAIN``). Clients that have ended, for whatever reason, are skipped.
         ``Limits.amplification`` holds for each client.
 
         Args:
@@ -470,7 +470,7 @@ class Server(metaclass=NoPublicConstructor):
 def _route_to_peer(
     engine: Engine, route: Route, address: Address | str | bytes, local_address: Address | None, ports: set[int]
 ) -> Route:
-    """Return the route that a peer's datagrams will have; raise for an address that is no single peer.
+    """Return the route that a peer's datagrams will have; raise unless the address is one that a peer can have.
 
     Args:
       route: To the peer, from ``local_address`` if that is given.
@@ -481,13 +481,13 @@ def _route_to_peer(
         return route_to_name(engine, route)
     target = engine.peer_address(route)
     if not target[1]:
-        raise ValueError(f"port 0 is no peer's port: {address!r}")
+        raise ValueError(f"cannot connect to port 0: {address!r}")
     if is_unspecified(target):
-        raise ValueError(f"the unspecified address is no peer: {address!r}")
+        raise ValueError(f"cannot connect to the unspecified address: {address!r}")
     if is_multicast(target) or is_limited_broadcast(target) or engine.is_broadcast(target):
-        raise ValueError(f"a group or broadcast address is no single peer: {address!r}")
+        raise ValueError(f"cannot connect to a group or broadcast address: {address!r}")
     if target[1] in ports and engine.is_own_host(target):
-        raise ValueError(f"this is an address of this server itself: {address!r}")
+        raise ValueError(f"cannot connect to this server itself: {address!r}")
     source = engine.source_for(target) if local_address is None else engine.local_address(route)
     if local_address is not None and not engine.is_own_host(source):
         raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))

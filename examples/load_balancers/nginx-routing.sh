@@ -1,12 +1,12 @@
 #!/bin/sh
-# Hand the servers' answers to nginx, although they are addressed to clients (see nginx.conf). Run as root, again after
-# each boot. To undo: nft delete table inet nginx_udp; ip rule delete fwmark 9999; ip route delete local 0/0 dev lo table 9999
+# Give the servers' answers to nginx, although their destination is the client (see nginx.conf). Run this as root after
+# each boot. To undo it: nft delete table inet nginx_udp; ip rule delete fwmark 9999; ip route delete local 0/0 dev lo table 9999
 set -eu
 
 ip rule add fwmark 9999 lookup 9999
 ip route add local 0.0.0.0/0 dev lo table 9999
 
-# Answers, and refusals: without these nginx does not notice that a server has died.
+# Answers and refusals. Without the refusals nginx does not notice that a server has died.
 nft -f - <<'RULES'
 table inet nginx_udp {
     set servers {

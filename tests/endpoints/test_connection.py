@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("engine")
 
 @pytest.fixture
 def far_end() -> Iterator[socket.socket]:
-    """A plain socket to be connected to."""
+    """A plain socket for a connection to connect to."""
     with plain_socket("127.0.0.1") as sock:
         yield sock
 
@@ -115,7 +115,7 @@ async def test_from_socket(far_end: socket.socket, of_trio: bool) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Unix-domain sockets")
 async def test_from_a_socket_pair() -> None:
-    """Two Unix-domain datagram sockets that are connected to each other converse, though they have no addresses."""
+    """Two connected Unix-domain datagram sockets can exchange datagrams, though they have no addresses."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with theirs:
         async with Connection.from_socket(ours) as connection:
@@ -125,8 +125,8 @@ async def test_from_a_socket_pair() -> None:
             assert await connection.receive() == b"y"
 
 
-async def test_sockets_that_are_no_connection(far_end: socket.socket) -> None:
-    """from_socket refuses an unconnected socket, a stream and an object that is no socket, and leaves them open."""
+async def test_sockets_that_cannot_be_connections(far_end: socket.socket) -> None:
+    """from_socket refuses an unconnected socket, a stream and an object that is not a socket, and leaves them open."""
     with pytest.raises(ValueError, match="not a connected socket"):
         Connection.from_socket(far_end)
     assert far_end.fileno() != -1
@@ -151,7 +151,7 @@ async def test_a_connection_of_a_peer_that_has_spoken_first(far_end: socket.sock
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 async def test_connecting_to_an_address_as_a_socket_gives_it(nursery: trio.Nursery, host: str) -> None:
-    """connect(*address) works for the addresses of both families that sockets give."""
+    """connect(*address) works for the addresses of both families, in the form that sockets return."""
     server: Server = await nursery.start(partial(serve, echo, 0, host=host))
     async with await connect(*server.endpoints[0].local_address) as connection:
         assert connection.peer_address == server.endpoints[0].local_address
@@ -162,7 +162,7 @@ async def test_connecting_to_an_address_as_a_socket_gives_it(nursery: trio.Nurse
 
 @needs_namespaces
 async def test_connecting_back_to_a_link_local_peer(nursery: trio.Nursery) -> None:
-    """connect(*client.peer_address) reaches a peer that is link-local: its scope is part of the address."""
+    """connect(*client.peer_address) reaches a link-local peer, because the address includes its scope."""
     peers: list[object] = []
 
     async def handler(client: Client) -> None:
@@ -251,7 +251,7 @@ async def test_receive_many_of_a_connection(far_end: socket.socket) -> None:
 
 
 async def test_receive_many_of_a_client(nursery: trio.Nursery) -> None:
-    """receive_many of a client returns what waits in its inbox, at most 64, and ends as receive does."""
+    """receive_many of a client returns the datagrams in its inbox, at most 64, and ends as receive does."""
     seen: list[list[bytes]] = []
     over = trio.Event()
 
@@ -281,7 +281,7 @@ async def test_receive_many_of_a_client(nursery: trio.Nursery) -> None:
 
 
 def test_short_deadlines_do_not_starve(far_end: socket.socket) -> None:
-    """A task that retries receive with a deadline that always passes meanwhile still gets all that has arrived."""
+    """A task that retries receive with a deadline that always passes still gets all datagrams that have arrived."""
     clock = trio.testing.MockClock()
     seen: list[bytes] = []
 
@@ -343,7 +343,7 @@ async def test_other_tasks_run_while_much_arrives(connection: Connection, far_en
 
 
 def refuse_next(connection: Connection, far_end: socket.socket) -> socket.socket:
-    """Let the connection's next send be refused, and bind the peer's port again; return the new peer."""
+    """Make the connection's next send meet a refusal, and bind the peer's port again; return the new peer."""
     address = far_end.getsockname()
     far_end.close()
     connection.send_nowait(b"refused")
@@ -371,7 +371,7 @@ async def call(connection: Connection, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["send", "send_nowait", "send_many", "receive", "receive_many", "receive_nowait"])
 async def test_a_refusal_is_raised_once(connection: Connection, far_end: socket.socket, how: str) -> None:
-    """The next call of any kind raises a refusal, once; a send that raises it sends nothing; the connection goes on."""
+    """The next call of any kind raises a refusal, once. A send that raises it sends nothing; the connection goes on."""
     with refuse_next(connection, far_end) as again, trio.fail_after(5):
         with pytest.raises(ConnectionRefusedError):
             await call(connection, how)
@@ -384,7 +384,7 @@ async def test_a_refusal_is_raised_once(connection: Connection, far_end: socket.
     assert statistics.errors == {"ECONNREFUSED": 1}
 
 
-async def test_a_refusal_comes_before_what_came_after_it(connection: Connection, far_end: socket.socket) -> None:
+async def test_an_earlier_refusal_comes_before_a_later_datagram(connection: Connection, far_end: socket.socket) -> None:
     """receive raises an earlier refusal first, even if the server is back and has sent a datagram."""
     with refuse_next(connection, far_end) as again, trio.fail_after(5):
         again.sendto(b"answer", connection.local_address)
@@ -394,7 +394,7 @@ async def test_a_refusal_comes_before_what_came_after_it(connection: Connection,
 
 
 async def test_refusals_one_after_the_other(connection: Connection, far_end: socket.socket) -> None:
-    """A task that always receives gets an error for each refused datagram."""
+    """A task that always receives gets one error for each refused datagram."""
     far_end.close()
     for _ in range(20):
         await connection.send(b"x")
@@ -402,8 +402,8 @@ async def test_refusals_one_after_the_other(connection: Connection, far_end: soc
             await connection.receive()
 
 
-async def test_a_refusal_met_by_a_send_wakes_nobody_else(connection: Connection, far_end: socket.socket) -> None:
-    """A refusal that a send has raised is not raised again by a receive that waits: that returns the next datagram."""
+async def test_a_refusal_that_a_send_raised_is_not_raised_again(connection: Connection, far_end: socket.socket) -> None:
+    """A refusal that a send has raised is not raised by a waiting receive, which returns the next datagram."""
     received: list[bytes] = []
 
     async def receive() -> None:
@@ -422,7 +422,7 @@ async def test_a_refusal_met_by_a_send_wakes_nobody_else(connection: Connection,
 
 
 async def test_a_refusal_reaches_a_receive_that_waits(connection: Connection, far_end: socket.socket) -> None:
-    """A task that waits in receive raises a refusal that no send has met."""
+    """A waiting receive raises a refusal that no send has met."""
     far_end.close()
 
     async def expect_refusal() -> None:
@@ -524,7 +524,7 @@ async def test_a_datagram_that_is_too_long_is_not_sent(far_end: socket.socket) -
 
 
 async def test_a_connection_asks_for_4_mib(far_end: socket.socket) -> None:
-    """A connection asks for as large a receive buffer as a server, unless told otherwise."""
+    """A connection requests as large a receive buffer as a server does, unless told otherwise."""
     async with await connect(*far_end.getsockname()) as connection:
         assert connection.statistics().receive_buffer_requested == 4_194_304
     async with await connect(*far_end.getsockname(), receive_buffer=65_536) as connection:
@@ -535,7 +535,7 @@ async def test_a_connection_asks_for_4_mib(far_end: socket.socket) -> None:
 
 
 async def test_from_socket_leaves_the_buffer_alone(far_end: socket.socket) -> None:
-    """The receive buffer of a socket of the caller's own stays as it is."""
+    """from_socket does not change the receive buffer of the caller's socket."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
     before = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
@@ -546,7 +546,7 @@ async def test_from_socket_leaves_the_buffer_alone(far_end: socket.socket) -> No
 
 
 async def test_configure(far_end: socket.socket) -> None:
-    """configure sees the socket before it is connected, may set any option, and its error closes the socket."""
+    """configure gets the socket before it is connected, and may set any option; its error closes the socket."""
     seen: list[socket.socket] = []
 
     def configure(sock: socket.socket) -> None:

@@ -1,6 +1,6 @@
-"""Behaviour of every engine: the same tests run in memory and over loopback, so that neither can drift.
+"""Behaviour of every engine: the same tests run in memory and over loopback, so that none can drift.
 
-The tests know only endpoints, servers and connections. They use the real clock, and wait for short times only.
+The tests use only endpoints, servers and connections. They use the real clock, and wait for short times only.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ HOST = "127.0.0.1"
 
 @attrs.frozen
 class World:
-    """Where a test takes place: how to open an endpoint, and how to connect to it."""
+    """The environment of a test: how to open an endpoint, and how to connect to it."""
 
     endpoint: Callable[..., Awaitable[Endpoint]]
     connect: Callable[..., Awaitable[Connection]]
-    narrow: Callable[[], Awaitable[tuple[Connection, Connection]]] | None  # two ends, and a line that is soon full
+    narrow: Callable[[], Awaitable[tuple[Connection, Connection]]] | None  # two ends, and a line that is quickly full
 
 
 async def open_endpoint(port: int = 0, host: str = HOST, **options: Any) -> Endpoint:
@@ -77,7 +77,7 @@ def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Wo
     if request.param == "behind proxies":
         return World(open_behind_proxies, trio_udp.connect, None)
     monkeypatch.setenv("TRIO_UDP_ENGINE", request.param)
-    # UDP has no back-pressure on one machine; Unix-domain datagrams have, and only the portable engine.
+    # UDP has no backpressure on one machine. Unix-domain datagrams do, and have the portable engine only.
     return World(open_endpoint, trio_udp.connect, open_narrow if request.param == "portable" else None)
 
 
@@ -86,7 +86,7 @@ StartServer = Callable[..., Awaitable[Server]]
 
 @pytest.fixture
 def start(world: World, nursery: trio.Nursery) -> StartServer:
-    """Start a server on a new endpoint; keywords are those of the endpoint."""
+    """Start a server on a new endpoint. The keywords are those of the endpoint."""
 
     async def start(handler: Callable[[Client], Awaitable[object]] = echo, **options: Any) -> Server:
         endpoint = await world.endpoint(**options)
@@ -140,7 +140,7 @@ async def test_payloads_come_back_whole(connection: Connection) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 async def test_both_families(world: World, start: StartServer, host: str) -> None:
-    """Addresses have the form that a socket of their family gives, over IPv4 and IPv6."""
+    """Over IPv4 and IPv6, addresses have the form that a socket of their family returns."""
     server = await start(host=host)
     own = address_of(server)
     async with await world.connect(*own[:2]) as connection:
@@ -173,7 +173,7 @@ async def test_many_clients_at_once(world: World, start: StartServer) -> None:
     check_adds_up(server)
 
 
-async def test_what_is_too_long_is_the_senders_mistake(connection: Connection) -> None:
+async def test_a_payload_that_is_too_long_raises(connection: Connection) -> None:
     """Sending 65,508 bytes raises EMSGSIZE, and the connection goes on."""
     with pytest.raises(OSError, match="too long") as info:
         await connection.send(bytes(65_508))
@@ -196,8 +196,10 @@ async def test_truncated_datagrams_are_counted_and_dropped(world: World, start: 
     check_adds_up(server)
 
 
-async def test_only_the_peer_is_heard(world: World, start: StartServer, connection: Connection) -> None:
-    """A datagram that a stranger sends to a connection's address does not arrive."""
+async def test_a_connection_receives_from_its_peer_only(
+    world: World, start: StartServer, connection: Connection
+) -> None:
+    """A connection does not receive a datagram that a stranger sends to its address."""
     stranger = await start()
     await stranger.send_to(b"forged", connection.local_address)
     await connection.send(b"genuine")
@@ -206,8 +208,8 @@ async def test_only_the_peer_is_heard(world: World, start: StartServer, connecti
         connection.receive_nowait()
 
 
-async def test_send_to_reaches_who_has_never_written(start: StartServer) -> None:
-    """A server may speak first; the other end sees it at its own address."""
+async def test_send_to_reaches_an_address_that_has_never_sent(start: StartServer) -> None:
+    """send_to reaches an address that has never sent anything, which sees the server's own address."""
     seen = []
 
     async def handler(client: Client) -> None:
@@ -220,8 +222,8 @@ async def test_send_to_reaches_who_has_never_written(start: StartServer) -> None
     assert (server.statistics().sent, server.statistics().bytes_sent) == (1, 4)
 
 
-async def test_nobody_can_write_to_port_zero(world: World, start: StartServer) -> None:
-    """Sending to port 0 raises the kernel's EINVAL, is counted once and harms nothing; connecting is a ValueError."""
+async def test_sending_to_port_zero_raises(world: World, start: StartServer) -> None:
+    """Sending to port 0 raises the kernel's EINVAL, and is counted once; connecting to it is a ValueError."""
     server = await start()
     with pytest.raises(OSError, match="Invalid") as info:
         await server.send_to(b"x", (HOST, 0))
@@ -233,7 +235,7 @@ async def test_nobody_can_write_to_port_zero(world: World, start: StartServer) -
 
 
 async def test_answers_leave_from_the_address_written_to(world: World, start: StartServer) -> None:
-    """A peer that writes to two addresses of one endpoint is two clients, each answered from its address."""
+    """A peer that sends to two addresses of one endpoint is two clients, each answered from its address."""
 
     async def tell(client: Client) -> None:
         async for _ in client:
@@ -255,7 +257,7 @@ async def test_answers_leave_from_the_address_written_to(world: World, start: St
     assert server.statistics().clients_started == 2
 
 
-async def test_what_came_before_the_server_is_served(world: World, nursery: trio.Nursery) -> None:
+async def test_datagrams_wait_in_an_endpoint_until_a_server_runs(world: World, nursery: trio.Nursery) -> None:
     """Datagrams wait in an endpoint until a server runs on it."""
     endpoint = await world.endpoint()
     async with await world.connect(*endpoint.local_address) as connection:
@@ -449,7 +451,7 @@ async def test_closing_a_connection_under_a_waiting_receiver(connection: Connect
 
 
 async def test_cancelling_receive_loses_nothing(connection: Connection) -> None:
-    """A datagram that has arrived when receive is cancelled is there for the next receive."""
+    """A datagram that has arrived when receive is cancelled stays for the next receive."""
     await connection.send(b"x")
     await settle()
     with trio.CancelScope() as scope:
@@ -478,7 +480,7 @@ async def test_two_tasks_cannot_receive_at_once(connection: Connection) -> None:
 
 
 async def test_counters(world: World, start: StartServer) -> None:
-    """Both ends count the same datagrams, and every one of them once."""
+    """Both ends count the same datagrams, each of them once."""
     server = await start()
     async with await world.connect(*address_of(server)) as connection:
         await connection.send_many([b"123", b"", b"45"])

@@ -1,6 +1,6 @@
 """Errors of the system: their meaning, and each of them injected at its system calls, on every engine.
 
-Errors that Linux itself can be made to give are in test_network_faults.py.
+test_network_faults.py has the errors that Linux itself can be made to return.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ NOT_OURS = {"EADDRINUSE", "EALREADY", "ENOPKG", "ESOCKTNOSUPPORT", "ELOOP", "ENA
 
 @pytest.mark.parametrize("manual", MANUALS)
 def test_the_table_is_complete(manual: str) -> None:
-    """Every error that the manuals say receiving and sending can give is in the table of faults."""
+    """The table of faults has every error that the manuals list for receiving and sending."""
     known = {name for reasons in TABLE.values() for name in reasons}
     assert set(MANUALS[manual].split()) - NOT_OURS <= known
 
 
 def test_the_table_is_unambiguous() -> None:
-    """The table of faults has no errno twice, not even under another name, and a sentence for each."""
+    """The table of faults has each errno once, under whatever name, and a sentence for each."""
     rows = [(name, fault, reason) for fault, reasons in TABLE.items() for name, reason in reasons.items()]
     assert len({name for name, _, _ in rows}) == len(rows)
     for name, fault, reason in rows:
@@ -77,7 +77,7 @@ def test_the_table_is_unambiguous() -> None:
             assert name == "EWOULDBLOCK" or reason_for(error) == reason or errno.EWOULDBLOCK == error.errno
 
 
-def test_what_is_not_in_the_table_is_the_machines() -> None:
+def test_an_unknown_errno_is_a_fault_of_the_machine() -> None:
     """An errno that the table of faults lacks is treated as a fault of the machine."""
     assert fault_of(OSError(99_999, "")) is Fault.MACHINE
     assert fault_of(OSError()) is Fault.MACHINE
@@ -88,7 +88,7 @@ def test_what_is_not_in_the_table_is_the_machines() -> None:
 
 
 class FaultyEndpoint:
-    """An endpoint whose system calls fail as a test likes, and two peers that write to it."""
+    """An endpoint whose system calls fail on request, and two peers that send to it."""
 
     alice: Address
     bob: Address
@@ -144,7 +144,7 @@ class FaultySimulation(FaultyEndpoint):
 
 
 class FaultySocket(FaultyEndpoint):
-    """Sockets on loopback. The calls that would read and write the server's fail before they reach the kernel."""
+    """Sockets on loopback. Calls that would read and write the server's socket fail before they reach the kernel."""
 
     def __init__(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self._reading = self._reads_to_fail = self._sending = 0
@@ -237,7 +237,7 @@ class FaultySocket(FaultyEndpoint):
             return self._sending_error(unpack_address(ctypes.string_at(header.name, header.name_length)))
 
         patch("_recvmmsg", self._reading_error)
-        patch("_sendmmsg", first_receiver, 1)  # else the kernel would send to alice what is not the first
+        patch("_sendmmsg", first_receiver, 1)  # otherwise the kernel would send later datagrams to alice
         patch("_sendto", lambda payload, size, flags, address, _: self._sending_error(unpack_address(address)))
 
 
@@ -263,7 +263,7 @@ class Running:
 
 @pytest.fixture
 async def running(faulty: FaultyEndpoint, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> Running:
-    """An echo server that both clients have written to already."""
+    """An echo server to which both clients have already sent."""
     clients = {}
 
     x_taken = trio.Event()
@@ -280,7 +280,7 @@ async def running(faulty: FaultyEndpoint, nursery: trio.Nursery, caplog: pytest.
         faulty.put(b"hello", address)
         await settle()
         assert faulty.arrived(address) == [b"hello"]
-    caplog.clear()  # of what the engine has to do without
+    caplog.clear()  # log lines about features that the engine does without
     return Running(server, clients[faulty.alice], clients[faulty.bob], x_taken)
 
 
@@ -289,7 +289,7 @@ async def settle() -> None:
 
 
 def errnos(*faults: Fault) -> pytest.MarkDecorator:
-    """Parametrize a test with the errnos of these faults that this platform has, and with an unknown one."""
+    """Parametrize a test with the errnos of these faults that this platform has, and with an unknown errno."""
     codes = {name: getattr(errno, name) for fault in faults for name in TABLE[fault] if hasattr(errno, name)}
     if Fault.MACHINE in faults:
         codes["99999"] = 99_999
@@ -313,7 +313,7 @@ async def test_reading_that_goes_on_failing(
     """Reading that keeps failing is retried a few times, then once in PAUSE; it is logged once a minute."""
     faulty.fail_reading(code, 30)
     faulty.put(b"x", faulty.alice)
-    for _ in range(1_000):  # as another task that never waits
+    for _ in range(1_000):  # like another task that never waits
         await trio.lowlevel.checkpoint()
     expected = FRUITLESS_READS + 1
     assert running.server.statistics().receive_errors == expected
@@ -322,13 +322,13 @@ async def test_reading_that_goes_on_failing(
         await settle()
         expected += 1
         assert running.server.statistics().receive_errors == expected
-    # A fault that may be a peer's is logged when it persists.
+    # A fault that a peer can cause is logged only if it persists.
     before = 1 if fault_of(OSError(code, "")) is Fault.MACHINE else FRUITLESS_READS + 1
     after = expected - before - 2
     assert caplog.messages == [line(faulty, code, before), line(faulty, code, after)]
 
     faulty.fail_reading(0, 0)
-    for _ in range(30):  # the rest of those in memory cannot be taken back
+    for _ in range(30):  # the rest of those in memory cannot be removed
         mock_clock.jump(PAUSE)
         await settle()
         if payloads := faulty.arrived(faulty.alice):
@@ -344,7 +344,7 @@ async def test_reading_that_goes_on_failing(
 async def test_answers_of_the_network(
     faulty: FaultyEndpoint, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
-    """A thousand answers to earlier datagrams in a row do not pause reading, block other tasks or fill the log."""
+    """A thousand ICMP errors in a row do not pause reading, block other tasks or fill the log."""
     faulty.fail_reading(code, 1_000)
     faulty.put(b"x", faulty.alice)
     bystander = Bystander()
@@ -366,7 +366,7 @@ async def test_answers_of_the_network(
 async def test_answers_without_end(
     faulty: FaultyEndpoint, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
-    """More than MANY_ANSWERS answers to earlier datagrams in a row count as a persistent fault."""
+    """More than MANY_ANSWERS ICMP errors in a row count as a persistent fault."""
     faulty.fail_reading(code, 2_000)
     faulty.put(b"x", faulty.alice)
     for _ in range(2_000):
@@ -401,7 +401,7 @@ async def test_nothing_to_read_after_all(
 async def test_sending_that_fails(
     faulty: FaultyEndpoint, running: Running, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
-    """An error on sending is counted for its client; others are answered; what strangers can cause is not logged."""
+    """A send error counts for its client, others are answered, and errors that strangers can cause are not logged."""
     alice, bob, fault = running.alice, running.bob, fault_of(OSError(code, ""))
     for payload in (b"1", b"2", b"3"):  # a batch, so the replies leave together
         faulty.put(payload, faulty.alice)
@@ -433,7 +433,7 @@ async def test_sending_that_fails(
 async def test_sending_that_has_to_wait(
     faulty: FaultyEndpoint, running: Running, mock_clock: MockClock, nursery: trio.Nursery, code: int
 ) -> None:
-    """A full send buffer counts no error; everything leaves in order once there is room."""
+    """A full send buffer counts no error; all datagrams leave in order once there is room."""
     faulty.fail_sending_to_alice(code)
     nursery.start_soon(running.alice.send, b"1")
     await settle()
@@ -485,7 +485,7 @@ async def test_a_file_descriptor_that_is_gone(
 
 
 @pytest.mark.parametrize("faulty", KINDS[1:], indirect=True)
-async def test_a_file_descriptor_that_is_no_socket_any_more(faulty: FaultySocket) -> None:
+async def test_a_file_descriptor_that_is_not_a_socket_any_more(faulty: FaultySocket) -> None:
     """Waiting for a file descriptor that is another kind of file by now raises ClosedResourceError."""
     with open(os.devnull) as other:  # noqa: ASYNC230
         os.dup2(other.fileno(), faulty.fileno)
@@ -496,7 +496,7 @@ async def test_a_file_descriptor_that_is_no_socket_any_more(faulty: FaultySocket
 
 
 async def test_a_unix_domain_peer_that_is_gone(nursery: trio.Nursery, tmp_path: Path) -> None:
-    """On a Unix-domain socket a refusal is this datagram's own: it is counted once, for its client."""
+    """On a Unix-domain socket a refusal is about this datagram: it is counted once, for its client."""
     clients = []
 
     async def handler(client: Client) -> None:
@@ -518,7 +518,7 @@ async def test_a_unix_domain_peer_that_is_gone(nursery: trio.Nursery, tmp_path: 
 
 
 def test_outside_of_trio_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """An error outside of Trio, where an endpoint may be closed and there is no clock, is not logged."""
+    """An error outside of Trio is not logged: an endpoint may be closed there, but there is no clock."""
     error = OSError(errno.ENOMEM, "")
     log = FaultLog()
     log.count(error)

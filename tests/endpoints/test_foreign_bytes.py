@@ -1,7 +1,7 @@
-"""Property tests of all code that parses foreign bytes: no bytes make it fail.
+"""Property tests of all code that parses bytes from elsewhere: no bytes make it fail.
 
-The kernel writes control messages and raw addresses, users write addresses to send to. Control messages are also in
-test_pktinfo.py, example by example.
+The kernel writes control messages and raw addresses, and users write addresses to send to. test_pktinfo.py has examples
+of control messages.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Message: TypeAlias = "tuple[int, int, bytes]"
 IP_INFO, IPV6_INFO = (socket.IPPROTO_IP, IP_PKTINFO or 0), (socket.IPPROTO_IPV6, IPV6_PKTINFO or 0)
 GRO = (socket.IPPROTO_UDP, UDP_GRO)
 
-# Where the kinds of addresses differ, so that all kinds come up.
+# Hosts at the limits between kinds of addresses, so that all kinds occur.
 BEGINNINGS = {
     4: [b"", bytes(4), b"\xe0", b"\x7f\0\0\x01"],
     16: [b"", bytes(16), b"\xff\x02", b"\xfe\x80", bytes(10) + b"\xff\xff", bytes(10) + b"\xff\xff\xe0"],
@@ -77,12 +77,12 @@ def raw(messages: list[Message]) -> bytes:
 
 @given(st.lists(other | in_pktinfo))
 def test_control_messages_are_taken_apart_as_they_were_made(messages: list[Message]) -> None:
-    """Control messages of any number and lengths are unpacked as they were packed."""
+    """Control messages of any number and length are unpacked as they were packed."""
     assert list(unpack_control(raw(messages))) == messages
 
 
 @given(other | in_pktinfo, st.binary(max_size=200) | st.lists(anything).map(raw), st.integers(0, 40))
-def test_control_bytes_that_make_no_sense(whole: Message, control: bytes, cut_off: int) -> None:
+def test_malformed_control_bytes(whole: Message, control: bytes, cut_off: int) -> None:
     """Malformed control bytes raise nothing, and the whole messages in them are found."""
     control = control[: max(0, len(control) - cut_off)]
     first, *others = unpack_control(pack_control(*whole) + control)
@@ -92,8 +92,8 @@ def test_control_bytes_that_make_no_sense(whole: Message, control: bytes, cut_of
 
 @given(st.lists(anything))
 @example([(*IP_INFO, b"")])
-def test_only_a_whole_address_is_one(messages: list[Message]) -> None:
-    """A structure of the wrong length is ignored, so the kernel chooses where a reply leaves from."""
+def test_a_structure_of_the_wrong_length_is_ignored(messages: list[Message]) -> None:
+    """A structure of the wrong length is ignored, so the kernel chooses the source of a reply."""
     arrival = understand(messages)
     kinds = [(level, kind, len(data)) for level, kind, data in arrival.reply]
     assert kinds in ([], [(*IP_INFO, 12)], [(*IPV6_INFO, 20)])
@@ -113,7 +113,7 @@ def test_other_control_messages_are_passed_on(others: list[Message], message: Me
 
 @given(st.sampled_from([(IPV4_WILDCARD, IPV6_INFO), (IPV6_WILDCARD, IP_INFO)]), st.lists(anything))
 def test_the_end_of_a_route_has_one_size(of_family: tuple[Layout, Any], messages: list[Message]) -> None:
-    """The engine for Linux joins routes to an array of C structures: none may be longer or shorter."""
+    """The end of a route has one fixed length, because the Linux engine joins routes into an array of C structures."""
     layout, other_family = of_family
     control = raw([message for message in messages if message[:2] != other_family])
     end, segment_size, _ = Ends(layout).understand(control)
@@ -162,7 +162,7 @@ def test_both_engines_understand_the_same(engines: tuple[LinuxEngine, WildcardEn
 
 @given(st.ip_addresses(), st.integers(0, 65_535), st.integers(0, 2**32 - 1), st.integers(0, 2**20 - 1))
 def test_raw_addresses(host: Any, port: int, scope: int, flow: int) -> None:
-    """An address survives being turned into a structure and back."""
+    """An address survives conversion into a structure and back."""
     family = socket.AF_INET if host.version == 4 else socket.AF_INET6
     text = socket.inet_ntop(family, host.packed)
     address = (text, port) if host.version == 4 else (text, port, flow, scope)
@@ -173,7 +173,7 @@ def test_raw_addresses(host: Any, port: int, scope: int, flow: int) -> None:
 
 @given(st.sampled_from([(socket.AF_INET, 14, 8), (socket.AF_INET6, 26, 0)]), st.data())
 def test_structures_of_any_content(family: tuple[int, int, int], data: st.DataObject) -> None:
-    """Every structure of a family is an address, and comes back as it was, except its padding."""
+    """Every structure of a family decodes to an address, and encodes back to the same bytes, except its padding."""
     number, size, padding = family
     content = data.draw(st.binary(min_size=size, max_size=size))
     address = unpack_address(struct.pack("=H", number) + content)
@@ -188,7 +188,7 @@ numbers = st.integers() | st.integers(0, 65_535)
 
 @given(st.tuples(hosts, numbers) | st.tuples(hosts, numbers, numbers, numbers) | st.lists(hosts | numbers).map(tuple))
 def test_addresses_of_users(address: Any) -> None:
-    """An address from a user raises TypeError or ValueError, or becomes a numeric one that the kernel can be given."""
+    """An address from a user raises TypeError or ValueError, or becomes a numeric address for the kernel."""
     with suppress(TypeError, ValueError):
         numeric = numeric_address(address)
         assert numeric_address(numeric) == numeric

@@ -1,4 +1,4 @@
-"""The engine for Linux: coalesced and segmented datagrams, missing system calls, the kernel's counters."""
+"""The Linux engine: coalesced and segmented datagrams, missing system calls, the kernel's counters."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ SO_NO_CHECK = 11  # from asm-generic/socket.h: send without checksums, which can
 
 Start = Callable[..., Awaitable[Server]]
 
-# A buffer that every system grants, or the log would have a line about that.
+# A buffer that every system grants, so that the log has no line about it.
 DEFAULTS = {"host": "127.0.0.1", "receive_buffer": 200_000}
 
 
 class Collector:
-    """A handler that keeps what its clients take."""
+    """A handler that stores the datagrams of its clients."""
 
     def __init__(self) -> None:
         self.taken: list[bytes] = []
@@ -54,7 +54,7 @@ class Collector:
             self._more.set()
 
     async def until(self, datagrams: int) -> None:
-        """Wait until so many have been taken."""
+        """Wait until the handler has taken a number of datagrams."""
         with trio.fail_after(10):
             while len(self.taken) < datagrams:
                 await self._more.wait()
@@ -77,7 +77,7 @@ def warn_anew() -> None:
 
 @pytest.fixture
 def peer() -> Iterator[socket.socket]:
-    """A socket that can send many datagrams as one message, and be sent coalesced ones."""
+    """A socket that can send many datagrams as one message, and receive coalesced ones."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1_000_000)
@@ -110,7 +110,7 @@ def open_socket(family: int) -> socket.socket:
         ("linux", socket.AF_INET, LinuxEngine),
         ("portable", socket.AF_INET, PortableEngine),
         ("", socket.AF_UNIX, PortableEngine),
-        ("linux", socket.AF_UNIX, PortableEngine),  # the variable is about UDP
+        ("linux", socket.AF_UNIX, PortableEngine),  # the variable only applies to UDP
     ],
 )
 async def test_it_is_chosen(monkeypatch: pytest.MonkeyPatch, asked_for: str, family: int, chosen: type) -> None:
@@ -163,7 +163,7 @@ async def test_replies_of_one_size_leave_as_one(start: Start, peer: socket.socke
     assert next(iter(server.clients)).statistics().sent == 23
 
 
-async def test_each_client_is_told_what_it_sent_itself(start: Start, peer: socket.socket) -> None:
+async def test_each_client_counts_its_own_replies(start: Start, peer: socket.socket) -> None:
     """A client and the next client of the same peer each count their own replies, even in one message."""
     clients = []
 
@@ -183,7 +183,7 @@ async def test_each_client_is_told_what_it_sent_itself(start: Start, peer: socke
 @pytest.mark.parametrize("host", ["127.0.0.1", None])
 @pytest.mark.parametrize("size", [1, 7, 100, 1400])
 async def test_coalesced_datagrams_are_divided(start: Start, peer: socket.socket, host: str | None, size: int) -> None:
-    """A handler sees single datagrams, in order, whether they arrived coalesced or not."""
+    """A handler gets single datagrams, in order, whether they arrived coalesced or not."""
     handler = Collector()
     server = await start(handler, host=host)
     address = ("127.0.0.1", server.endpoints[0].local_address[1])
@@ -201,8 +201,8 @@ async def test_coalesced_datagrams_are_divided(start: Start, peer: socket.socket
     check_adds_up(server)
 
 
-async def test_what_is_more_than_a_batch_waits_its_turn(start: Start, peer: socket.socket) -> None:
-    """Coalesced datagrams count one by one for fairness: a default inbox takes any number of them without loss."""
+async def test_coalesced_datagrams_count_one_by_one(start: Start, peer: socket.socket) -> None:
+    """Coalesced datagrams count one by one for fairness, so a default inbox loses none of them."""
     handler = Collector()
     server = await start(handler)
     batches = [[b"%d %d" % (message, i % 10) for i in range(60)] for message in range(40)]
@@ -214,7 +214,7 @@ async def test_what_is_more_than_a_batch_waits_its_turn(start: Start, peer: sock
 
 
 async def test_datagrams_that_are_too_long_are_truncated_one_by_one(start: Start, peer: socket.socket) -> None:
-    """max_datagram_size holds for each datagram of a coalesced message."""
+    """max_datagram_size applies to each datagram of a coalesced message."""
     handler = Collector()
     server = await start(handler, max_datagram_size=10)
     send_coalesced(peer, bytes(100), 10, server)
@@ -227,7 +227,7 @@ async def test_datagrams_that_are_too_long_are_truncated_one_by_one(start: Start
 
 
 async def test_coalesced_datagrams_of_a_connection(peer: socket.socket) -> None:
-    """A connection divides coalesced datagrams too, and reads ahead no more than one batch."""
+    """A connection splits coalesced datagrams too, and reads ahead at most one batch."""
     async with await connect(*peer.getsockname()) as connection:
         control = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", 4))]
         for _ in range(5):
@@ -238,7 +238,7 @@ async def test_coalesced_datagrams_of_a_connection(peer: socket.socket) -> None:
                 assert connection.statistics().waiting < 64
 
 
-async def test_closing_ends_what_is_ahead(start: Start, peer: socket.socket) -> None:
+async def test_closing_drops_datagrams_that_were_read_ahead(start: Start, peer: socket.socket) -> None:
     """A closed endpoint serves no stranger, even if its datagrams were read with the last batch."""
     started = []
 
@@ -258,8 +258,8 @@ async def test_closing_ends_what_is_ahead(start: Start, peer: socket.socket) -> 
     check_adds_up(server)
 
 
-async def test_a_socket_that_others_have_too_is_left_as_it_was(start: Start) -> None:
-    """Other holders of the socket get single datagrams again once the endpoint is closed."""
+async def test_other_holders_of_a_socket_get_single_datagrams_again(start: Start) -> None:
+    """Other holders of the socket get single datagrams again after the endpoint is closed."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         endpoint = Endpoint.from_socket(sock.dup())
@@ -276,7 +276,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 async def test_where_merging_does_not_work(start: Start, peer: socket.socket, caplog: pytest.LogCaptureFixture) -> None:
-    """Datagrams leave singly, without loss, if the kernel cannot segment a message; the log says so once."""
+    """If the kernel cannot segment a message, datagrams leave singly, without loss, and the log says so once."""
 
     async def handler(client: Client) -> None:
         async for _ in client:
@@ -294,7 +294,7 @@ async def test_where_merging_does_not_work(start: Start, peer: socket.socket, ca
 async def test_segments_too_long_for_the_way_leave_singly(
     start: Start, peer: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A peer with a small path MTU gets its datagrams in fragments, and merging goes on for the others."""
+    """A peer with a small path MTU gets its datagrams in fragments; merging goes on for other peers."""
     messages_sent = fail_when(monkeypatch, "_sendmmsg", lambda args: errno.EMSGSIZE if merged(args) else 0)
 
     async def handler(client: Client) -> None:
@@ -310,7 +310,7 @@ async def test_segments_too_long_for_the_way_leave_singly(
 
 
 def merged(args: tuple[Any, ...]) -> bool:
-    """Whether the first message of a call to sendmmsg is merged from several datagrams."""
+    """Whether the first message of a sendmmsg call has several datagrams."""
     _, pointer, count, *_ = args
     if not count:  # the check whether the call exists
         return False
@@ -319,7 +319,7 @@ def merged(args: tuple[Any, ...]) -> bool:
 
 
 def fail_when(monkeypatch: pytest.MonkeyPatch, call: str, error: Callable[[tuple[Any, ...]], int]) -> list[int]:
-    """Let a system call fail as a kernel, or a filter before it, would; return the number of messages of each try."""
+    """Make a system call fail as a kernel or a filter would; return the number of messages of each call."""
     real = getattr(linux, call)
     tries = []
 
@@ -340,11 +340,11 @@ def fail_when(monkeypatch: pytest.MonkeyPatch, call: str, error: Callable[[tuple
 async def test_a_full_send_buffer(
     start: Start, peer: socket.socket, monkeypatch: pytest.MonkeyPatch, host: str | None
 ) -> None:
-    """Datagrams of a batch that find no room in the send buffer leave later, once and in order."""
+    """Datagrams of a batch that meet a full send buffer leave later, once and in order."""
     real, calls = linux._sendmmsg, 0
 
     def narrow(fileno: int, messages: Any, count: int, flags: int) -> int:
-        """Take three messages, then none, by turns."""
+        """Take three messages, then none, in turn."""
         nonlocal calls
         calls += 1
         if calls % 2:
@@ -381,7 +381,7 @@ async def test_where_a_system_call_is_missing(
     code: int,
     call: str,
 ) -> None:
-    """Where recvmmsg or sendmmsg is denied, datagrams are moved one at a time; the log says so once."""
+    """If recvmmsg or sendmmsg is denied, datagrams are moved one at a time, and the log says so once."""
     fail_when(monkeypatch, call, lambda _: code)
 
     async def handler(client: Client) -> None:
@@ -406,7 +406,7 @@ async def test_where_a_system_call_is_missing(
 async def test_a_refusing_filter_is_not_a_missing_call(
     start: Start, peer: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """EPERM for one datagram, as from netfilter, is that client's error; batches go on."""
+    """EPERM for one datagram, for example from netfilter, is that client's error; batches go on."""
     refuses = [True]
     tries = fail_when(monkeypatch, "_sendmmsg", lambda args: errno.EPERM if refuses and args[2] else 0)
     fail_when(monkeypatch, "_sendto", lambda _: errno.EPERM if refuses else 0)
@@ -434,8 +434,8 @@ async def test_a_refusing_filter_is_not_a_missing_call(
 # The kernel's figures
 
 
-async def test_what_the_kernel_has_dropped_is_told(peer: socket.socket) -> None:
-    """Statistics count datagrams that found no room in the receive buffer, and show the bytes in it."""
+async def test_datagrams_that_the_kernel_dropped_are_counted(peer: socket.socket) -> None:
+    """Statistics count datagrams that the kernel dropped at a full receive buffer, and show the bytes in the buffer."""
     (endpoint,) = await trio_udp.open_endpoints(0, host="127.0.0.1", receive_buffer=10_000)
     for _ in range(100):
         peer.sendto(bytes(100), endpoint.local_address)
@@ -454,7 +454,7 @@ async def test_what_the_kernel_has_dropped_is_told(peer: socket.socket) -> None:
 
 
 async def test_a_small_receive_buffer_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    """If the system grants much less than was asked for, the log says so once, and how to change it."""
+    """If the system grants much less than requested, the log says so once, and names the setting to change."""
     allowed = int(await trio.Path("/proc/sys/net/core/rmem_max").read_text())
     for _ in range(2):
         (endpoint,) = await trio_udp.open_endpoints(0, host="127.0.0.1", receive_buffer=3 * allowed)

@@ -1,4 +1,4 @@
-"""Groups and broadcast over real sockets: joining, leaving, sending, and replies on the right one of two interfaces."""
+"""Groups and broadcast over real sockets: joining, leaving, sending, and replies on the right interface of two."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def closing() -> AsyncIterator[ExitStack]:
 
 @attrs.frozen
 class Network:
-    """Two machines with wires ``one`` and ``two`` between them; on each ours has address 1, and theirs 2 and 3."""
+    """Two machines with wires ``one`` and ``two`` between them. On each wire, ours has address 1, theirs 2 and 3."""
 
     ours: Machine
     theirs: Machine
@@ -53,7 +53,7 @@ class Network:
     def endpoint(
         self, host: str = "0.0.0.0", port: int = 0, *, dual: bool = False, broadcast: bool = False
     ) -> Endpoint:
-        """Open an endpoint on our machine, which must be entered for whatever looks up addresses later."""
+        """Open an endpoint on our machine. Enter that machine for all later look-ups of addresses."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with inside(self.ours.name):
             sock = socket.socket(family, socket.SOCK_DGRAM)
@@ -66,7 +66,7 @@ class Network:
         return endpoint
 
     def peer(self, wire: str, host: str | None = None, *, ipv6: bool = False, port: int = 0) -> Peer:
-        """Open a socket on their machine, at its address on a wire, that sends to groups on this wire."""
+        """Open a socket on their machine, at its address on a wire. It sends to groups on this wire."""
         number = NUMBERS[wire]
         host = host or (f"2001:db8:{number}::2" if ipv6 else f"192.0.{number}.2")
         sock = self.closing.enter_context(
@@ -110,7 +110,7 @@ class Peer:
 
 
 def wire_up(ours: Machine, theirs: Machine, *, same_network: bool = False) -> None:
-    """Join two machines by two wires; with ``same_network`` both wires have 169.254/16 and nothing else over IPv4."""
+    """Connect two machines by two wires. With ``same_network`` both wires have only 169.254/16 over IPv4."""
     for wire, number in NUMBERS.items():
         ours.wire_to(theirs, wire)
         for machine, hosts in ((ours, [1]), (theirs, [2, 3])):
@@ -139,7 +139,7 @@ def wired() -> Iterator[list[Machine]]:
 
 @pytest.fixture
 def network(wired: list[Machine], closing: ExitStack) -> Network:
-    """A network that the test leaves as it is."""
+    """A network that the test does not change."""
     ours, theirs = wired
     return Network(ours, theirs, closing)
 
@@ -160,9 +160,9 @@ def wired_alike() -> Iterator[list[Machine]]:
 
 
 async def heard(endpoint: Endpoint, peers: list[Peer], group: str) -> list[tuple[str, str]]:
-    """Let each peer write to a group; return the hosts and wires that the endpoint heard there.
+    """Let each peer send to a group; return the hosts and wires from which the endpoint received that.
 
-    Each peer then writes to the endpoint itself. That comes later than what it wrote to the group.
+    Each peer then sends to the endpoint itself, which arrives after its datagram to the group.
     """
     port = endpoint.local_address[1]
     for peer in peers:
@@ -189,7 +189,7 @@ async def heard(endpoint: Endpoint, peers: list[Peer], group: str) -> list[tuple
 @pytest.mark.parametrize("group", [GROUP, GROUP_IPV6, SITE_GROUP_IPV6])
 @pytest.mark.parametrize("named_by", ["name", "index", "address"])
 async def test_a_group_is_joined_on_an_interface(network: Network, group: str, named_by: str) -> None:
-    """An endpoint hears a group on the interfaces that it has joined it on, until it leaves; however they are named."""
+    """An endpoint receives from a group on the interfaces on which it has joined, however they are named."""
     ipv6 = ":" in group
     endpoint = network.endpoint("::" if ipv6 else "0.0.0.0")
     peers = [network.peer(wire, ipv6=ipv6) for wire in WIRES]
@@ -215,7 +215,7 @@ async def test_a_group_is_joined_on_an_interface(network: Network, group: str, n
 @needs_namespaces
 @pytest.mark.parametrize("group", [SSM, SSM_IPV6])
 async def test_a_group_of_single_sources(network: Network, group: str) -> None:
-    """An endpoint that joins for single sources hears these, until it leaves for one, or for all."""
+    """An endpoint that joins for single sources receives from these, until it leaves for one of them or for all."""
     ipv6 = ":" in group
     endpoint = network.endpoint("::" if ipv6 else "0.0.0.0")
     hosts = ["2001:db8:1::2", "2001:db8:1::3"] if ipv6 else ["192.0.1.2", "192.0.1.3"]
@@ -233,7 +233,7 @@ async def test_a_group_of_single_sources(network: Network, group: str) -> None:
 @needs_namespaces
 @pytest.mark.parametrize("group", [GROUP, GROUP_IPV6])
 async def test_systems_without_sources(network: Network, group: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the options of RFC 3678 are missing, an endpoint joins for all sources, and refuses to join for one."""
+    """Without the options of RFC 3678, an endpoint joins for all sources, and refuses to join for one."""
     monkeypatch.setattr(engines.multicast, "HAS_SOURCES", False)
     ipv6 = ":" in group
     endpoint = network.endpoint("::" if ipv6 else "0.0.0.0")
@@ -251,7 +251,7 @@ async def test_systems_without_sources(network: Network, group: str, monkeypatch
 @needs_namespaces
 @pytest.mark.parametrize("group", [GROUP, GROUP_IPV6])
 async def test_groups_of_other_programs(network: Network, group: str) -> None:
-    """An endpoint in a group does not hear the groups that other sockets of its machine have joined."""
+    """An endpoint in a group receives nothing from groups that only other sockets of its machine have joined."""
     ipv6 = ":" in group
     host, mine = ("::", "ff02::99") if ipv6 else ("0.0.0.0", OTHER_GROUP)
     endpoint, other = network.endpoint(host), network.endpoint(host)
@@ -262,13 +262,13 @@ async def test_groups_of_other_programs(network: Network, group: str) -> None:
     assert await heard(other, peers, group) == [(peers[0].socket.getsockname()[0], "one")]
     endpoint.join_group(group, interface="two")
     both = [(peer.socket.getsockname()[0], peer.wire) for peer in peers]
-    # For IPv6 the kernel looks at the group only, not at the interface.
+    # For IPv6 the kernel compares only the group, not the interface.
     assert await heard(endpoint, peers, group) == (both if ipv6 else both[1:])
 
 
 @needs_namespaces
 async def test_the_interface_of_the_route(own_network: Network) -> None:
-    """Without an interface the route to the group decides, and without a route the error says so."""
+    """Without an interface, the route to the group decides; without a route, the error says so."""
     network = own_network
     for group, host in ((GROUP, "0.0.0.0"), (SITE_GROUP_IPV6, "::")):
         endpoint = network.endpoint(host)
@@ -286,7 +286,7 @@ async def test_the_interface_of_the_route(own_network: Network) -> None:
 
 @needs_namespaces
 async def test_an_ipv6_group_with_its_interface(network: Network) -> None:
-    """A scope behind a group or an address names the interface too."""
+    """A scope after a group or an address also names the interface."""
     endpoint = network.endpoint("::")
     peers = [network.peer(wire, ipv6=True) for wire in WIRES]
     endpoint.join_group(f"{GROUP_IPV6}%two")
@@ -323,7 +323,7 @@ async def test_a_dual_stack_endpoint_joins_both_families(network: Network) -> No
 
 @needs_namespaces
 async def test_an_endpoint_bound_to_a_group(network: Network) -> None:
-    """An endpoint bound to a group joins it and hears nothing else."""
+    """An endpoint bound to a group joins it, and receives nothing else."""
     endpoint = network.endpoint(GROUP)
     endpoint.join_group(GROUP, interface="one")
     peer = network.peer("one")
@@ -338,7 +338,7 @@ async def test_an_endpoint_bound_to_a_group(network: Network) -> None:
 
 
 async def test_an_endpoint_bound_to_one_address(caplog: pytest.LogCaptureFixture) -> None:
-    """An endpoint bound to one of our addresses hears no group; a warning in the log says so."""
+    """An endpoint bound to one of our addresses receives nothing from a group, and the log warns of that."""
     (endpoint,) = await open_endpoints(0, host="127.0.0.1")
     async with endpoint:
         endpoint.join_group(GROUP, interface="lo")
@@ -347,14 +347,14 @@ async def test_an_endpoint_bound_to_one_address(caplog: pytest.LogCaptureFixture
     ]
 
 
-# Telling apart, and replying
+# Destinations and replies
 
 
 @needs_namespaces
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("destination", [GROUP, "192.0.{}.255", "255.255.255.255", "192.0.{}.1", GROUP_IPV6, "fe80::1"])
 async def test_a_server_on_two_interfaces(network: Network, nursery: trio.Nursery, wire: str, destination: str) -> None:
-    """A client learns how it was written to, and is answered on the interface it came in on, from our address there."""
+    """A client knows its destination; replies leave on the interface of arrival, from our address there."""
     number = NUMBERS[wire]
     destination = destination.format(number)
     ipv6 = ":" in destination
@@ -380,9 +380,9 @@ async def test_a_server_on_two_interfaces(network: Network, nursery: trio.Nurser
 async def test_one_network_on_two_interfaces(
     wired_alike: list[Machine], closing: ExitStack, wire: str, destination: str, dual: bool
 ) -> None:
-    """Where both interfaces have the same network, replies leave on the right one, from its own address.
+    """If both interfaces have the same network, replies leave on the right one, from its own address.
 
-    Then ``local_address`` with that address sends to the group, or the broadcast address, on that interface too.
+    Then ``local_address`` with that address also sends to the group, or the broadcast address, on that interface.
     """
     ours, theirs = wired_alike
     network, number = Network(ours, theirs, closing), NUMBERS[wire]
@@ -413,7 +413,7 @@ async def test_one_network_on_two_interfaces(
 
 @needs_namespaces
 async def test_an_interface_without_an_address(own_network: Network) -> None:
-    """A question that comes in on an interface without an IPv4 address is answered there, from one of our addresses."""
+    """A question on an interface without an IPv4 address is answered there, from one of our addresses."""
     network = own_network
     network.ours.ip("address flush dev two")
     network.ours.ip("route add 192.0.2.0/24 dev two")
@@ -436,7 +436,7 @@ async def test_an_interface_without_an_address(own_network: Network) -> None:
 @needs_namespaces
 @pytest.mark.parametrize("group", [GROUP, GROUP_IPV6, SITE_GROUP_IPV6])
 async def test_the_interface_to_send_on(network: Network, group: str) -> None:
-    """multicast_interface decides where datagrams to groups leave, local_address more so."""
+    """Datagrams to groups leave on multicast_interface, or on the interface of local_address if that is given."""
     ipv6 = ":" in group
     endpoint = network.endpoint("::" if ipv6 else "0.0.0.0")
     assert endpoint.multicast_interface is None
@@ -494,7 +494,7 @@ async def test_hops(network: Network, group: str, dual: bool) -> None:
 @needs_namespaces
 @pytest.mark.parametrize("group", [GROUP, GROUP_IPV6])
 async def test_loop(network: Network, group: str) -> None:
-    """Members on our own machine hear what we send, ourselves included, unless multicast_loop is off."""
+    """Members on our own machine, and we ourselves, receive our datagrams unless multicast_loop is off."""
     host = "::" if ":" in group else "0.0.0.0"
     endpoint, other = network.endpoint(host), network.endpoint(host)
     port = endpoint.local_address[1]
@@ -513,17 +513,17 @@ async def test_loop(network: Network, group: str) -> None:
         assert (await endpoint.receive()).payload == b"to itself"
 
 
-# A server that hears itself
+# A server that receives its own datagrams
 
 
 def share(sock: socket.socket) -> None:
-    """Let another program have the same port, as mDNS programs do."""
+    """Share the port with another program, as mDNS programs do."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
 
 @pytest.mark.parametrize("as_function", [False, True])
-async def test_a_server_is_no_client_of_itself(nursery: trio.Nursery, as_function: bool) -> None:
-    """A server refuses what it sends to a group and hears itself; a program with the same address and port is heard."""
+async def test_a_server_is_not_its_own_client(nursery: trio.Nursery, as_function: bool) -> None:
+    """A server refuses its own datagrams to a group, and serves a program with the same address and port."""
     taken: list[bytes] = []
 
     async def handler(client: Client) -> None:
@@ -556,8 +556,8 @@ async def test_a_server_is_no_client_of_itself(nursery: trio.Nursery, as_functio
 
 
 @needs_namespaces
-async def test_a_server_hears_its_broadcast(network: Network, nursery: trio.Nursery) -> None:
-    """A server refuses its own broadcasts too, limited and directed."""
+async def test_a_server_refuses_its_own_broadcast(network: Network, nursery: trio.Nursery) -> None:
+    """A server refuses its own broadcasts, limited and directed."""
     endpoint = network.endpoint(broadcast=True)
     server: Server = await nursery.start(serve_endpoints, echo, [endpoint])
     port = endpoint.local_address[1]
@@ -585,7 +585,7 @@ def fails(number: int, message: str) -> Any:
 
 
 async def test_errors_of_groups() -> None:
-    """The kernel's error says what it means: no group, joined twice, never joined, no such interface."""
+    """Errors say what is wrong: not a group, joined twice, never joined, no such interface."""
     (endpoint,) = await open_endpoints(0, host="0.0.0.0")
     loopback = socket.if_nametoindex("lo")
     async with endpoint:
@@ -622,7 +622,7 @@ async def test_errors_of_groups() -> None:
 
 
 async def test_the_callers_mistakes() -> None:
-    """Arguments of the wrong type or kind raise at the call and change nothing; a closed endpoint says so."""
+    """Arguments of the wrong type or kind raise at the call and change nothing; a closed endpoint raises too."""
     (endpoint,) = await open_endpoints(0, host="0.0.0.0")
     anything: Any = endpoint
     for wrong in (None, 5, b"239.1.2.3", ("239.1.2.3", 5)):
@@ -664,7 +664,7 @@ async def test_the_callers_mistakes() -> None:
 
 @pytest.mark.parametrize("interface", ["lo", "127.0.0.1"])
 async def test_the_loopback_interface(interface: str) -> None:
-    """Over loopback a datagram to a group leaves from the loopback address."""
+    """On loopback, a datagram to a group leaves from the loopback address."""
     (endpoint,) = await open_endpoints(0, host="0.0.0.0")
     async with endpoint:
         endpoint.join_group(GROUP, interface="lo")
@@ -686,7 +686,7 @@ async def test_unix_domain_sockets_have_no_groups(tmp_path: Any) -> None:
 
 
 async def test_too_many_groups() -> None:
-    """The error at the system's limit names the setting; the groups joined before are heard."""
+    """The error at the system's limit names the setting; the endpoint still receives from the earlier groups."""
     (endpoint,) = await open_endpoints(0, host="0.0.0.0")
     most = int(read("/proc/sys/net/ipv4/igmp_max_memberships"))
     if most > 500:
@@ -708,7 +708,7 @@ async def test_too_many_groups() -> None:
 @needs_namespaces
 @pytest.mark.parametrize("group", [GROUP, GROUP_IPV6])
 async def test_an_interface_that_goes_away(own_network: Network, nursery: trio.Nursery, group: str) -> None:
-    """When an interface goes away the server goes on with the other one, and joins again on one that comes back."""
+    """If an interface goes away, the server goes on with the other one, and can join again when it comes back."""
     network = own_network
     ipv6 = ":" in group
     endpoint = network.endpoint("::" if ipv6 else "0.0.0.0")

@@ -1,7 +1,7 @@
-"""Errors of the network as Linux itself gives them: packet filters, missing routes, small links, ICMP, no interface.
+"""Network errors as Linux itself reports them: packet filters, missing routes, small links, ICMP, no interface.
 
-Two network namespaces, joined by a wire, stand for a server's machine and its clients'. A socket belongs to the
-namespace in which it was opened, so the servers here run in this process like all others. Needs root, ip(8) and nft(8).
+Two network namespaces, connected by a wire, play the server's machine and the clients' machine. A socket belongs to the
+namespace in which it was opened, so the servers here run in this process as usual. Needs root, ip(8) and nft(8).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FAR = "198.51.100.13"
 IP_MTU_DISCOVER, IP_PMTUDISC_DO = 10, 2
 IP_RECVERR = 11
 
-# From linux/rtnetlink.h: be told of changes of interfaces.
+# From linux/rtnetlink.h: the group that reports changes of interfaces.
 RTMGRP_LINK = 1
 
 
@@ -53,7 +53,7 @@ class FilteringMachine(Machine):
     """A machine with a packet filter."""
 
     def filter(self, hook: str, rule: str) -> None:
-        """Add a rule of nftables for all packets that come in, or go out."""
+        """Add a rule of nftables for all incoming or outgoing packets."""
         chain = f"add table inet test; add chain inet test {hook} {{ type filter hook {hook} priority 0; }}"
         with inside(self.name):
             run("nft", f"{chain}; add rule inet test {hook} {rule}")
@@ -63,7 +63,7 @@ class FilteringMachine(Machine):
             run("nft", "flush", "ruleset")
 
     def count(self, counter: str) -> int:
-        """Read a counter of the kernel's, by the names of /proc/net/snmp: ``Ip FragOKs``."""
+        """Read a counter of the kernel, by its names in /proc/net/snmp: ``Ip FragOKs``."""
         protocol, name = counter.split()
         with inside(self.name):
             lines = Path("/proc/thread-self/net/snmp").read_text().splitlines()
@@ -112,7 +112,7 @@ class Network:
         self.icmp.recv(65_535)
 
     def until_icmp_now(self) -> None:
-        """Wait for an ICMP message as until_icmp does, while no other task may run."""
+        """Wait for an ICMP message like until_icmp, but without letting other tasks run."""
         self.icmp.settimeout(5)
         self.icmp.recv(65_535)
         self.icmp.setblocking(False)
@@ -126,7 +126,7 @@ class Peer:
     server: Address
 
     def send(self, *payloads: bytes) -> None:
-        """Send datagrams, before the server runs again."""
+        """Send datagrams before the server runs again."""
         for payload in payloads:
             self.socket.sendto(payload, self.server)
 
@@ -136,7 +136,7 @@ class Peer:
         return self.socket.recv(65_535)
 
     async def ask(self, *payloads: bytes) -> list[bytes]:
-        """Send datagrams, and return as many answers."""
+        """Send datagrams, and return the same number of answers."""
         self.send(*payloads)
         return [await self.receive() for _ in payloads]
 
@@ -151,7 +151,7 @@ async def network() -> AsyncIterator[Network]:
         network = Network(ours, theirs, icmp)
         closing.callback(network.close)
         ours.wire_to(theirs)
-        # Let the server's machine take datagrams from where it has no route to.
+        # Let the server's machine accept datagrams from addresses to which it has no route.
         for setting in ("all", "wire"):
             ours.set(f"ipv4/conf/{setting}/rp_filter", 0)
         theirs.set("ipv4/icmp_ratelimit", 0)
@@ -186,7 +186,7 @@ def client_at(server: Server, host: str) -> Client:
 
 
 def check(server: Server, *, received: int, sent: int, errors: dict[str, int]) -> None:
-    """Check that the server counted no other events and dropped no datagram."""
+    """Check that the server has counted nothing else and dropped no datagram."""
     s = server.statistics()
     assert (s.received, s.delivered, s.sent, s.errors) == (received, received, sent, errors)
     assert (s.send_errors, s.receive_errors, s.handler_errors) == (sum(errors.values()), 0, 0)
@@ -200,7 +200,7 @@ def check_client(client: Client, *, sent: int, errors: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("host", [OURS, "0.0.0.0"])
 async def test_a_packet_filter(network: Network, start: Start, host: str) -> None:
-    """Replies that a packet filter drops are counted at their client; others are answered, and later this one too."""
+    """Replies that a packet filter drops count for their client. Others are answered, and later this client too."""
     server = await start(host=host)
     alice, bob = network.client(ALICE), network.client(BOB)
     network.ours.filter("output", f"ip daddr {ALICE} drop")
@@ -279,7 +279,7 @@ async def test_replies_of_one_size_over_a_small_link(network: Network, start: St
 
 @pytest.mark.parametrize("host", [OURS, "0.0.0.0"])
 async def test_a_source_port_of_zero(network: Network, start: Start, host: str) -> None:
-    """A datagram from port 0 is delivered; its answer is not sent, but counted, for that client alone."""
+    """A datagram from port 0 is delivered; its reply is not sent, but counted for that client alone."""
     server = await start(host=host)
     alice, bob = network.client(ALICE), network.client(BOB)
     network.theirs.filter("output", f"ip saddr {ALICE} udp sport set 0")
@@ -297,7 +297,7 @@ ICMP = ["port-unreachable", "host-unreachable", "net-unreachable", "admin-prohib
 
 @pytest.mark.parametrize("answer", ICMP)
 async def test_icmp_at_a_server(network: Network, start: Start, answer: str) -> None:
-    """A server is not told of ICMP errors: nothing is counted, and all other clients are answered."""
+    """A server does not notice ICMP errors: it counts nothing, and all other clients are answered."""
     server = await start()
     alice, bob = network.client(ALICE), network.client(BOB)
     network.theirs.filter("input", f"ip daddr {ALICE} udp sport {PORT} reject with icmp type {answer}")
@@ -309,7 +309,7 @@ async def test_icmp_at_a_server(network: Network, start: Start, answer: str) -> 
 
 
 async def test_icmp_at_a_server_that_asks_for_it(network: Network, start: Start) -> None:
-    """With IP_RECVERR an error about one client may meet a send to the next, which is still answered."""
+    """With IP_RECVERR, a send to the next client may meet an error about another, and still leaves."""
     server = await start()
     server.endpoints[0].socket.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
     alice, bob = network.client(ALICE), network.client(BOB)
@@ -406,7 +406,7 @@ async def test_send_to_raises_the_kernels_error(network: Network, start: Start) 
 
 @pytest.mark.parametrize("host", [OURS, "0.0.0.0"])
 async def test_an_interface_that_goes_down_and_up(network: Network, start: Start, host: str) -> None:
-    """Datagrams that cannot be sent while the interface is down are counted; then the same clients are answered."""
+    """Datagrams to an interface that is down are counted as errors; later the same clients are answered."""
     server = await start(host=host)
     bob = network.client(BOB)
     assert await bob.ask(b"1") == [b"1"]
@@ -430,7 +430,7 @@ async def test_an_interface_that_goes_down_and_up(network: Network, start: Start
 async def test_a_local_address_that_is_removed(
     network: Network, start: Start, everywhere: str, host: str, removed: str, peer: str, error: str
 ) -> None:
-    """Only clients that wrote to a removed address cannot be answered, until it is there again."""
+    """Only clients that sent to a removed address cannot be answered, until the address is back."""
     server = await start(host=everywhere)
     lost, kept = network.client(peer, removed), network.client(peer, host)
     assert await lost.ask(b"1") + await kept.ask(b"1") == [b"1"] * 2

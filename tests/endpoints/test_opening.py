@@ -29,7 +29,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="option numbers 
 
 @asynccontextmanager
 async def opened(port: int = 0, **options: Any) -> AsyncIterator[list[Endpoint]]:
-    """Open endpoints, by default on 127.0.0.1, and close them again."""
+    """Open endpoints, by default on 127.0.0.1, and close them at the end."""
     options.setdefault("host", "127.0.0.1")
     endpoints = await trio_udp.open_endpoints(port, **options)
     try:
@@ -49,7 +49,7 @@ def is_ours(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def bound(host: str = "127.0.0.1", port: int = 0, *options: int) -> Iterator[socket.socket]:
-    """Open a plain socket that has nothing to do with this package."""
+    """Open a plain socket that is independent of this package."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         for option in options:
@@ -78,7 +78,7 @@ def nothing_left_open() -> Iterator[None]:
 
 
 def resolve(monkeypatch: pytest.MonkeyPatch, *hosts: str) -> None:
-    """Let every name stand for these addresses."""
+    """Make every name resolve to these addresses."""
 
     async def getaddrinfo(host: object, port: int, *, type: int, flags: int = 0) -> list[Any]:
         return [
@@ -106,7 +106,7 @@ async def test_port_0_is_one_port_in_both_families() -> None:
 
 @needs_reuse_port
 async def test_port_0_with_reuse_port_is_a_port_of_its_own() -> None:
-    """Among many sockets that share their ports, port 0 never gives a port that another socket has."""
+    """Among many sockets with shared ports, port 0 never chooses a port that another socket has."""
     with ExitStack() as stack:
         others = [stack.enter_context(bound("127.0.0.1", 0, socket.SO_REUSEPORT)) for _ in range(200)]
         taken = {other.getsockname()[1] for other in others}
@@ -119,7 +119,7 @@ async def test_port_0_with_reuse_port_is_a_port_of_its_own() -> None:
 @needs_reuse_port
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
 async def test_port_0_with_reuse_port_is_shared_afterwards(host: str) -> None:
-    """A second socket with the option binds the port that the first was given, and gets a part of the clients."""
+    """A second socket with reuse_port can bind the port that port 0 chose, and gets some of the clients."""
     async with (
         opened(host=host, reuse_port=True) as first,
         opened(port_of(first[0]), host=host, reuse_port=True) as second,
@@ -134,7 +134,7 @@ async def test_port_0_with_reuse_port_is_shared_afterwards(host: str) -> None:
 
 
 def waiting_in(endpoint: Endpoint) -> list[bytes]:
-    """Read all that waits in a socket."""
+    """Read all datagrams that wait in a socket."""
     found = []
     with socket.socket(fileno=os.dup(endpoint.socket.fileno())) as sock, suppress(BlockingIOError):
         while True:
@@ -144,7 +144,7 @@ def waiting_in(endpoint: Endpoint) -> list[bytes]:
 
 @needs_reuse_port
 async def test_a_port_is_not_shared_without_the_option() -> None:
-    """A port that was bound with reuse_port stays closed to sockets without it, and the reverse."""
+    """A port that was bound with reuse_port stays closed to sockets without it, and vice versa."""
     for mine, theirs in ((True, False), (False, True)):
         async with opened(reuse_port=mine) as (endpoint,):
             with pytest.raises(OSError, match="in use"):
@@ -167,11 +167,11 @@ async def test_port_0_with_shared_ports_from_configure() -> None:
 
 
 class Kernel:
-    """Opens sockets as the kernel would if it lacked something in IPv6.
+    """Opens sockets like a kernel that lacks something in IPv6.
 
     Args:
-      socket_error: What opening an IPv6 socket gives.
-      bind_errors: What binding IPv6 sockets gives, one after the other, before all is well.
+      socket_error: The error from opening an IPv6 socket.
+      bind_errors: The errors from binding IPv6 sockets, one after the other, before binding succeeds.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, *, socket_error: int = 0, bind_errors: Iterable[int] = ()) -> None:
@@ -245,7 +245,7 @@ async def test_a_port_in_use_in_one_family() -> None:
 
 
 async def test_an_address_that_is_not_ours() -> None:
-    """An address that is not of this machine is an error that names it."""
+    """Binding an address that this machine does not have raises an error that names the address."""
     for host in (NOT_OURS, NOT_OURS_IPV6):
         with nothing_left_open(), pytest.raises(OSError, match=rf": cannot bind {host} port 9$") as info:
             await trio_udp.open_endpoints(9, host=host)
@@ -253,7 +253,7 @@ async def test_an_address_that_is_not_ours() -> None:
 
 
 async def test_the_class_of_an_error_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A port that only root may bind gives a PermissionError."""
+    """A port that only root may bind raises a PermissionError."""
     Kernel(monkeypatch, bind_errors=[errno.EACCES])
     with pytest.raises(
         PermissionError, match=r"cannot bind ::1 port 53; ports below 1024 need CAP_NET_BIND_SERVICE"
@@ -263,7 +263,7 @@ async def test_the_class_of_an_error_is_the_kernels(monkeypatch: pytest.MonkeyPa
 
 
 async def test_an_ipv4_address_of_a_name_that_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every IPv4 address of a name must be ours."""
+    """Every IPv4 address of a name must be one of this machine."""
     resolve(monkeypatch, "127.0.0.1", NOT_OURS)
     with nothing_left_open(), pytest.raises(OSError, match=f"cannot bind {NOT_OURS} port"):
         await trio_udp.open_endpoints(0, host="server.example")
@@ -316,7 +316,7 @@ async def test_every_interface_of_a_machine_without_ipv6(
 async def test_localhost_of_a_machine_without_ipv6(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lack: Any
 ) -> None:
-    """localhost is 127.0.0.1 alone where IPv6 is missing, and the log says so."""
+    """Without IPv6, localhost is only 127.0.0.1, and the log says so."""
     resolve(monkeypatch, "::1", "127.0.0.1")
     Kernel(monkeypatch, **lack)
     async with opened(host="localhost") as endpoints:
@@ -326,7 +326,7 @@ async def test_localhost_of_a_machine_without_ipv6(
 
 
 async def test_ipv6_alone_on_a_machine_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A family that the machine lacks is an error if no other is asked for."""
+    """A family that the machine lacks raises an error if it is the only one requested."""
     Kernel(monkeypatch, socket_error=errno.EAFNOSUPPORT)
     with pytest.raises(OSError, match=r"cannot bind ::1 port 9$") as info:
         await trio_udp.open_endpoints(9, host="::1")
@@ -342,7 +342,7 @@ async def test_a_machine_out_of_file_descriptors(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_a_platform_that_cannot_share_ports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """reuse_port is a ValueError where the platform has no SO_REUSEPORT."""
+    """reuse_port raises ValueError if the platform has no SO_REUSEPORT."""
     kernel = {name: value for name, value in vars(socket).items() if name != "SO_REUSEPORT"}
     monkeypatch.setattr(opening, "socket", types.SimpleNamespace(**kernel))
     with pytest.raises(ValueError, match="reuse_port"):
@@ -360,7 +360,7 @@ async def test_an_engine_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_configure_is_called_with_each_socket_before_it_is_bound() -> None:
-    """Each socket comes to ``configure`` unbound, after all other options were set."""
+    """``configure`` gets each socket unbound, after all other options were set."""
     seen = []
 
     def configure(sock: socket.socket) -> None:
@@ -373,7 +373,7 @@ async def test_configure_is_called_with_each_socket_before_it_is_bound() -> None
         assert seen == [(socket.socket, True, True)] * 2
 
 
-async def test_configure_overrides_what_we_have_set() -> None:
+async def test_configure_overrides_our_options() -> None:
     """An option that ``configure`` sets overrides ours."""
     async with opened(send_buffer=20_000) as (before,):
         ours = before.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
@@ -387,7 +387,7 @@ async def test_configure_overrides_what_we_have_set() -> None:
 
 
 async def test_configure_that_binds_to_both_families() -> None:
-    """An IPv6 socket is for IPv6 alone unless ``configure`` says otherwise."""
+    """An IPv6 socket receives IPv6 only, unless ``configure`` says otherwise."""
 
     def configure(sock: socket.socket) -> None:
         assert sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1
@@ -398,7 +398,7 @@ async def test_configure_that_binds_to_both_families() -> None:
 
 
 async def test_an_error_of_configure() -> None:
-    """If ``configure`` raises, everything opened so far is closed and the error comes out as it is."""
+    """If ``configure`` raises, all opened sockets are closed, and the error is raised unchanged."""
     errors = [ZeroDivisionError("mine"), OSError(errno.EADDRINUSE, "mine"), OSError(errno.EADDRNOTAVAIL, "mine")]
     for error in errors:
         calls = []
@@ -423,7 +423,7 @@ class ConfigureAsync:
 
 @pytest.mark.parametrize("configure", [configure_async, ConfigureAsync(), lambda sock: configure_async(sock), 5, "x"])
 async def test_configure_is_a_plain_function(configure: Any) -> None:
-    """An async ``configure``, or one that is not callable, is a TypeError, and nothing stays open."""
+    """An async ``configure``, or one that is not callable, raises TypeError, and nothing stays open."""
     with pytest.raises(TypeError, match="configure must be a"):
         await trio_udp.open_endpoints(0, host="127.0.0.1", configure=configure)
     with pytest.raises(TypeError, match="configure must be a"):
@@ -434,7 +434,7 @@ async def test_configure_is_a_plain_function(configure: Any) -> None:
 
 
 async def test_both_ends_ask_for_4_mib() -> None:
-    """Endpoints and connections ask for the same receive buffer, and say so in their statistics."""
+    """Endpoints and connections request the same receive buffer, and show it in their statistics."""
     async with opened() as (endpoint,), await trio_udp.connect(*endpoint.local_address) as connection:
         for statistics in (endpoint.statistics(), connection.statistics()):
             assert statistics.receive_buffer_requested == FOUR_MIB
@@ -442,7 +442,7 @@ async def test_both_ends_ask_for_4_mib() -> None:
 
 
 async def test_both_ends_take_a_size() -> None:
-    """receive_buffer is what the kernel is asked for."""
+    """receive_buffer is the size that is requested from the kernel."""
     async with (
         opened(receive_buffer=20_000) as (endpoint,),
         await trio_udp.connect(*endpoint.local_address, receive_buffer=20_000) as connection,
@@ -453,7 +453,7 @@ async def test_both_ends_take_a_size() -> None:
 
 @linux_only
 async def test_a_small_receive_buffer_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """If the kernel grants less than half of what was asked for, the log says which setting to change."""
+    """If the kernel grants less than half of the requested size, the log names the setting to change."""
     for size, connecting in ((2_000_000_001, False), (2_000_000_002, True)):  # each message is logged once
         if connecting:
             async with await trio_udp.connect("127.0.0.1", 9, receive_buffer=size):
@@ -468,7 +468,7 @@ async def test_a_small_receive_buffer_is_a_warning(caplog: pytest.LogCaptureFixt
 
 @linux_only
 async def test_no_warning_about_a_buffer_that_configure_chose(caplog: pytest.LogCaptureFixture) -> None:
-    """A small buffer that the program itself sets is no reason for a warning."""
+    """The log does not warn about a small buffer that the program itself has set."""
 
     def configure(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
@@ -491,7 +491,7 @@ async def test_no_warning_about_a_buffer_that_configure_chose(caplog: pytest.Log
     ],
 )
 async def test_wrong_arguments(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
-    """A mistake of the caller's raises at the call, in one line that names the argument."""
+    """A wrong argument raises at the call, with one line that names it."""
     with pytest.raises(error, match=f"^{message}") as info:
         await trio_udp.open_endpoints(**{"port": 0, **arguments})
     assert "\n" not in str(info.value)
@@ -501,7 +501,7 @@ async def test_wrong_arguments(error: type[Exception], message: str, arguments: 
 
 
 async def test_connecting_to_a_peer_address() -> None:
-    """An IPv6 address in four parts, as sockets give it, can be passed to connect, and so can one of IPv4 in two."""
+    """connect takes an IPv6 address in four parts, as sockets return it, and an IPv4 address in two."""
     for host in ("::1", "127.0.0.1"):
         with bound(host) as server:
             async with await trio_udp.connect(*server.getsockname()) as connection:
@@ -509,7 +509,7 @@ async def test_connecting_to_a_peer_address() -> None:
 
 
 async def test_connecting_with_a_scope(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scope of a link-local peer comes from the host, or from scope_id, which goes first."""
+    """The scope of a link-local peer comes from scope_id or, without it, from the host."""
     asked = []
 
     class Socket(socket.socket):
@@ -527,7 +527,7 @@ async def test_connecting_with_a_scope(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_scope_is_for_ipv6_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a scope or flow information an IPv4 peer is a ValueError; of a name the IPv6 addresses are used."""
+    """A scope or flow information raises ValueError for an IPv4 peer; for a name, it selects the IPv6 addresses."""
     for more in ((1, 0), (0, 1)):
         with pytest.raises(ValueError, match="for IPv6 only"):
             await trio_udp.connect("127.0.0.1", 9, *more)
@@ -585,7 +585,7 @@ async def test_connecting_from_the_family_of_the_local_address(monkeypatch: pyte
 
 
 async def test_connecting_to_a_mapped_address() -> None:
-    """An IPv4 peer as a socket for both families shows it can be passed to connect."""
+    """connect takes an IPv4 address in the mapped form of a dual-stack socket."""
     with bound() as server:
         server.settimeout(5)
         async with await trio_udp.connect("::ffff:127.0.0.1", server.getsockname()[1], 0, 0) as connection:
@@ -619,7 +619,7 @@ Link = Callable[[str], object]
 
 @pytest.fixture
 def link() -> Iterator[Link]:
-    """Two network namespaces with a wire; run ``ip`` in the first, in which this thread opens its sockets."""
+    """Two network namespaces with a wire; ``ip`` runs in the first, in which this thread opens its sockets."""
     with machines("ours", "theirs") as (ours, theirs):
         ours.wire_to(theirs)
         for machine in (ours, theirs):

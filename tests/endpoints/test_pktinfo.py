@@ -30,7 +30,7 @@ def in6_pktinfo(address: str, interface: int) -> Any:
 
 
 def test_ipv4_replies_leave_from_our_address_by_any_interface() -> None:
-    """A reply to a datagram that was sent to our own address leaves from there; routing finds the interface."""
+    """A reply to a datagram to our own address leaves from that address; routing chooses the interface."""
     arrival = understand([in_pktinfo(3, "192.0.2.5", "192.0.2.5")])
     assert arrival == Arrival((in_pktinfo(0, "192.0.2.5", "0.0.0.0"),), b"", 0, ())
     assert own_end(arrival.reply) == (raw("192.0.2.5"), 0)
@@ -38,7 +38,7 @@ def test_ipv4_replies_leave_from_our_address_by_any_interface() -> None:
 
 @pytest.mark.parametrize("group", ["192.0.2.255", "255.255.255.255", "239.1.2.3"])
 def test_ipv4_replies_to_a_group_leave_on_its_interface(group: str) -> None:
-    """A datagram to a broadcast address or a group is answered from our own address, on the interface it came from."""
+    """The reply to a broadcast or group datagram leaves from our own address, on the interface of arrival."""
     arrival = understand([in_pktinfo(3, "192.0.2.5", group)])
     assert arrival == Arrival((in_pktinfo(3, "192.0.2.5", "0.0.0.0"),), raw(group), 0, ())
     assert own_end(arrival.reply) == (raw("192.0.2.5"), 3)
@@ -54,7 +54,7 @@ def test_ipv6_replies_name_the_interface_only_where_it_is_needed(address: str, i
     assert own_end(arrival.reply) == (raw(address), scope)
 
 
-def test_multicast_is_no_address_to_send_from() -> None:
+def test_a_group_is_not_a_source_address() -> None:
     """The reply to a datagram to an IPv6 group leaves on its interface, from an address that the kernel chooses."""
     arrival = understand([in6_pktinfo("ff02::1", 3)])
     assert arrival == Arrival((in6_pktinfo("::", 3),), raw("ff02::1"), 0, ())
@@ -62,7 +62,7 @@ def test_multicast_is_no_address_to_send_from() -> None:
 
 
 def test_ipv4_groups_on_a_socket_for_both_families() -> None:
-    """A reply on a socket for both families takes our own address from the IPv4 structure, mapped into the IPv6 one."""
+    """A reply on a dual-stack socket takes our address from the IPv4 structure, mapped into the IPv6 one."""
     messages = [in6_pktinfo("::ffff:224.0.0.1", 2), in_pktinfo(2, "192.0.2.5", "224.0.0.1")]
     for control in (messages, messages[::-1]):
         arrival = understand(control)
@@ -71,14 +71,14 @@ def test_ipv4_groups_on_a_socket_for_both_families() -> None:
 
 
 def test_replies_to_ipv4_groups_whose_network_is_unknown() -> None:
-    """Without the structure of IPv4 an IPv6 socket leaves the address to the kernel: mapped, or it refuses to send."""
+    """Without the IPv4 structure, an IPv6 socket leaves the source to the kernel: a mapped address, or an error."""
     arrival = understand([in6_pktinfo("::ffff:224.0.0.1", 2)])
     assert arrival == Arrival((in6_pktinfo("::ffff:0.0.0.0", 2),), raw("::ffff:224.0.0.1"), 0, ())
     assert own_end(arrival.reply) == (b"", 2)
 
 
 def test_other_control_messages_are_ancillary() -> None:
-    """The segment size of a coalesced message is understood; what else the socket was told to bring is passed on."""
+    """The engine reads the segment size of a coalesced message, and passes other control messages on."""
     time_stamp = (socket.SOL_SOCKET, 35, bytes(16))
     gro = (socket.IPPROTO_UDP, pktinfo.UDP_GRO, struct.pack("=i", 1_200))
     assert understand([time_stamp, gro]) == ((), b"", 1_200, (time_stamp,))

@@ -1,4 +1,4 @@
-"""Endpoints with ``proxies``: headers taken off, addresses, and whose headers count. Both engines, on loopback."""
+"""Endpoints with ``proxies``: headers are removed, addresses are read, and only trusted headers count. Both engines."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from ..proxy_headers import (
     raw_header,
 )
 
-PROXY_HOST, STRANGER_HOST = "127.0.0.9", "127.0.8.8"  # plain_socket()'s, and one that no test trusts
+PROXY_HOST, STRANGER_HOST = "127.0.0.9", "127.0.8.8"  # the host of plain_socket(), and one that no test trusts
 
-CLIENT, FRONT = ("192.0.2.1", 1000), ("192.0.2.53", 53)  # what a proxy saw
+CLIENT, FRONT = ("192.0.2.1", 1000), ("192.0.2.53", 53)  # the addresses that a proxy saw
 CLIENT6, FRONT6 = ("2001:db8::1", 1000, 0, 0), ("2001:db8::53", 53, 0, 0)
 HEADER, HEADER6 = header(CLIENT, FRONT), header(CLIENT6, FRONT6)
 
@@ -65,7 +65,7 @@ async def close_at_end(endpoint: Endpoint) -> None:
 
 
 async def receive(endpoint: Endpoint, sock: socket.socket, *payloads: bytes) -> list[Datagram]:
-    """Send datagrams to an endpoint; return as many."""
+    """Send datagrams to an endpoint; return the same number of received ones."""
     for payload in payloads:
         sock.sendto(payload, endpoint.local_address)
     with trio.fail_after(5):
@@ -77,7 +77,7 @@ def summary(datagram: Datagram) -> tuple[bytes, Address, Address]:
 
 
 async def test_addresses_in_the_header_count(open_one: Open) -> None:
-    """A datagram from a proxy has the addresses in its header; the header is not part of the payload."""
+    """A datagram from a proxy has the addresses in its header, and its payload does not include the header."""
     endpoint = await open_one()
     with plain_socket() as proxy:
         (datagram,) = await receive(endpoint, proxy, HEADER + b"query")
@@ -86,7 +86,7 @@ async def test_addresses_in_the_header_count(open_one: Open) -> None:
 
 
 async def test_replies_go_back_through_the_proxy(open_one: Open) -> None:
-    """A reply goes to the proxy's socket, from the address that the proxy wrote to, and has no header."""
+    """A reply goes to the proxy's socket, from the address that the proxy sent to, and has no header."""
     endpoint = await open_one()
     with plain_socket() as proxy:
         (datagram,) = await receive(endpoint, proxy, HEADER + b"query")
@@ -97,7 +97,7 @@ async def test_replies_go_back_through_the_proxy(open_one: Open) -> None:
 
 
 async def test_replies_of_a_wildcard_endpoint(open_one: Open) -> None:
-    """On a socket bound to all addresses, a reply leaves from the address that the proxy wrote to."""
+    """On a socket bound to all addresses, a reply leaves from the address that the proxy sent to."""
     endpoint = await open_one("0.0.0.0")
     port = endpoint.local_address[1]
     with plain_socket() as proxy:
@@ -122,7 +122,7 @@ async def test_replies_of_a_wildcard_endpoint(open_one: Open) -> None:
     ids=["LOCAL", "LOCAL with addresses", "AF_UNSPEC", "AF_UNSPEC with bytes", "Unix stream", "Unix datagram"],
 )
 async def test_the_proxy_itself(open_one: Open, own: bytes) -> None:
-    """LOCAL, AF_UNSPEC and Unix-domain addresses stand for the proxy itself, at its own address."""
+    """LOCAL, AF_UNSPEC and Unix-domain headers mean the proxy itself, at its own address."""
     endpoint = await open_one()
     with plain_socket() as proxy:
         (datagram,) = await receive(endpoint, proxy, own + b"are you there?")
@@ -132,7 +132,7 @@ async def test_the_proxy_itself(open_one: Open, own: bytes) -> None:
 
 
 async def test_client_over_a_stream(open_one: Open) -> None:
-    """A client that reached the proxy over TCP is named in the header too; dnsdist does so for DNS over HTTPS."""
+    """A header may name a client that reached the proxy over TCP, as dnsdist does for DNS over HTTPS."""
     endpoint = await open_one()
     with plain_socket() as proxy:
         (datagram,) = await receive(endpoint, proxy, raw_header(PROXY, TCP4, HEADER[16:]) + b"query")
@@ -140,7 +140,7 @@ async def test_client_over_a_stream(open_one: Open) -> None:
 
 
 async def test_header_alone_is_an_empty_datagram(open_one: Open) -> None:
-    """A header without payload is an empty datagram, like any other."""
+    """A header without payload is an empty datagram."""
     endpoint = await open_one()
     with plain_socket() as proxy:
         datagrams = await receive(endpoint, proxy, HEADER, OWN, HEADER + b"x")
@@ -148,7 +148,7 @@ async def test_header_alone_is_an_empty_datagram(open_one: Open) -> None:
 
 
 async def test_header_of_a_stranger_is_payload(open_one: Open) -> None:
-    """Senders outside the networks of ``proxies`` are what they are, and so is what looks like a header."""
+    """A sender outside ``proxies`` keeps its own address, and its payload may look like a header."""
     endpoint = await open_one()
     with plain_socket(STRANGER_HOST) as stranger, plain_socket() as proxy:
         payloads = [HEADER + b"query", OWN, b"", b"query"]
@@ -158,13 +158,13 @@ async def test_header_of_a_stranger_is_payload(open_one: Open) -> None:
         ]
         await datagrams[0].reply(b"answer")
         assert stranger.recv(100) == b"answer"
-        # Trust is of the sender, not of the socket: the proxy's header still counts.
+        # The sender is trusted, not the socket: the proxy's header still counts.
         assert summary((await receive(endpoint, proxy, HEADER))[0]) == (b"", CLIENT, FRONT)
     assert endpoint.statistics().refused_malformed == 0
 
 
 async def test_malformed_headers_are_counted(open_one: Open) -> None:
-    """A datagram of a proxy without a valid header is refused and counted; those around it arrive, in order."""
+    """A proxy's datagram without a valid header is refused and counted; other datagrams arrive in order."""
     endpoint = await open_one()
     with plain_socket() as proxy:
         for i, malformed in enumerate(MALFORMED.values()):
@@ -193,7 +193,7 @@ async def test_nothing_but_malformed(open_one: Open) -> None:
 
 
 async def test_malformed_headers_are_logged(open_one: Open, caplog: pytest.LogCaptureFixture) -> None:
-    """The log names a proxy that sends no header, once: its configuration is wrong. Others could fill the log."""
+    """The log names a proxy that sends no header, but only once, so that strangers cannot fill the log."""
     endpoint = await open_one()
     with plain_socket() as proxy:
         proxy.sendto(b"query", endpoint.local_address)
@@ -227,7 +227,7 @@ async def test_ipv6_client_behind_an_ipv4_proxy(open_one: Open) -> None:
 
 
 async def test_ipv4_client_behind_an_ipv6_proxy(open_one: Open) -> None:
-    """An IPv4 client behind a proxy that writes over IPv6 is shown with its IPv4 address."""
+    """An IPv4 client behind a proxy that sends over IPv6 has its IPv4 address."""
     endpoint = await open_one("::1", ["::1"])
     with plain_socket("::1") as proxy:
         datagrams = await receive(endpoint, proxy, HEADER + b"a", HEADER6 + b"b")
@@ -238,7 +238,7 @@ async def test_ipv4_client_behind_an_ipv6_proxy(open_one: Open) -> None:
 
 
 async def test_ipv4_proxy_on_a_dual_stack_socket(engine: str) -> None:
-    """Networks of IPv4 hold for a socket that shows IPv4 senders as mapped addresses."""
+    """IPv4 networks in ``proxies`` also match mapped addresses on a dual-stack socket."""
     sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     sock.bind(("::", 0))
@@ -256,7 +256,7 @@ async def test_ipv4_proxy_on_a_dual_stack_socket(engine: str) -> None:
 
 
 async def test_max_datagram_size_is_of_the_payload(open_one: Open) -> None:
-    """``max_datagram_size`` is the longest payload; a header comes on top. Bytes are counted without headers."""
+    """``max_datagram_size`` and byte counts apply to the payload, without the header."""
     endpoint = await open_one(max_datagram_size=5)
     long = header(CLIENT, FRONT, tlvs=bytes(300))
     with plain_socket() as proxy, plain_socket(STRANGER_HOST) as stranger:
@@ -268,7 +268,7 @@ async def test_max_datagram_size_is_of_the_payload(open_one: Open) -> None:
 
 
 async def test_longest_datagram(open_one: Open) -> None:
-    """A header and its payload fill one datagram of UDP, up to the last byte."""
+    """Header and payload together may fill a UDP datagram to the last byte."""
     endpoint = await open_one()
     payload = bytes(65_507 - len(HEADER))
     with plain_socket() as proxy:
@@ -278,7 +278,7 @@ async def test_longest_datagram(open_one: Open) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GSO is Linux's")
 async def test_coalesced_datagrams(start_on_loopback: StartServer) -> None:
-    """Datagrams that the kernel coalesces (GRO) have a header each, and each of their clients gets its reply."""
+    """Each coalesced datagram (GRO) has its own header, and each client gets its reply."""
     seen: list[tuple[Address, bytes]] = []
     all_seen = trio.Event()
 
@@ -326,7 +326,7 @@ async def test_connected_socket(engine: str) -> None:
 
 
 async def test_proxy_with_a_reserved_address() -> None:
-    """Private networks use 240.0.0.0/4 too, which is reserved and not for groups."""
+    """A proxy may have an address in 240.0.0.0/4, which is reserved, but used in private networks."""
     network = SimulatedNetwork()
     endpoint = network.endpoint("192.0.2.53", 53, proxies=["240.0.0.0/4"])
     network.inject(HEADER, ("240.0.0.1", 1000), ("192.0.2.53", 53))
@@ -334,7 +334,7 @@ async def test_proxy_with_a_reserved_address() -> None:
 
 
 async def test_send_to_is_direct(open_one: Open) -> None:
-    """``send_to`` writes to the address itself: nothing else is known of how to reach it."""
+    """``send_to`` sends to the address itself, not through a proxy."""
     endpoint = await open_one()
     with plain_socket(STRANGER_HOST) as stranger, plain_socket() as proxy:
         (datagram,) = await receive(endpoint, proxy, header(stranger.getsockname(), FRONT))
@@ -361,8 +361,8 @@ async def test_takes_over_an_inherited_socket(engine: str) -> None:
     assert sock.fileno() == -1
 
 
-async def test_no_proxies_is_no_engine_more(engine: str) -> None:
-    """An endpoint without ``proxies``, or with an empty list, has the same engine as ever."""
+async def test_without_proxies_there_is_no_other_engine(engine: str) -> None:
+    """An endpoint without ``proxies``, or with an empty list, has the plain engine."""
     empty: list[dict[str, Any]] = [{}, {"proxies": []}]
     for options in empty:
         (endpoint,) = await trio_udp.open_endpoints(0, host="127.0.0.1", **options)
@@ -371,7 +371,7 @@ async def test_no_proxies_is_no_engine_more(engine: str) -> None:
 
 
 async def test_senders_without_number(autojump_clock: trio.testing.MockClock) -> None:
-    """However many addresses send, what is remembered of them is bounded, and each is judged rightly."""
+    """The cache of senders stays bounded for any number of addresses, and its answers stay right."""
     network = SimulatedNetwork()
     endpoint = network.endpoint("192.0.2.53", 53, proxies=["10.0.0.0/8"])
     reader = reader_of(endpoint)
@@ -382,8 +382,8 @@ async def test_senders_without_number(autojump_clock: trio.testing.MockClock) ->
         assert len(reader.engine._is_proxy) <= MAX_ROUTES  # type: ignore[attr-defined]
 
 
-async def test_a_group_is_no_proxy() -> None:
-    """An address that no machine has is not trusted, even in a network that is: no answer may go there."""
+async def test_a_group_is_not_a_proxy() -> None:
+    """A group address is never trusted, even inside a network in ``proxies``, because no answer may go there."""
     network = SimulatedNetwork()
     endpoint = network.endpoint("192.0.2.53", 53, proxies=["0.0.0.0/0"])
     for source in (("224.0.0.251", 5353), ("255.255.255.255", 1000), ("0.0.0.0", 68)):
@@ -416,7 +416,7 @@ async def test_a_group_is_no_proxy() -> None:
     ],
 )
 async def test_bad_networks(proxies: Any, error: type[Exception], message: str) -> None:
-    """A mistake in ``proxies`` raises at the call, with one line that names it, and opens nothing."""
+    """A wrong ``proxies`` raises at the call, with one line that names it, and opens nothing."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind(("127.0.0.1", 0))
 
@@ -432,13 +432,13 @@ async def test_bad_networks(proxies: Any, error: type[Exception], message: str) 
         with pytest.raises(error) as raised:
             await call()
         assert str(raised.value) == message
-    assert sock.fileno() != -1  # still the caller's
+    assert sock.fileno() != -1  # still owned by the caller
     sock.close()
 
 
 @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="needs Unix-domain sockets")
 def test_not_for_unix_domain_sockets(tmp_path: Any) -> None:
-    """Unix-domain senders have no addresses that could be in a network."""
+    """``proxies`` raises for a Unix-domain socket, whose senders have no IP addresses."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(tmp_path / "socket"))
         with pytest.raises(ValueError, match=r"^proxies are for sockets of IPv4 and IPv6, not "):
@@ -450,7 +450,7 @@ hosts = st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6))
 
 @given(hosts, st.lists(st.tuples(hosts, st.integers(0, 128)), max_size=4), st.integers(0, 128))
 def test_networks(host: Any, others: list[tuple[Any, int]], bits: int) -> None:
-    """A host is in the networks exactly if the module ``ipaddress`` says so of one of them."""
+    """A host is in the networks if and only if the module ``ipaddress`` says so of one of them."""
     chosen = [
         ipaddress.ip_network((address, min(size, address.max_prefixlen)), strict=False)
         for address, size in [*others, (host, bits)]
@@ -464,7 +464,7 @@ def test_networks(host: Any, others: list[tuple[Any, int]], bits: int) -> None:
 
 
 def test_mapped_networks() -> None:
-    """A network of mapped addresses is the network of IPv4, because both are the same hosts."""
+    """A network of mapped addresses means the IPv4 network, because both are the same hosts."""
     networks = Networks.parse("proxies", ["::ffff:192.0.2.0/120"])
     assert host_bytes(("192.0.2.1", 1)) in networks
     assert host_bytes(("::ffff:192.0.2.1", 1, 0, 0)) in networks

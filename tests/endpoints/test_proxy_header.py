@@ -52,7 +52,7 @@ tlvs = st.lists(st.builds(tlv, st.integers(0xE0, 0xEF), st.binary(max_size=40)),
 
 
 def read(datagram: bytes) -> tuple[bytes, tuple[Address, Address] | None] | None:
-    """Return the payload and the addresses in the header, ``None`` for those if the proxy speaks for itself."""
+    """Return the payload and the addresses in the header, or ``None`` for the proxy itself."""
     found = read_header(datagram)
     if found is None:
         return None
@@ -61,7 +61,7 @@ def read(datagram: bytes) -> tuple[bytes, tuple[Address, Address] | None] | None
 
 
 def shown(address: tuple[Any, int]) -> Address:
-    """Return an address as the ``socket`` module gives it; a mapped IPv4 address as an IPv4 address."""
+    """Return an address in the form of the ``socket`` module; a mapped IPv4 address as an IPv4 address."""
     host = ipaddress.ip_address(address[0])
     if isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped is None:
         return socket.inet_ntop(socket.AF_INET6, host.packed), address[1], 0, 0
@@ -69,40 +69,40 @@ def shown(address: tuple[Any, int]) -> Address:
 
 
 def test_header_of_dnsdist() -> None:
-    """A query of a client at 127.0.0.1, as dnsdist 1.7 passes it on."""
+    """The header of a query from 127.0.0.1, as dnsdist 1.7 sends it, is read."""
     datagram = bytes.fromhex("0d0a0d0a000d0a515549540a 2112000c 7f000001 7f000001 e52e 1d6b 000001")
     assert read(datagram) == (b"\0\0\1", (("127.0.0.1", 58_670), ("127.0.0.1", 7531)))
 
 
 @given(pairs, tlvs, st.booleans(), st.binary(max_size=40))
 def test_every_valid_header(pair: Any, following: bytes, stream: bool, payload: bytes) -> None:
-    """The addresses are those that the proxy wrote, whatever TLVs follow them; the payload begins after those."""
+    """The addresses are those that the proxy wrote, with any TLVs after them, and the payload follows the TLVs."""
     written = header(*pair, tlvs=following, stream=stream)
     assert read(written + payload) == (payload, (shown(pair[0]), shown(pair[1])))
 
 
 @given(st.sampled_from([LOCAL, PROXY]), st.sampled_from(KNOWN_FAMILIES), st.binary(max_size=300), st.binary(max_size=9))
 def test_the_proxy_itself(command: int, family: int, block: bytes, payload: bytes) -> None:
-    """LOCAL, and a family that says nothing to UDP, mean the proxy itself; what the length covers is skipped."""
+    """LOCAL, and a family without IP addresses, mean the proxy itself; the rest of the header is skipped."""
     if command == LOCAL or family in (UNSPECIFIED, UNIX_STREAM, UNIX_DATAGRAM):
         assert read(raw_header(command, family, block) + payload) == (payload, None)
 
 
 @pytest.mark.parametrize("reason", MALFORMED)
 def test_malformed(reason: str) -> None:
-    """A header with anything wrong in it is no header."""
+    """A header with any mistake in it is rejected."""
     assert read_header(MALFORMED[reason]) is None
 
 
 @given(pairs, tlvs)
 def test_cut_off_anywhere(pair: Any, following: bytes) -> None:
-    """A header is whole or none: no part of one is read, wherever it was cut off."""
+    """A truncated header is rejected, wherever it is truncated."""
     written = header(*pair, tlvs=following)
     assert [size for size in range(len(written) + 1) if read_header(written[:size])] == [len(written)]
 
 
 def test_stream_and_datagram_differ() -> None:
-    """The same addresses and ports are two clients if one came over TCP and the other over UDP."""
+    """The same addresses and ports over TCP and over UDP are two clients."""
     pair = ("192.0.2.1", 1000), ("192.0.2.53", 53)
     stream, datagram = read_header(header(*pair, stream=True)), read_header(header(*pair))
     assert stream is not None
@@ -127,7 +127,7 @@ def test_checksum_is_not_verified() -> None:
 
 
 def second_opinion(head: bytes) -> tuple[Address, Address] | str | None:
-    """What proxy-protocol reads in a header without payload (it takes a payload for TLVs)."""
+    """The result of proxy-protocol for a header without payload (it takes a payload for TLVs)."""
     try:
         result = ProxyProtocolV2().unpack(head)
     except (ValueError, ProxyProtocolIncompleteError):
@@ -146,7 +146,7 @@ def second_opinion(head: bytes) -> tuple[Address, Address] | str | None:
     st.integers(0, 20),
 )
 def test_agrees_with_a_second_reader(command: int, family: int, block: bytes, following: bytes, cut: int) -> None:
-    """Headers of every command and family, whole or cut off, are read as the package proxy-protocol reads them."""
+    """Headers of every command and family, whole or truncated, are read as the package proxy-protocol reads them."""
     if family in (UNIX_STREAM, UNIX_DATAGRAM):
         block = b"/run/client".ljust(216, b"\0")
     size = {UDP4: 12, TCP4: 12, UDP6: 36, TCP6: 36, UNSPECIFIED: 0}.get(family, 216)
@@ -178,7 +178,7 @@ def test_reads_headers_of_a_second_writer(pair: Any, payload: bytes, authority: 
 
 @given(st.one_of(st.binary(max_size=80), st.binary(max_size=80).map(SIGNATURE.__add__)))
 def test_any_bytes(datagram: bytes) -> None:
-    """No bytes make it raise, and the payload never begins beyond the end."""
+    """No bytes make the parser raise, and the payload never begins beyond the end."""
     found = read_header(datagram)
     if found is not None:
         start, ends = found
@@ -188,7 +188,7 @@ def test_any_bytes(datagram: bytes) -> None:
 
 @given(st.sampled_from([VALID, OWN]), st.lists(st.tuples(st.integers(0, 27), st.integers(0, 255)), max_size=4))
 def test_changed_bytes(written: bytes, changes: list[tuple[int, int]]) -> None:
-    """A changed header is read as what it says now, or not at all; the length of the payload says where it begins."""
+    """A changed header is read by its new content or rejected; the payload follows its new length."""
     changed = bytearray(written + b"payload")
     for position, byte in changes:
         changed[position % len(written)] = byte

@@ -51,7 +51,7 @@ async def closing() -> AsyncIterator[ExitStack]:
 
 @pytest.fixture
 async def make(closing: ExitStack) -> Make:
-    """Bind a socket, set its options, and make an engine for it."""
+    """Bind a socket, set its options, and make its engine."""
 
     def make(
         host: str = "127.0.0.1",
@@ -83,7 +83,7 @@ def engine_on(sock: socket.socket, closing: ExitStack, max_datagram_size: int = 
 
 @pytest.fixture
 async def peer(closing: ExitStack) -> socket.socket:
-    """A socket on loopback that may write to groups and broadcast addresses."""
+    """A socket on loopback that may send to groups and broadcast addresses."""
     sock = closing.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     sock.bind(("127.0.0.1", 0))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
@@ -114,7 +114,7 @@ async def route_of(engine: Engine) -> Any:
 
 
 def send_all(engine: Engine, outgoing: list[Any]) -> list[int]:
-    """Send datagrams; return how many each call took."""
+    """Send datagrams; return how many each call has taken."""
     taken: list[int] = []
     while sum(taken) < len(outgoing):
         taken.append(engine.send([(*datagram, None) for datagram in outgoing[sum(taken) :]]))
@@ -152,7 +152,9 @@ async def test_a_unicast_destination_is_the_local_address(
 
 
 @pytest.mark.parametrize("destination", [GROUP, BROADCAST])
-async def test_groups_and_broadcast_addresses_are_told(make: Make, peer: socket.socket, destination: str) -> None:
+async def test_groups_and_broadcast_addresses_are_destinations(
+    make: Make, peer: socket.socket, destination: str
+) -> None:
     """A datagram to a group or a broadcast address has it as its destination; replies leave from our own address."""
     engine = make("0.0.0.0")
     join(engine)
@@ -166,7 +168,7 @@ async def test_groups_and_broadcast_addresses_are_told(make: Make, peer: socket.
 
 @pytest.mark.parametrize("destination", [GROUP, BROADCAST])
 async def test_a_socket_bound_to_a_group(make: Make, peer: socket.socket, destination: str) -> None:
-    """A socket bound to a group or a broadcast address tells the interface, and answers from our own address."""
+    """A socket bound to a group or a broadcast address knows the interface, and replies from our own address."""
     engine = make(destination)
     if destination == GROUP:
         join(engine)
@@ -180,7 +182,7 @@ async def test_a_socket_bound_to_a_group(make: Make, peer: socket.socket, destin
 
 @pytest.mark.parametrize("destination", [GROUP, BROADCAST, "127.0.0.4"])
 async def test_ipv4_destinations_of_a_dual_stack_socket(make: Make, peer: socket.socket, destination: str) -> None:
-    """An IPv6 socket that takes IPv4 too tells mapped destinations, and answers from our own address."""
+    """A dual-stack socket has mapped destinations, and replies from our own address."""
     engine = make("::", dual=True)
     join(engine)
     port = engine.bound_address[1]
@@ -209,7 +211,7 @@ async def test_each_destination_is_a_route_of_its_own(make: Make, peer: socket.s
     assert len(routes) == 4
 
 
-# Routes to addresses that have not written
+# Routes to addresses that have not sent anything
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,7 @@ async def test_each_destination_is_a_route_of_its_own(make: Make, peer: socket.s
 async def test_a_route_equals_that_of_the_answer(
     make: Make, closing: ExitStack, host: str, dual: bool, peer_host: str, own: str
 ) -> None:
-    """The route to an address from one of ours equals the route of what comes back."""
+    """The route to an address from one of ours equals the route of its answer."""
     engine = make(host, dual=dual)
     family = socket.AF_INET6 if peer_host == "::1" else socket.AF_INET
     other = closing.enter_context(socket.socket(family, socket.SOCK_DGRAM))
@@ -245,7 +247,7 @@ async def test_a_route_equals_that_of_the_answer(
 
 
 async def test_the_source_that_the_kernel_chooses(make: Make, peer: socket.socket) -> None:
-    """source_for gives the address that a datagram leaves from, and with it the route of the answer."""
+    """source_for returns the address from which a datagram leaves, and with it the route of the answer."""
     for host in ("127.0.0.2", "0.0.0.0"):
         engine = make(host)
         own = engine.source_for(peer.getsockname())
@@ -287,7 +289,7 @@ async def test_unix_domain_sockets(closing: ExitStack) -> None:
 
 
 async def test_files_passed_over_unix_domain_sockets_are_closed(closing: ExitStack) -> None:
-    """A stranger that passes open files along with datagrams does not use up our file descriptors."""
+    """A stranger that passes open files with its datagrams does not use up our file descriptors."""
     own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     own.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     with pytest.MonkeyPatch.context() as patch, other:
@@ -329,7 +331,7 @@ async def test_ancillary_data_that_was_asked_for(make: Make, closing: ExitStack,
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 async def test_ancillary_data_is_empty_by_default(make: Make, peer: socket.socket, host: str) -> None:
-    """A datagram has no ancillary data without such options, even if the engine itself asks for control messages."""
+    """Without such options a datagram has no ancillary data, even if the engine itself reads control messages."""
     engine = make(host)
     peer.sendto(b"x", ("127.0.0.1", engine.bound_address[1]))
     ((_, _, ancillary),) = await receive(engine)
@@ -339,8 +341,8 @@ async def test_ancillary_data_is_empty_by_default(make: Make, peer: socket.socke
 # Sending
 
 
-async def test_sending_takes_what_one_call_allows(make: Make, peer: socket.socket) -> None:
-    """Datagrams to many peers, alike or not, arrive once and in order, and the counts add up."""
+async def test_sending_to_many_peers(make: Make, peer: socket.socket) -> None:
+    """Datagrams to many peers, equal or not, arrive once and in order, and the counts add up."""
     engine = make()
     route = engine.route(peer.getsockname())
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_000_000)
@@ -355,7 +357,7 @@ async def test_sending_takes_what_one_call_allows(make: Make, peer: socket.socke
 
 
 async def test_routes_that_are_equal_are_merged(make: Make, peer: socket.socket, engine: str) -> None:
-    """Replies to equal routes leave as one message, although each datagram that arrived has an object of its own."""
+    """Replies to equal routes leave as one message, although each received datagram has its own route object."""
     if engine != "linux":
         pytest.skip("the portable engine merges nothing")
     server = make()
@@ -368,7 +370,7 @@ async def test_routes_that_are_equal_are_merged(make: Make, peer: socket.socket,
 
 
 async def test_nothing_is_taken_where_the_first_fails(make: Make, peer: socket.socket) -> None:
-    """The error is that of the first datagram; datagrams before one that fails are taken."""
+    """An error is about the first datagram; datagrams before a failing one are taken."""
     engine = make()
     good, bad = engine.route(peer.getsockname()), engine.route(("127.0.0.1", 0))
     assert engine.send([(b"1", good, None), (b"2", bad, None), (b"3", good, None)]) == 1
@@ -379,7 +381,7 @@ async def test_nothing_is_taken_where_the_first_fails(make: Make, peer: socket.s
     assert [peer.recv(10) for _ in range(2)] == [b"1", b"3"]
 
 
-# Sockets that others hold too
+# Sockets that other processes hold too
 
 
 def send_coalesced(sock: socket.socket, address: Any, parts: list[bytes]) -> None:
@@ -395,7 +397,7 @@ PARTS = [b"%03d" % i for i in range(10)]
 async def test_a_shared_socket_keeps_its_options(
     make: Make, peer: socket.socket, host: str, connected: bool, before: int
 ) -> None:
-    """UDP_GRO stays as it was found, while the engine is open and after; single datagrams arrive either way."""
+    """On a shared socket UDP_GRO stays unchanged, during and after the engine; datagrams arrive singly either way."""
     options = [(socket.IPPROTO_UDP, UDP_GRO, before)]
     engine = make(host, connect=peer.getsockname() if connected else None, options=options, shared=True)
     with engine.socket.dup() as other:
@@ -410,7 +412,7 @@ async def test_a_shared_socket_keeps_its_options(
 
 
 async def test_more_than_a_batch_of_coalesced_datagrams(make: Make, peer: socket.socket) -> None:
-    """Each batch has at most 64 datagrams; the others are read ahead, told as such, and come next."""
+    """Each batch has at most 64 datagrams; the others are read ahead, reported as such, and follow."""
     engine = make(options=[(socket.IPPROTO_UDP, UDP_GRO, 1)], shared=True)
     parts = [b"%02d" % i for i in range(50)]
     for _ in range(3):
@@ -451,7 +453,7 @@ async def test_closing_one_of_two_engines_on_a_socket(closing: ExitStack, make: 
         assert [sock.recv(100) for _ in PARTS] == PARTS
 
 
-# Python 3.15 warns of a fork beside other threads. One may be left of an earlier test: Trio keeps an idle worker.
+# Python 3.15 warns of a fork beside other threads. An earlier test may have left one: Trio keeps an idle worker.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 async def test_a_fork_leaves_the_option_to_the_other_process(closing: ExitStack, peer: socket.socket) -> None:
     """Closing an engine in a forked process does not harm the engine of its parent on the same socket."""
@@ -499,7 +501,7 @@ async def test_hosts_of_this_machine(make: Make) -> None:
 
 
 async def test_broadcast_addresses(make: Make) -> None:
-    """A broadcast address is known by what the kernel demands for it; SO_BROADCAST is told too."""
+    """The kernel's demand for SO_BROADCAST reveals a broadcast address; the engine knows whether the option is set."""
     engine, ipv6 = make(), make("::1", dual=True)
     hosts = [BROADCAST, "255.255.255.255", "127.0.0.1", GROUP, "192.0.2.77"]
     assert [host for host in hosts if engine.is_broadcast((host, 7))] == hosts[:2]
@@ -514,7 +516,7 @@ async def test_broadcast_addresses(make: Make) -> None:
 
 @pytest.fixture
 def wired() -> Iterator[tuple[Machine, Machine]]:
-    """Machines with interfaces ``one`` and ``two``; link-local addresses and groups mean another network on each."""
+    """Machines with interfaces ``one`` and ``two``, which have the same link-local addresses and groups."""
     with machines("ours", "theirs") as (ours, theirs):
         for wire, network in (("one", 1), ("two", 2)):
             ours.wire_to(theirs, wire)
@@ -578,7 +580,7 @@ async def test_ipv4_interfaces(wired: tuple[Machine, Machine], closing: ExitStac
 async def test_ipv6_interfaces(
     wired: tuple[Machine, Machine], closing: ExitStack, wire: str, destination: str, bound: str
 ) -> None:
-    """The same link-local address or group on two interfaces is two routes, and each answers on its own."""
+    """The same link-local address or group on two interfaces is two routes, each with its own interface for replies."""
     ours, theirs = wired
     number = {"one": 1, "two": 2}[wire]
     if destination == "2001:db8::":
@@ -612,7 +614,7 @@ async def test_ipv6_interfaces(
 
 @needs_namespaces
 async def test_one_group_on_two_interfaces(wired: tuple[Machine, Machine], closing: ExitStack) -> None:
-    """A peer address that writes to a group on two links has a route for each."""
+    """A peer address that sends to a group on two links has a route for each."""
     ours, theirs = wired
     engine = take_over(ours, closing, "::", [("ff02::1234", "one"), ("ff02::1234", "two"), ("ff02::5", "one")])
     peer = closing.enter_context(theirs.socket("::", family=socket.AF_INET6))
@@ -627,7 +629,7 @@ async def test_one_group_on_two_interfaces(wired: tuple[Machine, Machine], closi
 
 @needs_namespaces
 async def test_a_link_local_ipv4_bind(wired: tuple[Machine, Machine], closing: ExitStack) -> None:
-    """A socket bound to an address in 169.254/16 tells the interface that has it."""
+    """A socket bound to an address in 169.254/16 knows the interface of that address."""
     ours, theirs = wired
     engine = take_over(ours, closing, "169.254.2.1")
     peer = closing.enter_context(theirs.socket("169.254.2.2"))

@@ -1,4 +1,4 @@
-"""The whole server over real sockets: addresses, sizes, binding, and what the kernel does."""
+"""The whole server over real sockets: addresses, sizes, binding, and behaviour of the kernel."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def tell_addresses(client: Client) -> None:
 
 @contextmanager
 def peer(server: Server, host: str = "127.0.0.1", source: str | None = None) -> Iterator[socket.socket]:
-    """A plain connected socket: it takes nothing but answers from the very address it sends to."""
+    """A plain connected socket, which only receives answers from the address that it sends to."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         if source is not None:
@@ -101,7 +101,7 @@ async def test_all_interfaces(start_on_loopback: StartServer) -> None:
 @needs_pktinfo
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "127.4.5.6"])
 async def test_replies_leave_from_the_address_that_was_written_to(start_on_loopback: StartServer, host: str) -> None:
-    """A server bound to all addresses answers from the address that was written to, so a connected client hears it."""
+    """A server bound to all addresses replies from the address the client sent to, so a connected client gets it."""
     server = await start_on_loopback(tell_addresses, host=None)
     with peer(server, host) as sock:
         assert (await ask(sock, b"x")).decode() == f"{sock.getsockname()} to {(host, port_of(server))}"
@@ -109,7 +109,7 @@ async def test_replies_leave_from_the_address_that_was_written_to(start_on_loopb
 
 @needs_pktinfo
 async def test_one_stranger_at_two_of_our_addresses_is_two_clients(start_on_loopback: StartServer) -> None:
-    """A client is a pair of addresses: the same peer writing to another of ours is another conversation."""
+    """A peer that sends to another of our addresses is another client."""
     server = await start_on_loopback(tell_addresses, host="0.0.0.0")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
@@ -124,7 +124,7 @@ async def test_one_stranger_at_two_of_our_addresses_is_two_clients(start_on_loop
 
 @needs_pktinfo
 async def test_ipv4_clients_of_a_dual_stack_socket(nursery: trio.Nursery) -> None:
-    """A socket that the caller bound for both families works, with IPv4 clients mapped into IPv6."""
+    """A dual-stack socket from the caller works, with IPv4 clients mapped into IPv6."""
     sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     sock.bind(("::", 0))
@@ -143,7 +143,7 @@ async def test_ipv4_clients_of_a_dual_stack_socket(nursery: trio.Nursery) -> Non
 
 @needs_pktinfo
 async def test_the_longest_payload_depends_on_the_peer(nursery: trio.Nursery) -> None:
-    """Over IPv6 a datagram carries 65,527 bytes; over IPv4 65,507, also from a socket for both."""
+    """Over IPv6 a datagram carries 65,527 bytes, over IPv4 65,507, also from a dual-stack socket."""
     limits = {"127.0.0.1": 65_507, "::1": 65_527}
     codes = []
 
@@ -168,7 +168,7 @@ async def test_the_longest_payload_depends_on_the_peer(nursery: trio.Nursery) ->
 @needs_pktinfo
 @pytest.mark.skipif(sys.platform != "linux", reason="option numbers of Linux")
 async def test_other_control_messages_do_not_mislead(start_on_loopback: StartServer) -> None:
-    """With options that bring other control messages, each datagram is answered from where it was sent to."""
+    """With options that add other control messages, replies still leave from the address the client sent to."""
     server = await start_on_loopback(tell_addresses, host="0.0.0.0")
     sock = server.endpoints[0].socket
     for level, option in ((socket.SOL_SOCKET, 75), (socket.SOL_SOCKET, 29), (socket.IPPROTO_IP, 12)):
@@ -179,7 +179,7 @@ async def test_other_control_messages_do_not_mislead(start_on_loopback: StartSer
 
 
 @needs_pktinfo
-async def test_datagrams_that_came_before_the_server(nursery: trio.Nursery) -> None:
+async def test_datagrams_that_arrived_before_the_server(nursery: trio.Nursery) -> None:
     """Datagrams that already wait in an inherited socket belong to the same client as those that follow."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind(("0.0.0.0", 0))
@@ -195,8 +195,8 @@ async def test_datagrams_that_came_before_the_server(nursery: trio.Nursery) -> N
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="IP_RECVERR is Linux's")
-async def test_an_error_queue_that_nobody_reads_is_no_busy_loop(start_on_loopback: StartServer) -> None:
-    """A user who asks the socket for IP_RECVERR does not make the server spin."""
+async def test_an_unread_error_queue_causes_no_busy_loop(start_on_loopback: StartServer) -> None:
+    """A server does not spin if the user has set IP_RECVERR on its socket."""
     server = await start_on_loopback()
     server.endpoints[0].socket.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR
     with peer(server) as gone:
@@ -208,7 +208,7 @@ async def test_an_error_queue_that_nobody_reads_is_no_busy_loop(start_on_loopbac
 
 
 async def test_truncated_datagrams_are_never_delivered(start_on_loopback: StartServer) -> None:
-    """A datagram longer than max_datagram_size is counted and dropped whole; one as long as that is delivered."""
+    """A datagram longer than max_datagram_size is counted and dropped whole; one of that length is delivered."""
     for host in ("127.0.0.1", "0.0.0.0"):
         server = await start_on_loopback(host=host, max_datagram_size=100)
         with peer(server) as sock:
@@ -235,7 +235,7 @@ async def test_many_at_once_arrive_in_order(start_on_loopback: StartServer) -> N
     check_adds_up(server)
 
 
-async def test_a_client_that_is_gone_disturbs_nobody(start_on_loopback: StartServer) -> None:
+async def test_a_client_that_is_gone_affects_no_other(start_on_loopback: StartServer) -> None:
     """Replies to a closed port end neither the server nor another conversation."""
     server = await start_on_loopback()
     with peer(server) as stays:
@@ -276,8 +276,8 @@ async def test_port_in_use(start_on_loopback: StartServer) -> None:
     assert info.value.errno == errno.EADDRINUSE
 
 
-async def test_a_failed_bind_closes_what_was_opened(start_on_loopback: StartServer) -> None:
-    """When one family's port is taken, the other family's socket does not stay bound."""
+async def test_a_failed_bind_closes_opened_sockets(start_on_loopback: StartServer) -> None:
+    """If the port of one family is taken, the socket of the other family does not stay bound."""
     taken = await start_on_loopback(host="::1")
     with pytest.raises(OSError, match="in use"):
         await trio_udp.open_endpoints(port_of(taken), host=None)
@@ -300,13 +300,13 @@ async def test_buffers(start_on_loopback: StartServer) -> None:
     """receive_buffer and send_buffer set the socket's options."""
     server = await start_on_loopback(receive_buffer=20_000, send_buffer=30_000)
     sock = server.endpoints[0].socket
-    # Linux doubles what it is asked for; see socket(7).
+    # Linux doubles the requested size; see socket(7).
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) in (20_000, 40_000)
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) in (30_000, 60_000)
 
 
 async def test_names_are_resolved() -> None:
-    """A host name is bound at every address it stands for, at one port."""
+    """A host name is bound at each of its addresses, at one port."""
     endpoints = await trio_udp.open_endpoints(0, host="localhost")
     found = await trio.socket.getaddrinfo("localhost", 0, type=socket.SOCK_DGRAM)
     assert {endpoint.local_address[0] for endpoint in endpoints} == {address[0] for *_, address in found}
@@ -340,7 +340,7 @@ async def test_wrong_arguments(error: type[Exception], arguments: dict[str, Any]
 
 
 class KernelWithout:
-    """Opens sockets as the kernel would if it lacked something in IPv6."""
+    """Opens sockets like a kernel that lacks something in IPv6."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, socket_error: int = 0, bind_error: int = 0) -> None:
         class Socket(socket.socket):
@@ -349,7 +349,7 @@ class KernelWithout:
                     raise OSError(socket_error, "no such family")
                 super().__init__(family, type)
 
-        self.bind_failures = sys.maxsize  # after so many, all is well
+        self.bind_failures = sys.maxsize  # after this many, binding succeeds
 
         def open_socket(family: int, type: int) -> socket.socket:
             if family == socket.AF_INET6 and bind_error and self.bind_failures:
@@ -416,7 +416,7 @@ async def test_a_socket_that_someone_else_bound(nursery: trio.Nursery, blocking:
 
 
 async def test_a_trio_socket(nursery: trio.Nursery) -> None:
-    """from_socket takes Trio's sockets, and hands them out again as endpoint.socket."""
+    """from_socket takes a Trio socket, and endpoint.socket returns it."""
     sock = trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM)
     await sock.bind(("127.0.0.1", 0))
     endpoint = Endpoint.from_socket(sock)
@@ -427,7 +427,7 @@ async def test_a_trio_socket(nursery: trio.Nursery) -> None:
 
 
 async def test_a_connected_socket(nursery: trio.Nursery) -> None:
-    """A socket that is connected to one peer can be served; it has one client."""
+    """A connected socket can be served; it has one client."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as far_end:
         far_end.bind(("127.0.0.1", 0))
         far_end.settimeout(5)
@@ -452,7 +452,7 @@ async def test_a_connected_socket(nursery: trio.Nursery) -> None:
 
 
 async def test_sockets_that_cannot_be_served() -> None:
-    """from_socket says what is wrong with a socket that is unbound, or no datagram socket, or no socket."""
+    """from_socket says what is wrong with an unbound socket, a stream socket, or an object that is not a socket."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, pytest.raises(ValueError, match="not bound"):
         Endpoint.from_socket(sock)
     with socket.socket() as sock, pytest.raises(ValueError, match="datagram"):
@@ -500,13 +500,13 @@ async def test_cancelling_leaves_nothing_open() -> None:
 
 
 async def test_closing_the_file_descriptor_itself() -> None:
-    """If the file descriptor is closed by its number, the server ends, and touches no file that has the number now."""
+    """If its file descriptor is closed by number, the server ends, and does not touch a new file with that number."""
     (endpoint,) = await trio_udp.open_endpoints(0, host="127.0.0.1")
     number = endpoint.socket.fileno()
 
     async def handler(client: Client) -> None:
         await client.receive()
-        os.dup2(other.fileno(), number)  # the number is another file's now
+        os.dup2(other.fileno(), number)  # the number belongs to another file now
         await client.send(b"x")
         await trio.sleep_forever()
 
@@ -517,12 +517,12 @@ async def test_closing_the_file_descriptor_itself() -> None:
         sock.sendto(b"1", endpoint.local_address)
         sock.sendto(b"2", endpoint.local_address)
         await expect_closed(partial(serve_endpoints, handler, [endpoint]))
-        os.close(number)  # still open: it was not ours to close
+        os.close(number)  # still open, because it is not ours
         assert endpoint.closed
 
 
 async def test_send_to_passes_over_closed_endpoints(nursery: trio.Nursery) -> None:
-    """When one of two endpoints of a family is closed, the other one sends."""
+    """If one of two endpoints of a family is closed, the other one sends."""
     first, second = [(await trio_udp.open_endpoints(0, host="127.0.0.1"))[0] for _ in range(2)]
     server: Server = await nursery.start(partial(serve_endpoints, echo, [first, second]))
     await first.aclose()
@@ -535,7 +535,7 @@ async def test_send_to_passes_over_closed_endpoints(nursery: trio.Nursery) -> No
 
 
 async def test_send_to_needs_a_socket_for_it(nursery: trio.Nursery) -> None:
-    """Of a Unix-domain endpoint, a connected one and a bound one, send_to chooses the one that can send there."""
+    """Of a Unix-domain, a connected and a bound endpoint, send_to chooses the one that can send to the address."""
     unix = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -72,7 +72,7 @@ def open_files() -> int:
 
 
 async def test_credentials(path: str, named: socket.socket, unnamed: socket.socket) -> None:
-    """The kernel tells which process sent a datagram, whether it has a name or not."""
+    """The kernel reports which process sent a datagram, whether the sender has a name or not."""
     async with await trio_udp.open_unix_endpoint(path, credentials=True) as endpoint:
         for sock in (named, unnamed):
             sock.sendto(b"x", path)
@@ -95,14 +95,14 @@ async def test_credentials_of_another_user(path: str, has_name: bool) -> None:
 
 
 async def test_no_credentials_by_default(path: str, named: socket.socket) -> None:
-    """Without ``credentials=True`` there are none."""
+    """Without ``credentials=True``, credentials are None."""
     async with await trio_udp.open_unix_endpoint(path) as endpoint:
         named.sendto(b"x", path)
         assert (await endpoint.receive()).credentials is None
 
 
 async def test_credentials_of_a_socket_that_is_taken_over(path: str, unnamed: socket.socket) -> None:
-    """A socket with SO_PASSCRED, such as one of systemd's, tells credentials too, beside what else it was asked for."""
+    """A socket with SO_PASSCRED, such as one from systemd, gives credentials too, beside other control messages."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
@@ -118,7 +118,7 @@ async def test_credentials_of_a_socket_that_is_taken_over(path: str, unnamed: so
 
 
 async def test_claimed_credentials(path: str, unnamed: socket.socket) -> None:
-    """A process without privileges cannot claim to be another one; its datagram does not arrive."""
+    """A process without privileges cannot pose as another one: its datagram does not arrive."""
     if os.geteuid() != 0:
         pytest.skip("root tries it as another user")
     async with await trio_udp.open_unix_endpoint(path, credentials=True, mode=0o666) as endpoint:
@@ -135,7 +135,7 @@ async def test_claimed_credentials(path: str, unnamed: socket.socket) -> None:
 
 
 def test_credentials_are_values() -> None:
-    """Credentials can be compared, be members of a set, and never change."""
+    """Credentials can be compared and hashed, and never change."""
     assert len({Credentials(1, 2, 3), Credentials(1, 2, 3), Credentials(1, 2, 4)}) == 2
     with pytest.raises(AttributeError):
         Credentials(1, 2, 3).uid = 0  # type: ignore[misc]
@@ -146,7 +146,7 @@ def test_credentials_are_values() -> None:
 
 @pytest.mark.parametrize("credentials", [False, True])
 async def test_passed_files_are_never_ours(path: str, unnamed: socket.socket, credentials: bool) -> None:
-    """A peer that passes open files along uses up none of our descriptors, however many it passes."""
+    """A peer that passes open files uses up none of our descriptors, however many it passes."""
     async with await trio_udp.open_unix_endpoint(path, credentials=credentials) as endpoint:
         unnamed.connect(path)
         before = open_files()
@@ -159,7 +159,7 @@ async def test_passed_files_are_never_ours(path: str, unnamed: socket.socket, cr
 
 
 async def test_passed_files_with_other_control_messages(path: str, unnamed: socket.socket) -> None:
-    """The files are closed also where a socket was set to receive other control messages, even if they do not fit."""
+    """Passed files are closed also on a socket that receives other control messages, even if they do not fit."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
     sock.bind(path)
@@ -177,7 +177,7 @@ async def test_passed_files_with_other_control_messages(path: str, unnamed: sock
 
 
 async def test_a_payload_that_is_too_long(path: str, named: socket.socket) -> None:
-    """A payload that no send buffer holds raises EMSGSIZE at the call, everywhere, and nothing waits or is counted."""
+    """A payload longer than any send buffer raises EMSGSIZE at every call; nothing waits or is counted."""
     endpoint = await trio_udp.open_unix_endpoint(path, send_buffer=50_000)
     named.sendto(b"x", path)
     datagram, peer = await endpoint.receive(), named.getsockname()
@@ -203,7 +203,7 @@ async def test_a_payload_that_is_too_long(path: str, named: socket.socket) -> No
 
 
 async def test_a_peer_without_a_name(path: str, unnamed: socket.socket, caplog: pytest.LogCaptureFixture) -> None:
-    """A reply to a peer without a name is counted, as that to any source that cannot be answered, and not logged."""
+    """A reply to a peer without a name is counted as a send error, and not logged."""
     async with await trio_udp.open_unix_endpoint(path) as endpoint:
         unnamed.sendto(b"x", path)
         datagram = await endpoint.receive()
@@ -216,7 +216,7 @@ async def test_a_peer_without_a_name(path: str, unnamed: socket.socket, caplog: 
 
 
 async def test_peers_that_cannot_be_reached(path: str, named: socket.socket, caplog: pytest.LogCaptureFixture) -> None:
-    """What a peer has done to its own path is counted for a reply, raised by ``send_to``, and never logged."""
+    """An error that a peer causes at its own path is counted for a reply, raised by ``send_to``, and never logged."""
     async with await trio_udp.open_unix_endpoint(path) as endpoint:
         named.sendto(b"x", path)
         datagram, peer = await endpoint.receive(), named.getsockname()
@@ -242,7 +242,7 @@ async def test_peers_that_cannot_be_reached(path: str, named: socket.socket, cap
 
 
 async def test_a_name_that_fills_its_structure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A path of 108 bytes, without a zero byte at its end, is a peer like any other, but Python cannot send to it."""
+    """A peer may have a path of 108 bytes, without a zero byte at its end, but Python cannot send to it."""
     import ctypes
 
     path = str(tmp_path / "s")
@@ -260,7 +260,7 @@ async def test_a_name_that_fills_its_structure(tmp_path: Path, caplog: pytest.Lo
 
 
 async def test_send_to_names(path: str, named: socket.socket) -> None:
-    """``send_to`` takes paths and abstract names, of text or bytes."""
+    """``send_to`` takes paths and abstract names, as str or bytes."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as abstract:
         abstract.bind("")
         abstract.settimeout(5)
@@ -299,7 +299,7 @@ async def test_a_server_that_does_not_read(path: str) -> None:
 
 
 async def test_a_server_that_goes_away_and_comes_back(path: str) -> None:
-    """Without its server a connection raises ConnectionRefusedError at each send, and reaches a new one by itself."""
+    """Without its server, each send of a connection raises ConnectionRefusedError; a new server is reached again."""
     first = await trio_udp.open_unix_endpoint(path)
     async with await trio_udp.connect_unix(path) as connection:
         await connection.send(b"x")
@@ -316,7 +316,7 @@ async def test_a_server_that_goes_away_and_comes_back(path: str) -> None:
 
 
 async def test_a_server_that_goes_away_while_a_send_waits(path: str) -> None:
-    """A send that waits for room learns at once that the server is gone."""
+    """A send that waits for room raises at once when the server is gone."""
     endpoint = await trio_udp.open_unix_endpoint(path)
     async with await trio_udp.connect_unix(path) as connection:
 
@@ -332,8 +332,8 @@ async def test_a_server_that_goes_away_while_a_send_waits(path: str) -> None:
                 endpoint.close()
 
 
-async def test_only_the_server_is_heard(path: str, named: socket.socket) -> None:
-    """What others send to a connection's name is never received, also while its server is gone."""
+async def test_a_connection_receives_from_its_server_only(path: str, named: socket.socket) -> None:
+    """A connection never receives datagrams that other peers send to its name, even while its server is gone."""
     async with await trio_udp.connect_unix(named.getsockname(), local_path=path) as connection:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
             with pytest.raises(PermissionError):
@@ -354,7 +354,7 @@ async def test_only_the_server_is_heard(path: str, named: socket.socket) -> None
 
 
 async def test_a_server_that_may_not_be_written_to(path: str) -> None:
-    """Connecting to a file without permission to write to it is refused, with the path in the message."""
+    """Connecting to a file without write permission is refused, with the path in the message."""
     if os.geteuid() != 0:
         pytest.skip("root tries it as another user")
     script = (

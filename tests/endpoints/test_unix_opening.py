@@ -1,4 +1,4 @@
-"""Unix-domain sockets are opened and closed: names, permissions, stale files, and errors that name the path."""
+"""Opening and closing Unix-domain sockets: names, permissions, stale files, and errors that name the path."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def umask(mask: int) -> Iterator[None]:
 
 
 def leave_stale(path: str, kind: int = socket.SOCK_DGRAM) -> None:
-    """Bind a socket and close it, as a program does that crashes: its file stays."""
+    """Bind a socket and close it, like a program that crashes: its file stays."""
     with socket.socket(socket.AF_UNIX, kind) as sock:
         sock.bind(path)
 
@@ -95,14 +95,14 @@ async def test_an_abstract_name(kind: Any) -> None:
 
 
 async def test_a_connection_has_a_name_of_the_kernels_choice(path: str) -> None:
-    """Without ``local_path`` Linux chooses an abstract name, so that the server can answer."""
+    """Without ``local_path``, Linux chooses an abstract name, so that the server can answer."""
     async with await trio_udp.open_unix_endpoint(path), await trio_udp.connect_unix(path) as connection:
         name: Any = connection.local_address
         assert (name[:1], len(name)) == (b"\0", 6)
 
 
 async def test_a_connection_with_a_path(path: str) -> None:
-    """With ``local_path`` the server sees that path; a stale file is replaced, and the file removed at the end."""
+    """With ``local_path``, the server sees that path; a stale file is replaced, and the file is removed at the end."""
     local_path = path + ".client"
     leave_stale(local_path)
     async with await trio_udp.open_unix_endpoint(path) as endpoint:
@@ -127,12 +127,12 @@ async def test_connecting_to_a_stale_file(path: str) -> None:
         await trio_udp.connect_unix(path)
 
 
-# Files that are there already
+# Files that exist already
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
 async def test_a_stale_file_is_replaced(path: str, kind: int) -> None:
-    """A file that nobody is bound to any more does not keep a server from starting."""
+    """A file to which no socket is bound any more does not keep a server from starting."""
     leave_stale(path, kind)
     async with await trio_udp.open_unix_endpoint(path) as endpoint, await trio_udp.connect_unix(path) as connection:
         await exchange(endpoint, connection)
@@ -141,8 +141,8 @@ async def test_a_stale_file_is_replaced(path: str, kind: int) -> None:
 
 @pytest.mark.parametrize("connected", [False, True])
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
-async def test_a_living_socket_is_left_alone(path: str, kind: int, connected: bool) -> None:
-    """The path of a socket that is in use, also by a connected or a stream socket, cannot be bound."""
+async def test_a_socket_in_use_is_not_replaced(path: str, kind: int, connected: bool) -> None:
+    """The path of a socket in use, also of a connected or a stream socket, cannot be bound."""
     with socket.socket(socket.AF_UNIX, kind) as living, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         living.bind(path)
         if kind == socket.SOCK_STREAM:
@@ -157,7 +157,7 @@ async def test_a_living_socket_is_left_alone(path: str, kind: int, connected: bo
         assert os.lstat(path).st_ino == before
 
 
-async def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+async def test_files_that_are_not_sockets_are_never_replaced(tmp_path: Path) -> None:
     """A regular file, a folder and a symbolic link are never replaced."""
     (tmp_path / "file").write_text("precious")
     (tmp_path / "folder").mkdir()
@@ -182,7 +182,7 @@ async def test_closing_removes_only_its_own_file(path: str) -> None:
 
 
 async def test_closing_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative path is removed also after the program has changed its folder. A file that is gone is no error."""
+    """A relative path is removed also after the program has changed its folder. A missing file is no error."""
     monkeypatch.chdir(tmp_path)
     one, other = [await trio_udp.open_unix_endpoint(name) for name in ("one", "other")]
     assert local_name(one) == "one"
@@ -195,7 +195,7 @@ async def test_closing_in_another_folder(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 async def test_many_open_one_stale_path(path: str) -> None:
-    """Of many tasks that open one stale path at once, one gets it, and the others learn that it is in use."""
+    """Of many tasks that open one stale path at once, one gets it, and the others raise EADDRINUSE."""
     leave_stale(path)
     opened: list[trio_udp.Endpoint] = []
     errors: list[int | None] = []
@@ -231,7 +231,7 @@ trio.run(main)
 
 
 async def test_several_processes_open_one_stale_path(path: str) -> None:
-    """Of several processes that open one stale path at once, one gets it, and nobody removes its socket."""
+    """Of several processes that open one stale path at once, one gets it, and none removes its socket."""
     leave_stale(path)
     arguments = [sys.executable, "-c", OPEN_AND_WAIT, path]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -254,7 +254,7 @@ async def test_several_processes_open_one_stale_path(path: str) -> None:
 
 
 async def test_a_locked_folder(path: str, autojump_clock: trio.abc.Clock) -> None:
-    """While another process replaces a file in the folder, opening waits for it, and then gives up."""
+    """While another process holds the lock on the folder, opening waits for it, and then gives up."""
     leave_stale(path)
     folder = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
@@ -280,14 +280,14 @@ async def test_the_mode_of_the_file(path: str, mask: int, mode: int) -> None:
 
 
 async def test_the_umask_by_default(path: str) -> None:
-    """Without a mode the umask decides, as for any file."""
+    """Without a mode, the umask decides, as for any file."""
     with umask(0o027):
         async with await trio_udp.open_unix_endpoint(path):
             assert permissions(path) == 0o750
 
 
 async def test_the_file_never_allows_more(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between its making and the moment the mode is complete, the file allows less, and never more."""
+    """While the file is being created, it never has more permissions than ``mode``."""
     seen = []
     chmod = os.chmod
 
@@ -324,7 +324,7 @@ async def test_the_file_never_allows_more(path: str, monkeypatch: pytest.MonkeyP
     ],
 )
 async def test_mistakes(arguments: Any, error: type[Exception], message: str) -> None:
-    """A mistake is an error of one line that names the value, and leaves nothing behind."""
+    """A wrong argument raises an error of one line that names the value, and leaves nothing behind."""
     before = os.listdir("/proc/self/fd")
     with pytest.raises(error) as caught:
         await trio_udp.open_unix_endpoint(**arguments)
@@ -334,14 +334,14 @@ async def test_mistakes(arguments: Any, error: type[Exception], message: str) ->
 
 
 async def test_buffers(path: str) -> None:
-    """The sizes of buffers that were asked for are set, and reported."""
+    """The requested buffer sizes are set, and reported."""
     async with await trio_udp.open_unix_endpoint(path, receive_buffer=50_000, send_buffer=60_000) as endpoint:
         assert endpoint.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 120_000
         assert endpoint.statistics().receive_buffer_requested == 50_000
 
 
 async def test_a_datagram_of_the_largest_size(path: str) -> None:
-    """``max_datagram_size`` may be more than UDP has; what is longer is counted as truncated."""
+    """``max_datagram_size`` may be larger than for UDP; longer datagrams count as truncated."""
     async with (
         await trio_udp.open_unix_endpoint(path, max_datagram_size=100_000) as endpoint,
         await trio_udp.connect_unix(path) as connection,
@@ -353,7 +353,7 @@ async def test_a_datagram_of_the_largest_size(path: str) -> None:
 
 
 async def test_the_choice_of_an_engine_is_for_udp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRIO_UDP_ENGINE=linux does not keep a program from taking over Unix-domain sockets."""
+    """With TRIO_UDP_ENGINE=linux, a program can still take over Unix-domain sockets."""
     monkeypatch.setenv("TRIO_UDP_ENGINE", "linux")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with theirs:

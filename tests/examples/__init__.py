@@ -1,1 +1,1 @@
-"""Examples with other programs around them: each is driven by something real."""
+"""Tests that run examples together with other real programs."""

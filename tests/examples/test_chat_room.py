@@ -1,4 +1,4 @@
-"""The chat rooms: over real sockets with netcat's like, and through a bad network in virtual time."""
+"""The chat rooms: over real sockets with a program like netcat, and through a bad network in virtual time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def join(peer: socket.socket, room: bytes, name: bytes) -> None:
 
 @without_signals
 def test_conversation(start: Start) -> None:
-    """Lines reach the room and no other, late joiners get what was said, and joins and leaves are told."""
+    """Lines reach only their room, late joiners get the last lines, and the room learns of joins and leaves."""
     example = start("chat_room", "--host", "127.0.0.1")
     ada, bob, eve = example.peer(), example.peer(), example.peer()
     join(ada, b"tea", b"ada")
@@ -56,7 +56,7 @@ def test_conversation(start: Start) -> None:
 
 @without_signals
 def test_strangers_get_only_a_token(start: Start) -> None:
-    """Without the token of its own address, a stranger gets no answer but that; a token has no other use."""
+    """A stranger gets only a token; without the token of its own address it gets no other answer."""
     example = start("chat_room", "--host", "127.0.0.1")
     ada, eve = example.peer(), example.peer()
     token = ask(ada, b"hello").split()[1]
@@ -70,7 +70,7 @@ def test_strangers_get_only_a_token(start: Start) -> None:
 @without_signals
 @pytest.mark.skipif(shutil.which("socat") is None, reason="needs socat")
 def test_with_socat(start: Start) -> None:
-    """Somebody at a terminal takes part."""
+    """A user with socat in a terminal can take part."""
     example = start("chat_room", "--host", "127.0.0.1")
     ada = example.peer()
     join(ada, b"tea", b"ada")
@@ -101,7 +101,7 @@ async def enter(network: SimulatedNetwork, name: str) -> trio_udp.Connection:
 
 
 async def received(connection: trio_udp.Connection) -> list[bytes]:
-    """Return all that has arrived by now."""
+    """Return all datagrams that have arrived so far."""
     await trio.testing.wait_all_tasks_blocked()
     payloads = []
     with suppress(trio.WouldBlock):
@@ -113,7 +113,7 @@ async def received(connection: trio_udp.Connection) -> list[bytes]:
 async def test_leave_on_silence(
     simulated_network: SimulatedNetwork, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    """A silent member is asked once, after half the idle time; an answer keeps it in the room, silence ends it."""
+    """After half the idle time, a silent member is asked once; an answer keeps it in the room, silence ends it."""
     endpoint = simulated_network.endpoint(*SERVER)
     serve = partial(
         trio_udp.serve_endpoints,
@@ -142,7 +142,7 @@ async def test_leave_on_silence(
 async def test_crowd_through_loss(
     simulated_network: SimulatedNetwork, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    """Thirty people join through a bad network, each asking until it is in and heard; all leave by silence."""
+    """Thirty members join through a bad network, each repeating its requests, and all leave by silence."""
     endpoint = simulated_network.endpoint(*SERVER)
     rooms: dict[str, object] = {}
     handler = partial(chat_room.handler, rooms)

@@ -1,4 +1,4 @@
-"""The CoAP server: libcoap's and aiocoap's clients, also through loss and DTLS; timers in virtual time."""
+"""The CoAP server: the clients of libcoap and aiocoap, also with loss and DTLS; timers in virtual time."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def ask(connection: Connection, payload: bytes) -> Any:
     return await receive(connection)
 
 
-# Other people's clients.
+# Other programs as clients.
 
 
 def libcoap(uri: str, *options: str, name: str = "coap-client-notls") -> bytes:
@@ -59,7 +59,7 @@ def libcoap(uri: str, *options: str, name: str = "coap-client-notls") -> bytes:
 
 @without_signals
 def test_libcoap(start: Start) -> None:
-    """libcoap's client writes, reads, lists and deletes, and waits for an answer that is late."""
+    """libcoap's client writes, reads, lists and deletes, and waits for a late answer."""
     example = start("coap_server", "--host", "127.0.0.1", "--slow", "0.7")
     base = f"coap://127.0.0.1:{example.port}"
     assert libcoap(f"{base}/a/note", "-m", "put", "-e", "hello") == b""
@@ -70,7 +70,7 @@ def test_libcoap(start: Start) -> None:
     assert libcoap(f"{base}/a/note", "-m", "delete") == b""
     assert libcoap(f"{base}/a/note").startswith(b"4.04")
     assert libcoap(f"{base}/a/note", "-m", "post", "-e", "x").startswith(b"4.05")
-    assert libcoap(f"{base}/a/note", "-O", "2049,x").startswith(b"4.02")  # a critical option that nobody knows
+    assert libcoap(f"{base}/a/note", "-O", "2049,x").startswith(b"4.02")  # an unknown critical option
 
 
 @without_signals
@@ -90,7 +90,7 @@ def test_libcoap_blocks(start: Start, tmp_path: Path, size: str) -> None:
 
 @without_signals
 def test_libcoap_through_loss(start: Start, tmp_path: Path) -> None:
-    """Datagrams of the client's that are lost are sent again, and what is done is done once."""
+    """libcoap's client repeats lost datagrams, and each request is done once."""
     example = start("coap_server", "--host", "127.0.0.1")
     (tmp_path / "original").write_bytes(LONG[:3_000])
     uri = f"coap://127.0.0.1:{example.port}/long"
@@ -101,7 +101,7 @@ def test_libcoap_through_loss(start: Start, tmp_path: Path) -> None:
 
 @without_signals
 def test_libcoap_observes(start: Start) -> None:
-    """An observer is told the content, each change, and the end."""
+    """An observer gets the content, each change, and the end."""
     example = start("coap_server", "--host", "127.0.0.1")
     uri = f"coap://127.0.0.1:{example.port}/note"
     libcoap(uri, "-m", "put", "-e", "one")
@@ -133,7 +133,7 @@ def test_aiocoap(start: Start, tmp_path: Path) -> None:
 
 @without_signals
 def test_dtls(start: Start, tmp_path: Path) -> None:
-    """The same over DTLS: libcoap's client trusts the certificate, writes and reads."""
+    """Over DTLS, libcoap's client trusts the certificate, writes and reads."""
     client, openssl = program("coap-client-openssl", "libcoap3-bin"), program("openssl", "openssl")
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
@@ -151,7 +151,7 @@ def test_dtls(start: Start, tmp_path: Path) -> None:
 
 
 async def test_a_duplicate_is_answered_alike_and_done_once(udp_server: StartServer) -> None:
-    """A message that comes again gets the same answer; another one with the same request is done anew."""
+    """A repeated message gets the same answer; a new message with the same request is done again."""
     connection = await udp_server(coap_server.Store().handler)
     put = message(PUT, "note", 7, payload=b"hello")
     answers = [await ask(connection, put) for _ in range(2)]
@@ -162,7 +162,7 @@ async def test_a_duplicate_is_answered_alike_and_done_once(udp_server: StartServ
 
 
 async def test_separate_response(udp_server: StartServer, autojump_clock: MockClock) -> None:
-    """A late answer comes by itself, after an ACK, and again until the client acknowledges it."""
+    """A late answer follows the ACK as a separate message, and is repeated until the client acknowledges it."""
     connection = await udp_server(coap_server.Store(slow=10).handler)
     first = await ask(connection, message(GET, "slow"))
     assert (first.mtype, first.code, first.mid, trio.current_time()) == (ACK, EMPTY, 1, 0.5)
@@ -179,7 +179,7 @@ async def test_separate_response(udp_server: StartServer, autojump_clock: MockCl
 
 
 async def test_observation(udp_server: StartServer, autojump_clock: MockClock) -> None:
-    """Notifications have growing numbers; while one is not acknowledged only the latest state waits; RST ends them."""
+    """Notifications have growing numbers; one that waits for its ACK delays all but the latest; RST ends them."""
     store = coap_server.Store()
     connection = await udp_server(store.handler)
     store.put(("note",), b"one")
@@ -205,7 +205,7 @@ async def test_observation(udp_server: StartServer, autojump_clock: MockClock) -
 
 
 async def test_an_observer_that_is_gone(udp_server: StartServer, autojump_clock: MockClock) -> None:
-    """A notification that nobody acknowledges is sent five times; then the observation ends, and later the client."""
+    """A notification without an ACK is sent five times; then the observation ends, and later the client."""
     store = coap_server.Store()
     connection = await udp_server(store.handler)
     store.put(("note",), b"one")
@@ -219,7 +219,7 @@ async def test_an_observer_that_is_gone(udp_server: StartServer, autojump_clock:
 
 
 async def test_end_of_an_observation(udp_server: StartServer, autojump_clock: MockClock) -> None:
-    """A client that does not want to be told any more is told no more; a deleted resource ends it by itself."""
+    """A client that cancels an observation gets no more notifications; deleting the resource ends it too."""
     store = coap_server.Store()
     connection = await udp_server(store.handler)
     store.put(("note",), b"one")
@@ -233,7 +233,7 @@ async def test_end_of_an_observation(udp_server: StartServer, autojump_clock: Mo
 
 
 async def test_bounds(udp_server: StartServer, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks must follow each other, and neither resources nor requests are without end."""
+    """Blocks must follow each other, and resources and requests are bounded."""
     monkeypatch.setattr(coap_server, "MOST_BYTES", 100)
     monkeypatch.setattr(coap_server, "MOST_REQUESTS", 2)
     connection = await udp_server(coap_server.Store().handler)

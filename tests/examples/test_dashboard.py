@@ -1,4 +1,4 @@
-"""The Grafana dashboard, asked of a real Prometheus that scrapes a real server."""
+"""The Grafana dashboard, with a real Prometheus that scrapes a real server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [
 
 DASHBOARD = json.loads((ROOT / "examples" / "grafana" / "dashboard.json").read_text())
 
-# Of no use on a dashboard: nearly the same as another.
+# Not useful on a dashboard: nearly the same as another metric.
 NOT_SHOWN = {"trio_udp_delivered_datagrams_total", "trio_udp_answered_by_accept_datagrams_total"}
 
 
@@ -38,7 +38,7 @@ class Prometheus:
         self._url = f"http://127.0.0.1:{port}/api/v1/query"
 
     def ask(self, expression: str) -> list[Any]:
-        """Return the answer to an expression; wait until Prometheus is there."""
+        """Return the answer to an expression, after Prometheus has started."""
         query = urllib.parse.urlencode({"query": expression})
         for _ in range(int(SECONDS * 20)):
             try:
@@ -57,7 +57,7 @@ class Prometheus:
 
 @pytest.fixture
 def prometheus(tmp_path: Path) -> Iterator[Any]:
-    """Give a function that runs a Prometheus that scrapes an address five times a second."""
+    """Return a function that runs a Prometheus, which scrapes an address five times a second."""
     processes = []
 
     def run(target: str) -> Prometheus:
@@ -78,7 +78,7 @@ def prometheus(tmp_path: Path) -> Iterator[Any]:
 
 
 def test_every_panel_has_data_and_no_counter_falls(prometheus: Any) -> None:
-    """Each expression of the dashboard has an answer, and no counter falls when workers are restarted."""
+    """Each expression of the dashboard has a result, and no counter falls when workers are restarted."""
     with service("--workers", "2") as running, plain_socket("127.0.0.1") as sock:
         server = prometheus(running.http.removeprefix("http://"))
         sock.connect(("127.0.0.1", running.port))

@@ -1,4 +1,4 @@
-"""examples/discovery.py: servers that are found by asking a group, on loopback and on a network of its own."""
+"""examples/discovery.py: servers that a client finds through a group, on loopback and on a network of its own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def port() -> int:
 
 
 def serve(closing: ExitStack, name: str, *options: object, machine: Machine | None = None) -> subprocess.Popen[str]:
-    """Start a server, which must end with status 0 and without a complaint."""
+    """Start a server, which must end with status 0 and without an error message."""
     command = [sys.executable, "-u", "-W", "error", str(EXAMPLE), "serve", name, *map(str, options)]
     with inside(machine.name) if machine else nullcontext():
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -65,21 +65,21 @@ def ask(*options: object, machine: Machine | None = None) -> Any:
 
 
 def test_several_servers_on_one_machine(closing: ExitStack, port: int) -> None:
-    """Every server on the machine answers the question that a client asks over loopback."""
+    """Every server on the machine answers the question of a client over loopback."""
     wait_until_listening(*(serve(closing, name, "--interface", "lo", "--port", port) for name in ("kitchen", "cellar")))
     found = ask("--interface", "lo", "--port", port, "--seconds", 0.5)
     assert (sorted(found.stdout.splitlines()), found.stderr) == (["cellar 127.0.0.1", "kitchen 127.0.0.1"], "")
     assert found.returncode == 0
 
 
-def test_nobody(port: int) -> None:
-    """Without a server the client says so, and ends with status 1."""
+def test_no_answer(port: int) -> None:
+    """Without a server, the client prints that there was no answer, and ends with status 1."""
     found = ask("--interface", "lo", "--port", port, "--seconds", 0.1)
-    assert (found.stdout, found.stderr, found.returncode) == ("", "nobody is there\n", 1)
+    assert (found.stdout, found.stderr, found.returncode) == ("", "no answer\n", 1)
 
 
 def test_an_unknown_interface(port: int) -> None:
-    """A server that can listen on no interface says why, and ends with status 1."""
+    """A server without any interface to listen on prints the reason, and ends with status 1."""
     command = [sys.executable, "-W", "error", str(EXAMPLE), "serve", "x", "--interface", "nosuch", "--port", str(port)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.stderr.splitlines() == [
@@ -92,7 +92,7 @@ def test_an_unknown_interface(port: int) -> None:
 @needs_namespaces
 @pytest.mark.parametrize("version", [4, 6])
 def test_two_interfaces(closing: ExitStack, version: int) -> None:
-    """A server with two interfaces answers on each, from its address there; one program finds those of all machines."""
+    """A server with two interfaces answers on each, from its address there; a client finds all machines."""
     asking, one, two = closing.enter_context(machines("asking", "one", "two"))
     for number, (machine, wire) in enumerate(((one, "wire1"), (two, "wire2"), (two, "wire3")), 1):
         asking.wire_to(machine, wire)

@@ -1,4 +1,4 @@
-"""The DNS forwarder: dig and dnsperf in front of the zone server; what it remembers, in virtual time."""
+"""The DNS forwarder: dig and dnsperf in front of the zone server; its cache, in virtual time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SOA = ("example.com.", 900, "IN", "SOA", "ns.example.com. hostmaster.example.com
 
 @attrs.define
 class Upstream:
-    """A server that knows one name, and what it was asked."""
+    """A server that knows one name, and records its questions."""
 
     ttl: int = 60
     delay: float = 0
@@ -84,7 +84,7 @@ Forward = Callable[[], Awaitable[Setting]]
 
 @pytest.fixture
 def forward(simulated_network: SimulatedNetwork, nursery: trio.Nursery) -> Forward:
-    """Start a forwarder and the server that it asks, on the simulated network."""
+    """Start a forwarder, and the server behind it, on the simulated network."""
 
     async def forward() -> Setting:
         upstream = Upstream()
@@ -99,7 +99,7 @@ def forward(simulated_network: SimulatedNetwork, nursery: trio.Nursery) -> Forwa
 
 
 async def test_answers_are_remembered(forward: Forward, autojump_clock: MockClock) -> None:
-    """A second client gets the answer with the seconds that are left; after them the other server is asked again."""
+    """A second client gets the cached answer with the rest of its TTL; then the other server is asked again."""
     setting = await forward()
     first = await setting.ask()
     await trio.sleep(45)
@@ -115,7 +115,7 @@ async def test_answers_are_remembered(forward: Forward, autojump_clock: MockCloc
 
 
 async def test_absence_is_remembered(forward: Forward, autojump_clock: MockClock) -> None:
-    """A name that does not exist is asked for again only after the minimum of the SOA record."""
+    """The absence of a name is kept for the minimum of the SOA record."""
     setting = await forward()
     for pause, ttl, asked in ((0, 300, 1), (299, 1, 1), (1, 300, 2)):
         await trio.sleep(pause)
@@ -125,7 +125,7 @@ async def test_absence_is_remembered(forward: Forward, autojump_clock: MockClock
 
 
 async def test_equal_questions_are_asked_once(forward: Forward, autojump_clock: MockClock) -> None:
-    """A hundred clients that ask the same at the same time share one answer, also if nothing of it may be kept."""
+    """A hundred clients with the same question at the same time share one answer, even if it cannot be cached."""
     setting = await forward()
     setting.upstream.delay, setting.upstream.ttl = 0.2, 0
     async with trio.open_nursery() as nursery:
@@ -137,7 +137,7 @@ async def test_equal_questions_are_asked_once(forward: Forward, autojump_clock: 
 
 
 async def test_the_first_client_may_go(forward: Forward, autojump_clock: MockClock) -> None:
-    """An answer is for all who wait for it, even if the client that asked first is gone."""
+    """All waiting clients get an answer, even if the client that asked first is gone."""
     setting = await forward()
     setting.upstream.delay = 0.3
     async with await setting.network.connect(*SERVER) as hasty:
@@ -150,7 +150,7 @@ async def test_the_first_client_may_go(forward: Forward, autojump_clock: MockClo
 
 
 async def test_dead_and_back(forward: Forward, autojump_clock: MockClock) -> None:
-    """While the other server is silent clients are told so; it is left in peace for a second, then asked again."""
+    """While the other server is silent, clients get SERVFAIL, and for one second it is not asked again."""
     setting = await forward()
     setting.upstream.silent = True
     for _ in range(2):
@@ -160,12 +160,12 @@ async def test_dead_and_back(forward: Forward, autojump_clock: MockClock) -> Non
     await trio.sleep(1)
     assert (await setting.ask()).answer
     with setting.network.partition([UPSTREAM]):
-        assert (await setting.ask()).answer  # remembered
+        assert (await setting.ask()).answer  # from the cache
         assert (await setting.ask("none.example.com")).rcode() == dns.rcode.SERVFAIL
 
 
 async def test_questions_are_hard_to_guess(forward: Forward, autojump_clock: MockClock) -> None:
-    """Each question has a port, an ID and a case of its own; nothing else is taken for its answer."""
+    """Each question has its own port, ID and case; any other payload is not taken for its answer."""
     setting = await forward()
     setting.upstream.silent = True
     names = [f"name{number}.example.com" for number in range(30)]
@@ -190,11 +190,11 @@ async def test_questions_are_hard_to_guess(forward: Forward, autojump_clock: Moc
     assert len(set(written) & {f"{name}." for name in names}) < 3
     assert len({datagram.peer_address for datagram in asked}) == len(names)
     assert len({datagram.payload[:2] for datagram in asked}) > 25
-    assert len(setting.upstream.asked) == len(names)  # none was misled, and none asked again
+    assert len(setting.upstream.asked) == len(names)  # no client got a wrong answer, and no question was repeated
 
 
 async def test_odd_queries(forward: Forward, autojump_clock: MockClock) -> None:
-    """Queries that are not for a forwarder get an error, responses and junk without a header nothing."""
+    """Queries that a forwarder cannot answer get an error; responses, and junk without a header, get no reply."""
     setting = await forward()
     query = bytearray(dns.message.make_query("www.example.com", "A").to_wire())
     notify, answer = query.copy(), query.copy()
@@ -220,7 +220,7 @@ def start_both(start: Start) -> tuple[int, int]:
 
 @without_signals
 def test_dig(start: Start) -> None:
-    """dig gets through the forwarder what the zone server says, twice."""
+    """Through the forwarder, dig gets the zone server's answers, twice."""
     ports = start_both(start)
     questions = [
         "www.example.com A",

@@ -1,4 +1,4 @@
-"""dnsdist in front of a server: a real sender of the PROXY protocol, one header in front of every query."""
+"""dnsdist in front of a server: a real sender of the PROXY protocol, with a header in front of every query."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..project.conftest import EXAMPLES, Start, without_signals
 from .conftest import program
 
 ZONE_FILE = EXAMPLES / "example.zone"
-PROXY_HOST = "127.0.0.9"  # where dnsdist sends queries from
+PROXY_HOST = "127.0.0.9"  # the address from which dnsdist sends queries
 LOOPBACK, LOOPBACK6 = "127.0.0.1", "::1"
 
 CONFIGURATION = """
@@ -52,7 +52,7 @@ def free_port() -> int:
 
 @asynccontextmanager
 async def running(dnsdist: str, backend: str, folder: Path, more: str = "") -> AsyncIterator[int]:
-    """Run dnsdist in front of a server until the block ends; give the port that it listens on, for IPv4 and IPv6."""
+    """Run dnsdist in front of a server until the block ends; yield its port, for IPv4 and IPv6."""
     port = free_port()
     listen = f'setLocal("{LOOPBACK}:{port}")\naddLocal("[{LOOPBACK6}]:{port}")\n' + more
     configuration = folder / "dnsdist.conf"
@@ -63,7 +63,7 @@ async def running(dnsdist: str, backend: str, folder: Path, more: str = "") -> A
     try:
         said = b""
         with trio.fail_after(20):
-            # It has then asked the server something by itself, as the proxy that it is.
+            # By then it has sent the server a health check of its own.
             while b"as 'up'" not in said:
                 said += (line := await process.stdout.receive_some())
                 assert line, said
@@ -84,7 +84,7 @@ async def drain(stream: trio.abc.ReceiveStream) -> None:
 
 
 async def ask(name: str, rdtype: str, source: str, port: int) -> dns.message.Message:
-    """Ask dnsdist from an address."""
+    """Send a query to dnsdist from an address."""
     query = dns.message.make_query(name, rdtype)
     family = trio.socket.AF_INET6 if ":" in source else trio.socket.AF_INET
     with trio.socket.socket(family, trio.socket.SOCK_DGRAM) as sock:
@@ -99,7 +99,7 @@ async def ask(name: str, rdtype: str, source: str, port: int) -> dns.message.Mes
 
 @trio_udp.datagram_handler
 def who_asks(datagram: Datagram) -> bytes:
-    """Answer a query with the addresses that it has come from and was sent to."""
+    """Answer a query with its source and its destination."""
     query = dns.message.from_wire(datagram.payload)
     reply = dns.message.make_response(query)
     peer, local = datagram.peer_address, datagram.local_address
@@ -114,7 +114,7 @@ def told(reply: dns.message.Message) -> str:
 
 
 async def test_every_client_has_its_own_address(dnsdist: str, start_on_loopback: StartServer, tmp_path: Path) -> None:
-    """Clients at a hundred addresses, of IPv4 and IPv6, are seen with theirs; each is told its own."""
+    """The server sees the addresses of a hundred IPv4 and IPv6 clients, and answers each with its own."""
     server: Server = await start_on_loopback(who_asks, proxies=[PROXY_HOST])
     answers: dict[str, str] = {}
 
@@ -128,12 +128,12 @@ async def test_every_client_has_its_own_address(dnsdist: str, start_on_loopback:
                 nursery.start_soon(client, host, port)
     assert answers == {host: f"{host} {LOOPBACK6 if ':' in host else LOOPBACK} {port}" for host in hosts}
     s = server.statistics()
-    assert (s.refused_malformed, s.delivered >= 101) == (0, True)  # dnsdist has asked too
+    assert (s.refused_malformed, s.delivered >= 101) == (0, True)  # dnsdist has sent one too
     check_adds_up(server)
 
 
 async def test_rate_limit_counts_the_real_client(dnsdist: str, start_on_loopback: StartServer, tmp_path: Path) -> None:
-    """A client behind dnsdist that asks too often gets no answers, and its neighbour gets all of its own."""
+    """A client behind dnsdist that exceeds the rate limit gets no answers, and its neighbour gets all of its own."""
     limit = RateLimit(0.01, burst=5, ipv4_prefix=32)
     server: Server = await start_on_loopback(who_asks, proxies=[PROXY_HOST], limits=Limits(rate_limit=limit))
     answered = dict.fromkeys(["127.1.0.1", "127.1.0.2"], 0)
@@ -155,7 +155,7 @@ async def test_rate_limit_counts_the_real_client(dnsdist: str, start_on_loopback
 
 
 async def test_clients_over_https(dnsdist: str, start_on_loopback: StartServer, tmp_path: Path) -> None:
-    """What reaches dnsdist over HTTPS goes on over UDP; its header names the client, and says "stream"."""
+    """dnsdist forwards queries over HTTPS by UDP; their header names the client, and says "stream"."""
     curl = program("curl", "curl")
     if not speaks_https(dnsdist):
         pytest.skip("this dnsdist was built without DNS over HTTPS")
@@ -176,7 +176,7 @@ async def test_clients_over_https(dnsdist: str, start_on_loopback: StartServer, 
 
 
 async def test_without_proxies_it_is_all_payload(start_on_loopback: StartServer, dnsdist: str, tmp_path: Path) -> None:
-    """A server that does not trust dnsdist sees queries that begin with a header, and dnsdist is the client."""
+    """A server without ``proxies`` sees the header as part of the payload, and dnsdist as the client."""
     seen = []
     asked = trio.Event()
 
@@ -187,7 +187,7 @@ async def test_without_proxies_it_is_all_payload(start_on_loopback: StartServer,
 
     server: Server = await start_on_loopback(handler, proxies=["127.0.0.10"])
     async with trio.open_nursery() as nursery:
-        # It waits for an answer that does not come.
+        # It waits for an answer that never arrives.
         nursery.start_soon(run_until_cancelled, dnsdist, f"{LOOPBACK}:{port_of(server)}", tmp_path)
         with trio.fail_after(20):
             await asked.wait()
@@ -204,7 +204,7 @@ async def run_until_cancelled(dnsdist: str, backend: str, folder: Path) -> None:
 
 
 def start_example(start: Start) -> str:
-    """Start the DNS example behind a proxy; return its address as dnsdist takes it."""
+    """Start the DNS example behind a proxy; return its address in dnsdist's form."""
     example = start("dns_server", "--port", "0", "--proxy", f"{PROXY_HOST}/32", str(ZONE_FILE), port=None)
     return f"{example.host}:{example.port}"
 
@@ -222,7 +222,7 @@ async def test_dns_example(start: Start, dnsdist: str, tmp_path: Path) -> None:
 
 @without_signals
 async def test_dnsperf(start: Start, dnsdist: str, tmp_path: Path) -> None:
-    """Of thousands of queries through dnsdist none is lost."""
+    """None of thousands of queries through dnsdist is lost."""
     dnsperf = program("dnsperf", "dnsperf")
     queries = tmp_path / "queries"
     queries.write_text("web.example.com A\nexample.com MX\nnothing.example.com A\nftp.example.com AAAA\n")

@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import plain_socket
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "leaderboard.py"
-TIMEOUT = 20  # seconds for anything that a test waits for; nothing comes near it unless it has failed
+TIMEOUT = 20  # seconds to wait for anything; a test that passes never takes that long
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs redis-server"),
@@ -41,14 +41,14 @@ def running(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
-    """Return the first line of a program's output that has a text in it."""
+    """Return the first line of a program's output that contains a text."""
     assert process.stdout is not None
     return next(line for line in process.stdout if text in line)
 
 
 @attrs.define
 class Redis:
-    """A Redis on loopback that keeps nothing when it ends, and its port, which stays the same."""
+    """A Redis on loopback, which keeps nothing when it ends. Its port stays the same."""
 
     folder: Path
     port: int = attrs.field(init=False)
@@ -69,7 +69,7 @@ class Redis:
 
 @attrs.define
 class Machines:
-    """A Redis that can be run, and the ports of two servers that use it, which run all the time."""
+    """A Redis that can be started, and the ports of two servers that use it."""
 
     redis: Redis
     one: int
@@ -97,7 +97,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
 
 
 def ask(port: int, *requests: bytes, host: str = "127.0.0.9") -> list[bytes]:
-    """Send requests from one address each, all at once, and return the answers."""
+    """Send requests at once, each from its own address, and return the answers."""
     with ExitStack() as stack:
         peers = [stack.enter_context(plain_socket(host)) for _ in requests]
         for peer, request in zip(peers, requests, strict=True):
@@ -107,7 +107,7 @@ def ask(port: int, *requests: bytes, host: str = "127.0.0.9") -> list[bytes]:
 
 
 def test_two_servers_one_score(machines: Machines) -> None:
-    """Players are known by name and secret, at any server and from any address; the best of their scores counts."""
+    """Name and secret identify a player at any server and from any address; the best score counts."""
     one, other = machines.one, machines.other
     with machines.redis.run():
         assert ask(one, b"score alice wonderland 250") == [b"alice has 250 points, place 1\n"]
@@ -122,7 +122,7 @@ def test_two_servers_one_score(machines: Machines) -> None:
 
 
 def test_redis_dies_and_comes_back(machines: Machines) -> None:
-    """Without Redis clients are told so, at once; servers start without it too, and go on when it is there."""
+    """Without Redis, clients get an error at once; servers also start without it, and work when it is back."""
     redis, one, other, later = machines.redis, machines.one, machines.other, [b"try again later\n"]
     assert ask(one, b"top") == later
     for _ in range(2):
@@ -136,13 +136,13 @@ def test_redis_dies_and_comes_back(machines: Machines) -> None:
 
 
 def test_redis_stops_and_goes_on(machines: Machines) -> None:
-    """While Redis does not answer, clients are told so within a few seconds; when it does, the servers go on."""
+    """While Redis does not answer, clients get an error within a few seconds; later the servers work again."""
     redis, one, other, later = machines.redis, machines.one, machines.other, [b"try again later\n"]
     with redis.run():
         assert ask(one, b"score alice wonderland 250") == [b"alice has 250 points, place 1\n"]
         redis.process.send_signal(signal.SIGSTOP)
         began = time.monotonic()
-        # The first has a connection, the other one has none yet: both must not lose the places in their pools.
+        # The first has a connection, the other has none yet. Neither may lose a place in its pool.
         assert ask(one, *[b"top"] * 100) == later * 100
         assert ask(other, *[b"top"] * 100) == later * 100
         assert time.monotonic() - began < TIMEOUT / 2

@@ -1,4 +1,4 @@
-"""examples/mdns.py: found by Avahi and by python-zeroconf, over IPv4 and IPv6, on each of two interfaces."""
+"""examples/mdns.py: Avahi and python-zeroconf find it over IPv4 and IPv6, on each of two interfaces."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ disable-publishing=yes
 
 @attrs.frozen
 class Avahi:
-    """A machine with Avahi, and ours with the example; two wires between them."""
+    """A machine with Avahi, and our machine with the example, with two wires between them."""
 
     ours: Machine
     theirs: Machine
     bus: str
 
     def run(self, *command: str, machine: Machine | None = None) -> list[str]:
-        """Run a client of Avahi's; return its lines."""
+        """Run a client of Avahi; return its lines."""
         with inside((machine or self.theirs).name):
             done = subprocess.run(
                 command,
@@ -93,7 +93,7 @@ def avahi(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Avahi]:
         (folder / "avahi.conf").write_text(DAEMON)
         command = ["dbus-daemon", f"--config-file={folder / 'bus.conf'}", "--nofork", "--print-address"]
         start(closing, theirs, command, until=["unix:"])
-        # It writes its process ID where another one may have it: give it a folder of its own.
+        # Avahi writes its process ID to a fixed file: give it a folder of its own.
         script = (
             "mount -t tmpfs none /run/avahi-daemon && exec avahi-daemon --no-drop-root --no-chroot --no-rlimits -f $0"
         )
@@ -111,7 +111,7 @@ def start(
     until: list[str],
     environment: dict[str, str] | None = None,
 ) -> None:
-    """Start a program on a machine, and wait until it has written lines with these words, in this order."""
+    """Start a program on a machine, and wait until it has printed lines with these words, in this order."""
     with inside(machine.name):
         process = subprocess.Popen(
             command,
@@ -149,7 +149,7 @@ def test_avahi_resolves_the_name(avahi: Avahi) -> None:
 
 
 def test_avahi_browses_the_service(avahi: Avahi) -> None:
-    """avahi-browse finds the service on both interfaces and in both families, each with our address there."""
+    """avahi-browse finds the service on both interfaces and in both families, with our address on each."""
     lines = avahi.run("avahi-browse", "--resolve", "--terminate", "--parsable", "_http._tcp")
     found = sorted(line.split(";")[1:9] for line in lines if line.startswith("="))
     assert found == [
@@ -160,7 +160,7 @@ def test_avahi_browses_the_service(avahi: Avahi) -> None:
 
 
 def test_zeroconf_finds_the_service(avahi: Avahi) -> None:
-    """python-zeroconf finds the service, also beside the responder on its own machine, with the same port."""
+    """python-zeroconf finds the service, also from a program with the same port on the responder's machine."""
     program = """if 1:
         import sys, zeroconf
         with zeroconf.Zeroconf(interfaces=[sys.argv[1]]) as client:
@@ -173,7 +173,7 @@ def test_zeroconf_finds_the_service(avahi: Avahi) -> None:
 
 
 def test_a_resolver_without_multicast(avahi: Avahi) -> None:
-    """dig, which asks the group from a port of its own, gets a usual answer with its question."""
+    """dig, which asks the group from a port of its own, gets a unicast answer with its question."""
     if shutil.which("dig") is None:
         pytest.skip("needs dig")
     command = ["dig", "-p", "5353", "-b", "192.0.2.2", "@192.0.2.1", "demo.local", "A", "+tries=1", "+time=5"]

@@ -1,4 +1,4 @@
-"""Examples that were written for UDP, unchanged on Unix-domain sockets."""
+"""Examples for UDP, unchanged on Unix-domain sockets."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ async def test_uppercase(nursery: trio.Nursery, tmp_path: Path, capsys: pytest.C
         with trio.fail_after(5):
             assert await connection.receive() == b"B"
         await trio.testing.wait_all_tasks_blocked()
-    printed = sorted(capsys.readouterr().out.splitlines())  # by two clients, side by side
+    printed = sorted(capsys.readouterr().out.splitlines())  # by two clients at the same time
     assert printed == [f"'{tmp_path / 'peer'}' wrote b'b'", "None wrote b'a'"]
 
 
 async def test_collector(nursery: trio.Nursery, tmp_path: Path) -> None:
-    """The collector writes down lines of peers with a name and of peers without one."""
+    """The collector writes the lines of peers with a name and of peers without one."""
     path, file = tmp_path / "server", io.BytesIO()
     handler = trio_udp.datagram_handler(load("collector").Collector(file).handler)
     server = await serve_unix(nursery, path, handler)
@@ -87,8 +87,8 @@ async def test_chat_room(nursery: trio.Nursery, tmp_path: Path, caplog: pytest.L
     check_adds_up(server)
 
 
-async def test_relay_of_what_is_too_long_for_the_server(nursery: trio.Nursery, tmp_path: Path) -> None:
-    """A payload that the way to the server cannot carry is lost, and the conversation goes on."""
+async def test_relay_drops_payloads_that_are_too_long_for_the_server(nursery: trio.Nursery, tmp_path: Path) -> None:
+    """A payload that is too long for the server's socket is lost, and the conversation goes on."""
 
     async def echo(client: trio_udp.Client) -> None:
         async for payload in client:

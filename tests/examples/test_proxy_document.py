@@ -1,4 +1,4 @@
-"""The page about the PROXY protocol tells the truth."""
+"""The code in docs/proxy-protocol.md works."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "proxy-protocol.md"
 
 
 async def test_the_program_for_tests() -> None:
-    """The last program of the page runs, and what it asserts holds."""
+    """The last program of the page runs, and its assertion holds."""
     program = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[-1]
     code = compile(program, str(PAGE), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     assert isinstance(code, CodeType)

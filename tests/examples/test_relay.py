@@ -1,4 +1,4 @@
-"""The relay: dig through it to the DNS example, and keeping alive in virtual time."""
+"""The relay: dig through it to the DNS example, and its keep-alive in virtual time."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def connect(network: SimulatedNetwork) -> trio_udp.Connection:
 @without_signals
 @pytest.mark.skipif(shutil.which("dig") is None, reason="needs dig")
 def test_dig(start: Start) -> None:
-    """Many queries at once, through the relay to the DNS example, each get the answer to their own question."""
+    """Concurrent queries through the relay to the DNS example each get the answer to their own question."""
     dns = start("dns_server", "--port", "0", str(EXAMPLES / "example.zone"), port=None)
     example = start("relay", "--host", "127.0.0.1", "--to", "127.0.0.1", str(dns.port))
     names = ["www.example.com", "ns1.example.com"]
@@ -71,7 +71,7 @@ def test_dig(start: Start) -> None:
 
 @without_signals
 def test_clients_are_kept_apart(start: Start, serve: Serve) -> None:
-    """Each client has a conversation of its own with the server, and its answers go to nobody else."""
+    """Each client has its own conversation with the server, and no other client gets its answers."""
     adder = serve("errors:handler")  # keeps a total for each client
     example = start("relay", "--host", "127.0.0.1", "--to", "127.0.0.1", str(adder.port))
     one, two = example.peer(), example.peer()
@@ -84,7 +84,7 @@ def test_clients_are_kept_apart(start: Start, serve: Serve) -> None:
 async def test_silence_ends_a_client(
     simulated_network: SimulatedNetwork, autojump_clock: MockClock, start_relay: StartRelay
 ) -> None:
-    """A client and its connection end when neither side has sent anything for the time given; and begin anew."""
+    """A client and its connection end after ``silence`` seconds without traffic, and may start again."""
     upstream = simulated_network.endpoint(*UPSTREAM)
     server = await start_relay()
     connection = await connect(simulated_network)
@@ -111,7 +111,7 @@ async def test_silence_ends_a_client(
 async def test_one_direction_keeps_both_alive(
     simulated_network: SimulatedNetwork, autojump_clock: MockClock, start_relay: StartRelay, speaker: str
 ) -> None:
-    """A client that only listens, and one that only speaks, stay for as long as there is traffic."""
+    """A client that only receives, and one that only sends, stay alive while there is traffic."""
     upstream = simulated_network.endpoint(*UPSTREAM)
     server = await start_relay(idle_timeout=3)
     connection = await connect(simulated_network)
@@ -136,7 +136,7 @@ async def test_one_direction_keeps_both_alive(
 async def test_server_that_is_not_there(
     simulated_network: SimulatedNetwork, autojump_clock: MockClock, start_relay: StartRelay
 ) -> None:
-    """Refusals end nothing: once the server is there, the client's next datagram reaches it."""
+    """Refusals end nothing: when the server starts, the client's next datagram reaches it."""
     server = await start_relay()
     connection = await connect(simulated_network)
     for _ in range(5):
@@ -152,7 +152,7 @@ async def test_server_that_is_not_there(
 async def test_last_answers(
     simulated_network: SimulatedNetwork, autojump_clock: MockClock, start_relay: StartRelay
 ) -> None:
-    """A relay that stops still hands on the answers to what it has passed on, for a second."""
+    """A relay that stops still forwards the answers to earlier datagrams for one second."""
     simulated_network.latency = (0.1, 0.1)
     upstream = simulated_network.endpoint(*UPSTREAM)
     server = await start_relay()
@@ -170,7 +170,7 @@ async def test_last_answers(
 async def test_bounded(
     simulated_network: SimulatedNetwork, autojump_clock: MockClock, start_relay: StartRelay, nursery: trio.Nursery
 ) -> None:
-    """No more connections are opened than there may be clients; others are refused until somebody has left."""
+    """A relay opens at most one connection for each of ``max_clients``; others are refused until a client ends."""
     upstream = simulated_network.endpoint(*UPSTREAM)
     await nursery.start(trio_udp.serve_endpoints, echo, [upstream])
     server = await start_relay(limits=trio_udp.Limits(max_clients=5))

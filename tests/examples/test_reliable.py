@@ -1,4 +1,4 @@
-"""Reliable requests: each addition is done once, through networks that lose, double and reorder."""
+"""Reliable requests: each addition is done once, through networks that lose, duplicate and reorder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ reliable = load("reliable")
 
 
 def add_through(network: SimulatedNetwork, people: int, additions: int) -> tuple[list[int], int, int]:
-    """Let some clients add 1 a few times each; return all totals that they were told, and the server's."""
+    """Let some clients add 1 a few times each; return all totals that they received, and the server's."""
     account = reliable.Account()
     totals: list[int] = []
 
@@ -52,7 +52,7 @@ def add_through(network: SimulatedNetwork, people: int, additions: int) -> tuple
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_addition_is_done_once(seed: int) -> None:
-    """Through 30 % loss, doubling and reordering, each addition is done once, and each is told another total."""
+    """With 30 % loss, duplicates and reordering, each addition is done once, and each answer is another total."""
     network = SimulatedNetwork(seed=seed, loss=0.3, duplicate=0.3, reorder=0.3, latency=(0.01, 0.8))
     totals, additions, total = add_through(network, people=10, additions=10)
     assert sorted(totals) == list(range(1, 101))
@@ -62,13 +62,13 @@ def test_every_addition_is_done_once(seed: int) -> None:
 
 @without_signals
 def test_repeated_requests(start: Start) -> None:
-    """A request that comes again gets the same answer, and the work is done once; others' requests are their own."""
+    """A repeated request gets the same answer, and its work is done once; other clients are independent."""
     example = start("reliable", "--host", "127.0.0.1")
     one, two = example.peer(), example.peer()
     assert [ask(one, b"a 10") for _ in range(3)] == [b"a 10"] * 3
     assert ask(two, b"a 5") == b"a 15"
     for _ in range(3):
-        one.send(b"b 1")  # at once: the work for the first is not done yet
+        one.send(b"b 1")  # at once: the work for the first is not finished
     assert [one.recv(100) for _ in range(3)] == [b"b 16"] * 3
     for payload in (b"", b"c", b"c x", b"\xff"):
         one.send(payload)
@@ -79,7 +79,7 @@ def test_repeated_requests(start: Start) -> None:
 
 @contextmanager
 def lossy_path(port: int) -> Iterator[int]:
-    """Give a port that leads to a server on 127.0.0.1, and loses three of ten datagrams on the way there and back."""
+    """Return a port that leads to a server on 127.0.0.1, and loses three of ten datagrams in each direction."""
     lost = itertools.cycle([True, False, False, True, False, False, False, True, False, False])
     inside, outside = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
     until, stop = socket.socketpair()
@@ -116,7 +116,7 @@ def run_client(port: int, *amounts: int) -> subprocess.CompletedProcess[str]:
 
 @without_signals
 def test_over_a_lossy_path(start: Start) -> None:
-    """The example's own client, through 30 % loss of real datagrams in each direction, gets every total."""
+    """With 30 % loss of real datagrams in each direction, the example's client gets every total."""
     example = start("reliable", "--host", "127.0.0.1")
     with lossy_path(example.port) as port:
         done = run_client(port, 10, 20, -2)

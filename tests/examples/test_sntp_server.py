@@ -1,4 +1,4 @@
-"""The SNTP server: asked by chronyd, and byte by byte."""
+"""The SNTP server: with chronyd, and byte by byte."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_stamp(answer: bytes, at: int) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_chronyd(start: Start, tmp_path: Path, host: str) -> None:
-    """chronyd takes the time from the server, and finds that the clock is right, since both read the same one."""
+    """chronyd gets the time from the server, and finds its own clock right, because both use the same clock."""
     chronyd = program("chronyd", "chrony")
     example = start("sntp_server", "--host", host)
     command = [chronyd, "-Q", "-t", "10", "-u", "root" if os.geteuid() == 0 else getpass.getuser()]
@@ -61,12 +61,12 @@ def test_answer(start: Start) -> None:
     assert answer[24:32] == STAMP
     reference, received, sent = (read_stamp(answer, at) for at in (16, 32, 40))
     assert before - 1 <= reference == received <= sent <= after
-    assert ask(peer, bytes([3 << 3 | 3]) + REQUEST[1:] + bytes(20))[0] == 3 << 3 | 4  # an older one, authenticated
+    assert ask(peer, bytes([3 << 3 | 3]) + REQUEST[1:] + bytes(20))[0] == 3 << 3 | 4  # an older version, authenticated
 
 
 @without_signals
 def test_only_requests_are_answered(start: Start) -> None:
-    """What is no request gets no answer, least of all another server's answer."""
+    """A payload that is not a request gets no answer, least of all another server's answer."""
     example = start("sntp_server", "--host", "127.0.0.1")
     peer = example.peer()
     answer = ask(peer, REQUEST)
@@ -84,20 +84,20 @@ def test_only_requests_are_answered(start: Start) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 async def test_time_stamps_of_the_kernel(start_on_loopback: StartServer) -> None:
-    """The time of arrival is that at the kernel: the program was not running yet."""
+    """The time of arrival is the kernel's time stamp, from before the program ran."""
     handler = trio_udp.datagram_handler(partial(sntp_server.tell_time, 1))
     server = await start_on_loopback(handler, configure=sntp_server.ask_for_time_stamps)
     with plain_socket() as sock:
         before = time.time_ns()
         sock.sendto(REQUEST, ("127.0.0.1", port_of(server)))
-        after = time.time_ns()  # the server is in this thread, and has had no chance to look
+        after = time.time_ns()  # the server is in this thread, and has not run yet
         answer = await trio.to_thread.run_sync(sock.recv, 100)
     assert before - 1 <= read_stamp(answer, 32) <= after <= read_stamp(answer, 40) + 1
     check_adds_up(server)
 
 
 def test_time_after_2036() -> None:
-    """Time stamps begin again at 0 on 7 February 2036, as RFC 4330 says."""
+    """Time stamps start again at 0 on 7 February 2036, as RFC 4330 says."""
     era = 2_085_978_496 * 10**9
     assert [sntp_server.to_ntp(era + seconds * 10**9) >> 32 for seconds in (-1, 0, 1)] == [2**32 - 1, 0, 1]
     assert sntp_server.to_ntp(500_000_000) == 2_208_988_800 << 32 | 2**31

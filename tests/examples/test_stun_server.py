@@ -1,4 +1,4 @@
-"""The STUN server: asked by coturn's clients, by the test vectors of RFC 5769, and by garbage."""
+"""The STUN server: with coturn's clients, the test vectors of RFC 5769, and garbage."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def encoded(address: tuple[str, int]) -> bytes:
 
 
 def start_with_two_hosts(start: Start) -> tuple[Example, tuple[str, int]]:
-    """Start the server on two addresses, with two ports on each; return it and the address where both differ."""
+    """Start the server on two addresses with two ports each; return it, and the address where both differ."""
     example = start("stun_server", "--host", "127.0.0.1", "--other-host", "127.0.0.2", "--other-port", "0")
     others = [example.next_line().removeprefix("listening on ").split(":") for _ in range(3)]
     other_port = int(others[0][1])
@@ -68,7 +68,7 @@ def test_stunclient(start: Start, host: str) -> None:
 
 @needs_two_hosts
 def test_stunclient_with_two_addresses(start: Start) -> None:
-    """coturn's client gets all three of its answers: two of them from the other address and port, one with padding."""
+    """coturn's client gets all its answers: two from the other address and port, one with padding."""
     stunclient = program("turnutils_stunclient", "coturn")
     example, other = start_with_two_hosts(start)
     command = [stunclient, "-f", "-p", str(example.port), "127.0.0.1"]
@@ -82,7 +82,7 @@ def test_stunclient_with_two_addresses(start: Start) -> None:
 
 @needs_two_hosts
 def test_natdiscovery(start: Start) -> None:
-    """coturn finds out that there is no NAT, and that it would let in answers from elsewhere."""
+    """coturn finds that there is no NAT, and that answers from elsewhere get in."""
     natdiscovery = program("turnutils_natdiscovery", "coturn")
     example, _ = start_with_two_hosts(start)
     command = [natdiscovery, "-m", "-f", "-P", "-L", "127.0.0.1", "-p", str(example.port), "127.0.0.1"]
@@ -95,7 +95,7 @@ def test_natdiscovery(start: Start) -> None:
 @needs_two_hosts
 @pytest.mark.parametrize(("change", "which"), [(0, (0, 0)), (2, (0, 1)), (4, (1, 0)), (6, (1, 1))])
 def test_answers_from_elsewhere(start: Start, change: int, which: tuple[int, int]) -> None:
-    """CHANGE-REQUEST decides the address and the port that the answer comes from; the answer names both."""
+    """CHANGE-REQUEST selects the address and the port of the answer, and the answer names both."""
     example, other = start_with_two_hosts(start)
     hosts, ports = ("127.0.0.1", "127.0.0.2"), (example.port, other[1])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -115,7 +115,7 @@ def test_answers_from_elsewhere(start: Start, change: int, which: tuple[int, int
 
 @needs_two_hosts
 def test_response_port(start: Start) -> None:
-    """An answer goes to another port of the client, if it wants that; not together with padding, nor to port 0."""
+    """An answer can go to another port of the client, but not together with padding, nor to port 0."""
     example, _ = start_with_two_hosts(start)
     peer, there = example.peer(), example.peer()
     there_port = there.getsockname()[1]
@@ -128,7 +128,7 @@ def test_response_port(start: Start) -> None:
 
 
 def test_unknown_attributes(start: Start) -> None:
-    """Attributes that must be understood and are not are named in error 420; others, and credentials, are ignored."""
+    """Error 420 names unknown attributes that must be understood; others, and credentials, are ignored."""
     example = start("stun_server", "--host", "127.0.0.1")
     peer = example.peer()
     kind, attributes = read(ask(peer, request((0x0003, bytes(4)), (0x8000, bytes(8)), (0x7FFF, b""))))
@@ -137,7 +137,7 @@ def test_unknown_attributes(start: Start) -> None:
 
 
 def test_only_requests_are_answered(start: Start) -> None:
-    """What is no Binding request gets no answer, least of all the server's own answer."""
+    """A payload that is not a Binding request gets no answer, least of all the server's own answer."""
     example = start("stun_server", "--host", "127.0.0.1")
     peer = example.peer()
     answer = ask(peer, request())

@@ -1,4 +1,4 @@
-"""The syslog collector: messages of logger and loggen, bursts, a stop in the middle, and a database that is slow."""
+"""The syslog collector: messages of logger and loggen, bursts, a stop in the middle, and a slow database."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Query = Callable[[str], list[tuple[object, ...]]]
 
 @pytest.fixture
 def query(tmp_path: Path) -> Query:
-    """Ask the collector's database."""
+    """Run a query on the collector's database."""
 
     def query(sql: str) -> list[tuple[object, ...]]:
         with closing(sqlite3.connect(tmp_path / "syslog.db", timeout=TIMEOUT)) as database:
@@ -36,7 +36,7 @@ def query(tmp_path: Path) -> Query:
 
 
 def figures(lines: list[str]) -> dict[str, int]:
-    """Read what the collector prints at its end."""
+    """Read the figures that the collector prints at its end."""
     return {name: int(number) for name, number in (line.split(": ") for line in lines)}
 
 
@@ -68,7 +68,7 @@ def test_fields_of_both_formats(start: Start, query: Query) -> None:
 
 
 def test_100_000_messages_and_a_stop_in_the_middle(start: Start, query: Query, tmp_path: Path) -> None:
-    """Of bursts by logger and loggen all that arrived is stored, each message once, up to the stop."""
+    """Of bursts by logger and loggen, all messages that arrived before the stop are stored, each once."""
     example = start("syslog_collector", "--host", "127.0.0.1")
     lines = tmp_path / "lines"
     lines.write_text("".join(f"line {number}\n" for number in range(20_000)))
@@ -92,7 +92,7 @@ def test_100_000_messages_and_a_stop_in_the_middle(start: Start, query: Query, t
 
 
 def test_everything_that_has_reached_the_machine(start: Start, query: Query) -> None:
-    """What has arrived at the moment of the stop is stored, although the collector had not read any of it."""
+    """Messages that have arrived when the stop begins are stored, even if the collector has not read them."""
     example = start("syslog_collector", "--host", "127.0.0.1")
     peer = example.peer()
     example.signal(SIGSTOP)
@@ -105,7 +105,7 @@ def test_everything_that_has_reached_the_machine(start: Start, query: Query) -> 
 
 
 def test_slow_database(start: Start, query: Query, tmp_path: Path) -> None:
-    """While the database is locked messages wait, within bounds; each is then stored, or counted as dropped."""
+    """While the database is locked, messages wait, within bounds; each is later stored, or counted as dropped."""
     example = start("syslog_collector", "--host", "127.0.0.1")
     peer = example.peer()
     sent = count()
@@ -157,13 +157,13 @@ STRUCTURED = '[ex@1 iut="3"][ex@2 class="high"]'
     ],
 )
 def test_parsing(payload: bytes, row: tuple[object, ...]) -> None:
-    """Messages of both formats, and of none, have the fields that the RFCs give them."""
+    """Messages of both formats, and other payloads, have the fields that the RFCs give them."""
     assert syslog_collector.parse(payload) == row
 
 
 @given(st.binary(max_size=100), st.sampled_from([b"", b"<14>", b"<14>1 - - - - - ", b"<14>Feb  5 17:32:18 "]))
 def test_garbage(payload: bytes, start: bytes) -> None:
-    """Any bytes become a row that the database takes."""
+    """Any bytes become a row that the database accepts."""
     row = syslog_collector.parse(start + payload)
     with closing(sqlite3.connect(":memory:")) as database:
         database.execute(syslog_collector.SCHEMA)

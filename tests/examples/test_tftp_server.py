@@ -1,4 +1,4 @@
-"""The TFTP server: curl, tftp-hpa and atftp read and write; 10 % of all packets are lost; nothing leads outside."""
+"""The TFTP server: curl, tftp-hpa and atftp read and write, also with 10 % loss; no path leads out of the root."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TEXT = b"one\ntwo\r\n\rthree\r"
 
 @attrs.define
 class Served:
-    """A server for a directory that holds LONG and TEXT, and a directory to work in."""
+    """A server for a directory with LONG and TEXT, and a directory to work in."""
 
     example: Example
     root: Path
@@ -64,7 +64,7 @@ Serve = Callable[..., Served]
 
 
 def transfer(*command: str, cwd: Path) -> str:
-    """Run a client; return what it says if it succeeds, and fail the test otherwise."""
+    """Run a client; return its output if it succeeds, and fail the test otherwise."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=cwd)
     assert done.returncode == 0, done
     return done.stdout + done.stderr
@@ -122,7 +122,7 @@ def test_reading(serve: Serve) -> None:
 
 @without_signals
 def test_writing(serve: Serve) -> None:
-    """All clients write a file byte for byte, with and without options; it is there when the client has finished."""
+    """All clients write a file byte for byte, with and without options; it exists when the client has finished."""
     served = serve("--write")
     for size in (0, 1024, len(LONG)):
         served.path("original", LONG[:size])
@@ -131,12 +131,12 @@ def test_writing(serve: Serve) -> None:
             transfer(*command(served.example.port, name, "original"), cwd=served.work)
             assert (served.root / name).read_bytes() == LONG[:size], client
     assert len(list(served.root.iterdir())) == 2 + 3 * len(WRITERS)
-    assert len(served.example.stop()) == 3 * len(WRITERS)  # without waiting for those who might ask again
+    assert len(served.example.stop()) == 3 * len(WRITERS)  # without waiting for clients that might ask again
 
 
 @without_signals
 def test_text(serve: Serve) -> None:
-    """In netascii a text arrives as it was, although its line ends are others on the way."""
+    """In netascii a text arrives unchanged, although it has other line ends on the network."""
     served = serve("--write")
     served.path("original", TEXT)
     transfer(*hpa(served.example.port, "put", "original", "copy", mode="ascii"), cwd=served.work)
@@ -151,7 +151,7 @@ def test_text(serve: Serve) -> None:
 
 
 class Raw:
-    """A client that sends what it is told to."""
+    """A client that sends raw packets."""
 
     def __init__(self, served: Served) -> None:
         self.server = ("127.0.0.1", served.example.port)
@@ -179,7 +179,7 @@ class Raw:
     ],
 )
 def test_options(serve: Serve, asked: bytes, agreed: bytes) -> None:
-    """The server confirms the options that it takes, a window in the size that it keeps; others are left out."""
+    """The server confirms the options that it accepts, with the window size that it uses; others are left out."""
     with closing(Raw(serve())) as raw:
         assert raw.ask(b"\0\1long\0octet\0" + asked) == b"\0\6" + agreed
         assert raw.ask(b"\0\4\0\0")[:4] == b"\0\3\0\1"
@@ -187,7 +187,7 @@ def test_options(serve: Serve, asked: bytes, agreed: bytes) -> None:
 
 @without_signals
 def test_one_transfer_for_each_client(serve: Serve) -> None:
-    """Each transfer has a port of its own, where others are not heard; a repeated request begins none."""
+    """Each transfer has its own port, which ignores other senders; a repeated request starts no second transfer."""
     served = serve()
     with closing(Raw(served)) as one, closing(Raw(served)) as two:
         assert one.ask(b"\0\1long\0octet\0") == two.ask(b"\0\1long\0octet\0") == b"\0\3\0\1" + LONG[:512]
@@ -201,7 +201,7 @@ def test_one_transfer_for_each_client(serve: Serve) -> None:
 
 @without_signals
 def test_refusals(serve: Serve, tmp_path: Path) -> None:
-    """Paths that lead outside, by dots or by links, are refused, as are existing names and malformed requests."""
+    """Paths that leave the root, by dots or by links, existing names and malformed requests are refused."""
     served = serve("--write", "--most", "1000")
     (tmp_path / "secret").write_bytes(b"secret")
     (served.root / "link").symlink_to(tmp_path / "secret")
@@ -213,7 +213,7 @@ def test_refusals(serve: Serve, tmp_path: Path) -> None:
         b"\0\1../secret\0octet\0": 2,
         b"\0\1/../secret\0octet\0": 2,
         b"\0\1x/../../secret\0octet\0": 2,
-        os.fsencode(f"\0\1{tmp_path}/secret\0octet\0"): 1,  # a path that begins with a slash begins at the root
+        os.fsencode(f"\0\1{tmp_path}/secret\0octet\0"): 1,  # a path with a leading slash starts at the root
         b"\0\1link\0octet\0": 2,
         b"\0\1folder/secret\0octet\0": 2,
         b"\0\1none\0octet\0": 1,
@@ -246,7 +246,7 @@ def test_refusals(serve: Serve, tmp_path: Path) -> None:
 
 @without_signals
 def test_for_reading_only(serve: Serve) -> None:
-    """Without --write nothing is written."""
+    """Without --write, clients cannot write."""
     served = serve()
     with closing(Raw(served)) as raw:
         assert raw.ask(b"\0\2new\0octet\0")[:4] == b"\0\5\0\2"
@@ -255,7 +255,7 @@ def test_for_reading_only(serve: Serve) -> None:
 
 @without_signals
 def test_files_appear_when_they_are_complete(serve: Serve) -> None:
-    """A transfer that the client, the size or the server's end breaks off leaves nothing behind."""
+    """A transfer that is aborted by the client, the size or the server's end leaves nothing behind."""
     served = serve("--write", "--most", "1000")
     before = sorted(served.root.iterdir())
     data = b"\0\3\0\1" + LONG[:512]
@@ -277,7 +277,7 @@ def test_files_appear_when_they_are_complete(serve: Serve) -> None:
 
 @without_signals
 def test_the_last_answer_is_repeated(serve: Serve) -> None:
-    """A client whose last block was not answered is told again; a second upload of the name is refused."""
+    """If the ACK of the last block is lost, it is sent again; a second upload of the name is refused."""
     served = serve("--write")
     with closing(Raw(served)) as raw:
         assert raw.ask(b"\0\2new\0octet\0") == b"\0\4\0\0"
@@ -304,7 +304,7 @@ def test_a_transfer_may_end_while_the_server_stops(serve: Serve) -> None:
 @without_signals
 @pytest.mark.skipif(shutil.which("nft") is None, reason="needs nft")
 def test_40_megabytes_through_loss(start: Start, tmp_path: Path) -> None:
-    """curl reads 40 MB, and writes them, through a network that loses every tenth packet, byte for byte."""
+    """curl reads and writes 40 MB byte for byte through a network that loses one packet in ten."""
     (tmp_path / "big").write_bytes(random.Random(2).randbytes(40_000_000))
     with machines("lossy") as [lossy], inside(lossy.name):
         chain = "add table inet t; add chain inet t in { type filter hook input priority 0; }"
@@ -321,7 +321,7 @@ def test_40_megabytes_through_loss(start: Start, tmp_path: Path) -> None:
 
 
 def test_both_ends_in_virtual_time() -> None:
-    """12 MB reach the other end through loss, doubling and reordering; block numbers begin again at 0."""
+    """12 MB arrive with loss, duplicates and reordering; block numbers start again at 0."""
     source = random.Random(3).randbytes(12_000_000)
     copy = bytearray()
     network = SimulatedNetwork(seed=4, loss=0.1, duplicate=0.05, reorder=0.05, latency=(0.001, 0.003))
@@ -355,7 +355,7 @@ def test_both_ends_in_virtual_time() -> None:
 
 @given(st.lists(st.sampled_from([b"\r", b"\n", b"\0", b"x"]), max_size=12), st.integers(1, 5))
 def test_netascii(pieces: list[bytes], size: int) -> None:
-    """Line ends survive, wherever what is received is cut."""
+    """Line ends survive, wherever the received data is split."""
     wire = tftp.to_netascii(b"".join(pieces))
     got, rest = b"", b""
     for start in range(0, len(wire) or 1, size):

@@ -1,4 +1,4 @@
-"""Handlers of the examples on a Unix-domain socket, unchanged, and real programs that talk to it."""
+"""Handlers of the examples, unchanged on a Unix-domain socket, and real programs that talk to it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="abstract names 
 
 @pytest.fixture
 def path() -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder:  # paths have 107 bytes at most
+    with tempfile.TemporaryDirectory() as folder:  # a path has at most 107 bytes
         yield os.path.join(folder, "server")
 
 
@@ -55,7 +55,7 @@ async def start(path: str, nursery: trio.Nursery) -> AsyncIterator[Start]:
 
 
 async def ask(path: str, *payloads: bytes) -> list[bytes]:
-    """Send payloads over a connection, each after the answer to the one before."""
+    """Send payloads over a connection, each after the answer to the last one."""
     answers = []
     with trio.fail_after(10):
         async with await trio_udp.connect_unix(path) as connection:
@@ -69,20 +69,20 @@ async def ask(path: str, *payloads: bytes) -> list[bytes]:
 
 
 async def test_uppercase(start: Start, path: str) -> None:
-    """The handler of the first example."""
+    """The handler of uppercase.py works on a Unix-domain socket."""
     await start(load("uppercase").uppercase)
     assert await ask(path, b"hello", b"", b"world") == [b"HELLO", b"", b"WORLD"]
 
 
 async def test_login(start: Start, path: str) -> None:
-    """A conversation with several steps and time limits."""
+    """The handler of login.py works on a Unix-domain socket: several steps, with time limits."""
     await start(load("login").handler)
     answers = await ask(path, b"", b"ada", b"lovelace", b"hello", b"quit")
     assert answers == [b"user name? ", b"password? ", b"welcome, ada\n", b"ada: hello", b"goodbye\n"]
 
 
 async def test_errors(start: Start, path: str) -> None:
-    """A handler that answers malformed payloads."""
+    """The handler of errors.py works on a Unix-domain socket: it answers malformed payloads."""
     await start(load("errors").handler)
     assert await ask(path, b'{"add": 5}', b"[") == [
         b'{"total": 5.0}\n',
@@ -91,7 +91,7 @@ async def test_errors(start: Start, path: str) -> None:
 
 
 async def test_a_request_handler(start: Start, path: str) -> None:
-    """A ``request_handler``."""
+    """A ``request_handler`` works on a Unix-domain socket."""
 
     @trio_udp.request_handler
     async def reverse(payload: bytes, client: trio_udp.Client) -> bytes:
@@ -102,14 +102,14 @@ async def test_a_request_handler(start: Start, path: str) -> None:
 
 
 async def test_a_datagram_handler(start: Start, path: str) -> None:
-    """A ``datagram_handler``."""
+    """A ``datagram_handler`` works on a Unix-domain socket."""
     await start(load("time_server").tell_time)
     (answer,) = await ask(path, b"")
     assert len(answer) == 24
 
 
 async def test_dns(start: Start, path: str, nursery: trio.Nursery) -> None:
-    """The DNS example, asked by dig through a relay from UDP."""
+    """The DNS example on a Unix-domain socket answers dig, through a relay from UDP."""
     socat, dig = program("socat", "socat"), program("dig", "bind9-dnsutils")
     module = load("dns_server")
     zone = module.load_zone(str(EXAMPLES / "example.zone"))
@@ -140,7 +140,7 @@ async def test_dns(start: Start, path: str, nursery: trio.Nursery) -> None:
 
 
 async def test_logger(start: Start, path: str) -> None:
-    """``logger`` of util-linux, and the process that it is, as the kernel tells it."""
+    """The server receives from ``logger`` of util-linux, and the kernel reports its process."""
     logger = program("logger", "bsdutils")
     seen: list[Datagram] = []
     await start(trio_udp.datagram_handler(seen.append), credentials=True)
@@ -160,7 +160,7 @@ async def test_logger(start: Start, path: str) -> None:
 
 
 async def test_python_s_own_handler(start: Start, path: str) -> None:
-    """``logging.handlers.SysLogHandler`` of the standard library."""
+    """The server receives from ``logging.handlers.SysLogHandler`` of the standard library."""
     seen: list[bytes] = []
     await start(trio_udp.datagram_handler(lambda datagram: seen.append(datagram.payload)))
     handler = logging.handlers.SysLogHandler(path, facility="auth")
@@ -176,7 +176,7 @@ async def test_python_s_own_handler(start: Start, path: str) -> None:
     "address", ["UNIX-SENDTO:{path},bind={path}.socat", "UNIX-CLIENT:{path},type=2,bind={path}.socat"]
 )
 async def test_socat(start: Start, path: str, address: str) -> None:
-    """socat, connected and not: each line is answered."""
+    """Each line of socat is answered, from a connected socket and from another."""
     socat = program("socat", "socat")
     server = await start(load("uppercase").uppercase)
     command = [socat, "-t", "0.2", "-", address.format(path=path)]
@@ -187,7 +187,7 @@ async def test_socat(start: Start, path: str, address: str) -> None:
 
 
 async def test_socat_without_a_name(start: Start, path: str) -> None:
-    """A socat without a name is heard, and the answer counted as one that cannot be sent."""
+    """A datagram of a socat without a name arrives, and its answer counts as a send error."""
     socat = program("socat", "socat")
     server = await start(echo)
     await trio.run_process([socat, "-u", "-", f"UNIX-SENDTO:{path}"], stdin=b"hello\n")
@@ -200,7 +200,7 @@ async def test_socat_without_a_name(start: Start, path: str) -> None:
 
 @pytest.fixture
 def syslog(path: str, capfd: pytest.CaptureFixture[str]) -> Iterator[subprocess.Popen[str]]:
-    """The example, running."""
+    """The running syslog example."""
     command = [sys.executable, "-u", "-W", "error", str(EXAMPLES / "syslog_unix.py"), path, "--mode", "620"]
     with ExitStack() as stack:
         process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
@@ -213,7 +213,7 @@ def syslog(path: str, capfd: pytest.CaptureFixture[str]) -> Iterator[subprocess.
 
 @given(st.binary(max_size=50) | st.from_regex(rb"<[0-9]{1,4}>.*", fullmatch=True))
 def test_syslog_messages(message: bytes) -> None:
-    """Whatever is sent, the syslog example makes one printable line of it, with a facility and a severity."""
+    """The syslog example turns any payload into one printable line with a facility and a severity."""
     module = load("syslog_unix")
     priority, text = module.parse(message)
     facility, severity = priority.split(".")
@@ -223,7 +223,7 @@ def test_syslog_messages(message: bytes) -> None:
 
 
 def test_syslog_load(path: str, syslog: subprocess.Popen[str]) -> None:
-    """The syslog example prints priority, process and text, one line each, and ends at SIGTERM without its file."""
+    """The syslog example prints priority, process and text, one line each, and removes its file at SIGTERM."""
     logger = program("logger", "bsdutils")
     assert os.stat(path).st_mode & 0o777 == 0o620
     subprocess.run([logger, "-u", path, "-p", "daemon.warning", "-t", "tag", "hello"], check=True)

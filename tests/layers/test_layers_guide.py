@@ -1,4 +1,4 @@
-"""docs/layers.md tells the truth."""
+"""The code in docs/layers.md runs, and its tables are right."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def run(*titles: str) -> dict[str, Any]:
 
 
 def test_all_code_is_run_here() -> None:
-    """No section has code that no test below runs."""
+    """Every section with code is run by a test below."""
     tested = set(re.findall(r"run\((.*?)\)", Path(__file__).read_text()))
     titles = {title for titles in tested for title in re.findall(r'"(.*?)"', titles)} | set(FORMATS)
     assert {title for title, code in SECTIONS.items() if code} == titles
 
 
 async def test_look_up(simulated_network: SimulatedNetwork, udp_server: StartServer, autojump_clock: MockClock) -> None:
-    """The first program gets the answer to its own question, through loss and doubling."""
+    """The first program gets the answer to its own request, with loss and duplicates."""
     look_up = run("Repeating a request until it is answered")["look_up"]
 
     @trio_udp.request_handler
@@ -61,7 +61,7 @@ async def test_look_up(simulated_network: SimulatedNetwork, udp_server: StartSer
 
 
 def test_table_of_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The schedules in the table are those of the protocols, and fit into the times they have there."""
+    """The schedules in the table are those of the protocols, and take the time that the protocols allow."""
     rows = re.findall(r"^\| (\w+) \| `(.*?)`.*? \| .*? \| [\d.]+ % \|$", GUIDE, re.MULTILINE)
     names = {"backoff": partial(trio_udp.backoff, jitter=0), "random": __import__("random")}
     waits = {protocol: list(eval(source, names)) for protocol, source in rows}
@@ -77,7 +77,7 @@ def test_table_of_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 62 <= sum(waits["CoAP"]) <= 93
 
 
-# Format: what is sent, and what is answered; None for what does not decode.
+# Format: pairs of payload and answer; None for a payload that does not decode.
 FORMATS: dict[str, list[tuple[bytes, bytes | None]]] = {
     "msgspec": [
         (b'{"x":1,"y":2}', b'{"moves":[{"x":1,"y":2}]}'),
@@ -114,7 +114,7 @@ FORMATS: dict[str, list[tuple[bytes, bytes | None]]] = {
 
 @pytest.mark.parametrize("title", FORMATS)
 async def test_formats(start_in_memory: StartInMemory, title: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The handler of each how-to answers what decodes, and skips what does not."""
+    """The handler for each format answers payloads that decode, and skips others."""
     on = await start_in_memory(run(title)["handler"])
     for payload, _ in FORMATS[title]:
         on.put(payload)
@@ -133,8 +133,8 @@ async def test_client(start_on_loopback: Callable[..., Awaitable[trio_udp.Server
     assert board == names["Board"]([names["Move"](1, 2)])
 
 
-async def test_what_does_not_decode(start_in_memory: StartInMemory) -> None:
-    """``on_decode_error`` answers junk."""
+async def test_payloads_that_do_not_decode(start_in_memory: StartInMemory) -> None:
+    """``on_decode_error`` answers a payload that does not decode."""
     on = await start_in_memory(run("json", "Payloads that do not decode")["handler"])
     on.put(b"junk")
     on.put(b'{"add": 5}')
@@ -144,7 +144,7 @@ async def test_what_does_not_decode(start_in_memory: StartInMemory) -> None:
 
 @pytest.mark.parametrize("who", ["news", "client", "nobody"])
 async def test_keeping_alive(start_in_memory: StartInMemory, autojump_clock: MockClock, who: str) -> None:
-    """News and signs of the client both keep the conversation alive, and it ends without either."""
+    """News and datagrams of the client both keep the conversation alive, and it ends without either."""
     subscription = run("Keeping a conversation alive from both sides")["subscription"]
 
     async def news() -> AsyncIterator[bytes]:

@@ -1,4 +1,4 @@
-"""``request``: asking until there is an answer, on the simulated network and over real sockets."""
+"""``request``: repeating a request until it is answered, on the simulated network and over real sockets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def ask(channel: trio.abc.Channel[bytes], question: bytes, **options: Any)
     return await request(channel, question, answers(question), **options)
 
 
-# How protocols ask: seconds after each transmission.
+# The waits of protocols: seconds after each transmission.
 
 
 def coap() -> Iterable[float]:
@@ -78,7 +78,7 @@ class Outcome:
 
 
 def bad_network() -> SimulatedNetwork:
-    """30 % loss in each direction, doubling, reordering, and delays beyond the first wait of some schedules."""
+    """30 % loss in each direction, duplicates, reordering, and delays longer than the first wait of some schedules."""
     return SimulatedNetwork(seed=1, loss=0.3, duplicate=0.2, reorder=0.2, latency=(0.01, 0.6))
 
 
@@ -88,7 +88,7 @@ def ask_many(
     requests: int,
     matching: Callable[[bytes], Callable[[bytes], bool]] = answers,
 ) -> Outcome:
-    """Make requests, one after the other."""
+    """Make requests one after the other."""
     outcome = Outcome()
 
     async def main() -> None:
@@ -117,18 +117,18 @@ def ask_many(
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_of_protocols(schedule: str) -> None:
-    """Through 30 % loss no request ever gets the answer to another; the share answered is what the attempts allow."""
+    """With 30 % loss, no request gets another one's answer, and the share of answered requests is as expected."""
     requests = 1_000
     outcome = ask_many(bad_network(), SCHEDULES[schedule], requests)
     assert outcome.wrong == 0
     assert outcome.right + outcome.unanswered == requests
     assert outcome.unmatched > 100
     attempts = len(list(SCHEDULES[schedule]()))
-    assert outcome.unanswered <= requests * 0.51**attempts  # 0.51: lost on the way there or back. Doubling only helps
+    assert outcome.unanswered <= requests * 0.51**attempts  # 0.51: lost in one of both directions. Duplicates only help
 
 
 def test_any_answer_is_mostly_the_wrong_one() -> None:
-    """The same network gives most requests a wrong answer, if the first payload to arrive is taken for it."""
+    """On the same network, most requests get a wrong answer if the first payload to arrive counts as the answer."""
     outcome = ask_many(bad_network(), SCHEDULES["snmp"], 1_000, lambda question: lambda payload: True)
     assert outcome.wrong > 500
 
@@ -148,7 +148,7 @@ probabilities = st.floats(0, 0.6)
 def test_no_wrong_answer_on_any_network(
     seed: int, loss: float, duplicate: float, reorder: float, slowest: float, waits: list[float]
 ) -> None:
-    """Whatever the network does, and however long answers take, a request gets its own answer or none."""
+    """Under any network conditions, and however long answers take, a request gets its own answer or none."""
     network = SimulatedNetwork(seed=seed, loss=loss, duplicate=duplicate, reorder=reorder, latency=(0.01, slowest))
     outcome = ask_many(network, lambda: waits, 20)
     assert (outcome.wrong, outcome.right + outcome.unanswered) == (0, 20)
@@ -160,7 +160,7 @@ def test_no_wrong_answer_on_any_network(
 async def test_late_and_doubled_answers_are_dropped_and_counted(
     simulated_network: SimulatedNetwork, udp_server: Any, autojump_clock: MockClock
 ) -> None:
-    """Answers to an earlier request are not taken for this one's; all that was delivered is an answer or unmatched."""
+    """Answers to an earlier request do not count as this one's; all delivered payloads are the answer or unmatched."""
     simulated_network.latency = (0.4, 0.4)
     connection = await udp_server(square)
     with pytest.raises(trio_udp.NoAnswerError):
@@ -171,7 +171,7 @@ async def test_late_and_doubled_answers_are_dropped_and_counted(
     await trio.sleep(5)
     assert await ask(connection, b"c 5", waits=[1]) == b"c 5 squared is 25"
     await trio.sleep(5)
-    # Two answers to a, one to b (doubled on both ways, it has four). The others of c have not been received.
+    # Two answers to a, one to b (duplicated in both directions, it has four). The others of c are not received yet.
     statistics = connection.statistics()
     assert statistics.delivered == 2 + 2 + (4 - 1)
     assert [await connection.receive() for _ in range(3)] == [b"c 5 squared is 25"] * 3
@@ -180,7 +180,7 @@ async def test_late_and_doubled_answers_are_dropped_and_counted(
 async def test_no_answer(
     simulated_network: SimulatedNetwork, udp_server: Any, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    """After the last wait a ``TooSlowError`` tells how often it asked, and what came instead of an answer."""
+    """After the last wait, ``NoAnswerError`` has the number of attempts, and of payloads that were not the answer."""
 
     async def chatter(client: trio_udp.Client) -> None:
         async for _ in client:
@@ -197,10 +197,10 @@ async def test_no_answer(
     assert vars(pickle.loads(pickle.dumps(error))) == vars(error)
 
 
-async def test_nobody_listens_yet(
+async def test_a_server_that_starts_late(
     simulated_network: SimulatedNetwork, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    """A refusal is no answer yet: a server that begins meanwhile answers the next attempt."""
+    """A refusal does not end a request: a server that starts meanwhile answers the next attempt."""
     simulated_network.latency = (0.05, 0.05)
     connection = await simulated_network.connect(*SERVER)
 
@@ -216,7 +216,7 @@ async def test_nobody_listens_yet(
 
 
 async def test_refused_to_the_end(simulated_network: SimulatedNetwork, autojump_clock: MockClock) -> None:
-    """Where nobody ever listens, every wait is waited for, and the error tells of the refusals."""
+    """If the port stays closed, ``request`` waits for every wait, and the error has the number of refusals."""
     connection = await simulated_network.connect(*SERVER)
     with pytest.raises(trio_udp.NoAnswerError, match="asked 6 times, 6 refused; 0 payloads"):
         await ask(connection, b"a 3", waits=[1] * 6)
@@ -224,7 +224,7 @@ async def test_refused_to_the_end(simulated_network: SimulatedNetwork, autojump_
 
 
 async def test_refusal_of_an_earlier_datagram(engine: str, nursery: trio.Nursery) -> None:
-    """A pending refusal keeps back the datagram that finds it; the request is sent again at once, not after a wait."""
+    """If a pending refusal keeps the request from being sent, it is sent again at once, not after a wait."""
     with trio.fail_after(10):
         with plain_socket("127.0.0.1") as sock:
             port = sock.getsockname()[1]
@@ -253,7 +253,7 @@ async def test_server_that_starts_late_over_real_sockets(engine: str, nursery: t
 
 
 class Channel(trio.abc.Channel[bytes]):
-    """A channel that is not ours: it keeps what is sent, and receives what a function returns."""
+    """A foreign channel: it stores sent payloads, and receives the results of a function."""
 
     def __init__(self, receive: Callable[[], bytes]) -> None:
         self.sent: list[bytes] = []
@@ -271,7 +271,7 @@ class Channel(trio.abc.Channel[bytes]):
 
 
 async def test_channel_that_always_refuses(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
-    """A channel whose ``receive`` refuses at once, for ever, makes nothing spin and no wait shorter."""
+    """With a channel that always refuses at once, ``request`` does not spin, and no wait gets shorter."""
 
     def refuse() -> bytes:
         raise ConnectionRefusedError
@@ -289,14 +289,14 @@ async def test_channel_that_always_refuses(autojump_clock: MockClock, nursery: t
 
 
 async def test_any_channel(nursery: trio.Nursery) -> None:
-    """A channel of another library will do."""
+    """``request`` works over a channel of another library."""
     channel = Channel(iter([b"b", b"a 1"]).__next__)
     assert await ask(channel, b"a") == b"a 1"
     assert channel.sent == [b"a"]
 
 
 async def test_handler_asks_its_client(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A handler makes requests of its client, and the end of the client ends the request."""
+    """A handler can send requests to its client, and the end of the client ends the request."""
     ended: list[object] = []
 
     async def handler(client: trio_udp.Client) -> None:
@@ -318,7 +318,7 @@ async def test_handler_asks_its_client(start_in_memory: StartInMemory, autojump_
 
 
 async def test_server_asks_a_peer(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A server makes a request over its own socket."""
+    """A server can send a request from its own socket."""
     on = await start_in_memory(square)
     peer = on.network.endpoint("192.0.2.9", 9)
     async with on.server.connect(("192.0.2.9", 9)) as client, trio.open_nursery() as nursery:
@@ -385,7 +385,7 @@ async def test_cancellation_loses_nothing(
 
 
 async def test_answer_beats_the_end_of_the_wait() -> None:
-    """An answer that is there at once is returned, even if the caller is cancelled meanwhile."""
+    """An answer that has already arrived is returned, even if the caller is cancelled meanwhile."""
     with trio.CancelScope() as scope:
 
         def receive() -> bytes:
@@ -396,7 +396,7 @@ async def test_answer_beats_the_end_of_the_wait() -> None:
 
 
 async def test_errors_of_the_channel(udp_server: Any, autojump_clock: MockClock) -> None:
-    """What the channel raises is raised, and the channel is free afterwards."""
+    """``request`` raises what the channel raises, and the channel is free afterwards."""
     connection = await udp_server(square)
     with pytest.raises(OSError, match="too long"):
         await ask(connection, bytes(65_508))
@@ -434,7 +434,7 @@ class Waits:
     ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
 )
 async def test_bad_arguments(udp_server: Any, change: dict[str, Any], error: type[Exception], message: str) -> None:
-    """A bad argument raises at the call, with one line that names it, and nothing is sent."""
+    """``request`` raises for a wrong argument at the call, with one line that names it, and sends nothing."""
     connection = await udp_server(square)
     arguments = {"channel": connection, "payload": b"a 1", "matches": bool, "waits": (1,), **change}
     with pytest.raises(error, match=message) as caught:
@@ -447,7 +447,7 @@ async def test_bad_arguments(udp_server: Any, change: dict[str, Any], error: typ
 
 
 def test_backoff_doubles() -> None:
-    """Without jitter, waits are exact; they may be iterated again, and grow up to the longest."""
+    """Without jitter, waits are exact; they grow up to the longest, and can be iterated again."""
     waits = backoff(jitter=0)
     assert list(waits) == list(waits) == [1, 2, 4, 8]
     assert list(backoff(3, attempts=5, factor=3, jitter=0, most=50)) == [3, 9, 27, 50, 50]
@@ -464,7 +464,7 @@ def test_backoff_jitter() -> None:
 
 
 def test_backoff_is_repeatable() -> None:
-    """A seed that decides Trio's task order decides the jitter too, and not the program's own random numbers."""
+    """A seed for Trio's task order also decides the jitter, but not the program's own random numbers."""
     before = random.getstate()
     runs = []
     for seed in (1, 1, 2):
@@ -491,6 +491,6 @@ def test_backoff_is_repeatable() -> None:
     ],
 )
 def test_backoff_bad_arguments(arguments: dict[str, Any], message: str) -> None:
-    """A bad argument raises at the call, with one line that names it."""
+    """``backoff`` raises for a wrong argument at the call, with one line that names it."""
     with pytest.raises((TypeError, ValueError), match=message):
         backoff(**arguments)

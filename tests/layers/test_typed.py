@@ -48,7 +48,7 @@ adder = typed(add_up, decode=decode_add, encode=encode_total)
 
 
 async def test_objects_both_ways(udp_server: Callable[..., Awaitable[Connection]]) -> None:
-    """Handler and client exchange objects, of one type in each direction."""
+    """Handler and client exchange objects, with one type for each direction."""
     connection = await udp_server(adder)
     totals: TypedChannel[Total, Add, Connection] = TypedChannel(
         connection, decode=lambda payload: Total(int(payload)), encode=lambda add: b"%d" % add.amount
@@ -75,7 +75,7 @@ async def first(channel: trio.abc.Channel[Total]) -> AsyncIterator[Total]:
 
 
 async def test_over_real_sockets(start_on_loopback: Callable[..., Awaitable[trio_udp.Server]]) -> None:
-    """A typed handler is a handler like any other, over both engines."""
+    """A typed handler can be served over both engines."""
     with trio.fail_after(10), plain_socket() as sock:
         server = await start_on_loopback(adder)
         for payload, answer in [(b"3", b"3"), (b"x4", None), (b"5", b"8")]:
@@ -118,7 +118,7 @@ async def test_any_exception_of_decode(
     caplog: pytest.LogCaptureFixture,
     error: Exception,
 ) -> None:
-    """Any ``Exception`` of ``decode`` skips the payload; the line in the log is one line, and short."""
+    """Any ``Exception`` from ``decode`` skips the payload, and logs one short line."""
 
     def decode(payload: bytes) -> bytes:
         if payload == b"bad":
@@ -142,7 +142,7 @@ async def test_any_exception_of_decode(
 async def test_logged_once_a_minute_per_client(
     start_in_memory: StartInMemory, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each client is logged at most once a minute, also if its handler returns and is called again."""
+    """A client's decode errors are logged at most once a minute, also if its handler is called again."""
 
     async def take_one(adds: TypedChannel[Add, Total]) -> None:
         await adds.receive()
@@ -162,7 +162,7 @@ async def test_logged_once_a_minute_per_client(
 async def test_a_flood_of_addresses_cannot_fill_the_log(
     start_in_memory: StartInMemory, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever the number of clients, the log takes at most ten lines a second."""
+    """For any number of clients, decode errors fill at most ten lines of the log a second."""
     on = await start_in_memory(adder, limits=trio_udp.Limits(max_clients=2_000))
     for host in range(1_000):
         on.put(b"bad", (f"198.51.{host // 250}.{host % 250 + 1}", 1))
@@ -193,7 +193,7 @@ async def test_on_decode_error_answers(start_in_memory: StartInMemory, caplog: p
 
 
 async def test_on_decode_error_may_raise(start_in_memory: StartInMemory) -> None:
-    """What ``on_decode_error`` raises comes out of ``receive``: so a protocol can end a conversation."""
+    """``receive`` raises what ``on_decode_error`` raises, so a protocol can end a conversation."""
 
     def refuse(client: Client, payload: bytes, error: Exception) -> None:
         raise error
@@ -210,7 +210,7 @@ async def test_on_decode_error_may_raise(start_in_memory: StartInMemory) -> None
 
 
 async def test_payload_that_does_not_encode(udp_server: Callable[..., Awaitable[Connection]]) -> None:
-    """What ``encode`` raises comes out of ``send``; nothing is sent, and the channel goes on."""
+    """``send`` raises what ``encode`` raises; nothing is sent, and the channel goes on."""
     connection = await udp_server(adder)
     channel: TypedChannel[Any, Any, Connection] = TypedChannel(
         connection, decode=json.loads, encode=lambda value: json.dumps(value).encode()
@@ -242,7 +242,7 @@ async def test_cancelled_receive_loses_nothing(start_in_memory: StartInMemory, a
 
 
 async def test_flood_of_junk_lets_others_run(start_in_memory: StartInMemory) -> None:
-    """A client that sends only what does not decode keeps no other client waiting."""
+    """A client that only sends payloads that do not decode delays no other client."""
     on = await start_in_memory(adder)
     for _ in range(10):
         for _ in range(250):
@@ -253,7 +253,7 @@ async def test_flood_of_junk_lets_others_run(start_in_memory: StartInMemory) -> 
 
 
 async def test_inside_another_layer(start_in_memory: StartInMemory) -> None:
-    """A typed handler takes any channel, such as one that another layer has made of the client."""
+    """A typed handler takes any channel, such as one that another layer has made from the client."""
 
     @attrs.define(eq=False)
     class Reversed(trio.abc.Channel[bytes]):
@@ -284,7 +284,7 @@ async def test_inside_another_layer(start_in_memory: StartInMemory) -> None:
 
 
 def test_types_may_be_left_out() -> None:
-    """``TypedChannel[Add]`` sends and receives one type; it may stand in annotations that are evaluated."""
+    """``TypedChannel[Add]`` sends and receives one type, and works in annotations that are evaluated."""
     assert str(TypedChannel[Add]) == "trio_udp.TypedChannel[tests.layers.test_typed.Add]"
 
     async def both(channel: TypedChannel[Add]) -> None:
@@ -301,7 +301,7 @@ async def decode_later(payload: bytes) -> bytes:
 @pytest.mark.parametrize("name", ["decode", "encode", "on_decode_error"])
 @pytest.mark.parametrize("function", [3, decode_later])
 async def test_bad_arguments(udp_server: Callable[..., Awaitable[Connection]], name: str, function: object) -> None:
-    """Something else than a plain function raises at the call, with its name."""
+    """An argument that is not a plain function raises at the call, with the argument's name."""
     functions: dict[str, Any] = {"decode": decode_add, "encode": encode_total, name: function}
     for call in (partial(typed, add_up), partial(TypedChannel, await udp_server(adder))):
         with pytest.raises(TypeError, match=f"{name} must be a plain function, not "):
@@ -322,20 +322,20 @@ async def takes_two(payload: bytes, client: Client) -> None:
     ids=["number", "class", "generator", "two arguments", "request_handler", "datagram_handler"],
 )
 def test_bad_handler(handler: Any) -> None:
-    """A handler that cannot be one raises at the call, also one that takes clients or datagrams."""
+    """An invalid handler raises at the call, also one for clients or datagrams."""
     with pytest.raises(TypeError, match="a typed handler is an async function with one argument"):
         typed(handler, decode=decode_add, encode=encode_total)
 
 
 async def test_bad_channel(udp_server: Callable[..., Awaitable[Connection]]) -> None:
-    """What is no channel raises at the call, such as ``connect(...)`` without ``await``."""
+    """An object that is not a channel raises at the call, such as ``connect(...)`` without ``await``."""
     with pytest.raises(TypeError, match=r"channel must be a trio.abc.Channel, not <coroutine object connect"):
         TypedChannel(connecting := connect("127.0.0.1", 9), decode=decode_add, encode=encode_total)  # type: ignore[type-var]
     connecting.close()
 
 
 async def test_handler_that_is_not_async(simulated_network: SimulatedNetwork) -> None:
-    """A plain function as handler ends the server, which says so and names the function."""
+    """A typed handler without ``async`` ends the server with an error that names the function."""
 
     def handler(adds: TypedChannel[Add, Total]) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Handlers for tests with worker processes, which import them from here; and what their clients need."""
+"""Handlers for tests with worker processes, which import them from this module, and helpers for their clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PID = str(os.getpid()).encode()
 
 
 async def tell_pid(client: trio_udp.Client) -> None:
-    """Answer each payload with the pid of the worker in front of it."""
+    """Answer each payload with the payload and the pid of the worker."""
     async for payload in client:
         await client.send(PID + b" " + payload)
 
@@ -59,7 +59,7 @@ async def answer_in_two_steps(client: trio_udp.Client) -> None:
 
 @asynccontextmanager
 async def with_a_file() -> AsyncIterator[trio_udp.Handler]:
-    """A resource: the file ``open.PID`` is there while a worker has it."""
+    """A resource: the file ``open.PID`` exists while a worker has it."""
     name = f"open.{os.getpid()}"
     await trio.Path(name).touch()
     yield tell_pid

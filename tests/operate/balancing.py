@@ -1,6 +1,6 @@
-"""A network for load balancers: clients with many addresses, a balancer, and two servers, each a machine of its own.
+"""A network for load balancers: clients with many addresses, a balancer and two servers, each on its own machine.
 
-The servers and the clients run in this process; the balancer is a program.
+The servers and the clients run in this process. The balancer is a program.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from trio_udp import Client, Endpoint, Handler, Server, serve_endpoints
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "load_balancers"
 
-BALANCER = "192.0.2.254"  # as clients see it; as servers do, it is 10.0.0.1
+BALANCER = "192.0.2.254"  # the address for clients; for servers it is 10.0.0.1
 HOSTS = {"a": "10.0.0.11", "b": "10.0.0.12"}
-# Of an odd number, so that a balancer that takes the servers in turn does not pass for one that keeps clients.
+# An odd number, so that a balancer that takes the servers in turn does not look like one that keeps clients.
 CLIENTS = [f"192.0.2.{number}" for number in range(1, 42)]
 INTERVAL = 0.04  # seconds between two datagrams of a client
 
 
 @attrs.frozen
 class Answer:
-    """What a server answers: its name, which datagram of a conversation it was, and from where it came."""
+    """An answer of a server: its name, the number of the datagram in its conversation, and the datagram's source."""
 
     server: str
     number: int
@@ -63,7 +63,7 @@ def conversation(name: str) -> Handler:
 
 @attrs.define(eq=False)
 class Backend:
-    """One of the servers, which also says over HTTP whether it is ready."""
+    """One of the servers, which also reports over HTTP whether it is ready."""
 
     name: str
     machine: Machine
@@ -101,21 +101,21 @@ class Backend:
             await trio.aclose_forcefully(stream)
 
     def kill(self) -> None:
-        """End it as SIGKILL does: the sockets are closed, nobody is told."""
+        """End the server like SIGKILL: close the sockets without any notice."""
         self._alive.cancel()
 
     def disconnect(self) -> None:
-        """Cut its machine off: nothing comes back, not even a refusal."""
+        """Cut the server's machine off: nothing comes back, not even a refusal."""
         self.machine.ip(f"link set to-{self.name} down")
 
     def withdraw(self) -> None:
-        """Say that it is not ready, and go on serving."""
+        """Report that the server is not ready, and go on serving."""
         self.ready = False
 
 
 @attrs.define(eq=False)
 class Talker:
-    """A client, and what it has sent and got."""
+    """A client, with the datagrams that it has sent and received."""
 
     host: str
     sock: trio.socket.SocketType
@@ -131,7 +131,7 @@ class Talker:
 
     @property
     def servers(self) -> list[str]:
-        """The names of the servers that it got answers from, in order, each once for a run of answers."""
+        """The servers that have answered, in order, each once for a run of answers."""
         return [name for name, _ in groupby(answer.server for answer in self.answers)]
 
     @property
@@ -158,12 +158,12 @@ class Load:
                 self._arrived.unpark_all()
 
     async def until(self, happened: Callable[[], bool]) -> None:
-        """Wait for answers until something is so."""
+        """Wait for answers until a condition holds."""
         while not happened():
             await self._arrived.park()
 
     async def until_served(self) -> None:
-        """Wait until the balancer and both servers are there: until all clients get answers, from both."""
+        """Wait until the balancer and both servers work: all clients get answers, from both servers."""
         while not all(talker.answers for talker in self.talkers) or len(self.by_server()) < 2:
             for talker in self.talkers:
                 await talker.send()
@@ -200,8 +200,8 @@ class Network:
 
     @contextmanager
     def running(self, *command: str) -> Iterator[None]:
-        """Run a program on the balancer until the block ends."""
-        # setpriv(1): it ends with the tests, even if these are killed.
+        """Run a program on the balancer's machine until the block ends."""
+        # setpriv(1) ends it together with the tests, even if these are killed.
         on_balancer = ["ip", "netns", "exec", self.balancer.name, "setpriv", "--pdeathsig", "TERM", *command]
         with subprocess.Popen(on_balancer, start_new_session=True) as process:
             try:
@@ -216,7 +216,7 @@ class Network:
 
 @attrs.frozen
 class Protocol:
-    """What clients and servers say to each other."""
+    """The payloads that clients and servers exchange."""
 
     handler: Callable[[str], Handler]  # makes the handler of a server with this name
     query: Callable[[int], bytes]
@@ -256,7 +256,7 @@ async def balanced(
 
 @contextmanager
 def network() -> Iterator[Network]:
-    """Make the machines; they are gone when the block ends."""
+    """Make the machines, and remove them when the block ends."""
     with machines("clients", "balancer", *HOSTS) as (clients, balancer, *servers):
         balancer.wire_to(clients, "front")
         clients.ip("addr add 192.0.2.253/24 dev front")

@@ -23,7 +23,7 @@ import trio_udp
 
 ROOT = Path(__file__).parents[2]
 APPS = "tests.operate.apps"
-TIMEOUT = 20.0  # seconds for anything that a test waits for; nothing comes near it unless it has failed
+TIMEOUT = 20.0  # seconds to wait for anything; a test that passes never takes that long
 
 
 @attrs.define(eq=False)
@@ -34,7 +34,7 @@ class Workers:
     _ended: dict[trio_udp.Supervisor, trio.Event] = attrs.field(factory=dict, init=False)
 
     async def start(self, target: str = "tell_pid", **options: Any) -> trio_udp.Supervisor:
-        """Start workers on 127.0.0.1, by default two that tell their pid; keywords are those of ``serve_workers``."""
+        """Start workers on 127.0.0.1 with keywords of ``serve_workers``; by default two that answer with their pid."""
         defaults: dict[str, Any] = {"host": "127.0.0.1", "workers": 2, "app_dir": str(ROOT), "log_format": "none"}
         target = target if ":" in target else f"{APPS}:{target}"
         ended = trio.Event()
@@ -84,7 +84,7 @@ class Process:
         return self.process.pid
 
     def children(self) -> list[int]:
-        """Its worker processes."""
+        """The worker processes."""
         tasks = Path(f"/proc/{self.pid}/task").glob("*/children")  # a thread starts them
         return [int(pid) for path in tasks for pid in path.read_text().split()]
 
@@ -95,12 +95,12 @@ class Process:
         return sock
 
     def end(self, signal_number: int) -> tuple[int, list[str]]:
-        """Send a signal; return the exit status and the lines that are logged from then on."""
+        """Send a signal; return the exit status, and the lines that are logged from then on."""
         os.kill(self.pid, signal_number)
         return self.wait()
 
     def wait(self) -> tuple[int, list[str]]:
-        """Return the exit status, and the lines on standard error. All processes have closed it by then."""
+        """Return the exit status, and the lines on standard error after all processes have closed it."""
         assert self.process.stderr is not None
         lines = self.process.stderr.read().splitlines()
         return self.process.wait(), lines
@@ -124,7 +124,7 @@ def run_command() -> Iterator[RunCommand]:
                 start_new_session=True,
             )
             cleanup.enter_context(process)
-            # Reading a pipe has no timeout: whatever a test waits for ends when the processes do.
+            # Reading a pipe has no timeout, but it ends when the processes end.
             watchdog = threading.Timer(TIMEOUT, partial(os.killpg, process.pid, signal.SIGKILL))
             watchdog.start()
             cleanup.callback(watchdog.cancel)

@@ -1,7 +1,7 @@
-"""Stand for systemd: hold a socket, and start and stop a service on it: ``python restarts.py 20``.
+"""Play systemd: hold a socket, and start and stop a service on it: ``python restarts.py 20``.
 
-Prints the port, and ``restarted`` when the last service is ready. That one ends when standard input does. A service is
-a process of its own, forked from this one to save the time that imports take.
+It prints the port, and ``restarted`` when the last service is ready. That service ends when standard input does. A
+service is a process of its own. It is forked from this one, to save the time of imports.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which clients of a worker are the busiest."""
+"""The busiest clients of a worker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trio_udp.operate._busiest import SAMPLE, BusiestClients
 
 
 async def test_busiest_first(start_in_memory: StartInMemory, autojump_clock: trio.testing.MockClock) -> None:
-    """Clients are listed by their datagrams a second since the last look; silent ones are not."""
+    """Clients are listed by their datagrams a second since the last check; silent clients are not listed."""
     running = await start_in_memory(echo)
     peers = [("192.0.2.1", port) for port in range(1, 6)]
     for peer in peers:
@@ -35,7 +35,7 @@ async def test_busiest_first(start_in_memory: StartInMemory, autojump_clock: tri
 async def test_among_more_clients_than_are_looked_at(
     start_in_memory: StartInMemory, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """A busy client among many is found after some time, and stays found."""
+    """A busy client among many is found after some time, and stays in the list."""
     running = await start_in_memory(echo)
     busy = ("192.0.2.2", 1)
     for port in range(1, 2 * SAMPLE):
@@ -57,7 +57,7 @@ async def test_among_more_clients_than_are_looked_at(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="workers need a POSIX system")
 async def test_of_all_workers(workers: Workers) -> None:
-    """The supervisor knows the busiest clients of all workers, if it was told to ask for them."""
+    """With ``busiest_clients``, the supervisor knows the busiest clients of all workers."""
     supervisor = await workers.start(busiest_clients=2)
     with trio.fail_after(TIMEOUT), ExitStack() as cleanup:
         port = port_of(supervisor)

@@ -1,4 +1,4 @@
-"""The command line, in processes of its own: what it says, how it ends, and that it leaves nothing behind."""
+"""The command line, in processes of its own: its messages, how it ends, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def is_free(port: int) -> bool:
 
 
 def wait_until_gone(pids: list[int]) -> None:
-    """Wait until processes that are no children of ours have ended."""
+    """Wait until processes that are not children of this one have ended."""
     for pid in pids:
         with suppress(ProcessLookupError), open(os.pidfd_open(pid)) as descriptor:
             assert select.select([descriptor], [], [], TIMEOUT)[0]
@@ -71,7 +71,7 @@ def wait_until_gone(pids: list[int]) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_wrong_command_line(arguments: list[str], message: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    """A wrong command line is told in one line, and ends with status 2."""
+    """A wrong command line prints one line, and ends with status 2."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     output, error = capsys.readouterr()
@@ -80,7 +80,7 @@ def test_a_wrong_command_line(arguments: list[str], message: str | None, capsys:
 
 
 def test_files_of_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file of options is split as a shell does, with comments; one that is no text is told in one line."""
+    """A file of options is split as in a shell, with comments; a file that is not text prints one line."""
     (tmp_path / "options").write_text(
         "# how\n--workers 3 --rate 200/50   # each\n--app-dir 'two words'\n\napp:handler\n"
     )
@@ -95,7 +95,7 @@ def test_files_of_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_help_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    """The help fits a terminal of 80 columns, and says where the rate is exact."""
+    """The help fits into 80 columns, and says where the rate is exact."""
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     text = capsys.readouterr().out
@@ -114,7 +114,7 @@ def run_to_the_end(*arguments: str, **environment: str) -> tuple[int, str, str]:
 
 
 def test_a_target_that_cannot_be_served() -> None:
-    """A mistake that only workers find is told once, in one line, however many there are."""
+    """A mistake that only workers find is printed once, in one line, for any number of workers."""
     assert run_to_the_end("--port", "0", "--workers", "3", f"{APPS}:number") == (
         2,
         "",
@@ -124,7 +124,7 @@ def test_a_target_that_cannot_be_served() -> None:
 
 
 def test_an_error_inside_the_module(tmp_path: Path) -> None:
-    """An error that the user's module raises keeps its traceback, which begins there; the status is 1."""
+    """An exception in the user's module has its traceback, which begins in that module; the status is 1."""
     (tmp_path / "broken.py").write_text("1 / 0\n")
     status, output, error = run_to_the_end("--port", "0", f"{tmp_path}/broken.py:handler")
     assert (status, output) == (1, "")
@@ -134,7 +134,7 @@ def test_an_error_inside_the_module(tmp_path: Path) -> None:
 
 
 def test_a_module_that_does_not_parse(tmp_path: Path) -> None:
-    """A syntax error is told with its line, without the frames of this package that lead to it; the status is 1."""
+    """A syntax error is printed with its line, without frames of this package; the status is 1."""
     (tmp_path / "unfinished.py").write_text("def handler(:\n")
     status, output, error = run_to_the_end("--port", "0", f"{tmp_path}/unfinished.py:handler")
     assert (status, output) == (1, "")
@@ -144,13 +144,13 @@ def test_a_module_that_does_not_parse(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_exits_at_its_start() -> None:
-    """A module that ends the process ends the command, with its reason."""
+    """A module that ends the process ends the command, and the reason is printed."""
     status, _, error = run_to_the_end("--port", "0", f"{APPS}:tell_pid", TRIO_UDP_TEST_EXIT="1")
     assert (status, error.splitlines()[-1]) == (1, "SystemExit: 3")
 
 
 def test_addresses_that_cannot_be_bound() -> None:
-    """A port that is taken, even by a program that would share it, and an address of others: one line, status 1."""
+    """A port in use, even by a program that would share it, or a foreign address prints one line; the status is 1."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
         if hasattr(socket, "SO_REUSEPORT"):
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -163,7 +163,7 @@ def test_addresses_that_cannot_be_bound() -> None:
     )
     status, _, error = run_to_the_end("--host", "192.0.2.1", "--port", "0", f"{APPS}:tell_pid")
     assert (status, error.count("\n")) == (1, 1)
-    assert "cannot bind 192.0.2.1 port 0; give an address of this machine as --host" in error
+    assert "cannot bind 192.0.2.1 port 0; use an address of this machine as --host" in error
     status, _, error = run_to_the_end("--host", "fe80::1%nowhere", "--port", "0", f"{APPS}:tell_pid")
     assert (status, error.count("\n")) == (1, 1)
     assert "'fe80::1%nowhere'" in error
@@ -171,14 +171,14 @@ def test_addresses_that_cannot_be_bound() -> None:
 
 
 def test_systemd_without_systemd() -> None:
-    """--systemd without sockets from systemd is told in one line."""
+    """--systemd without sockets from systemd prints one line."""
     status, _, error = run_to_the_end("--systemd", f"{APPS}:tell_pid", LISTEN_FDS="")
     assert (status, error.count("\n")) == (2, 1)
     assert error.startswith("trio-udp: no sockets from systemd: ")
 
 
 def test_the_first_minute() -> None:
-    """Without a handler an echo is served on the loopback addresses, and one line tells how to try it."""
+    """Without a handler, the command serves an echo on the loopback addresses, and one line says how to try it."""
     command = [sys.executable, "-m", "trio_udp", "--port", "0", "--log-level", "error"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
@@ -212,7 +212,7 @@ def test_ctrl_c_reaches_the_whole_group(run_command: RunCommand) -> None:
 
 @needs_proc
 def test_ctrl_c_spares_a_worker_that_starts(run_command: RunCommand) -> None:
-    """Workers are in process groups of their own: a Ctrl-C would end one whose interpreter ignores no signal yet."""
+    """Ctrl-C does not reach a worker whose interpreter is still starting, because workers have their own groups."""
     command = run_command("--workers", "2", "--host", "127.0.0.1", f"{APPS}:tell_pid")
     workers = command.children()
     assert [os.getpgid(pid) for pid in workers] == workers
@@ -220,8 +220,8 @@ def test_ctrl_c_spares_a_worker_that_starts(run_command: RunCommand) -> None:
 
 
 @needs_proc
-def test_systemd_is_told_that_a_long_stop_goes_on(run_command: RunCommand, tmp_path: Path) -> None:
-    """Notices name the workers that serve; the watchdog is fed until the end of the drain."""
+def test_systemd_learns_that_a_long_stop_goes_on(run_command: RunCommand, tmp_path: Path) -> None:
+    """Notices to systemd name the serving workers, and the watchdog is fed until the end of the drain."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"{tmp_path}/notify")
         manager.settimeout(TIMEOUT)
@@ -262,7 +262,7 @@ def test_a_second_signal_ends_at_once(run_command: RunCommand) -> None:
 @needs_proc
 @pytest.mark.parametrize(("handler", "drain"), [("tell_pid", "inf"), ("block", "0.5")])
 def test_workers_do_not_outlive_the_supervisor(run_command: RunCommand, handler: str, drain: str) -> None:
-    """When the supervisor is killed its workers end, even one that is blocked, and the port is free."""
+    """If the supervisor is killed, its workers end, even a blocked one, and the port is free."""
     command = run_command("--workers", "2", "--drain", drain, "--host", "127.0.0.1", f"{APPS}:{handler}")
     workers = command.children()
     assert len(workers) == 2
@@ -276,7 +276,7 @@ def test_workers_do_not_outlive_the_supervisor(run_command: RunCommand, handler:
 
 @needs_proc
 def test_sighup_and_sigusr1(run_command: RunCommand) -> None:
-    """SIGHUP replaces the workers and SIGUSR1 logs statistics, as JSON if that is asked for."""
+    """SIGHUP replaces the workers, and SIGUSR1 logs statistics, as JSON on request."""
     command = run_command("--log-format", "json", "--host", "127.0.0.1", f"{APPS}:tell_pid")
     with command.peer() as peer:
         first, _ = ask(peer).split()
@@ -326,7 +326,7 @@ def udp_sockets(pid: int) -> list[str]:
 
 
 def test_reload(run_command: RunCommand, tmp_path: Path) -> None:
-    """With --reload a change of the handler's file replaces the workers."""
+    """With --reload, a change of the handler's file replaces the workers."""
     pytest.importorskip("watchfiles")
     file = tmp_path / "changing.py"
     program = "async def handler(client):\n    async for _ in client:\n        await client.send(b'{}')\n"

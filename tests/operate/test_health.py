@@ -1,4 +1,4 @@
-"""The supervisor's HTTP port: metrics, and whether it is alive and ready."""
+"""The supervisor's HTTP port: metrics, liveness and readiness."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ECHO = "trio_udp.operate._echo:echo"
 
 
 async def start(health: Health, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> str:
-    """Open a port for it; return where."""
+    """Open the HTTP port; return its address."""
     caplog.set_level(logging.INFO, "trio_udp")
     await nursery.start(health.serve, "127.0.0.1", 0)
     [url] = re.findall(r"metrics on (\S+)/metrics", caplog.text)
@@ -42,7 +42,7 @@ async def ask_in_thread(url: str, method: str = "GET") -> tuple[int, str]:
 
 
 async def test_ready_only_while_serving(nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> None:
-    """A service is alive all the time, and ready from when its workers serve until it is told to stop."""
+    """A service is alive all the time, and ready from when its workers serve until it is stopped."""
     health = Health()
     url = await start(health, nursery, caplog)
     assert await ask_in_thread(f"{url}/live") == (200, "alive\n")
@@ -69,7 +69,7 @@ async def test_ready_only_while_serving(nursery: trio.Nursery, caplog: pytest.Lo
 
 
 async def test_other_paths(nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> None:
-    """Other paths are not found, rather than answered with metrics."""
+    """Other paths return "not found", not metrics."""
     url = await start(Health(), nursery, caplog)
     assert await ask_in_thread(f"{url}/metrics/") == (404, "try /metrics, /live or /ready\n")
     assert await ask_in_thread(f"{url}/metrics?name[]=x") == (200, "")
@@ -81,7 +81,7 @@ async def test_other_paths(nursery: trio.Nursery, caplog: pytest.LogCaptureFixtu
 async def test_a_scrape_does_not_outlive_the_server(
     nursery: trio.Nursery, caplog: pytest.LogCaptureFixture, sent: bytes
 ) -> None:
-    """At the end the port is closed, and so are connections: soon, whatever their other ends do."""
+    """At the end the port and its connections close soon, whatever their other ends do."""
     async with trio.open_nursery() as serving:
         url = await start(Health(), serving, caplog)
         address = ("127.0.0.1", int(url.rpartition(":")[2]))
@@ -102,7 +102,7 @@ async def test_a_scrape_does_not_outlive_the_server(
 async def test_a_slow_request_is_cut_off(
     nursery: trio.Nursery, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request must come and be answered within seconds, however regularly its bytes drip in."""
+    """A request is cut off after some seconds, even if its bytes keep arriving."""
     monkeypatch.setattr(_health, "PATIENCE", 0.2)
     url = await start(Health(), nursery, caplog)
     address = ("127.0.0.1", int(url.rpartition(":")[2]))
@@ -116,7 +116,7 @@ async def test_a_slow_request_is_cut_off(
 
 
 async def test_strangers_cannot_use_up_descriptors(nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> None:
-    """More connections than 16 at once are closed; once those have ended, requests are answered again."""
+    """Connections beyond 16 are closed; after those have ended, requests are answered again."""
     url = await start(Health(), nursery, caplog)
     address = ("127.0.0.1", int(url.rpartition(":")[2]))
     with trio.fail_after(SECONDS):
@@ -136,7 +136,7 @@ async def test_strangers_cannot_use_up_descriptors(nursery: trio.Nursery, caplog
 
 
 async def test_a_port_that_is_taken() -> None:
-    """A port that cannot be bound is named in the error."""
+    """The error for a port that cannot be bound names the port."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot serve metrics on 127.0.0.1:{port}: Address already in use"):
@@ -156,7 +156,7 @@ def test_the_command_line_with_a_port_that_is_taken() -> None:
 
 @pytest.mark.parametrize("address", ["", ":1", "x:", "65536", "127.0.0.1:-1"])
 def test_a_wrong_address(address: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is no address for metrics ends the command with one line and status 2."""
+    """A wrong address for metrics ends the command with one line and status 2."""
     with pytest.raises(SystemExit) as ended:
         main(["--metrics", address])
     line = capsys.readouterr().err

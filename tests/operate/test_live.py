@@ -1,4 +1,4 @@
-"""The live view on a terminal of its own, and what it leaves behind."""
+"""The live view on its own terminal, and the state of the terminal afterwards."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ MOMENT = Moment(time=0.0, addresses=("192.0.2.1:53",), ready=True, workers=(), t
 
 
 class Person:
-    """Reads what a program writes to a terminal, and sets the size of that."""
+    """Reads what a program writes to a terminal, and sets the terminal's size."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self._unread = ""
 
     async def read_until(self, text: str) -> str:
-        """Return all that is written until this text, which included."""
+        """Return all output up to and including this text."""
         with trio.fail_after(SECONDS):
             while text not in self._unread:
                 await trio.lowlevel.wait_readable(self.descriptor)
@@ -58,7 +58,7 @@ class Person:
 
 @contextmanager
 def terminal_of(columns: int, lines: int) -> Iterator[tuple[Person, int]]:
-    """Open a terminal; give its person, and the descriptor that a program has."""
+    """Open a terminal; return its person, and the descriptor for the program."""
     descriptor, program = os.openpty()
     person = Person(descriptor)
     try:
@@ -74,7 +74,7 @@ def look() -> Moment:
 
 
 async def test_the_terminal_is_given_back() -> None:
-    """The view has a screen of its own, without cursor; when it is cancelled, both are as before."""
+    """The view uses an alternate screen without a cursor, and restores both when it is cancelled."""
     with terminal_of(80, 24) as (person, program):
         async with trio.open_nursery() as viewing:
             viewing.start_soon(show_live, look, Terminal(program))
@@ -87,7 +87,7 @@ async def test_the_terminal_is_given_back() -> None:
 
 
 async def test_a_failure_ends_the_view_only(caplog: pytest.LogCaptureFixture) -> None:
-    """If the view fails, the terminal is given back, the failure is logged, and the server goes on."""
+    """If the view fails, the terminal is restored, the failure is logged, and the server goes on."""
 
     def look_once() -> Moment:
         looks.append(1)
@@ -112,7 +112,7 @@ async def test_a_terminal_that_is_gone(caplog: pytest.LogCaptureFixture) -> None
 
 
 async def test_a_terminal_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal that takes no more characters (Ctrl-S) does not hold up the end of the server."""
+    """A stopped terminal (Ctrl-S) does not delay the end of the server."""
     monkeypatch.setattr(_live, "PATIENCE", 0.1)
     with terminal_of(80, 24) as (person, program), trio.fail_after(SECONDS):
         async with trio.open_nursery() as viewing:
@@ -125,7 +125,7 @@ async def test_a_terminal_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 async def test_resizing() -> None:
-    """When the terminal changes its size, the picture fits at once."""
+    """When the terminal changes its size, the view fits immediately."""
     with terminal_of(80, 24) as (person, program):
         async with trio.open_nursery() as viewing:
             viewing.start_soon(show_live, look, Terminal(program))
@@ -139,7 +139,7 @@ async def test_resizing() -> None:
 async def test_without_a_terminal(
     nursery: trio.Nursery, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where there is no terminal, a line goes to the log each 10 seconds."""
+    """Without a terminal, a line goes to the log every 10 seconds."""
     caplog.set_level(logging.INFO, "trio_udp")
 
     def look() -> Moment:
@@ -155,7 +155,7 @@ async def test_without_a_terminal(
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 async def test_the_command_line_on_a_terminal(ending: signal.Signals) -> None:
-    """The command draws on its terminal until it is stopped; then come the log of that time, and a screen as before."""
+    """The command draws on its terminal until it stops; then the log of that time is printed on the old screen."""
     with terminal_of(80, 24) as (person, program):
         before = termios.tcgetattr(program)
         process = await trio.lowlevel.open_process(
@@ -179,7 +179,7 @@ async def test_the_command_line_on_a_terminal(ending: signal.Signals) -> None:
 
 
 async def test_the_command_line_with_an_error_on_a_terminal() -> None:
-    """What goes wrong at the start is printed on the terminal; the view was never there."""
+    """An error at the start is printed on the terminal, and the view never appears."""
     with terminal_of(80, 24) as (person, program):
         with trio.fail_after(SECONDS):
             ended = await trio.run_process(

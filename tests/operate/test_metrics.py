@@ -1,4 +1,4 @@
-"""The collector for Prometheus: what it gives, and from which threads."""
+"""The collector for Prometheus: its metrics, and the threads that may use it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def registry_of(source: Any) -> CollectorRegistry:
 
 
 async def test_counts_of_a_server(start_in_memory: StartInMemory) -> None:
-    """A server's counts have the names that Prometheus recommends, and losses are one metric by reason."""
+    """A server's counters have names as Prometheus recommends, and losses are one metric with a reason."""
 
     async def fail_at_x(client: Client) -> None:
         async for payload in client:
@@ -88,7 +88,7 @@ async def test_the_code_in_the_documentation() -> None:
 
 
 def test_every_count_is_in_a_metric() -> None:
-    """No field of ServerStatistics is forgotten; receive_errors are in the errors by name."""
+    """Every field of ServerStatistics is in a metric; receive_errors are in the errors by name."""
     shown = {field for _, _, field in metrics.COUNTERS + metrics.GAUGES}
     names = [field.name for field in attrs.fields(ServerStatistics)]
     nothing = ServerStatistics(**{name: {} if name == "errors" else 0 for name in names})  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ def test_every_count_is_in_a_metric() -> None:
 
 
 async def test_errors_have_their_errno(start_in_memory: StartInMemory) -> None:
-    """Errors of sockets are one metric with the name of the errno."""
+    """Socket errors are one metric, with the name of the errno as a label."""
     running = await start_in_memory(echo)
     running.put(b"from port 0, which cannot be answered", ("192.0.2.9", 0))
     await running.settle()
@@ -106,7 +106,7 @@ async def test_errors_have_their_errno(start_in_memory: StartInMemory) -> None:
 
 
 async def test_several_servers(nursery: trio.Nursery, start_in_memory: StartInMemory) -> None:
-    """Servers in a mapping have a label each, and may come later."""
+    """Each server in a mapping has a label, and may be added later."""
     one, other = await start_in_memory(echo), await start_in_memory(echo)
     servers = {"one": one.server}
     registry = registry_of(servers)
@@ -120,7 +120,7 @@ async def test_several_servers(nursery: trio.Nursery, start_in_memory: StartInMe
 async def test_statistics_are_read_in_the_thread_of_trio(
     start_in_memory: StartInMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A scrape in another thread waits until Trio's thread has read the statistics, which never happens in between."""
+    """A scrape in another thread waits until Trio's thread has read the statistics."""
     running = await start_in_memory(echo)
     readers = []
     original = Server.statistics
@@ -141,7 +141,7 @@ async def test_statistics_are_read_in_the_thread_of_trio(
 async def test_a_busy_loop_does_not_hang_a_scrape(
     start_in_memory: StartInMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While Trio's thread is busy for too long, a scrape gets the counts of the scrape before."""
+    """While Trio's thread is busy for too long, a scrape returns the counts of the last scrape."""
     monkeypatch.setattr(metrics, "PATIENCE", 0.05)
     running = await start_in_memory(echo)
     registry = registry_of(running.server)
@@ -157,7 +157,7 @@ async def test_a_busy_loop_does_not_hang_a_scrape(
 
 
 def test_after_the_end_of_trio() -> None:
-    """Once Trio has ended, the last counts remain."""
+    """After Trio has ended, a scrape returns the last counts."""
 
     async def serve_one() -> CollectorRegistry:
         async with trio.open_nursery() as nursery:
@@ -176,7 +176,7 @@ def test_after_the_end_of_trio() -> None:
 
 
 async def test_wrong_sources(start_in_memory: StartInMemory) -> None:
-    """Anything but servers is refused at once; so is a collector that is made outside of Trio."""
+    """The collector refuses objects that are not servers, and must be made inside Trio."""
     for wrong in (None, "server", {"one": 1}):
         with pytest.raises(TypeError, match="expected a Server, a Supervisor"):
             ServerCollector(wrong)  # type: ignore[arg-type]
@@ -187,7 +187,7 @@ async def test_wrong_sources(start_in_memory: StartInMemory) -> None:
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
 async def test_promtool_finds_nothing(start_in_memory: StartInMemory) -> None:
-    """promtool, which checks names, units and help, has nothing to say."""
+    """promtool, which checks names, units and help, reports nothing."""
     running = await start_in_memory(echo)
     running.put(b"abc", ("192.0.2.9", 0))
     await running.settle()

@@ -1,4 +1,4 @@
-"""Steering by address, as the kernel does it."""
+"""Steering by address, in the kernel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORKERS = 3
 
 
 def chosen(machine: Machine, to: str, sources: list[str], **prefixes: int) -> list[set[int]]:
-    """For each source, the sockets of a group that got what it sent from three ports."""
+    """For each source, return the sockets of a group that received its datagrams from three ports."""
     family = socket.AF_INET6 if ":" in to else socket.AF_INET
     with ExitStack() as cleanup:
         with inside(machine.name):
@@ -66,7 +66,7 @@ def test_one_socket_for_each_address(to: str, network: str) -> None:
 
 @needs_namespaces
 def test_one_socket_for_each_network() -> None:
-    """With a prefix, all addresses of one network go to one socket, and those of others to others."""
+    """With a prefix, all addresses of one network go to one socket; other networks go to others."""
     with machines("steering") as [machine]:
         networks = [
             chosen(machine, "127.0.0.1", [f"127.0.{net}.{host}" for host in range(1, 9)], ipv4_prefix=24)
@@ -77,7 +77,7 @@ def test_one_socket_for_each_network() -> None:
 
 
 def test_the_kernel_refuses_without_a_group() -> None:
-    """A socket that shares its port with none cannot be steered: the kernel's error."""
+    """Steering a socket that shares its port with no other raises the kernel's error."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         with pytest.raises(OSError, match="Invalid argument"):

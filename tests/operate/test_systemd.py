@@ -1,4 +1,4 @@
-"""A service of systemd: the sockets that it gets, the notices that it sends, and the unit files. systemd never runs."""
+"""A service of systemd: its sockets, its notices, and the unit files. systemd itself never runs."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def running(*command: str) -> Iterator[subprocess.Popen[str]]:
 
 @contextmanager
 def socket_activated(*addresses: str) -> Iterator[subprocess.Popen[str]]:
-    """Run the service as systemd would: its sockets are bound now, it starts when the first datagram arrives."""
+    """Run the service as systemd does: its sockets are bound now, and it starts at the first datagram."""
     listen = [option for address in addresses for option in ("-l", address)]
     options = ["-d", *listen, "-E", f"PYTHONPATH={ROOT}", "--fdname=" + ":".join("ab"[: len(addresses)])]
     with running("systemd-socket-activate", *options, sys.executable, "-u", "-W", "error", "-c", SERVICE) as process:
@@ -91,7 +91,7 @@ def socket_activated(*addresses: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def stop(process: subprocess.Popen[str]) -> list[str]:
-    """End the service by SIGTERM, and return what it has printed, without what systemd-socket-activate says."""
+    """End the service by SIGTERM, and return its output without that of systemd-socket-activate."""
     process.terminate()
     printed, _ = process.communicate(timeout=10)
     assert process.returncode == 0
@@ -103,8 +103,8 @@ def stop(process: subprocess.Popen[str]) -> list[str]:
 def test_the_first_datagram_is_answered() -> None:
     """The datagram that starts the service is answered, and the next one belongs to the same client.
 
-    Replies leave from the socket that was written to. The variables are gone afterwards, no child process inherits the
-    sockets, and the log warns that they have the kernel's default receive buffer.
+    Replies leave from the address the client sent to. The variables are removed, no child process inherits the sockets,
+    and the log warns that they have the kernel's default receive buffer.
     """
     port = free_port()
     addresses = [f"127.0.0.1:{port}", f"127.0.0.2:{port}"]
@@ -119,8 +119,8 @@ def test_the_first_datagram_is_answered() -> None:
             assert peer.recv(100) == b"2 again"
         assert stop(process) == [
             "blocking: True",
-            "2 of 2 sockets from systemd have the kernel's default receive buffer of 212992 bytes: bursts, and what "
-            "arrives during a restart, may be lost. Write ReceiveBuffer=4M in the .socket unit",
+            "2 of 2 sockets from systemd have the kernel's default receive buffer of 212992 bytes: datagrams of "
+            "bursts, and those that arrive during a restart, may be lost. Write ReceiveBuffer=4M in the .socket unit",
             "left over: []",
             "inherited by children: [False, False]",
         ]
@@ -129,13 +129,13 @@ def test_the_first_datagram_is_answered() -> None:
 @needs("systemd-socket-activate")
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
 def test_one_socket_for_both_families() -> None:
-    """A port without an address in the unit makes one socket for IPv4 and IPv6: clients of both are answered."""
+    """A port without an address makes one socket for IPv4 and IPv6, whose clients are both answered."""
     port = free_port()
     with ExitStack() as stack:
         process = stack.enter_context(socket_activated(f"[::]:{port}"))
         peers = [stack.enter_context(plain_socket(host)) for host in ("127.0.0.9", "::1")]
         for peer, host in zip(peers, ("127.0.0.5", "::1"), strict=True):
-            peer.connect((host, port))  # so that it takes replies from this address only
+            peer.connect((host, port))  # so that it only receives replies from this address
             peer.send(b"hello")
         for peer in peers:
             assert peer.recv(100) == b"1 hello"
@@ -146,7 +146,7 @@ def test_one_socket_for_both_families() -> None:
 
 @needs("systemd-socket-activate")
 def test_unix_socket(tmp_path: Path) -> None:
-    """A Unix datagram socket is served on too."""
+    """A Unix datagram socket from systemd is served too."""
     with (
         socket_activated(str(tmp_path / "server")) as process,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer,
@@ -237,7 +237,7 @@ for setup in sys.stdin.read().splitlines():
 
 
 def test_mistakes() -> None:
-    """Without sockets to serve on there is one line that says what to do, and nothing has changed."""
+    """Without sockets to serve, the error says in one line what to do, and nothing has changed."""
     setups = "\n".join(setup for setup, _ in MISTAKES.values())
     command = [sys.executable, "-c", MAKE_MISTAKES]
     done = subprocess.run(command, input=setups, capture_output=True, text=True, timeout=30)
@@ -258,7 +258,7 @@ def test_without_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
 def manager_socket(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[socket.socket]:
-    """The socket of a service manager, which listens for notices."""
+    """The socket of a service manager, which receives notices."""
     address = str(tmp_path / "notify") if request.param == "path" else f"@trio-udp-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(address.replace("@", "\0", 1))
@@ -268,7 +268,7 @@ def manager_socket(
 
 
 def test_notices(manager_socket: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each notice is one datagram with the assignments of sd_notify(3), in order; the variables are gone."""
+    """Each notice is one datagram with the assignments of sd_notify(3), in order; the variables are removed."""
     monkeypatch.setenv("WATCHDOG_USEC", "30000000")
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
     manager = ServiceManager.from_environment()
@@ -285,7 +285,7 @@ def test_notices(manager_socket: socket.socket, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_reloading_has_a_time_stamp(manager_socket: socket.socket) -> None:
-    """RELOADING=1 goes with the time of the monotonic clock in microseconds, as Type=notify-reload asks for it."""
+    """RELOADING=1 has the monotonic time in microseconds, as Type=notify-reload requires."""
     manager = ServiceManager.from_environment()
     before = time.clock_gettime(time.CLOCK_MONOTONIC)
     manager.notify(RELOADING=1)
@@ -303,7 +303,7 @@ def test_reloading_has_a_time_stamp(manager_socket: socket.socket) -> None:
 def test_watchdog_interval(
     monkeypatch: pytest.MonkeyPatch, microseconds: str | None, pid: str | None, interval: float | None
 ) -> None:
-    """The watchdog is fed twice as often as needed; not if it watches another process, or nothing."""
+    """The watchdog is fed twice as often as needed, and not if it is off or watches another process."""
     for name, value in (("WATCHDOG_USEC", microseconds), ("WATCHDOG_PID", pid)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
@@ -312,7 +312,7 @@ def test_watchdog_interval(
 
 
 def test_no_manager(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """A program that no service manager has started sends notices to nobody, and logs nothing."""
+    """Without a service manager, a program sends no notices, and logs nothing."""
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     ServiceManager.from_environment().notify(READY=1)
     assert caplog.messages == []
@@ -320,7 +320,7 @@ def test_no_manager(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFi
 
 @pytest.mark.parametrize("address", ["/nowhere/notify", "@nobody-listens", "vsock:2:1234", "/" + 200 * "x"])
 def test_manager_is_gone(address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Notices to a socket that is gone or cannot be used do no harm; the first one logs a warning."""
+    """Notices to a socket that is gone or unusable do no harm; the first one logs a warning."""
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     manager = ServiceManager.from_environment()
     manager.notify(READY=1)
@@ -330,7 +330,7 @@ def test_manager_is_gone(address: str, monkeypatch: pytest.MonkeyPatch, caplog: 
 
 
 def test_manager_is_slow(manager_socket: socket.socket) -> None:
-    """A notice that finds the manager's socket full does not wait; its assignments go along with the next notice."""
+    """A notice that meets a full socket does not wait; the next notice includes its assignments."""
     manager = ServiceManager.from_environment()
     filled = 0
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, suppress(BlockingIOError):
@@ -383,7 +383,7 @@ async def test_restarts_lose_nothing() -> None:
 
 @needs("systemd-analyze")
 def test_unit_files() -> None:
-    """systemd finds nothing to say about the example's units; and it would."""
+    """systemd-analyze finds nothing wrong with the example's units."""
     units = sorted(map(str, UNITS.iterdir()))
     assert [Path(unit).name for unit in units] == ["uppercase.service", "uppercase.socket"]
     assert verify(*units) == ""
@@ -391,7 +391,7 @@ def test_unit_files() -> None:
 
 @needs("systemd-analyze")
 def test_unknown_key_in_a_unit_is_noticed(tmp_path: Path) -> None:
-    """The check of the unit files tells of a key that systemd does not know, with exit status 0."""
+    """The check of the unit files reports a key that systemd does not know, though its exit status is 0."""
     text = (UNITS / "uppercase.socket").read_text().replace("ReusePort", "ReusedPort")
     (tmp_path / "uppercase.socket").write_text(text)
     (tmp_path / "uppercase.service").write_text((UNITS / "uppercase.service").read_text())

@@ -1,4 +1,4 @@
-"""From "module:handler" to a handler, and what is said of mistakes."""
+"""From "module:handler" to a handler, and messages about mistakes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load(target: str, app_dir: Path | str = ROOT) -> object:
 
 @pytest.fixture(autouse=True)
 def _modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undo what a test imports and puts on the path."""
+    """Undo a test's imports and changes of the path."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
 
@@ -35,7 +35,7 @@ def test_a_module(name: str) -> None:
 
 
 def test_a_file(tmp_path: Path) -> None:
-    """A file is imported as when it is run as a script: it finds modules beside it, and has its own name."""
+    """A file is imported as if it were run as a script: it finds modules beside it, and has its own name."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "beside.py").write_text("VALUE = 5\n")
     (tmp_path / "folder" / "app.py").write_text("import beside\nasync def handler(client): return beside.VALUE\n")
@@ -44,7 +44,7 @@ def test_a_file(tmp_path: Path) -> None:
 
 
 def test_a_file_with_the_name_of_a_module_in_use(tmp_path: Path) -> None:
-    """A file may be called queue.py; the module of that name stays."""
+    """A file may be called queue.py; the module queue stays."""
     import queue
 
     (tmp_path / "queue.py").write_text("async def handler(client): pass\n")
@@ -84,14 +84,14 @@ LOOKS_LIKE = "a handler is an async function with one argument: async def handle
     ],
 )
 def test_mistakes(target: str, message: str) -> None:
-    """A mistake is told in one line that says what to do."""
+    """A mistake in a target raises an error that says in one line what to do."""
     with pytest.raises(TargetError) as raised:
         load(target)
     assert str(raised.value) == message
 
 
 def test_an_error_inside_the_module_is_not_ours(tmp_path: Path) -> None:
-    """An error that the user's module raises passes unchanged, also one about a module that it lacks."""
+    """An exception in the user's module passes unchanged, also one about a missing module."""
     (tmp_path / "broken.py").write_text("import no_such_module\n")
     with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_module'"):
         load("broken:handler", tmp_path)
@@ -116,7 +116,7 @@ ACCEPT = "--accept needs a plain function with one argument: def accept(datagram
     ],
 )
 def test_mistakes_with_accept(name: str, message: str) -> None:
-    """What cannot be asked about strangers is told in one line."""
+    """A wrong accept raises an error of one line."""
     with pytest.raises(TargetError) as raised:
         check_accept(getattr(apps, name), f"app:{name}", apps.tell_pid)
     assert str(raised.value) == message
@@ -125,7 +125,7 @@ def test_mistakes_with_accept(name: str, message: str) -> None:
 
 
 async def test_a_factory() -> None:
-    """The context manager of a factory gives the handler; a plain function that returns an awaitable is one too."""
+    """A factory's context manager yields the handler, which may be a plain function that returns an awaitable."""
     async with entered(lambda: Manager(lambda client: None), "app:factory", factory=True) as handler:
         assert callable(handler)
 
@@ -161,7 +161,7 @@ WANTED = "--factory needs a function without arguments that returns an async con
     ],
 )
 async def test_mistakes_with_factories(factory: object, message: str) -> None:
-    """What is no factory, or gives no handler, is told in one line."""
+    """A wrong factory, or one without a valid handler, raises an error of one line."""
     pattern = message if ".*" in message else f"^{re.escape(message)}$"
     with pytest.raises(TargetError, match=pattern):
         async with entered(factory, "app:factory", factory=True):

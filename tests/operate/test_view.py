@@ -1,4 +1,4 @@
-"""The live view's picture: what it shows of what was seen, at every size."""
+"""The picture of the live view: its contents at every size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def worker(number: int, **values: Any) -> WorkerStatus:
 
 
 def seen(*totals: ServerStatistics, **values: Any) -> list[Moment]:
-    """Return one moment for each of these totals, a second apart."""
+    """Return one moment for each of these totals, one second apart."""
     defaults: dict[str, Any] = {"addresses": ("192.0.2.1:53",), "ready": True, "workers": (worker(1),)}
     return [Moment(time=float(t), total=total, **(defaults | values)) for t, total in enumerate(totals)]
 
@@ -34,7 +34,7 @@ def lines(moments: list[Moment], width: int = 80, height: int = 24, log: tuple[s
 
 
 def style_of(text: Text, line: str) -> str:
-    """The style of the first line that begins with these characters."""
+    """The style of the first line that begins with this text."""
     for found in text.split("\n"):
         if found.plain.startswith(line):
             return " ".join(str(span.style) for span in found.spans if found.plain[span.start : span.end].strip())
@@ -42,7 +42,7 @@ def style_of(text: Text, line: str) -> str:
 
 
 def test_a_screen_of_80_by_24() -> None:
-    """Everything is on a screen of 80 x 24: rates, clients, every loss, errors, workers, busiest clients, the log."""
+    """A screen of 80 x 24 shows rates, clients, every loss, errors, workers, busiest clients and the log."""
     before = counts(received=1_000, sent=900, bytes_received=100_000, errors={"EPERM": 1})
     after = counts(
         received=3_000,
@@ -97,7 +97,7 @@ a log line"""
 @pytest.mark.parametrize("height", [1, 2, 5, 10, 20, 24, 60])
 @pytest.mark.parametrize("width", [1, 5, 20, 60, 80, 200])
 def test_every_size(width: int, height: int) -> None:
-    """The picture fits every screen; where there is room, each reason of loss is on it."""
+    """The picture fits every screen; if there is room, it shows each reason of loss."""
     total = counts(received=10**12, kernel_dropped=10**11, clients=10**7, errors={f"E{n}": n for n in range(30)})
     busiest = tuple((("2001:db8:1111:2222:3333:4444:5555:6666", 65_535, 0, 0), 1e6) for _ in range(50))
     moments = seen(NOTHING, total, workers=tuple(worker(number) for number in range(64)), busiest=busiest)
@@ -118,7 +118,7 @@ def test_losses_are_red_while_they_grow() -> None:
 
 
 def test_more_errors_than_room() -> None:
-    """Errors that find no room are counted together on the last line."""
+    """Errors for which there is no room are added up in the last line."""
     errors = {"EPERM": 5, "ENOBUFS": 50, "EIO": 1, "EINVAL": 2, "EACCES": 3, "ENETDOWN": 4}
     shown = [line.split()[:5] for line in lines(seen(NOTHING, counts(errors=errors)))]
     names = [line[0] for line in shown if line and line[0].isupper()]
@@ -130,7 +130,7 @@ def test_more_errors_than_room() -> None:
 
 
 def test_more_workers_than_room() -> None:
-    """Of many workers those are shown that do not serve or were restarted most often, and the number of the rest."""
+    """If there are many workers, those that do not serve or restarted most are shown, and the number of the others."""
     workers = tuple(
         worker(n, state="dead" if n == 30 else "serving", restarts=n if n in (20, 25) else 0) for n in range(1, 33)
     )
@@ -142,19 +142,19 @@ def test_more_workers_than_room() -> None:
 
 
 def test_a_long_address_keeps_its_port() -> None:
-    """An address that is too long loses its middle, not its port."""
+    """An address that is too long is shortened in the middle, and keeps its port."""
     busiest = ((("2001:db8:1111:2222:3333:4444:5555:6666", 65_535, 0, 0), 1.5),)
     assert any("…" in line and ":65535" in line for line in lines(seen(NOTHING, busiest=busiest), 60, 20))
 
 
 def test_nothing_in_the_log_is_obeyed_by_the_terminal() -> None:
-    """Control characters in the log are not passed on."""
+    """Control characters in the log do not reach the terminal."""
     shown = lines(seen(NOTHING), log=("\x1b[2Jbell\x07 caf\u00e9",))
     assert shown[-1].rstrip() == "\u00b7[2Jbell\u00b7 caf\u00e9"
 
 
 def test_sparkline() -> None:
-    """Heights are proportional, in one row or in two; whatever is not 0 can be seen, also in ASCII."""
+    """Heights are proportional, in one row or two; any value above 0 is visible, also in ASCII."""
     assert sparkline([0, 1, 50, 100], 100, 1) == [" ▁▄█"]
     assert sparkline([0, 1, 50, 75, 100], 100, 2) == ["   ▄█", " ▁███"]
     assert sparkline([0, 0], 0, 1) == ["  "]
@@ -162,7 +162,7 @@ def test_sparkline() -> None:
 
 
 def test_a_minute_of_traffic() -> None:
-    """The sparkline has a column for each second of the last minute, half as many where the screen is narrow."""
+    """The sparkline has a column for each second of the last minute, or for half as many on a narrow screen."""
     totals = [counts(received=100 * n) for n in range(61)]
     assert lines(seen(*totals))[1].count("█") == 60
     assert lines(seen(*totals), 60, 20)[1].count("█") == 30
@@ -170,7 +170,7 @@ def test_a_minute_of_traffic() -> None:
 
 
 def test_rates_are_of_the_last_seconds() -> None:
-    """A rate is the growth over 3 seconds, or since the moment before if that is longer ago; it is never negative."""
+    """A rate is the growth over the last 3 seconds or more, and is never negative."""
 
     def received(moment: Moment) -> int:
         return moment.total.received
@@ -183,7 +183,7 @@ def test_rates_are_of_the_last_seconds() -> None:
 
 
 def test_short_numbers() -> None:
-    """Numbers are written in the room that there is."""
+    """Numbers are shortened to fit their columns."""
     written = [short(n, 5) for n in (0, 0.04, 0.3, 7, 9.94, 12.4, 999, 12_345, 99_999, 100_000, 1_234_567, 999_999_999)]
     assert written == ["0", "0.1", "0.3", "7", "9.9", "12", "999", "12k", "100k", "100k", "1.2M", "1.0G"]
     assert [short(n, 4) for n in (1_000, 12_345, 1_000_000, 10**13)] == ["1.0k", "12k", "1.0M", "10T"]
@@ -199,7 +199,7 @@ def test_short_numbers() -> None:
 
 
 def test_summary_for_a_log() -> None:
-    """Without a terminal, one line says what has happened since the line before; what is 0 is left out."""
+    """Without a terminal, one line has the changes since the last line, without zeros."""
     before, after = counts(received=100), counts(received=400, bytes_received=3_000, clients=2, refused_full=30)
     moments = seen(before, attrs.evolve(after, errors={"EPERM": 2}))
     moments[1] = attrs.evolve(moments[1], time=10.0, workers=(worker(1), worker(2, state="dead", restarts=4)))

@@ -1,4 +1,4 @@
-"""Workers: a server on several processes, which are watched, replaced and stopped together."""
+"""Workers: a server on several processes, which are supervised, replaced and stopped together."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Talker:
     pids: list[int] = attrs.field(factory=list)  # of the workers that have answered, without repetitions
 
     async def ask(self) -> int:
-        """Send the next number, wait until it is answered; return the pid of the worker."""
+        """Send the next number, wait for its answer, and return the pid of the worker."""
         await self.send()
         with trio.fail_after(TIMEOUT):
             while len(self.answers) < self.sent:
@@ -54,7 +54,7 @@ class Talker:
             self.pids.append(pid)
 
     async def talk(self) -> None:
-        """Send a datagram every few milliseconds, and take the answers."""
+        """Send a datagram every few milliseconds, and receive the answers."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.listen)
             while True:
@@ -115,9 +115,9 @@ async def test_clients_are_spread_over_workers(workers: Workers, clients: Client
 
 
 async def test_a_killed_worker_is_replaced(workers: Workers, clients: Clients) -> None:
-    """What arrives after a worker was killed waits for its successor; its clients stay with it, others do not notice.
+    """Datagrams that arrive after a worker was killed wait for its successor, and its clients stay with it.
 
-    No counter falls, and every datagram is accounted for.
+    Other clients notice nothing. No counter falls, and every datagram is accounted for.
     """
     supervisor = await workers.start()
     found = await clients.of_each_worker(supervisor)
@@ -139,9 +139,9 @@ async def test_a_killed_worker_is_replaced(workers: Workers, clients: Clients) -
 
 
 async def test_a_rolling_restart_loses_nothing(workers: Workers, clients: Clients) -> None:
-    """Clients that talk during a restart are answered by two workers one after the other: all, in order, none moved.
+    """During a restart, each client gets all answers in order, from two workers one after the other.
 
-    Afterwards the counters of both generations add up to what the clients have sent.
+    Afterwards the counters of both generations add up to the number of sent datagrams.
     """
     supervisor = await workers.start()
     found = await clients.of_each_worker(supervisor)
@@ -168,7 +168,7 @@ async def test_a_rolling_restart_loses_nothing(workers: Workers, clients: Client
 async def test_a_restart_onto_a_broken_module_changes_nothing(
     workers: Workers, clients: Clients, tmp_path: Path
 ) -> None:
-    """Where new workers cannot import the handler, the old ones go on, and the error has the traceback."""
+    """If new workers cannot import the handler, the old ones go on, and the error has the traceback."""
     module = tmp_path / "changing.py"
     module.write_text("from tests.operate.apps import tell_pid\n")
     supervisor = await workers.start(f"{module}:tell_pid")
@@ -185,7 +185,7 @@ async def test_a_restart_onto_a_broken_module_changes_nothing(
 async def test_a_worker_that_cannot_be_started_is_tried_again(
     workers: Workers, clients: Clients, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A dead worker whose successors fail is started again until one is ready; the other worker serves on."""
+    """A dead worker whose successors fail is started again until one is ready; the other worker goes on serving."""
     module = tmp_path / "changing.py"
     module.write_text("from tests.operate.apps import tell_pid\n")
     supervisor = await workers.start(f"{module}:tell_pid")
@@ -207,7 +207,7 @@ async def test_a_worker_that_cannot_be_started_is_tried_again(
 
 
 async def test_sockets_of_others(workers: Workers, clients: Clients) -> None:
-    """Workers serve on bound sockets that another program holds too; what arrives after a stop is left to that one."""
+    """Workers can serve bound sockets that another program also holds; after a stop it gets unread datagrams."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         sock.settimeout(TIMEOUT)
@@ -223,7 +223,7 @@ async def test_sockets_of_others(workers: Workers, clients: Clients) -> None:
 
 
 async def test_a_stopped_process_is_replaced(workers: Workers, clients: Clients) -> None:
-    """A worker that does not answer is killed after ``watchdog`` seconds; its clients are served by its successor."""
+    """A worker that does not answer for ``watchdog`` seconds is killed, and its successor serves its clients."""
     supervisor = await workers.start(watchdog=2)
     found = await clients.of_each_worker(supervisor)
     victim = supervisor.workers[0].pid
@@ -303,7 +303,7 @@ async def test_a_factory_is_entered_and_left(
 
 
 async def test_the_rate_is_exact_when_steered_by_address(workers: Workers, clients: Clients) -> None:
-    """With ``steer="address"`` a rate limit holds for all workers together, whatever ports a host uses."""
+    """With ``steer="address"``, a rate limit holds for all workers together, for any ports of a host."""
     limits = Limits(rate_limit=RateLimit(0.001, 10))
     supervisor = await workers.start("tell_pid_of_datagram", steer="address", limits=limits)
     for _ in range(40):
@@ -313,7 +313,7 @@ async def test_the_rate_is_exact_when_steered_by_address(workers: Workers, clien
 
 
 async def test_accept(workers: Workers, clients: Clients) -> None:
-    """Strangers are asked about by the function that ``accept`` names; one in the handler's module shares its state."""
+    """``accept`` names the function that is called for strangers; it shares the state of the handler's module."""
     supervisor = await workers.start("tell_greetings", workers=1, accept=f"{APPS}:accept_greetings")
     connection = (await clients.open(supervisor)).connection
     answers = []
@@ -327,7 +327,7 @@ async def test_accept(workers: Workers, clients: Clients) -> None:
 
 
 async def test_limits_are_those_of_all_workers(workers: Workers, clients: Clients) -> None:
-    """Each worker gets its part of ``max_clients``."""
+    """Each worker gets its share of ``max_clients``."""
     supervisor = await workers.start(limits=Limits(max_clients=6))
     for _ in range(60):
         await (await clients.open(supervisor)).send()
@@ -366,7 +366,7 @@ async def test_cancelling_kills_the_workers() -> None:
     ],
 )
 async def test_wrong_arguments(arguments: dict[str, object], message: str) -> None:
-    """An argument that makes no sense raises before anything is bound or started."""
+    """An invalid argument raises before anything is bound or started."""
     call: Callable[..., Awaitable[None]] = trio_udp.serve_workers
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         await call(**{"target": "module:handler", "port": 0, **arguments})
@@ -390,7 +390,7 @@ async def test_arguments_of_a_wrong_type(arguments: dict[str, object], message: 
 
 
 def test_workers_import_from_where_the_supervisor_does(tmp_path: Path) -> None:
-    """A program that extends ``sys.path`` gets its workers' packages from there too, trio_udp included."""
+    """If a program extends ``sys.path``, its workers import from there too, including trio_udp."""
     (tmp_path / "only_here.py").write_text("NUMBER = 5\n")
     (tmp_path / "app.py").write_text("from only_here import NUMBER\nasync def handler(client): ...\n")
     program = f"""if True:

@@ -1,4 +1,4 @@
-"""Running the command line with ``--metrics``, and asking its HTTP port."""
+"""Runs the command line with ``--metrics``, and sends requests to its HTTP port."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import attrs
 
 ROOT = Path(__file__).parents[2]
 
-SECONDS = 20.0  # for anything that a test waits for; nothing comes near it unless it has failed
+SECONDS = 20.0  # seconds to wait for anything; a test that passes never takes that long
 
 
 @attrs.frozen
@@ -47,7 +47,7 @@ def environment(*folders: Path) -> dict[str, str]:
 
 @contextmanager
 def service(*options: str) -> Iterator[Service]:
-    """Run the command line until the block ends; begin when it serves."""
+    """Run the command line until the block ends; the block begins when it serves."""
     with subprocess.Popen(
         command("--metrics", "0", *options), stderr=subprocess.PIPE, text=True, env=environment()
     ) as process:
@@ -68,7 +68,7 @@ def service(*options: str) -> Iterator[Service]:
 
 
 def ask(url: str, method: str = "GET") -> tuple[int, str]:
-    """Return status and text of an answer by HTTP."""
+    """Return the status and the text of an HTTP response."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=SECONDS) as answer:
             return answer.status, answer.read().decode()

@@ -1,4 +1,4 @@
-"""Running examples, as scripts and with the command line: what their tests share."""
+"""Helpers to run examples, as scripts and with the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-TIMEOUT = 20.0  # seconds for anything that a test waits for; nothing comes near it unless it has failed
+TIMEOUT = 20.0  # seconds to wait for anything; a test that passes never takes that long
 
 # For tests that run an example.
 without_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send SIGTERM to be handled")
@@ -40,7 +40,7 @@ class Example:
         return host.strip("[]"), int(port)
 
     def peer(self, host: str | None = None) -> socket.socket:
-        """A new peer: a socket connected to the server, from an address of its own if ``host`` says so."""
+        """Open a socket that is connected to the server, from ``host`` if that is given."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         sock = self._cleanup.enter_context(socket.socket(family, socket.SOCK_DGRAM))
         sock.settimeout(TIMEOUT)
@@ -164,9 +164,9 @@ AnyExample = TypeVar("AnyExample", bound=Example)
 
 
 def _watched(kind: type[AnyExample], process: subprocess.Popen[str], cleanup: ExitStack) -> AnyExample:
-    """Let a process end with the test, or after a while."""
+    """End a process with the test, or after a time limit."""
     cleanup.enter_context(process)
-    # Reading a pipe has no timeout: whatever a test waits for ends when the process does.
+    # Reading a pipe has no timeout, but it ends when the process ends.
     watchdog = threading.Timer(TIMEOUT, process.kill)
     watchdog.start()
     cleanup.callback(watchdog.cancel)

@@ -94,7 +94,7 @@ def as_module(page: Path) -> ModuleType:
 
 
 def awaits_outside_functions(page: Path) -> bool:
-    """Whether a page shows lines that only make sense inside an async function of the reader's."""
+    """Whether a page has statements that only work inside an async function of the reader."""
     for block in blocks(page):
         if block.language == "python":
             try:

@@ -3,13 +3,13 @@
     Peer -> network -> socket -> kernel -> server -> Handlers
     '--- Traffic, a process ---'           '--- Soak, this ---'
 
-Hundreds of peers send numbered datagrams, which the network loses, doubles, delays and corrupts; some peers vanish and
-come back, some send nonsense. Handlers raise, return, close, are slow or impatient. The server lives again and again on
-the same port, is flooded from 100,000 forged addresses, and stopped or cancelled in the middle of the traffic.
+Hundreds of peers send numbered datagrams, which the network loses, duplicates, delays and corrupts. Some peers vanish
+and come back, and some send nonsense. Handlers raise, return, close, are slow or impatient. One server after the other
+runs on the same port. Each is flooded from 100,000 forged addresses, and stopped or cancelled during the traffic.
 
-A datagram is numbered anew for each peer, and sealed with a checksum, when it leaves the network for the kernel. So
-whatever the network did, what handlers take must have growing numbers and whole seals, over all lives; and so must what
-the peers get back. At the end of each life everything has to add up: see ``Soak.check``.
+When a datagram leaves the network for the kernel, it gets a new number for its peer, and a seal, which is a checksum.
+So whatever the network did, handlers must receive growing numbers and whole seals, over all lives of the server, and so
+must the peers. At the end of each life the counters must add up: see ``Soak.check``.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from trio_udp import (
 )
 from trio_udp._endpoints.engines.pktinfo import IP_PKTINFO
 
-SERVER = "127.4.0.1"  # nobody else's, so that the port is still free after a restart
+SERVER = "127.4.0.1"  # no other program uses it, so the port is still free after a restart
 MAX_DATAGRAM_SIZE = 1_000
-PATIENCE = 120  # seconds for what should take a moment: a machine may be busy, but a run must end
+PATIENCE = 120  # seconds for a step that should take a moment: a machine may be busy, but a run must end
 
 # Kinds of peers and their handlers, by the peer's number. A flood must not affect the regulars.
 KINDS = ("regular", "regular", "brief", "careful", "closing", "slow", "transacting", "asking", "impatient", "vandal")
@@ -70,7 +70,7 @@ def number_of(peer: Address) -> int | None:
     return int.from_bytes(raw[2:], "big") if raw[1] == 2 else None
 
 
-# Datagrams. A letter is what a peer has written, with a checksum, as protocols have it. It is sealed when it leaves the
+# Datagrams. A letter is the payload of a peer, with a checksum, as in real protocols. It is sealed when it leaves the
 # network, corrupted or not.
 
 CHECKSUM = struct.Struct("!I")
@@ -78,7 +78,7 @@ SEAL = struct.Struct("!IIIB")  # peer, number on the wire, phase of the run, whe
 
 
 class NonsenseError(Exception):
-    """A peer has sent something that no protocol knows."""
+    """A peer has sent a payload that no protocol knows."""
 
 
 @attrs.frozen
@@ -110,7 +110,7 @@ def checksum_is_right(data: bytes) -> bool:
 
 
 def travel(letter: bytes, random_: random.Random) -> Iterator[tuple[float, bytes, bool]]:
-    """Yield each copy of a letter that arrives: its delay, its bytes, and whether they are still the letter's."""
+    """Yield each copy of a letter that arrives: its delay, its bytes, and whether the bytes are unchanged."""
     if random_.random() < 0.05:
         return
     for _ in range(2 if random_.random() < 0.05 else 1):
@@ -204,7 +204,7 @@ class Traffic:
         self.complaints = []
 
     def pause(self) -> None:
-        """Stop all peers from writing, and report when no letter is under way."""
+        """Stop all peers from sending, and report when no letter is in transit."""
         self.paused = True
         if self.under_way:
             self.later(0.01, self.pause)
@@ -295,9 +295,9 @@ class Handlers:
         self.random = random_
         self.clients = self.taken = self.sent = self.cancelled = self.errors = 0
         self.complaints: list[str] = []
-        self.regulars: set[int] = set()  # who have been here
-        # How much of the regulars' has reached the server, by phase: what handlers have taken, and what strangers sent
-        # (accept sees that first, whether it is then refused or taken).
+        self.regulars: set[int] = set()  # that have been here
+        # How many datagrams of the regular peers have reached the server, by phase: those that handlers have taken, and
+        # those of strangers (which accept sees first, whether they are then refused or taken).
         self.reached: Counter[int] = Counter()
         self.seen_by_accept: set[tuple[int, int]] = set()  # and not taken
 
@@ -537,7 +537,7 @@ class Soak:
         self.check_answers((await self.command("report")).answers, handlers, calm, flood)
 
     async def quiet(self, server: Server) -> tuple[int, int]:
-        """Pause the traffic until the server has read everything; return how many were sent, and how many arrived."""
+        """Pause the traffic until the server has read everything; return how many were sent and how many received."""
         sent = (await self.command("pause")).sent
         (endpoint,) = server.endpoints
         await until("all is read", lambda: not endpoint.statistics().kernel_queued)
@@ -558,20 +558,20 @@ class Soak:
             self.expect(f"handlers have sent {handlers.sent}", s.sent == handlers.sent)
             self.expect(f"{handlers.cancelled} handlers were cancelled in the drain", not handlers.cancelled)
         if life.when_full == "refuse":
-            self.expect("nobody was refused", s.refused_full > 0)
+            self.expect("no stranger was refused", s.refused_full > 0)
             self.expect("clients were evicted", not s.clients_evicted)
         else:
-            self.expect("nobody was evicted", s.clients_evicted > 0)
+            self.expect("no client was evicted", s.clients_evicted > 0)
 
     def check_answers(self, answers: Counter[int], handlers: Handlers, calm: int, flood: int) -> None:
-        """Check that a flood does not lower the share of answers to the regulars' datagrams that reached the server."""
+        """Check that a flood does not lower the share of answers to datagrams of regular peers that arrived."""
         reached = handlers.reached
         before, during = (answers[phase] / max(1, reached[phase]) for phase in (calm, flood))
         print(f"    regulars answered: {before:.1%} of {reached[calm]}, in the flood {during:.1%} of {reached[flood]}")
         self.expect("too few answers", during >= 0.95 * before > 0)
 
 
-# Back-pressure.
+# Backpressure.
 
 
 async def back_pressure(seed: int) -> list[str]:
@@ -628,7 +628,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
     parser.add_argument("--engine", choices=["linux", "portable"], default="linux")
     options = parser.parse_args()
-    # The random choices are the same then; what the kernel and the scheduler make of them is not.
+    # The random choices are then the same. The kernel and the scheduler may still act differently.
     print("repeat it with", *(f"--{name} {value}" for name, value in vars(options).items()), flush=True)
     os.environ["TRIO_UDP_ENGINE"] = options.engine if options.engine == "portable" else ""
 

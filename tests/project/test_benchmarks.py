@@ -39,7 +39,7 @@ SERVERS = _load()
 
 
 def _exchange(arguments: list[str], questions: list[bytes]) -> list[bytes]:
-    """Start a server, send it one datagram after another from one socket, and return what came back."""
+    """Start a server, send it one datagram after another from one socket, and return the replies."""
     if (peer := PEERS.get(arguments[1])) and importlib.util.find_spec(peer) is None:
         pytest.skip(f"{peer} is not installed")
     command = [sys.executable, str(SERVERS_PY), *arguments]
@@ -66,7 +66,7 @@ def _exchange(arguments: list[str], questions: list[bytes]) -> list[bytes]:
 
 @pytest.mark.parametrize("server", SERVERS.SERVERS)
 def test_each_server_of_the_benchmark_echoes(server: str) -> None:
-    """A server answers a datagram with itself, in the shape that it is measured in."""
+    """A server of the benchmark answers each datagram with the same payload."""
     what = ECHOES_NEVER.get(server, "echo")
     payload = SERVERS.JOIN + b"oin"
     assert _exchange([what, server], [payload]) == [payload]

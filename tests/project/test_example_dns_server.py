@@ -1,4 +1,4 @@
-"""The DNS server among the examples: what it answers, first as a pure function, then to dig over a socket."""
+"""The DNS server among the examples: its replies, first as a pure function, then to dig over a socket."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ZONE: dns.zone.Zone = dns_server.load_zone(str(ZONE_FILE))
 ORIGIN = dns.name.from_text("example.com.")
 
 
-# What a reply says, in a form that dig's output and dnspython's messages have in common.
+# The content of a reply, in a form that suits dig's output and dnspython's messages.
 
 Records = frozenset[tuple[dns.name.Name, int, dns.rdata.Rdata]]
 
@@ -60,7 +60,7 @@ class Reply(NamedTuple):
 
 
 def records(*lines: str) -> Records:
-    """Parse lines such as ``www 3600 CNAME web``; names may be relative to the example's zone, letter case is free."""
+    """Parse lines such as ``www 3600 CNAME web``. Names may be relative to the example's zone, in any case."""
     found = []
     for line in lines:
         owner, ttl, rdtype, rdata = line.replace(" IN ", " ").split(None, 3)
@@ -72,7 +72,7 @@ def records(*lines: str) -> Records:
 
 def read_wire(wire: bytes | None) -> Reply:
     assert wire is not None
-    message = dns.message.from_wire(wire, one_rr_per_rrset=True)  # to merge them would hide records that come twice
+    message = dns.message.from_wire(wire, one_rr_per_rrset=True)  # merging would hide duplicate records
     extended = " do" if message.ednsflags & dns.flags.DO else ""
     return Reply(
         dns.rcode.to_text(message.rcode()),
@@ -115,7 +115,7 @@ def read_dig(output: str) -> list[Reply]:
     return replies
 
 
-# What the example's zone file makes of a question without EDNS: status and flags, then the three sections.
+# Replies to questions without EDNS, for the example's zone file: status and flags, then the three sections.
 
 SOA_RDATA = "SOA ns1 hostmaster 2026010101 7200 3600 1209600 300"
 NOTHING_HERE = [f"@ 300 {SOA_RDATA}"]
@@ -147,7 +147,7 @@ CASES: dict[str, Sections] = {
     "web ANY": ("NOERROR aa", WEB_A, [], []),
     "_sip._tcp SRV": ("NOERROR aa", ["_sip._tcp 3600 SRV 10 60 5060 sip"], [], ["sip 3600 A 192.0.2.60"]),
     "_dmarc TXT": ("NOERROR aa", ['_dmarc 3600 TXT "v=DMARC1; p=reject; rua=mailto:dmarc@example.com"'], [], []),
-    # The name exists, the type does not; or there are only names below it.
+    # The name exists, but not the type; or there are only names below it.
     "@ SRV": ("NOERROR aa", [], NOTHING_HERE, []),
     "@ DS": ("NOERROR aa", [], NOTHING_HERE, []),
     "mail MX": ("NOERROR aa", [], NOTHING_HERE, []),
@@ -175,7 +175,7 @@ CASES: dict[str, Sections] = {
     "hen A": ("NOERROR aa", ["hen 3600 CNAME egg", "egg 3600 CNAME hen"], [], []),
     "blog A": ("NOERROR aa", ["blog 3600 CNAME blog.pages", "blog.pages 3600 A 192.0.2.80"], [], []),
     "intranet A": ("NOERROR aa", ["intranet 3600 CNAME portal.lab"], LAB, LAB_GLUE),
-    # Wildcards, and what they do not stand for.
+    # Wildcards, and names that they do not match.
     "bob.pages A": ("NOERROR aa", ["bob.pages 3600 A 192.0.2.80"], [], []),
     "very.deep.below.pages A": ("NOERROR aa", ["very.deep.below.pages 3600 A 192.0.2.80"], [], []),
     "bob.pages TXT": ("NOERROR aa", ['bob.pages 3600 TXT "a page that somebody has made"'], [], []),
@@ -200,7 +200,7 @@ CASES: dict[str, Sections] = {
     "below.lab DS": ("NOERROR", [], LAB, LAB_GLUE),
     "lab DS": ("NOERROR aa", [], NOTHING_HERE, []),
     "host.cloud A": ("NOERROR", [], CLOUD, []),
-    # Not ours to answer, nor anybody's over UDP.
+    # Queries that this server, or any server over UDP, must not answer.
     "com. NS": ("REFUSED", [], [], []),
     ". NS": ("REFUSED", [], [], []),
     "example.net. A": ("REFUSED", [], [], []),
@@ -243,7 +243,7 @@ def load(tmp_path: Path, text: str, origin: str | None = None) -> dns.zone.Zone:
 
 @pytest.mark.parametrize("case", CASES)
 def test_answer(case: str) -> None:
-    """Status, flags and all three sections are as the RFCs want them for this zone."""
+    """Status, flags and all three sections follow the RFCs for this zone."""
     name, rdtype = question(case)
     query = dns.message.make_query(name, rdtype)
     assert read_wire(dns_server.answer(ZONE, query.to_wire())) == expected(case, f"{name} IN {rdtype}")
@@ -296,7 +296,7 @@ def test_wildcards_of_rfc_4592(tmp_path: Path, asked: str, status: str, answer: 
 
 
 def test_longest_name() -> None:
-    """A wildcard stands for a name of 255 bytes, the longest there is."""
+    """A wildcard matches a name of 255 bytes, the longest possible one."""
     name = "a." * 118 + "pages.example.com."
     assert len(name) + 1 == 255  # on the wire: a length before each label, and a zero at the end
     assert ask(name).answer == records(f"{name} 3600 A 192.0.2.80")
@@ -335,7 +335,7 @@ def test_zone_file_without_origin(tmp_path: Path) -> None:
 
 
 def test_edns() -> None:
-    """A query with OPT gets a reply with OPT that offers 1232 bytes and repeats the DO bit; one without gets none."""
+    """A query with OPT gets a reply with OPT that offers 1232 bytes and repeats the DO bit; others get no OPT."""
     assert ask("web").edns is None
     assert ask("web", use_edns=0).edns == "version: 0, flags:; udp: 1232"
     assert ask("web", use_edns=0, want_dnssec=True).edns == "version: 0, flags: do; udp: 1232"
@@ -423,7 +423,7 @@ def test_glue_is_not_left_out_without_truncation(tmp_path: Path) -> None:
     assert (large.flags, len(large.authority), len(large.additional)) == ("qr rd", 12, 12)
 
 
-# What is no proper question.
+# Unusual and malformed queries.
 
 EMPTY = Reply("FORMERR", "qr rd", None, "", records(), records(), records())
 OFFER = "version: 0, flags:; udp: 1232"
@@ -451,7 +451,7 @@ def test_no_question_or_several() -> None:
 
 
 def test_superfluous_records() -> None:
-    """Records that a query has no use for are ignored, but a query of more than three is not even parsed."""
+    """Superfluous records in a query are ignored, but a query with more than three records is not even parsed."""
     query = dns.message.make_query("web.example.com", "A", use_edns=0)
     query.additional.append(dns.rrset.from_text("ns1.example.com.", 60, "IN", "A", "192.0.2.1"))
     assert read_wire(dns_server.answer(ZONE, query.to_wire())) == expected("web A", "web.example.com. IN A", edns=OFFER)
@@ -460,7 +460,7 @@ def test_superfluous_records() -> None:
 
 
 def test_signed_query() -> None:
-    """A query signed with a key (TSIG) gets FORMERR, as from a server that does not know of signatures."""
+    """A query with a signature (TSIG) gets FORMERR, as from a server that does not know signatures."""
     query = dns.message.make_query("web.example.com", "A")
     query.use_tsig(dns.tsig.Key("key.", "c2VjcmV0"))
     assert read_wire(dns_server.answer(ZONE, query.to_wire())) == EMPTY
@@ -476,7 +476,7 @@ def test_other_classes(rdclass: str) -> None:
 
 @pytest.mark.parametrize("rdtype", ["AXFR", "IXFR"])
 def test_zone_transfer(rdtype: str) -> None:
-    """The whole zone does not go out over UDP."""
+    """A zone transfer over UDP is refused."""
     reply = ask("@", rdtype)
     assert (reply.status, reply.flags, reply.answer) == ("REFUSED", "qr rd", records())
 
@@ -533,7 +533,7 @@ def test_malformed(name: str) -> None:
 
 
 def check_reply(payload: bytes) -> None:
-    """Check the reply to any payload: none where none is due, else one that fits, parses, and amplifies no garbage."""
+    """Check the reply to any payload: none if none is due, otherwise one that fits, parses, and does not amplify."""
     reply = dns_server.answer(ZONE, payload)
     if len(payload) < 12 or payload[2] & 0x80:
         assert reply is None
@@ -635,9 +635,9 @@ def dig() -> str:
 
 
 def exchange(sock: socket.socket, *payloads: bytes) -> list[bytes]:
-    """Send payloads, then a proper query; return the replies up to the one to that query.
+    """Send payloads, then a valid query; return the replies up to the one to that query.
 
-    The server answers one client's datagrams in order: once the last has its reply, no other will come.
+    The server answers one client's datagrams in order, so after the reply to the last one no other will follow.
     """
     last = b"\xee\xee"  # an ID that nothing else here has
     for payload in (*payloads, last + QUERY[2:]):
@@ -648,7 +648,7 @@ def exchange(sock: socket.socket, *payloads: bytes) -> list[bytes]:
     return replies
 
 
-# Options of dig; what becomes of the name; whether RD is set; the reply's EDNS.
+# Options of dig; the name in the reply; whether RD is set; the reply's EDNS.
 VARIANTS: list[tuple[str, Callable[[str], str], bool, str | None]] = [
     ("+noedns", str, True, None),
     ("+noedns +norecurse", str.upper, False, None),
@@ -661,7 +661,7 @@ VARIANTS: list[tuple[str, Callable[[str], str], bool, str | None]] = [
 
 @without_signals
 def test_dig(start: Start, dig: str, tmp_path: Path) -> None:
-    """Real queries get the right replies, every one, while another client sends all kinds of garbage."""
+    """dig gets the right reply to every query, while another client sends all kinds of garbage."""
     example = start_dns(start)
     garbage = example.peer()
     lines, wanted = [], []
@@ -693,7 +693,7 @@ def test_dig(start: Start, dig: str, tmp_path: Path) -> None:
 
 @without_signals
 def test_dig_oddities(start: Start, dig: str) -> None:
-    """Sizes, versions, opcodes, classes and a missing question, as dig sends them."""
+    """dig gets the right replies for unusual sizes, versions, opcodes and classes, and without a question."""
     queries = {
         "+bufsize=512 mail2026._domainkey.example.com TXT": ("NOERROR", "qr aa tc rd", 0),
         "+bufsize=1232 mail2026._domainkey.example.com TXT": ("NOERROR", "qr aa rd", 1),
@@ -735,7 +735,7 @@ def test_answers_in_order_and_ignores_the_rest(start: Start) -> None:
     assert exchange(peer, *UNANSWERED.values()) == []
     for name, payload in MALFORMED.items():
         assert exchange(peer, payload) == [MALFORMED_REPLIES[name]]
-    too_long = QUERY + bytes(1233 - len(QUERY))  # one byte more than the server offers to take
+    too_long = QUERY + bytes(1233 - len(QUERY))  # one byte more than the server accepts
     assert exchange(peer, too_long, too_long[:-1]) == [b"\x12\x34\x81\x01" + bytes(8)]
     queries = [bytes([9, i]) + QUERY[2:] for i in range(100)]
     assert [reply[:2] for reply in exchange(peer, *queries)] == [query[:2] for query in queries]

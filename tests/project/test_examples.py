@@ -1,4 +1,4 @@
-"""Every example, run as a user would run it, by the command line or as a script, and talked to over real sockets."""
+"""Every example, run as a user would run it, by the command line or as a script, over real sockets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = without_signals
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_serves_until_sigint(serve: Serve, name: str) -> None:
-    """An example that is run as a script serves on every interface, and exits with status 0 when interrupted."""
+    """An example that runs as a script serves on every interface, and exits with status 0 when interrupted."""
     example = serve(name)
     assert example.host == "0.0.0.0"
     example.stop(SIGINT)
@@ -72,7 +72,7 @@ def test_listens_on_all_interfaces_and_stops_at_sigint(start: Start, name: str) 
 
 
 def test_uppercase(serve: Serve) -> None:
-    """The uppercase server answers two clients each with its own datagram in upper case, and prints it."""
+    """The uppercase server answers each of two clients with its own datagram in upper case, and prints it."""
     example = serve("uppercase:uppercase")
     one, two = example.peer(), example.peer()
     assert ask(one, b"hello world\n") == b"HELLO WORLD\n"
@@ -86,7 +86,7 @@ def test_uppercase(serve: Serve) -> None:
 
 
 def test_echo_options_sets_and_prints_options(start: Start) -> None:
-    """The echo server prints the options of its sockets as they are in force, and every datagram both ways."""
+    """The echo server prints the actual options of its sockets, and every datagram in both directions."""
     example = start("echo_options")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as twin:
         twin.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
@@ -107,7 +107,7 @@ def test_echo_options_sets_and_prints_options(start: Start) -> None:
 
 
 def test_echo_on_two_workers(serve: Serve) -> None:
-    """The echo runs on two workers as it is, and each client is answered by one of them."""
+    """The echo runs unchanged on two workers, and each client is answered by one of them."""
     example = serve("echo_options:echo", "--workers", "2")
     peers = [example.peer() for _ in range(8)]
     for peer in peers:
@@ -138,7 +138,7 @@ def test_time_server(serve: Serve, payload: bytes) -> None:
     ids=["in a thread", "in a process"],
 )
 def test_slow_work_lets_others_pass(serve: Serve, request_: bytes, answer: bytes) -> None:
-    """A client is answered while slow work goes on for another one, whose answers come in order."""
+    """During one client's slow work another client gets its answers; each client's answers stay in order."""
     example = serve("slow_work:handler")
     slow, quick = example.peer(), example.peer()
     slow.send(request_)
@@ -149,7 +149,7 @@ def test_slow_work_lets_others_pass(serve: Serve, request_: bytes, answer: bytes
 
 
 def test_slow_work_gives_up(serve: Serve) -> None:
-    """Work that takes longer than the timeout, in a thread or in a process, is not answered; the next datagram is."""
+    """Work in a thread or a process that exceeds the timeout is not answered; the next datagram is."""
     example = serve("slow_work:handler", TIMEOUT="0.3")
     in_thread, in_process = example.peer(), example.peer()
     in_thread.send(b"sleep 60")
@@ -158,8 +158,8 @@ def test_slow_work_gives_up(serve: Serve) -> None:
     assert ask(in_process, b"ping") == b"ping"
 
 
-def test_slow_work_says_what_is_wrong(serve: Serve) -> None:
-    """A payload that is not a number is answered with an error."""
+def test_slow_work_answers_with_an_error(serve: Serve) -> None:
+    """A payload that is not a number gets an error message as its answer."""
     example = serve("slow_work:handler")
     peer = example.peer()
     assert ask(peer, b"sleep long") == b"could not convert string to float: b'long'\n"
@@ -168,14 +168,14 @@ def test_slow_work_says_what_is_wrong(serve: Serve) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the loopback interface has only 127.0.0.1")
-def test_refusing_counts_what_it_turns_away(serve: Serve) -> None:
-    """Strangers without the prefix get no answer, and those from other networks a refusal; all are counted."""
+def test_refusing_counts_refused_datagrams(serve: Serve) -> None:
+    """Strangers without the prefix get no answer, those from other networks a refusal; all are counted."""
     example = serve("refusing", ALLOW="127.0.0.2/32 ::1/128")
     stranger, friend = example.peer(), example.peer("127.0.0.2")
     stranger.send(b"")
     friend.send(b"no prefix")
     assert ask(stranger, b"EX1 let me in") == b"not here\n"
-    # Whatever was sent before this to the same socket has been dealt with when the answer comes.
+    # When the answer arrives, all earlier datagrams to the same socket have been handled.
     assert ask(friend, b"EX1 hello") == b"hello"
     assert waiting(stranger) == waiting(friend) == []
     assert example.stop() == [
@@ -187,7 +187,7 @@ def test_refusing_counts_what_it_turns_away(serve: Serve) -> None:
 
 
 def test_refusing_turns_a_known_client_out(serve: Serve) -> None:
-    """A client that stops using the prefix is told, once, and from then on is a stranger again."""
+    """A client that stops using the prefix gets one refusal, and is a stranger from then on."""
     example = serve("refusing")
     peer, other = example.peer(), example.peer()
     assert ask(peer, b"EX1 hello") == b"hello"
@@ -205,7 +205,7 @@ def test_refusing_turns_a_known_client_out(serve: Serve) -> None:
 
 
 def test_refusing_turns_a_burst_out_once(serve: Serve) -> None:
-    """A client that sends a burst without the prefix is told once."""
+    """A client that sends a burst without the prefix gets one refusal."""
     example = serve("refusing")
     peer, other = example.peer(), example.peer()
     assert ask(peer, b"EX1 hello") == b"hello"
@@ -218,7 +218,7 @@ def test_refusing_turns_a_burst_out_once(serve: Serve) -> None:
 
 
 def test_errors_of_the_peer_do_not_end_the_conversation(serve: Serve) -> None:
-    """A malformed payload gets an error as its answer, and the client's total is what it was."""
+    """A malformed payload gets an error as its answer, and the client's total does not change."""
     example = serve("errors")
     peer = example.peer()
 
@@ -236,7 +236,7 @@ def test_errors_of_the_peer_do_not_end_the_conversation(serve: Serve) -> None:
 
 
 def test_errors_of_the_handler_end_one_client(serve: Serve) -> None:
-    """An exception in the handler is logged, counted and told to its client, who begins anew; others do not notice."""
+    """An exception in the handler is logged, counted and answered, and only that client starts again."""
     example = serve("errors")
     peer, other = example.peer(), example.peer()
     assert ask(peer, b'{"add": 6}') == ask(other, b'{"add": 6}') == b'{"total": 6.0}\n'
@@ -257,7 +257,7 @@ def log_in(peer: socket.socket) -> None:
 
 
 def test_login(serve: Serve) -> None:
-    """Commands are echoed after the login, until "quit" ends the conversation; the next begins with a login again."""
+    """After the login, lines are echoed until "quit" ends the conversation; the next one starts with a login again."""
     example = serve("login:handler")
     peer = example.peer()
     for _ in range(2):
@@ -290,7 +290,7 @@ def test_login_has_a_time_limit(serve: Serve) -> None:
 
 
 def test_login_changes_the_idle_timeout(serve: Serve) -> None:
-    """A client that has logged in may be silent for --idle-time seconds, and is told when they are over."""
+    """A client that has logged in may be silent for IDLE_TIME seconds, and then gets a goodbye."""
     example = serve("login:handler", IDLE_TIME="0.2")
     peer = example.peer()
     log_in(peer)
@@ -298,13 +298,13 @@ def test_login_changes_the_idle_timeout(serve: Serve) -> None:
 
 
 def test_login_may_be_finished_while_the_server_stops(serve: Serve) -> None:
-    """A server told to stop says goodbye to logged-in clients, and lets a login that has begun finish."""
+    """A stopping server says goodbye to logged-in clients, and lets a login in progress finish."""
     example = serve("login:handler")
     logged_in, logging_in = example.peer(), example.peer()
     log_in(logged_in)
     assert ask(logging_in, b"hello") == b"user name? "
     example.signal(SIGTERM)
-    assert logged_in.recv(100) == b"goodbye: stopping\n"  # so the server is stopping by now
+    assert logged_in.recv(100) == b"goodbye: stopping\n"  # so the server is already stopping
     assert ask(logging_in, b"ada") == b"password? "
     assert ask(logging_in, b"lovelace") == b"welcome, ada\n"
     assert logging_in.recv(100) == b"goodbye: stopping\n"
@@ -312,7 +312,7 @@ def test_login_may_be_finished_while_the_server_stops(serve: Serve) -> None:
 
 
 def test_service_closes_its_resource_after_the_drain(serve: Serve, tmp_path: Path) -> None:
-    """A stopping service stores and answers every datagram that had arrived, and then closes the database."""
+    """A stopping service stores and answers every datagram that has arrived, and then closes the database."""
     path = tmp_path / "notes.db"
     example = serve("service:service", "--factory", DATABASE=str(path))
     peer = example.peer()
@@ -320,7 +320,7 @@ def test_service_closes_its_resource_after_the_drain(serve: Serve, tmp_path: Pat
     for note in notes:
         peer.send(note)
     first = peer.recv(100)
-    # The other notes wait in the client's inbox, except those that come later than the signal.
+    # The other notes wait in the client's inbox, except those that arrive after the signal.
     assert example.stop() == ["database closed"]
     answers = [first, *waiting(peer)]
     assert answers == [b"note %d\n" % number for number in range(1, len(answers) + 1)]
@@ -339,7 +339,7 @@ def test_service_shares_its_resource(serve: Serve) -> None:
 
 
 def test_lobby(serve: Serve) -> None:
-    """A line reaches all members, late comers get the last lines first, and all members are told of one that quits."""
+    """A line reaches all members, late joiners get the last lines first, and all members learn that one quits."""
     example = serve("lobby:lobby", "--factory", EVERY="3600")
     ada, bob = example.peer(), example.peer()
     assert ask(ada, b"ada\n") == b"ada joins\n"
@@ -356,7 +356,7 @@ def test_lobby(serve: Serve) -> None:
 
 
 def test_lobby_notices_silence(serve: Serve) -> None:
-    """The lobby tells its members at intervals who is there; members that do not answer get a goodbye and are out."""
+    """The lobby sends its members a list at intervals; silent members get a goodbye and are removed."""
     example = serve("lobby:lobby", "--factory", EVERY="0.02", IDLE_TIME="1")
     ada, bob = example.peer(), example.peer()
     ada.send(b"ada")
@@ -371,10 +371,10 @@ def test_lobby_notices_silence(serve: Serve) -> None:
 
 
 def test_collector_loses_nothing_when_stopped(serve: Serve, tmp_path: Path) -> None:
-    """Datagrams that had arrived when the collector is told to stop are in its file, in arrival order."""
+    """Datagrams that had arrived when the collector is stopped are in its file, in arrival order."""
     example = serve("collector", FILE=str(tmp_path / "log"))
     peers = [example.peer() for _ in range(3)]
-    # While it stands still, what is sent to it waits in the kernel.
+    # While the process is stopped, datagrams wait in the kernel.
     example.signal(signal.SIGSTOP)
     for number in range(300):
         peers[number % 3].send(b"line %d\n" % number)
@@ -385,7 +385,7 @@ def test_collector_loses_nothing_when_stopped(serve: Serve, tmp_path: Path) -> N
 
 
 def test_collector_writes_now_and_then(serve: Serve, tmp_path: Path) -> None:
-    """Lines are in the file after the time between writes, and a line feed inside one does not make it two."""
+    """Lines are in the file after the time between writes; a line feed inside a line does not make it two."""
     example = serve("collector:collector", "--factory", EVERY="0.01")
     example.peer().send(b"one\nand a half\r\n")
     assert example.next_line() == "lines: 1"
@@ -402,20 +402,20 @@ def run_client(port: int, *arguments: str, stdin: str = "") -> subprocess.Comple
 
 
 def test_client_sends_its_arguments(serve: Serve) -> None:
-    """The client sends every argument as one datagram and prints the answers."""
+    """The client sends each argument as a datagram and prints the answers."""
     result = run_client(serve("uppercase:uppercase").port, "hello", "two words")
     assert (result.stdout, result.stderr, result.returncode) == ("HELLO\nTWO WORDS\n", "", 0)
 
 
 def test_client_sends_its_input(serve: Serve) -> None:
-    """The client sends every line of its input, empty ones too, if it has no arguments."""
+    """Without arguments, the client sends each line of its input, including empty ones."""
     result = run_client(serve("uppercase:uppercase").port, stdin="hello\n\nworld\n")
     assert (result.stdout, result.stderr, result.returncode) == ("HELLO\n\nWORLD\n", "", 0)
 
 
 @pytest.fixture
 def server() -> Iterator[socket.socket]:
-    """A socket for a test that is the server itself."""
+    """A socket for a test that plays the server."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         sock.settimeout(TIMEOUT)
@@ -423,7 +423,7 @@ def server() -> Iterator[socket.socket]:
 
 
 def test_client_tries_again(server: socket.socket) -> None:
-    """The client sends a line again when no answer comes."""
+    """The client sends a line again if no answer arrives."""
     received = []
 
     def answer_the_third() -> None:
@@ -441,15 +441,15 @@ def test_client_tries_again(server: socket.socket) -> None:
 
 
 def test_client_gives_up(server: socket.socket) -> None:
-    """The client says that there was no answer after three tries, and does not go on to the next line."""
+    """After three tries the client prints that there was no answer, and does not go on to the next line."""
     result = run_client(server.getsockname()[1], "--timeout", "0.05", "hello", "world")
     assert (result.stdout, result.stderr, result.returncode) == ("", "no answer to 'hello' after 3 tries\n", 1)
     assert waiting(server) == [b"hello"] * 3
 
 
-def test_client_says_that_nobody_listens(server: socket.socket) -> None:
+def test_client_says_that_nothing_listens(server: socket.socket) -> None:
     """A refusal by the server's machine is reported at once."""
     port = server.getsockname()[1]
     server.close()
     result = run_client(port, "--timeout", "60", "hello")
-    assert (result.stdout, result.stderr, result.returncode) == ("", f"nobody listens on 127.0.0.1 port {port}\n", 1)
+    assert (result.stdout, result.stderr, result.returncode) == ("", f"nothing listens on 127.0.0.1 port {port}\n", 1)

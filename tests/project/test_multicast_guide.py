@@ -1,4 +1,4 @@
-"""docs/multicast.md tells the truth."""
+"""The code in docs/multicast.md works."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 GUIDE = (Path(__file__).parents[2] / "docs" / "multicast.md").read_text()
 CODE = "\n\n".join(re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL))
 
-# What the guide shows and does not try itself.
+# Tests for code that the guide shows without a test.
 MORE = """
 async def test_answering_all(nursery):
     (member,) = await trio_udp.open_endpoints(0, host="0.0.0.0")

@@ -1,4 +1,4 @@
-"""The pages of docs/, and CONTRIBUTING.md, tell the truth: all their code runs. How is in pages.py."""
+"""The code in docs/ and CONTRIBUTING.md works. pages.py says how it is run."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def collect() -> None:
         for name, thing in vars(module).items():
             if name.startswith("test_"):
                 globals()[f"test_{prefix}__{name.removeprefix('test_')}"] = thing
-    gc.set_threshold(*threshold)  # one page is about it
+    gc.set_threshold(*threshold)  # one page sets it
 
 
 collect()
 
 
 def command(block: Block, folder: Path, port: int) -> list[str]:
-    """Write a program down, with another port, and return how to run it."""
+    """Write a program to a file, with another port, and return the command that runs it."""
     assert "9999" in block.code
     source = folder / ("server.go" if block.language == "go" else "server.py")
     source.write_text(block.code.replace("9999", str(port)))
@@ -60,7 +60,7 @@ def command(block: Block, folder: Path, port: int) -> list[str]:
 
 
 def ask(sock: socket.socket, payload: bytes) -> bytes:
-    """Send a datagram, again while nobody listens yet, and return the answer."""
+    """Send a datagram, again while nothing listens yet, and return the answer."""
     end = time.monotonic() + TIMEOUT
     while True:
         try:
@@ -94,7 +94,7 @@ def test_program(block: Block, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", [block for block in ALL_BLOCKS if block.language == "python"], ids=str)
 def test_names_and_arguments(block: Block) -> None:
-    """What a page uses of trio_udp is there, and takes the keywords that the page gives it."""
+    """Every name of trio_udp in a page exists, and takes the keywords in the page."""
     for node in ast.walk(compile(block.code, str(block), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | ast.PyCF_ONLY_AST)):
         match node:
             case ast.Attribute(value=ast.Name("trio_udp"), attr=name):

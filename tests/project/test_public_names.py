@@ -1,4 +1,4 @@
-"""The package shows what it says it shows, at run time and to a type checker."""
+"""The public names of the package, at run time and for a type checker."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import pytest
 
 import trio_udp
 
-# What users write down in annotations. These are no objects of their own at run time.
+# Names for annotations. They are not objects of their own at run time.
 ALIASES = {"Accept", "Address", "Handler", "OnError", "Payload"}
 CLASSES_AND_FUNCTIONS = sorted(set(trio_udp.__all__) - ALIASES)
 
 
-def test_all_is_what_there_is() -> None:
+def test_all_lists_every_public_name() -> None:
     """__all__ lists every public name, and nothing else is public."""
     # pytest adds names with an "@" to packages with a plugin; these five are modules, once they have been imported.
     names = {name for name in vars(trio_udp) if not name.startswith(("_", "@"))}
@@ -29,14 +29,14 @@ def test_all_is_what_there_is() -> None:
 
 
 def test_a_type_checker_sees_the_same_names() -> None:
-    """Every public name is re-exported in the form that type checkers take as public."""
+    """Every public name is re-exported in the form that type checkers treat as public."""
     source = Path(trio_udp.__file__).read_text()
     assert sorted(set(re.findall(r"(\w+) as \1\b", source)) - {"dtls"}) == trio_udp.__all__
     assert (Path(trio_udp.__file__).parent / "py.typed").exists()
 
 
 def test_names_live_in_the_package() -> None:
-    """Tracebacks, documentation and pickles name the public place, not the module inside."""
+    """Every public object has the public module as its ``__module__``, for tracebacks, documentation and pickles."""
     assert {getattr(trio_udp, name).__module__ for name in CLASSES_AND_FUNCTIONS} == {"trio_udp"}
     limits = trio_udp.Limits(max_clients=5)
     assert pickle.loads(pickle.dumps(limits)) == limits
@@ -54,7 +54,7 @@ def test_everything_public_is_documented() -> None:
 
 
 def test_every_alias_is_documented() -> None:
-    """A public type alias is followed by a docstring, as documentation tools expect it."""
+    """A public type alias is followed by a docstring, as documentation tools expect."""
     documented = set()
     for path in Path(trio_udp.__file__).parent.rglob("*.py"):
         for block in ast.walk(ast.parse(path.read_text())):
@@ -73,7 +73,7 @@ def test_every_alias_is_documented() -> None:
 
 
 def test_statistics_are_values() -> None:
-    """Two snapshots of statistics can be compared, and be members of a set."""
+    """Snapshots of statistics can be compared and hashed."""
     numbers = {"received": 1, "bytes_received": 1, "truncated": 0, "sent": 0, "bytes_sent": 0}
     errors = {"receive_errors": 0, "send_errors": 1, "errors": {"EPERM": 1}}
     kernel = {"kernel_dropped": 0, "kernel_queued": 0, "receive_buffer": 0, "receive_buffer_requested": 0}
@@ -100,7 +100,7 @@ def test_statistics_of_servers_can_be_added() -> None:
 
 
 def test_values_can_be_introspected() -> None:
-    """Libraries that build values from data find the types of their fields."""
+    """Libraries that build values from data can find the types of their fields."""
     for value in (trio_udp.Limits, trio_udp.ServerStatistics, trio_udp.ClientStatistics):
         hints = typing.get_type_hints(value)
         assert {field.name for field in attrs.fields(value)} <= set(hints)

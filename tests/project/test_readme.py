@@ -1,4 +1,4 @@
-"""The README and the other documents tell the truth."""
+"""The code, names and links in the README and the other documents are right."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *(page for page in sorted(DOCS.rglob("*.md")) if "_build" not in page.parts)]
 
-# What the variables of the README's programs are.
+# The types of the variables in the README's programs.
 VARIABLES = {
     "client": trio_udp.Client,
     "datagram": trio_udp.Datagram,
@@ -39,7 +39,7 @@ def calls_and_attributes() -> list[ast.expr]:
 
 def test_the_first_program_runs() -> None:
     """The five-line server answers in upper case."""
-    # The log says when the server is there, and which port the kernel has chosen.
+    # The log says when the server has started, and which port the kernel has chosen.
     program = "import logging\nlogging.basicConfig(level=logging.INFO)\n" + BLOCKS[0].replace("9999", "0")
     with (
         subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as server,
@@ -58,7 +58,7 @@ def test_the_first_program_runs() -> None:
 
 
 def test_every_name_exists() -> None:
-    """Functions, classes, methods and attributes that the README's programs use are there."""
+    """Functions, classes, methods and attributes in the README's programs exist."""
     used = set()
     for node in calls_and_attributes():
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -71,7 +71,7 @@ def test_every_name_exists() -> None:
 
 
 def test_every_argument_exists() -> None:
-    """Functions that the README calls take the keywords that they are given there."""
+    """Functions that the README calls take the keywords in the README."""
     checked = 0
     for node in calls_and_attributes():
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
@@ -86,7 +86,7 @@ def test_every_argument_exists() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_leads_somewhere(document: Path) -> None:
-    """Files that a document links to are there."""
+    """Every file that a document links to exists."""
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):
         if not target.startswith("https://"):
             assert (document.parent / target).is_file(), target
@@ -94,8 +94,8 @@ def test_every_link_leads_somewhere(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_named_is_there(document: Path) -> None:
-    """Files of this project that a document names, for example as the tests of a promise, are there."""
-    if document.name in ("testing.md", "results.md"):  # these name files of the reader's own
+    """Every file of this project that a document names exists, for example a test of a guarantee."""
+    if document.name in ("testing.md", "results.md"):  # these name files of the reader
         return
     folders = ["trio_udp", "tests", "examples", "benchmarks"]
     files = {path.name for folder in folders for path in (ROOT / folder).rglob("*")}

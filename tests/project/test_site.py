@@ -1,4 +1,4 @@
-"""The site has a place for everything; what Sphinx itself checks is left to ``.ci/run``."""
+"""The site includes every page and every public name. Sphinx itself runs in ``.ci/run``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REFERENCE = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    """The reference documents each public name, exactly once, and nothing else."""
+    """The reference documents each public name exactly once, and nothing else."""
     pytest.importorskip("OpenSSL")
     found = re.findall(r"^\.\. (currentmodule|auto\w+):: ([\w.]+)$", REFERENCE, re.MULTILINE)
     documented: dict[str, list[str]] = {}
@@ -43,7 +43,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 @pytest.mark.parametrize("library", ["trio", "python"])
 def test_names_that_the_site_links_to_exist(library: str) -> None:
-    """The names of Trio and Python in docs/inventories are there."""
+    """The names of Trio and Python in docs/inventories exist."""
     for line in (DOCS / "inventories" / f"{library}.txt").read_text().splitlines():
         for entry in line.split()[2:]:
             first, *rest = entry.rpartition("=")[2].split(".")

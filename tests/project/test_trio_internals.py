@@ -1,4 +1,4 @@
-"""Canaries for what the package relies on inside Trio, one for each name in trio_udp/_trio.py.
+"""Canaries for the internals of Trio that the package relies on, one for each name in trio_udp/_trio.py.
 
 Each docstring says what breaks if its test fails with a new version of Trio.
 """
@@ -22,11 +22,11 @@ from trio_udp._trio import SLEEP, is_cancelled, seeded_scheduler, stdlib_socket
 
 @types.coroutine
 def sleep() -> Generator[Any, Any, Any]:
-    """Sleep as an inbox does; return what the task was woken with."""
+    """Sleep as an inbox does; return the value that the task was woken with."""
     return (yield SLEEP)
 
 
-async def test_sleep_gives_back_what_reschedule_was_called_with(nursery: trio.Nursery) -> None:
+async def test_sleep_returns_the_value_of_reschedule(nursery: trio.Nursery) -> None:
     """A task that yields SLEEP sleeps, and gets back the very object that reschedule was called with.
 
     If this fails, ``Inbox.put`` hands datagrams over in a way that ``Inbox.receive`` does not understand: a handler
@@ -115,7 +115,7 @@ async def would_be_cancelled() -> bool:
     try:
         await trio.lowlevel.checkpoint_if_cancelled()
     except trio.Cancelled:
-        return True  # only to look; the scope raises it again at the next checkpoint
+        return True  # only a test; the scope raises it again at the next checkpoint
     return False
 
 

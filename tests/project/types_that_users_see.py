@@ -1,7 +1,7 @@
 # pyright: strict
-"""What a type checker says to a user's program. mypy and pyright check this file; nothing runs it.
+"""The types that a type checker shows to users. mypy and pyright check this file; nothing runs it.
 
-A line with ``# type: ignore[...]`` must be an error: if it is none, both warn.
+A line with ``# type: ignore[...]`` must be an error. If it is not, both tools warn.
 """
 # pyright: reportUnnecessaryTypeIgnoreComment=error
 

@@ -1,4 +1,4 @@
-"""Limits for strangers who send too much, or make us send too much to a victim: rates and amplification."""
+"""Limits for strangers who send too much, or who make us send too much to a victim: rates and amplification."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def limits(per_second: float, burst: int, **options: Any) -> Limits:
 # Rates
 
 
-async def test_a_source_may_send_a_burst_and_then_so_many_a_second(
+async def test_a_source_may_send_its_burst_and_then_its_rate(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """Datagrams beyond the rate limit are refused before they reach a client; silence fills the bucket again."""
+    """A rate-limited source gets no more than its burst, then ``per_second`` a second; silence refills the bucket."""
     run = await start_in_memory(echo, limits=limits(2, 5))
     answered = []
     for seconds in (0, 0.5, 1, 10, 0):
@@ -114,7 +114,7 @@ async def test_a_client_stays_validated_when_its_handler_is_called_again(
     assert run.server.statistics().refused_by_rate == 3
 
 
-async def test_accept_is_not_asked_about_what_is_too_much(
+async def test_accept_is_not_called_beyond_the_rate_limit(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
     """A stranger's datagram beyond the rate limit is refused before accept is asked, so that a flood costs little."""
@@ -144,7 +144,7 @@ async def test_accept_is_not_asked_about_what_is_too_much(
     ],
 )
 def test_prefixes(one: str, other: str, same: bool) -> None:
-    """By default a /24 of IPv4, mapped into IPv6 or not, and a /56 of IPv6 are one source."""
+    """By default an IPv4 /24, mapped into IPv6 or not, and an IPv6 /56 are one source each."""
     limiter = RateLimiter(RateLimit(1))
     assert (limiter.bucket_of(host_bytes((one, 1))) is limiter.bucket_of(host_bytes((other, 2)))) == same
 
@@ -163,7 +163,7 @@ def test_prefixes_are_the_first_bits(one: Any, other: Any, ipv4_bits: int, ipv6_
 
 
 def test_a_million_sources_do_not_make_the_table_grow() -> None:
-    """Many sources make the table forget those that have been quiet; one that is always busy stays limited."""
+    """Many sources make the table forget quiet ones; a source that is always busy stays limited."""
     limiter = RateLimiter(RateLimit(10, 5, buckets=1_000))
     admitted = 0
     for number in range(1_000_000):
@@ -197,7 +197,7 @@ def test_no_source_gets_more_than_its_rate(rate: float, burst: int, start: float
 
 
 @given(RATES, BURSTS, STARTS, st.lists(st.floats(1, 10), max_size=50))
-def test_who_keeps_to_the_rate_is_never_refused(rate: float, burst: int, start: float, waits: list[float]) -> None:
+def test_a_source_within_the_rate_is_never_refused(rate: float, burst: int, start: float, waits: list[float]) -> None:
     """A source that sends a burst and then keeps to its rate is never refused."""
     now = start
     limiter = RateLimiter(RateLimit(rate, burst))
@@ -206,7 +206,7 @@ def test_who_keeps_to_the_rate_is_never_refused(rate: float, burst: int, start: 
         assert limiter.take(limiter.bucket_of(host_bytes(ALICE)), now)
 
 
-async def test_validating_again_and_again_gives_no_more(
+async def test_repeated_validation_gives_no_extra_rate(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
     """Successive validated conversations from any ports of a host share one bucket."""
@@ -251,7 +251,7 @@ async def test_a_busy_network_has_one_bucket_however_many_come_after(
 # Amplification
 
 
-async def test_no_more_is_sent_to_a_stranger_than_a_multiple_of_what_came(start_in_memory: StartInMemory) -> None:
+async def test_sends_beyond_the_amplification_limit_are_withheld(start_in_memory: StartInMemory) -> None:
     """Sends beyond ``amplification`` are withheld and counted until the client is validated, and raise nothing."""
 
     async def handler(client: Client) -> None:
@@ -276,7 +276,7 @@ async def test_no_more_is_sent_to_a_stranger_than_a_multiple_of_what_came(start_
 
 
 @pytest.mark.parametrize("many", [1, 10])
-async def test_what_is_withheld_lets_others_run(start_in_memory: StartInMemory, many: int) -> None:
+async def test_withheld_sends_let_others_run(start_in_memory: StartInMemory, many: int) -> None:
     """A handler whose sends are all withheld lets other tasks run as often as one that sends."""
 
     async def handler(client: Client) -> None:
@@ -296,7 +296,7 @@ async def test_what_is_withheld_lets_others_run(start_in_memory: StartInMemory, 
     assert run.sent_to(ALICE) == [b"flood"]
 
 
-async def test_what_has_left_counts_though_send_many_is_cancelled(
+async def test_sent_datagrams_of_a_cancelled_send_many_count(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
     """When send_many is cancelled halfway, the datagrams that have left count towards the amplification limit."""
@@ -330,7 +330,7 @@ async def test_every_way_to_send_is_limited(start_in_memory: StartInMemory) -> N
     assert run.server.statistics().sends_withheld == 3
 
 
-async def test_what_could_not_be_sent_does_not_count(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+async def test_unsent_bytes_do_not_count(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
     """Unsent bytes (full send buffer, cancelled send) do not count towards the amplification limit."""
     blocked = []
 
@@ -440,7 +440,7 @@ async def test_without_limits_nothing_is_withheld(start_in_memory: StartInMemory
         ({"buckets": 0}, ValueError),
     ],
 )
-def test_rate_limits_that_make_no_sense(options: dict[str, Any], error: type[Exception]) -> None:
+def test_invalid_rate_limits(options: dict[str, Any], error: type[Exception]) -> None:
     """A RateLimit that makes no sense raises when it is made, naming the value."""
     name = next(iter(options))
     with pytest.raises(error, match=name):
@@ -451,7 +451,7 @@ def test_rate_limits_that_make_no_sense(options: dict[str, Any], error: type[Exc
     ("options", "error"),
     [({"rate_limit": 5}, TypeError), ({"amplification": 0}, ValueError), ({"amplification": "3"}, TypeError)],
 )
-def test_limits_that_make_no_sense(options: dict[str, Any], error: type[Exception]) -> None:
+def test_invalid_limits(options: dict[str, Any], error: type[Exception]) -> None:
     """A wrong rate_limit or amplification raises when the Limits are made, naming the value."""
     with pytest.raises(error, match=next(iter(options))):
         Limits(**options)

@@ -1,4 +1,4 @@
-"""accept: the user's function that is asked about every stranger, and may answer at once."""
+"""accept: the user's function that is called for every stranger, and may answer immediately."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ..conftest import (
 NEIGHBOUR = ("192.0.2.1", 1001)  # another port of ALICE's host
 
 
-async def test_what_accept_is_shown(start_in_memory: StartInMemory) -> None:
+async def test_accept_gets_a_datagram(start_in_memory: StartInMemory) -> None:
     """accept is called with a Datagram that has payload, addresses, endpoint and server."""
     seen: list[Datagram] = []
 
@@ -214,7 +214,7 @@ async def test_reply_nowait_inside_accept(start_in_memory: StartInMemory, caplog
     assert run.sent == [(ALICE, b"yes"), (BOB, b"you too")]
 
 
-async def test_an_answer_that_finds_no_room_is_dropped(
+async def test_an_answer_at_a_full_send_buffer_is_dropped(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
     """An answer of accept that finds the send buffer full is dropped and counted under EAGAIN; nothing waits for it."""
@@ -228,7 +228,7 @@ async def test_an_answer_that_finds_no_room_is_dropped(
     assert (s.answered_by_accept, s.send_errors, s.errors) == (3, 2, {"EAGAIN": 2})
 
 
-async def test_what_cannot_be_answered_is_not_answered(start_in_memory: StartInMemory) -> None:
+async def test_accept_cannot_answer_an_unanswerable_source(start_in_memory: StartInMemory) -> None:
     """accept is called for datagrams from port 0 and the unspecified address; its answer is a send error."""
     run = await start_in_memory(echo, accept=lambda datagram: b"x")
     run.put(b"x", ("192.0.2.1", 0))
@@ -438,7 +438,7 @@ async def test_twenty_thousand_strangers_are_answered_and_nothing_is_kept(start_
 
 
 async def test_an_answer_leaves_from_the_address_that_was_written_to(start_in_memory: StartInMemory) -> None:
-    """On an endpoint bound to all addresses, the answer leaves from the address that the stranger wrote to."""
+    """On an endpoint bound to all addresses, the answer leaves from the address that the stranger sent to."""
     network = SimulatedNetwork()
     hosts = ("192.0.2.53", "192.0.2.54")
     on = InMemory(network, network.endpoint("0.0.0.0", 53, own_hosts=hosts, receive_buffer=PLENTY))
@@ -455,7 +455,7 @@ async def test_an_answer_leaves_from_the_address_that_was_written_to(start_in_me
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("wildcard", [True, False])
 async def test_answers_over_a_real_socket(nursery: trio.Nursery, wildcard: bool) -> None:
-    """Answers of accept leave from the address written to, on real sockets bound to all addresses or to one."""
+    """Answers of accept leave from the address the stranger sent to, on sockets bound to all addresses or to one."""
     (endpoint,) = await open_endpoints(0, host="0.0.0.0" if wildcard else "127.0.0.2")
     server: Server = await nursery.start(
         lambda task_status: serve_endpoints(

@@ -20,7 +20,7 @@ SECOND = ("192.0.2.54", 54)
 
 
 async def test_it_is_served_like_the_first(engine: str, nursery: trio.Nursery) -> None:
-    """The server answers on an added endpoint, from its address, and counts its datagrams."""
+    """The server answers on an added endpoint, from that endpoint's address, and counts its datagrams."""
     server: Server = await nursery.start(partial(serve, echo, 0, host="127.0.0.1"))
     [endpoint] = await open_endpoints(0, host="127.0.0.2")
     server.add_endpoint(endpoint)
@@ -39,7 +39,7 @@ async def test_it_is_served_like_the_first(engine: str, nursery: trio.Nursery) -
 
 
 async def test_the_server_owns_it(engine: str) -> None:
-    """An endpoint that was added is closed when the server stops, is cancelled, or crashes."""
+    """An added endpoint is closed when the server stops, is cancelled or crashes."""
 
     def on_error(source: object, error: Exception) -> None:
         raise error
@@ -67,8 +67,8 @@ async def test_the_server_owns_it(engine: str) -> None:
         assert was_closed, end
 
 
-async def test_a_drain_handles_what_arrived_there(autojump_clock: MockClock) -> None:
-    """A stop handles datagrams that had arrived on an endpoint that was added just before."""
+async def test_a_drain_handles_datagrams_on_an_added_endpoint(autojump_clock: MockClock) -> None:
+    """A stop handles datagrams that had arrived on an endpoint that was added right before."""
     network = SimulatedNetwork()
     first, second = network.endpoint(*SERVER), network.endpoint(*SECOND)
     for i in range(100):
@@ -83,7 +83,7 @@ async def test_a_drain_handles_what_arrived_there(autojump_clock: MockClock) -> 
     check_adds_up(server)
 
 
-async def test_what_was_read_before_is_handed_over(autojump_clock: MockClock) -> None:
+async def test_datagrams_that_were_read_ahead_go_to_clients(autojump_clock: MockClock) -> None:
     """Datagrams that the endpoint had read ahead go to clients; those that receive() returned are not counted."""
     network = SimulatedNetwork()
     first, second = network.endpoint(*SERVER), network.endpoint(*SECOND)
@@ -103,7 +103,7 @@ async def test_what_was_read_before_is_handed_over(autojump_clock: MockClock) ->
 
 
 async def test_its_port_is_one_of_the_servers(autojump_clock: MockClock) -> None:
-    """A datagram that claims the address of the added endpoint is refused on the first endpoint, and the reverse."""
+    """A datagram with the added endpoint's address as its source is refused on the first endpoint, and vice versa."""
     network = SimulatedNetwork()
     host = SERVER[0]
     first, second = network.endpoint(*SERVER), network.endpoint(host, 54)
@@ -186,7 +186,7 @@ async def _receive_until_closed(endpoint: Endpoint) -> None:
 
 
 async def test_receiving_is_over(engine: str, nursery: trio.Nursery) -> None:
-    """An added endpoint cannot be received from, and another server cannot take it."""
+    """receive() raises for an added endpoint, and no other server can take it."""
     server: Server = await nursery.start(partial(serve, echo, 0, host="127.0.0.1"))
     [endpoint] = await open_endpoints(0, host="127.0.0.2")
     server.add_endpoint(endpoint)
@@ -198,7 +198,7 @@ async def test_receiving_is_over(engine: str, nursery: trio.Nursery) -> None:
 
 
 async def test_the_port_of_a_closed_endpoint_is_others(autojump_clock: MockClock) -> None:
-    """Once an endpoint is closed, another program of the machine may have its port, and be a client and a peer."""
+    """After an endpoint is closed, another program on the machine may use its port, as a client and as a peer."""
     network = SimulatedNetwork()
     host = SERVER[0]
     first, second = network.endpoint(*SERVER), network.endpoint(host, 54)

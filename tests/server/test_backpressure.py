@@ -49,7 +49,7 @@ async def test_send_waits_and_send_nowait_does_not(start_in_memory: StartInMemor
 
 
 async def test_first_come_first_served(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """Senders get room in the order in which they asked; no sender overtakes a waiting one."""
+    """Senders that wait for room send in the order of their calls; no sender overtakes a waiting one."""
 
     async def handler(client: Client) -> None:
         name = await client.receive()
@@ -91,7 +91,7 @@ async def test_send_to_waits_too(
 async def test_a_cancelled_sender_lets_the_next_one_go(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """A waiting send that is cancelled sends nothing, and the other senders get their turn."""
+    """A waiting send that is cancelled sends nothing, and the next sender gets its turn."""
     scopes = [trio.CancelScope() for _ in range(4)]
 
     async def handler(client: Client) -> None:
@@ -179,7 +179,7 @@ async def test_replies_before_one_that_was_given_up_leave(
                 with contextlib.suppress(trio.WouldBlock):
                     client.send_nowait(b"%d" % i)
 
-    for _ in range(20):  # in some orders of the tasks, the receive loop sees to it anyway
+    for _ in range(20):  # in some orders of the tasks, the receive loop does it anyway
         run = await start_in_memory(
             handler, on=in_memory(send_buffer=1), limits=Limits(max_clients=1, when_full="evict_idle")
         )
@@ -248,7 +248,7 @@ async def test_closing_a_client_wakes_its_senders(start_in_memory: StartInMemory
     assert run.sent_to(ALICE) == [b"1"]
 
 
-async def test_what_cannot_leave_before_closing_is_counted(
+async def test_replies_that_cannot_leave_before_closing_are_counted(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
     """Replies that find no room until drain_timeout is over count as send errors."""
@@ -267,7 +267,7 @@ async def test_what_cannot_leave_before_closing_is_counted(
     assert (statistics.sent, statistics.send_errors, statistics.errors) == (1, 3, {"EAGAIN": 3})
 
 
-# A Unix-domain datagram socket has real back-pressure on one machine: its peer need only not read.
+# A Unix-domain datagram socket has real backpressure on one machine, if its peer does not read.
 
 
 @pytest.fixture
@@ -307,8 +307,8 @@ async def test_a_real_full_buffer(far_end: socket.socket, unix_server: Server) -
     assert unix_server.statistics().sent == 1_000
 
 
-async def test_a_peer_whose_own_buffer_is_full(far_end: socket.socket, nursery: trio.Nursery) -> None:
-    """A full buffer of an unconnected peer makes no task spin, though the kernel does not tell when it has room."""
+async def test_a_full_buffer_of_an_unconnected_peer(far_end: socket.socket, nursery: trio.Nursery) -> None:
+    """A full buffer of an unconnected peer makes no task spin, though the kernel does not report when it has room."""
 
     async def handler(client: Client) -> None:
         async for payload in client:
@@ -341,7 +341,7 @@ async def test_a_sender_without_an_address(nursery: trio.Nursery) -> None:
 
 
 async def test_the_drain_waits_for_a_full_buffer(far_end: socket.socket, unix_server: Server) -> None:
-    """Replies that wait for room when the server stops leave as soon as there is some."""
+    """Replies that wait for room when the server stops leave as soon as there is room."""
     far_end.send(b"a")
     await trio.testing.wait_all_tasks_blocked()
     unix_server.stop()

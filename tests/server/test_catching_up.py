@@ -26,7 +26,7 @@ def senders(stack: ExitStack, count: int) -> list[socket.socket]:
 
 
 @pytest.mark.parametrize(("peers", "each"), [(1, 200), (200, 1), (20, 100)])
-async def test_what_the_kernel_has_is_handled(engine: str, peers: int, each: int) -> None:
+async def test_datagrams_in_the_kernel_are_handled(engine: str, peers: int, each: int) -> None:
     """Datagrams that are in the kernel when stop() is called are handled, and strangers among them become clients."""
     stored: list[bytes] = []
 
@@ -80,7 +80,7 @@ async def test_a_stop_before_the_server_has_run() -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-async def test_what_a_lone_endpoint_has_read_is_handled(shared: bool) -> None:
+async def test_datagrams_that_receive_had_read_ahead_are_handled(shared: bool) -> None:
     """A server that stops at once handles all datagrams that receive() had read ahead."""
     network = SimulatedNetwork()
     endpoint = network.endpoint(*SERVER, shared=shared)
@@ -96,7 +96,7 @@ async def test_what_a_lone_endpoint_has_read_is_handled(shared: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["client", "datagram"])
 async def test_catching_up_ends_while_more_keeps_arriving(autojump_clock: MockClock, kind: str) -> None:
-    """A stop ends soon though each datagram that is read brings another one."""
+    """A stop ends soon even if each datagram that is read brings another one."""
     run = in_memory()
 
     def one_more(datagram: Datagram) -> bytes:
@@ -136,8 +136,8 @@ async def test_the_socket_is_read_once_more(autojump_clock: MockClock) -> None:
     check_adds_up(server)
 
 
-async def test_what_arrives_while_cancelled_handlers_tidy_up(autojump_clock: MockClock) -> None:
-    """The count of refused datagrams is true up to the moment in which the socket is closed."""
+async def test_datagrams_while_cancelled_handlers_clean_up_are_counted(autojump_clock: MockClock) -> None:
+    """The count of refused datagrams is exact up to the moment at which the socket is closed."""
     run = in_memory()
 
     async def handler(client: Client) -> None:
@@ -164,7 +164,7 @@ async def _run_to_the_end(run: InMemory, handler: Callable[[Client], Awaitable[o
     return server
 
 
-async def test_a_datagram_handler_refuses_what_comes_later(autojump_clock: MockClock) -> None:
+async def test_a_datagram_handler_is_not_called_during_a_drain(autojump_clock: MockClock) -> None:
     """During a drain a datagram_handler is not called any more: what arrives is refused_stopping."""
     run = narrow()
     seen: list[bytes] = []
@@ -189,7 +189,7 @@ async def test_a_datagram_handler_refuses_what_comes_later(autojump_clock: MockC
 
 @pytest.fixture
 def held() -> Iterator[socket.socket]:
-    """A socket that a supervisor holds."""
+    """A socket that a supervisor holds open."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_194_304)
         sock.bind(("127.0.0.1", 0))
@@ -343,7 +343,7 @@ async def test_twenty_restarts_lose_nothing(engine: str, held: socket.socket, ki
 # wait_stopping, signals and drain_timeout.
 
 
-async def test_everybody_may_wait_for_the_stop(autojump_clock: MockClock) -> None:
+async def test_any_task_may_wait_for_the_stop(autojump_clock: MockClock) -> None:
     """wait_stopping() returns once the server stops, at once afterwards, and also if the server is cancelled."""
     log: list[float] = []
 
@@ -388,7 +388,7 @@ async def test_sigterm(autojump_clock: MockClock, caplog: pytest.LogCaptureFixtu
 
 
 async def test_a_second_signal(autojump_clock: MockClock) -> None:
-    """A second signal ends the drain at once; the handlers it cancels are counted, and so is what arrives last."""
+    """A second signal ends the drain at once. The handlers that it cancels and the last datagrams are counted."""
     run = in_memory()
 
     async def handler(client: Client) -> None:

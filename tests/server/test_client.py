@@ -162,7 +162,7 @@ async def test_two_tasks_cannot_receive_at_once(start_in_memory: StartInMemory) 
 
 
 class Taker:
-    """A handler that only takes datagrams, and says when all clients together have sent the expected number."""
+    """A handler that only takes datagrams, and reports when all clients together have sent the expected number."""
 
     def __init__(self, expected: int) -> None:
         self.taken = 0
@@ -251,7 +251,7 @@ async def test_any_bytes_like_object_is_copied_at_the_call(start_in_memory: Star
 
 
 @pytest.mark.parametrize("payload", ["text", 5, [1, 2], None])
-async def test_what_is_not_bytes_like_is_refused(start_in_memory: StartInMemory, payload: object) -> None:
+async def test_a_payload_that_is_not_bytes_like_is_refused(start_in_memory: StartInMemory, payload: object) -> None:
     """Sending text, numbers or lists raises TypeError and sends nothing."""
     unsuitable: Any = payload
     checked = []
@@ -369,7 +369,7 @@ async def test_a_handler_that_ends_early_loses_nothing(start_in_memory: StartInM
     check_adds_up(run.server)
 
 
-async def test_a_handler_that_leaves_what_it_has_not_looked_at(start_in_memory: StartInMemory) -> None:
+async def test_a_call_that_takes_no_datagram_is_the_last(start_in_memory: StartInMemory) -> None:
     """A handler call that takes no datagram is the last one; waiting datagrams are then dropped."""
     calls: list[int] = []
 
@@ -388,7 +388,7 @@ async def test_a_handler_that_leaves_what_it_has_not_looked_at(start_in_memory: 
 
 
 async def test_receive_many(start_in_memory: StartInMemory) -> None:
-    """receive_many returns all that waits, in order, at least one datagram and at most 64."""
+    """receive_many returns all waiting datagrams, in order, at least one and at most 64."""
     seen: list[list[bytes]] = []
     wanted = [b"%d" % i for i in range(100)]
 
@@ -521,7 +521,7 @@ def test_short_deadlines_do_not_starve() -> None:
     assert counts == [(256, 280)]
 
 
-async def test_who_waits_is_who_receives(start_in_memory: StartInMemory) -> None:
+async def test_a_datagram_goes_to_the_task_that_waited(start_in_memory: StartInMemory) -> None:
     """A datagram that has woken one task is not taken by another task that receives before the first has run."""
     outcome: list[object] = []
 
@@ -598,7 +598,7 @@ async def test_sending_to_many_clients_lets_others_run(start_in_memory: StartInM
     assert len(run.sent) == 1_000
 
 
-async def test_receiving_in_vain_between_sends_lets_others_run(start_in_memory: StartInMemory) -> None:
+async def test_receives_that_raise_between_sends_let_others_run(start_in_memory: StartInMemory) -> None:
     """A receive that raises does not reset the number of sends before other tasks run."""
     turns = []
 
@@ -675,7 +675,7 @@ async def test_an_old_handler_does_not_take_the_new_client_with_it(
     assert log == [(1, b"close"), (2, b"hello"), (2, b"again")]
 
 
-async def test_a_flood_starves_nobody(start_in_memory: StartInMemory) -> None:
+async def test_a_flood_starves_no_task(start_in_memory: StartInMemory) -> None:
     """Under a flood, other tasks run once in a batch of 64 datagrams."""
     handler = Taker(10_000)
     run = await start_in_memory(handler)

@@ -38,7 +38,7 @@ async def test_a_silent_client_ends(start_in_memory: StartInMemory, autojump_clo
     run.put(b"c")
     await trio.sleep(10)
     assert [end[:3] for end in handler.ends] == [(ALICE, [b"a", b"b"], "idle"), (ALICE, [b"c"], "idle")]
-    # Silent since 1 and since 10; looked at in steps of half a second.
+    # Silent since 1 and since 10; checked in steps of half a second.
     assert [end[3] for end in handler.ends] == [5.0, 14.0]
     assert run.server.statistics().clients_expired == 2
 
@@ -97,7 +97,7 @@ async def test_a_client_can_say_goodbye(start_in_memory: StartInMemory, autojump
     assert run.sent_to(ALICE) == [b"goodbye"]
 
 
-async def test_end_of_channel_is_no_error(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+async def test_end_of_channel_is_not_an_error(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
     """An EndOfChannel that leaves the handler, alone or from a nursery in it, is a normal end."""
 
     async def receive_for_ever(client: Client) -> None:
@@ -129,7 +129,7 @@ async def test_idle_timeout_can_be_set_per_client(start_in_memory: StartInMemory
     by_address[ALICE].idle_timeout = 160
     by_address[BOB].idle_timeout = math.inf
     await trio.sleep(20)
-    by_address[CAROL].idle_timeout = 16  # silent for longer already
+    by_address[CAROL].idle_timeout = 16  # already silent for longer than that
     await run.settle()
     await trio.sleep(1_000)
     by_address[BOB].idle_timeout = 5_000
@@ -138,7 +138,7 @@ async def test_idle_timeout_can_be_set_per_client(start_in_memory: StartInMemory
 
 
 async def test_the_last_idle_timeout_counts(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A handler may set idle_timeout with every datagram; the last setting applies."""
+    """A handler may set idle_timeout with every datagram; the last value applies."""
     ends = []
 
     async def handler(client: Client) -> None:
@@ -283,7 +283,7 @@ async def test_eviction_exceeds_the_bound_by_one_batch_at_most(
 
 
 async def test_a_transaction_protects_from_eviction(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A client in a transaction is not evicted, though it waits; its idle timeout still applies."""
+    """A waiting client in a transaction is not evicted; its idle timeout still applies."""
     ends = []
 
     async def handler(client: Client) -> None:

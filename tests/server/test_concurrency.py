@@ -1,4 +1,4 @@
-"""request_handler(concurrency=): several requests of one client at once."""
+"""request_handler(concurrency=): several requests of one client at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if sys.version_info < (3, 11):
 
 
 def sleeper(concurrency: int, **options: Any) -> Callable[[Client], Awaitable[None]]:
-    """Make a handler that answers a request, a number of seconds, after that time."""
+    """Make a handler whose request is a number of seconds, and whose reply leaves after that time."""
 
     @trio_udp.request_handler(concurrency=concurrency, **options)
     async def reply(payload: bytes, client: Client) -> bytes:
@@ -45,8 +45,8 @@ async def test_replies_leave_as_they_are_ready(start_in_memory: StartInMemory, a
     check_adds_up(run.server)
 
 
-async def test_no_more_than_so_many_at_once(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """At most ``concurrency`` requests of one client run at once; the others wait in its inbox, in arrival order."""
+async def test_at_most_concurrency_requests_run(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+    """At most ``concurrency`` requests of one client run at a time; others wait in its inbox, in arrival order."""
     running: dict[Any, int] = {}
     most: dict[Any, int] = {}
     begun: list[bytes] = []
@@ -138,8 +138,8 @@ async def test_an_error_cancels_no_sibling(start_in_memory: StartInMemory, autoj
     assert (s.handler_errors, s.clients_started) == (1, 1)
 
 
-async def test_an_error_that_crashes_the_server_is_told_once(autojump_clock: MockClock) -> None:
-    """on_error is called once for an error, even if it raises; then the server ends with the exception it raised."""
+async def test_an_error_that_crashes_the_server_is_reported_once(autojump_clock: MockClock) -> None:
+    """on_error is called once for an error, even if on_error raises; the server then ends with that exception."""
     told: list[Exception] = []
     on = in_memory()
     on.put(b"one")
@@ -170,7 +170,7 @@ async def test_timeouts_are_per_request(start_in_memory: StartInMemory, autojump
 async def test_running_requests_are_answered_during_the_drain(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """When the server stops, requests that run and those that wait are answered within drain_timeout."""
+    """When the server stops, running and waiting requests are answered within drain_timeout."""
     run = await start_in_memory(sleeper(2), drain_timeout=5)
     for payload in (b"1", b"2", b"1.5"):
         run.put(payload)
@@ -259,7 +259,7 @@ async def test_empty_replies_and_none(start_in_memory: StartInMemory) -> None:
 
 
 async def test_a_burst_is_answered(start_in_memory: StartInMemory) -> None:
-    """A burst of more requests than may run at once, and more than a batch, is answered without a loss."""
+    """A burst of requests that exceeds both ``concurrency`` and a batch is answered without a loss."""
 
     @trio_udp.request_handler(concurrency=5)
     async def reply(payload: bytes, client: Client) -> bytes:
@@ -282,6 +282,6 @@ def test_concurrency_is_at_least_one(concurrency: int) -> None:
 
 @pytest.mark.parametrize("concurrency", [1.5, "2", None, True])
 def test_concurrency_is_a_number(concurrency: Any) -> None:
-    """A concurrency that is no int raises TypeError."""
+    """A concurrency that is not an int raises TypeError."""
     with pytest.raises(TypeError, match="concurrency"):
         trio_udp.request_handler(concurrency=concurrency)

@@ -28,8 +28,8 @@ def repeat(datagram: Datagram) -> bytes:
     return datagram.payload
 
 
-async def test_what_the_function_returns_is_the_reply(start_in_memory: StartInMemory) -> None:
-    """A datagram_handler's bytes go to where the datagram came from, even b""; None is no reply."""
+async def test_the_result_of_the_function_is_the_reply(start_in_memory: StartInMemory) -> None:
+    """A datagram_handler's bytes go back to the datagram's source, even b""; None is no reply."""
 
     @trio_udp.datagram_handler
     def reply(datagram: Datagram) -> bytes | None:
@@ -98,7 +98,7 @@ async def test_other_tasks_run_between_batches(start_in_memory: StartInMemory) -
     assert 0 < most <= 128  # 64 in each pass of the scheduler, whose tasks run in random order
 
 
-async def test_a_datagram_tells_everything_about_itself(start_in_memory: StartInMemory) -> None:
+async def test_a_datagram_has_payload_addresses_endpoint_and_server(start_in_memory: StartInMemory) -> None:
     """A datagram_handler is called with a Datagram that has payload, addresses, endpoint and server."""
     seen: list[Datagram] = []
     run = await start_in_memory(trio_udp.datagram_handler(seen.append))
@@ -300,7 +300,7 @@ async def test_raise_error_ends_the_server() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["text", 5, [1, 2], ALICE, True])
-async def test_what_is_not_bytes_like_is_an_error(start_in_memory: StartInMemory, wrong: Any) -> None:
+async def test_a_reply_that_is_not_bytes_like_is_an_error(start_in_memory: StartInMemory, wrong: Any) -> None:
     """A reply that is not bytes-like is a TypeError for on_error, and the next datagram follows."""
     errors: list[type] = []
     replies = iter([wrong, b"next"])
@@ -330,7 +330,9 @@ async def test_a_reply_that_is_too_long_is_an_error(
     assert (s.handler_errors, s.sent, s.send_errors) == (1, 0, 0)
 
 
-async def test_a_reply_that_finds_no_room_is_dropped(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+async def test_a_reply_at_a_full_send_buffer_is_dropped(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
     """A reply that finds the send buffer full is dropped and counted under EAGAIN; the next datagram follows."""
     run = await start_in_memory(repeat, on=narrow())
     run.put(b"1")
@@ -361,7 +363,7 @@ def test_it_takes_a_function(function: Any) -> None:
         trio_udp.datagram_handler(function)
 
 
-def test_it_takes_no_async_function() -> None:
+def test_it_refuses_an_async_function() -> None:
     """datagram_handler refuses an async function and an async generator function."""
 
     async def function(datagram: Datagram) -> bytes:
@@ -440,7 +442,7 @@ async def test_truncated_datagrams_do_not_reach_it(start_in_memory: StartInMemor
     check_adds_up(run.server)
 
 
-async def test_what_had_arrived_before_the_stop_is_handled(start_in_memory: StartInMemory) -> None:
+async def test_datagrams_before_the_stop_are_handled(start_in_memory: StartInMemory) -> None:
     """A datagram_handler may stop the server: every datagram that had arrived is answered, and serve returns."""
 
     @trio_udp.datagram_handler
@@ -460,9 +462,7 @@ async def test_what_had_arrived_before_the_stop_is_handled(start_in_memory: Star
     check_adds_up(run.server)
 
 
-async def test_what_arrives_during_the_drain_is_refused(
-    start_in_memory: StartInMemory, autojump_clock: MockClock
-) -> None:
+async def test_datagrams_during_a_drain_are_refused(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
     """A datagram_handler is not called while the server drains, here because a Server.connect client is open."""
     seen: list[bytes] = []
     run = await start_in_memory(trio_udp.datagram_handler(lambda datagram: seen.append(datagram.payload)))
@@ -512,7 +512,7 @@ async def test_a_client_of_ours_gets_its_datagrams(start_in_memory: StartInMemor
     check_adds_up(run.server)
 
 
-async def test_port_zero_is_heard_and_not_answered(start_in_memory: StartInMemory) -> None:
+async def test_a_datagram_from_port_zero_is_delivered_and_not_answered(start_in_memory: StartInMemory) -> None:
     """A datagram from port 0 or the unspecified address reaches a datagram_handler; the reply is a send error."""
     seen: list[Any] = []
 
@@ -584,7 +584,7 @@ async def test_an_error_that_ends_the_program(start_in_memory: StartInMemory) ->
     check_adds_up(servers[0])
 
 
-def test_users_make_no_datagrams() -> None:
+def test_datagram_has_no_public_constructor() -> None:
     """Datagram has no public constructor."""
     with pytest.raises(TypeError):
         Datagram(b"x", None, (), None)  # type: ignore[arg-type]
@@ -596,7 +596,7 @@ def test_users_make_no_datagrams() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8")
 @pytest.mark.usefixtures("engine")
 async def test_replies_leave_from_where_the_datagram_was_sent_to(nursery: trio.Nursery) -> None:
-    """On a socket bound to all addresses each reply leaves from the address that was written to."""
+    """On a socket bound to all addresses, each reply leaves from the address that its datagram was sent to."""
     (endpoint,) = await open_endpoints(0, host="0.0.0.0")
     port = endpoint.local_address[1]
     seen: list[tuple[Any, Any]] = []
@@ -666,7 +666,7 @@ async def test_replies_to_one_client_are_merged(nursery: trio.Nursery) -> None:
 
 
 async def test_a_collector_of_all_that_a_real_socket_brings(nursery: trio.Nursery, engine: str) -> None:
-    """A handler that answers nothing sends nothing, and serves several endpoints in one function."""
+    """A handler without answers sends nothing, and can serve several endpoints."""
     endpoints: list[Endpoint] = [
         *await open_endpoints(0, host="127.0.0.1"),
         *await open_endpoints(0, host="127.0.0.1"),
@@ -690,7 +690,7 @@ async def test_a_collector_of_all_that_a_real_socket_brings(nursery: trio.Nurser
 
 
 async def test_replies_to_many_batches_arrive_in_order(nursery: trio.Nursery, engine: str) -> None:
-    """Each of three peers whose datagrams fill many batches gets all its replies in order, the last ones too."""
+    """Three peers whose datagrams fill many batches each get all their replies in order, including the last ones."""
     endpoints = await trio_udp.open_endpoints(0, host="127.0.0.1")
     address = endpoints[0].local_address
     peers = [await trio_udp.connect(*address) for _ in range(3)]

@@ -48,7 +48,7 @@ async def test_an_error_ends_only_its_client(start_in_memory: StartInMemory, cap
 async def test_garbage_is_not_a_log_flood(
     start_in_memory: StartInMemory, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At most 10 tracebacks a second are logged, and then how many were not, in time and at the end."""
+    """At most 10 tracebacks a second are logged. The number of suppressed ones is logged in time and at the end."""
     run = await start_in_memory(divide)
 
     async def fail(times: int) -> list[str]:
@@ -118,7 +118,7 @@ async def test_on_error_may_crash_the_server() -> None:
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-async def test_what_is_not_an_exception_always_propagates(error: type[BaseException]) -> None:
+async def test_exceptions_that_end_the_program_always_propagate(error: type[BaseException]) -> None:
     """SystemExit and KeyboardInterrupt in a handler end the server and leave serve bare, not in a group."""
     run = in_memory()
 
@@ -259,7 +259,9 @@ async def test_receive_errors_are_counted_and_survived(start_in_memory: StartInM
     check_adds_up(run.server)
 
 
-async def test_an_error_that_lasts_is_no_busy_loop(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+async def test_a_persistent_error_causes_no_busy_loop(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
     """A server whose reads keep failing retries at intervals, and recovers."""
     run = await start_in_memory(echo)
     for _ in range(100):
@@ -361,7 +363,7 @@ async def test_the_same_endpoint_twice_closes_all() -> None:
 
 
 async def test_endpoints_beside_something_else_are_closed() -> None:
-    """serve_endpoints raises TypeError for something else than endpoints, and closes those that it was given."""
+    """serve_endpoints raises TypeError for an object that is not an endpoint, and closes the endpoints in the list."""
     first, last = in_memory().endpoint, in_memory().endpoint
     endpoints: Any = [first, "not an endpoint", last]
     with pytest.raises(TypeError, match="not an endpoint"):
@@ -412,14 +414,14 @@ async def test_a_handler_that_returns_no_awaitable_ends_the_server() -> None:
 
 
 async def test_a_plain_function_that_returns_an_awaitable_is_a_handler(start_in_memory: StartInMemory) -> None:
-    """``lambda client: handler(client, ...)`` will do as a handler."""
+    """A plain function that returns an awaitable is a handler, such as ``lambda client: handler(client, ...)``."""
     run = await start_in_memory(lambda client: echo(client))
     run.put(b"x")
     await run.settle()
     assert run.sent_to(ALICE) == [b"x"]
 
 
-def test_serve_takes_what_its_parts_take() -> None:
+def test_serve_takes_the_keywords_of_its_parts() -> None:
     """Every keyword of open_endpoints and serve_endpoints is one of serve, with the same default."""
     of_serve = inspect.signature(trio_udp.serve).parameters
     for part in (trio_udp.open_endpoints, serve_endpoints):
@@ -431,7 +433,7 @@ def test_serve_takes_what_its_parts_take() -> None:
 async def test_logging_is_the_standard_library(
     start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The logger is called trio_udp and can be silenced as any other."""
+    """The logger is called trio_udp and can be silenced like any other."""
     run = await start_in_memory(divide)
     logging.getLogger("trio_udp").disabled = True
     try:
@@ -443,7 +445,7 @@ async def test_logging_is_the_standard_library(
 
 
 async def test_a_closed_handler_nursery_is_the_callers_mistake() -> None:
-    """With a handler_nursery that is closed already, the server ends with Trio's error."""
+    """With a handler_nursery that is already closed, the server ends with Trio's error."""
     run = in_memory()
     async with trio.open_nursery() as handler_nursery:
         pass
@@ -470,7 +472,7 @@ async def test_a_cancelled_handler_nursery_leaves_the_server_alone() -> None:
     check_adds_up(server)
 
 
-async def test_what_is_in_hand_when_the_server_crashes_is_counted() -> None:
+async def test_the_rest_of_a_batch_is_counted_when_the_server_crashes() -> None:
     """The counters add up even if accept raises KeyboardInterrupt or handler_nursery is closed."""
 
     def accept(datagram: Datagram) -> bool:
@@ -495,7 +497,7 @@ async def test_what_is_in_hand_when_the_server_crashes_is_counted() -> None:
         check_adds_up(servers[0])
 
 
-async def test_an_accept_that_turns_out_to_be_async_accepts_nobody(
+async def test_an_accept_that_returns_a_coroutine_accepts_no_stranger(
     start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An accept that returns a coroutine accepts no stranger, and the log says so."""

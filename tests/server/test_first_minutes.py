@@ -29,7 +29,7 @@ from ..conftest import ALICE, BOB, StartInMemory, StartServer, echo
 
 
 def run_program(source: str, *, interrupt: bool = False) -> tuple[int, str]:
-    """Run a program, with Ctrl-C once it has written a line if so asked; return its status and what it wrote."""
+    """Run a program, optionally send Ctrl-C after its first line, and return its status and output."""
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(source)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as program:
@@ -76,7 +76,7 @@ def test_ctrl_c_can_be_caught() -> None:
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
-async def test_what_ends_the_program_is_bare(end: type[BaseException]) -> None:
+async def test_exceptions_that_end_the_program_are_bare(end: type[BaseException]) -> None:
     """KeyboardInterrupt and SystemExit of a handler leave serve bare, out of nested nurseries too."""
 
     async def fail() -> None:
@@ -97,7 +97,7 @@ async def test_what_ends_the_program_is_bare(end: type[BaseException]) -> None:
 
 
 def write_to(server: Server) -> None:
-    """Let a stranger write to a server."""
+    """Send a datagram to a server, as a stranger."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.sendto(b"x", server.endpoints[0].local_address)
 
@@ -152,7 +152,7 @@ APP = App.__new__(App)
         (object(), "cannot be called"),
     ],
 )
-async def test_what_is_no_handler(handler: Any, message: str) -> None:
+async def test_invalid_handlers(handler: Any, message: str) -> None:
     """serve refuses an invalid handler before it binds a socket, in one line that shows a valid handler."""
 
     def bound(sock: socket.socket) -> None:
@@ -183,7 +183,7 @@ async def test_a_handler_that_was_called_already() -> None:
         functools.wraps(with_default)(lambda *args: with_default(*args)),
     ],
 )
-async def test_what_is_a_handler(start_in_memory: StartInMemory, handler: Callable[[Client], Any]) -> None:
+async def test_valid_handlers(start_in_memory: StartInMemory, handler: Callable[[Client], Any]) -> None:
     """A handler may be a method, an object with async __call__, a partial, or a function that returns a coroutine."""
     run = await start_in_memory(handler)
     run.put(b"x")
@@ -240,14 +240,14 @@ async def test_a_wrong_port_is_named(port: Any) -> None:
     ("payload", "message"), [("hello", "not str: use .encode()"), (5, "not int"), (None, "not NoneType")], ids=repr
 )
 async def test_a_wrong_payload_is_named(start_in_memory: StartInMemory, payload: Any, message: str) -> None:
-    """What is no payload raises at the call, and says what to do."""
+    """A payload that is not bytes-like raises at the call, and the message says what to do."""
     on = await start_in_memory(echo)
     with pytest.raises(TypeError, match=re.escape(f"a payload is bytes, {message}")):
         await on.server.send_to(payload, ALICE)
 
 
 async def test_a_forgotten_await_is_named(start_in_memory: StartInMemory) -> None:
-    """A coroutine as payload asks for the await that is missing."""
+    """If the payload is a coroutine, the message says that an await is missing."""
     on = await start_in_memory(echo)
     forgotten: Any = echo(on.server)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="is there an await missing"):
@@ -258,14 +258,14 @@ async def test_a_forgotten_await_is_named(start_in_memory: StartInMemory) -> Non
 @pytest.mark.parametrize(
     "call", [partial(serve, echo, 0), partial(trio_udp.connect, "127.0.0.1", 9)], ids=["serve", "connect"]
 )
-def test_asyncio_is_told_about_guest_mode(call: Callable[[], Any]) -> None:
-    """Without Trio the message names both ways to run it."""
+def test_the_error_under_asyncio_names_guest_mode(call: Callable[[], Any]) -> None:
+    """Without Trio, the message names both ways to run Trio."""
     with pytest.raises(RuntimeError, match="start_guest_run"):
         asyncio.run(call())
 
 
-async def test_broadcast_is_told_about_its_option(start_on_loopback: StartServer) -> None:
-    """A broadcast that the socket does not allow names the option that does."""
+async def test_the_error_for_broadcast_names_the_option(start_on_loopback: StartServer) -> None:
+    """The error for a broadcast that the socket does not allow names the option to set."""
     server = await start_on_loopback(host="0.0.0.0")
     with pytest.raises(PermissionError, match="SO_BROADCAST"):
         await server.send_to(b"", ("255.255.255.255", 9))
@@ -286,7 +286,7 @@ def public_members() -> Iterator[tuple[str, object]]:
     for name in trio_udp.__all__:
         value = getattr(trio_udp, name)
         if typing.get_origin(value) is not None:
-            continue  # an alias, which Python 3.10 takes for a class
+            continue  # an alias, which looks like a class to Python 3.10
         if inspect.isclass(value) or inspect.isfunction(value):
             yield name, value
         if inspect.isclass(value):
@@ -296,7 +296,7 @@ def public_members() -> Iterator[tuple[str, object]]:
 
 
 def test_help_begins_with_one_line() -> None:
-    """Each public class, function, method and property says in one line what it does, with a full stop."""
+    """The docstring of each public class, function, method and property begins with one full sentence."""
     for name, value in public_members():
         text = inspect.getdoc(value)
         assert text, name
@@ -314,7 +314,7 @@ def test_every_argument_of_serve_is_explained() -> None:
 
 
 def test_types_that_users_write_down() -> None:
-    """The names for annotations are importable, and usable in them at run time."""
+    """The names for annotations can be imported, and used in annotations at run time."""
     source = """
         from trio_udp import Accept, Address, Client, Handler, OnError, Payload, serve
 
@@ -336,7 +336,7 @@ def test_types_that_users_write_down() -> None:
     ids=repr,
 )
 def test_messages_about_limits_are_one_line(arguments: dict[str, Any]) -> None:
-    """A wrong limit is named with its value in one line."""
+    """The message for a wrong limit has one line, with the name and the value."""
     [(name, value)] = arguments.items()
     with pytest.raises((TypeError, ValueError), match=name) as info:
         Limits(**arguments)
@@ -345,7 +345,7 @@ def test_messages_about_limits_are_one_line(arguments: dict[str, Any]) -> None:
     assert len(info.value.args) == 1
 
 
-def test_what_only_the_package_makes() -> None:
+def test_classes_without_a_public_constructor() -> None:
     """Calling Server, Client, Connection, Endpoint or Datagram says that it has no public constructor."""
     for name in ("Server", "Client", "Connection", "Endpoint", "Datagram"):
         with pytest.raises(TypeError, match="no public constructor"):

@@ -1,4 +1,4 @@
-"""Many addresses at once, over a real socket: order, bounds, and service for those who are already known."""
+"""Many addresses at once, over a real socket: order, bounds, and service for known clients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = [
 
 
 class Forger:
-    """A socket that sends from as many addresses as it likes."""
+    """A socket that sends from any number of addresses."""
 
     def __init__(self, server: Server) -> None:
         self.destination = server.endpoints[0].local_address
@@ -50,13 +50,13 @@ def forgers() -> Iterator[list[Forger]]:
 async def all_read(server: Server, count: int) -> None:
     """Let the server run until it waits for more datagrams; by then it has read ``count``."""
     with trio.fail_after(30):
-        # Not 0: the kernel may take a moment to hand over what was sent on the loopback interface.
+        # Not 0: the kernel may take a moment to deliver datagrams on the loopback interface.
         await trio.testing.wait_all_tasks_blocked(0.001)
     assert server.statistics().received == count
 
 
 async def test_ten_thousand_clients_each_in_order(nursery: trio.Nursery, forgers: list[Forger]) -> None:
-    """Each of 10,000 clients with mixed datagrams gets its own, complete and in order."""
+    """With 10,000 clients whose datagrams are mixed, each handler gets all its own, in order."""
     taken: dict[object, list[bytes]] = {}
 
     async def handler(client: Client) -> None:

@@ -1,4 +1,4 @@
-"""Protocols that live of groups and broadcast: DHCP and SSDP, as server and as client, and Wake-on-LAN."""
+"""Protocols that use groups and broadcast: DHCP and SSDP, as server and as client, and Wake-on-LAN."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WIRES = {"one": 1, "two": 2}
 
 @pytest.fixture
 async def wired() -> AsyncIterator[tuple[Machine, Machine]]:
-    """Our machine, where the test is, and theirs; two wires between them. Ours has an address on each, theirs not."""
+    """Our machine, on which the test runs, and another one, with two wires between them. Only ours has addresses."""
     with machines("ours", "theirs") as (ours, theirs), ExitStack() as home:
         for wire, number in WIRES.items():
             ours.wire_to(theirs, wire)
@@ -65,7 +65,7 @@ def dhcp_options(message: bytes) -> dict[int, bytes]:
 
 
 def dhcp_answer(message: bytes, own: str) -> bytes | None:
-    """Offer address 100 of the network that our own address is in, or acknowledge it."""
+    """Offer address 100 of the network of our own address, or acknowledge it."""
     if message[0] != 1 or message[236:240] != COOKIE:
         return None
     answer = {DISCOVER: OFFER, REQUEST: ACK}.get(dhcp_options(message)[MESSAGE_TYPE][0])
@@ -96,7 +96,7 @@ def answer_dhcp(datagram: Datagram) -> None:
         datagram.endpoint.send_to_nowait(answer, ("255.255.255.255", 68), local_address=datagram.local_address)
 
 
-# How both programs tell what they got.
+# How both programs print their address.
 SCRIPT = """#!/bin/sh
 [ "$1" = bound ] && echo "lease $ip $serverid"
 [ "$reason" = BOUND ] && echo "lease $new_ip_address $new_dhcp_server_identifier"
@@ -153,7 +153,7 @@ SEARCH = b'M-SEARCH * HTTP/1.1\r\nHOST: 239.255.255.250:1900\r\nMAN: "ssdp:disco
 
 
 async def respond(sock: trio.socket.SocketType, name: bytes) -> None:
-    """Answer searches as a device does: one datagram to the one that asks."""
+    """Answer searches as a device does: one datagram to the peer that asks."""
     while True:
         search, address = await sock.recvfrom(65_535)
         assert search == SEARCH
@@ -161,7 +161,7 @@ async def respond(sock: trio.socket.SocketType, name: bytes) -> None:
 
 
 async def test_ssdp_discovery(wired: tuple[Machine, Machine], nursery: trio.Nursery) -> None:
-    """A lone endpoint asks a group on two interfaces, one after the other, and hears many devices."""
+    """An endpoint without a server asks a group on two interfaces in turn, and receives answers from many devices."""
     _, theirs = wired
     with ExitStack() as closing:
         for wire, number in WIRES.items():
@@ -197,7 +197,7 @@ async def test_ssdp_discovery(wired: tuple[Machine, Machine], nursery: trio.Nurs
 
 @pytest.mark.parametrize("wire", WIRES)
 async def test_wake_on_lan(wired: tuple[Machine, Machine], wire: str) -> None:
-    """A magic packet leaves by broadcast: to all on the interface of local_address, or to one network's address."""
+    """A magic packet leaves by broadcast: on the interface of local_address, or on the interface of a network."""
     _, theirs = wired
     magic = b"\xff" * 6 + bytes.fromhex("020304050607") * 16
     number = WIRES[wire]

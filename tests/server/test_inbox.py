@@ -22,7 +22,7 @@ from ..conftest import ALICE, BOB, RunningInMemory, StartInMemory, check_adds_up
 async def collect(
     start_in_memory: StartInMemory, limits: Limits, *payloads: bytes
 ) -> tuple[RunningInMemory, list[bytes]]:
-    """Let payloads arrive while the handler is busy; return what it takes afterwards."""
+    """Let payloads arrive while the handler is busy; return the payloads that it takes afterwards."""
     taken: list[bytes] = []
     go_on = trio.Event()
 
@@ -46,7 +46,7 @@ async def collect(
 
 
 async def test_a_full_inbox_drops_the_newest(start_in_memory: StartInMemory) -> None:
-    """A full inbox drops and counts new datagrams by default, and keeps those that wait."""
+    """By default a full inbox drops and counts new datagrams, and keeps the waiting ones."""
     run, taken = await collect(start_in_memory, Limits(inbox_datagrams=3), *[b"%d" % i for i in range(10)])
     assert taken == [b"0", b"1", b"2"]
     assert run.server.statistics().dropped_inbox_full == 7
@@ -112,7 +112,7 @@ async def test_one_client_does_not_drop_anothers_datagrams(start_in_memory: Star
     assert run.server.statistics().dropped_inbox_full == 2
 
 
-async def test_a_datagram_that_is_waited_for_needs_no_room(start_in_memory: StartInMemory) -> None:
+async def test_a_payload_for_a_waiting_handler_needs_no_room(start_in_memory: StartInMemory) -> None:
     """A payload that goes straight to a waiting handler may be longer than inbox_bytes, and than total_bytes leaves."""
     taken = []
 
@@ -136,7 +136,7 @@ async def test_a_datagram_that_is_waited_for_needs_no_room(start_in_memory: Star
     check_adds_up(run.server)
 
 
-async def test_a_slow_client_holds_nobody_up(start_in_memory: StartInMemory) -> None:
+async def test_a_slow_client_delays_no_other(start_in_memory: StartInMemory) -> None:
     """While one inbox overflows, another client loses nothing."""
 
     async def handler(client: Client) -> None:

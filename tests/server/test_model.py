@@ -168,7 +168,7 @@ class Model:
             del self.known[conversation.peer]
 
     def give_up_receiving(self, which: int, meanwhile: list[bytes]) -> None:
-        """A waiting receive is cancelled: a datagram of that instant stays in the inbox; otherwise silence goes on."""
+        """Cancel a waiting receive. A datagram of that instant stays in the inbox; otherwise the silence goes on."""
         if conversation := choose(self._waiting(), which):
             self._give_up(conversation, meanwhile)
 
@@ -185,7 +185,7 @@ class Model:
         self._note(step)
 
     def poll(self, which: int, patience: int, pause: int) -> None:
-        """A handler waits for a number of seconds at most, and then does something else, such as sending a ping."""
+        """A handler waits for a limited number of seconds, and then does something else, such as sending a ping."""
         if conversation := choose(self._at_work(), which):
             self._receive(conversation, 1)
             self.time_passes(patience)
@@ -501,13 +501,13 @@ SOMETIMES = [
     event("close", some),
     event("end_handler", some, st.sampled_from(["return", "raise"])),
 ]
-# Only a few kinds in each run: what takes several steps of one kind is seldom seen among all the others.
+# Only a few kinds in each run: among all kinds, several steps of one kind in a row are rare.
 events = st.lists(st.sampled_from(SOMETIMES), min_size=1, max_size=4, unique_by=id).flatmap(
     lambda kinds: st.lists(st.one_of(*ALWAYS, *kinds), min_size=15, max_size=40)
 )
 
 
-# Seldom found at random: the moment at which the server looks falls between two waits of one silence ...
+# Rarely found at random: the server checks between two waits of one silence ...
 POLLS = [
     ("arrive", [(PEERS[0], b"")], True),
     ("time_passes", 1),
@@ -543,7 +543,7 @@ CHANGES_TIMEOUT = [
         when_inbox_full=st.sampled_from(["drop_newest", "drop_oldest"]),
     ),
 )
-def test_a_server_does_what_its_model_does(
+def test_a_server_agrees_with_its_model(
     before: list[tuple[Any, ...]], end: tuple[Any, ...], after: list[tuple[Any, ...]], limits: Limits
 ) -> None:
     """A server and its model agree on clients, results of each receive, sent datagrams, and every counter."""

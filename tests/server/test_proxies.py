@@ -1,4 +1,4 @@
-"""Servers behind proxies: the client's own address counts in every limit, and answers go back through the proxy."""
+"""Servers behind proxies: every limit counts the client's address, and answers go back through the proxy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trio_udp.testing import SimulatedNetwork
 from ..conftest import ALICE, BOB, CAROL, PLENTY, SERVER, StartServer, check_adds_up, echo, plain_socket, port_of
 from ..proxy_headers import MALFORMED, OWN, VALID, header
 
-FRONT = ("203.0.113.53", 53)  # where clients write to: an address of the proxies
+FRONT = ("203.0.113.53", 53)  # the address that clients send to, an address of the proxies
 PROXY, OTHER_PROXY = ("10.0.0.1", 40_000), ("10.0.0.2", 40_000)
 STRANGER = ("198.51.100.7", 4000)
 
@@ -35,7 +35,7 @@ class Behind:
     server: Server
 
     async def put(self, payload: bytes, client: Address = ALICE, proxy: Address = PROXY) -> list[tuple[Address, bytes]]:
-        """Let a client's datagram arrive by way of a proxy; return what is sent then, and where to."""
+        """Let a client's datagram arrive through a proxy; return the datagrams that the server sends, and where to."""
         return await self.put_raw(header(client, FRONT) + payload, proxy)
 
     async def put_raw(self, payload: bytes, source: Address = PROXY) -> list[tuple[Address, bytes]]:
@@ -74,7 +74,7 @@ def tell_ends(datagram: Datagram) -> bytes:
 
 
 async def test_one_client_for_each_address_in_the_headers(start: Start) -> None:
-    """Clients behind one proxy are clients of their own; all answers go to the proxy's socket, without headers."""
+    """Peers behind one proxy are separate clients, and all answers go to the proxy's socket without headers."""
     behind = await start()
     assert await behind.put(b"1") == [(PROXY, b"1")]
     assert await behind.put(b"2", BOB) == [(PROXY, b"2")]
@@ -84,7 +84,7 @@ async def test_one_client_for_each_address_in_the_headers(start: Start) -> None:
 
 
 async def test_answers_go_to_the_socket_that_asked(start: Start) -> None:
-    """A client by way of two proxies is two clients: each proxy gets the answers to what it has passed on."""
+    """A peer that sends through two proxies is two clients, and each proxy gets the answers to its own datagrams."""
     behind = await start()
     for proxy in (PROXY, OTHER_PROXY, (PROXY[0], 40_001), PROXY):
         assert await behind.put(b"x", proxy=proxy) == [(proxy, b"x")]
@@ -92,14 +92,14 @@ async def test_answers_go_to_the_socket_that_asked(start: Start) -> None:
 
 
 async def test_the_proxy_itself_is_a_client(start: Start) -> None:
-    """A proxy that speaks for itself is a client at its own address."""
+    """A proxy that sends a LOCAL header is a client with the proxy's own address."""
     behind = await start()
     assert await behind.put_raw(OWN + b"up?") == [(PROXY, b"up?")]
     assert [(c.peer_address, c.local_address) for c in behind.server.clients] == [(PROXY, SERVER)]
 
 
 async def test_strangers_are_served_directly(start: Start) -> None:
-    """A sender outside the proxies' networks is served like anyone, and cannot speak for others."""
+    """A sender outside the proxies' networks is served as usual, and its headers are ignored."""
     behind = await start(tell_ends)
     assert await behind.put_raw(VALID, STRANGER) == [(STRANGER, repr((STRANGER, SERVER)).encode())]
     assert await behind.put(b"", BOB) == [(PROXY, repr((BOB, FRONT)).encode())]
@@ -107,7 +107,7 @@ async def test_strangers_are_served_directly(start: Start) -> None:
 
 @pytest.mark.parametrize("handler", [echo, repeat], ids=["clients", "datagram_handler"])
 async def test_malformed_datagrams(start: Start, handler: Handler) -> None:
-    """Whatever a proxy sends without a valid header is refused_malformed, and has no other effect."""
+    """A proxy's datagram without a valid header is refused_malformed, and has no other effect."""
     behind = await start(handler)
     for malformed in MALFORMED.values():
         assert await behind.put_raw(malformed) == []
@@ -118,7 +118,7 @@ async def test_malformed_datagrams(start: Start, handler: Handler) -> None:
 
 @pytest.mark.parametrize("handler", [echo, repeat], ids=["clients", "datagram_handler"])
 async def test_rate_limit_counts_the_client(start: Start, handler: Handler, autojump_clock: MockClock) -> None:
-    """A client that sends too much is limited by itself; others behind the same proxy are not."""
+    """A client that exceeds the rate limit does not affect others behind the same proxy."""
     behind = await start(handler, limits=Limits(rate_limit=RateLimit(1, burst=3)))
     greedy = [await behind.put(b"x", ("192.0.2.1", port)) for port in range(1000, 1010)]
     assert greedy == [[(PROXY, b"x")]] * 3 + [[]] * 7
@@ -127,7 +127,7 @@ async def test_rate_limit_counts_the_client(start: Start, handler: Handler, auto
 
 
 async def test_rate_limit_of_ipv6_clients(start: Start, autojump_clock: MockClock) -> None:
-    """IPv6 clients behind an IPv4 proxy are limited by their /56; mapped IPv4 clients as IPv4 clients."""
+    """Behind an IPv4 proxy, IPv6 clients are limited by their /56, and mapped IPv4 clients as IPv4 clients."""
     behind = await start(limits=Limits(rate_limit=RateLimit(1, burst=2)))
     to = ("2001:db8::53", 53, 0, 0)
     answers = [
@@ -140,7 +140,7 @@ async def test_rate_limit_of_ipv6_clients(start: Start, autojump_clock: MockCloc
 
 
 async def test_clients_per_host_counts_the_client(start: Start) -> None:
-    """``clients_per_host`` is of the host in the header, not of the proxy, which is many hosts' clients."""
+    """``clients_per_host`` counts clients of the host in the header, not of the proxy."""
     behind = await start(limits=Limits(clients_per_host=2))
     same = [len(await behind.put(b"x", ("192.0.2.1", port))) for port in (1, 2, 3)]
     others = [len(await behind.put(b"x", (f"192.0.2.{i}", 1))) for i in range(2, 9)]
@@ -149,7 +149,7 @@ async def test_clients_per_host_counts_the_client(start: Start) -> None:
 
 
 async def test_accept_sees_the_client(start: Start) -> None:
-    """``accept`` is asked with the client's addresses and payload; its bytes go back through the proxy."""
+    """``accept`` sees the client's addresses and payload; its bytes go back through the proxy."""
     asked = []
 
     def accept(datagram: Datagram) -> bool | bytes:
@@ -166,7 +166,7 @@ async def test_accept_sees_the_client(start: Start) -> None:
 
 
 async def test_amplification_counts_payloads(start: Start) -> None:
-    """``Limits.amplification`` is of what the client has sent: the header is the proxy's."""
+    """``Limits.amplification`` counts the bytes of the client's payload, not those of the header."""
 
     @trio_udp.datagram_handler
     def longer(datagram: Datagram) -> bytes:
@@ -184,9 +184,9 @@ async def test_amplification_counts_payloads(start: Start) -> None:
 
 @pytest.mark.parametrize("handler", [echo, repeat], ids=["clients", "datagram_handler"])
 async def test_sources_in_headers(start: Start, handler: Handler) -> None:
-    """A header that claims to be the server, a group or a broadcast address is refused_source.
+    """A header with the address of the server, a group or a broadcast address is refused_source.
 
-    The proxy would send the answer there: to the server itself, perhaps for ever.
+    Otherwise the proxy would send the answer there: to the server itself, perhaps for ever.
     """
     behind = await start(handler)
     refused: list[Address] = [SERVER, ("224.0.0.251", 5353), ("255.255.255.255", 1000), ("ff02::fb", 5353, 0, 0)]
@@ -195,21 +195,21 @@ async def test_sources_in_headers(start: Start, handler: Handler) -> None:
     unanswerable: list[Address] = [("192.0.2.1", 0), ("0.0.0.0", 68), ("::", 546, 0, 0)]
     for source in unanswerable:
         assert await behind.put_raw(header(source, ("::", 53) if ":" in source[0] else FRONT) + b"x") == []
-    assert await behind.put(b"x", (SERVER[0], 1000)) == [(PROXY, b"x")]  # another program of the server's machine
+    assert await behind.put(b"x", (SERVER[0], 1000)) == [(PROXY, b"x")]  # another program on the server's machine
     assert await behind.put_raw(header(("2001:db8::1", SERVER[1]), ("::", 53)) + b"x") == [(PROXY, b"x")]
     s = behind.server.statistics()
     assert (s.refused_source, s.delivered, s.send_errors) == (4, 5, 3)
 
 
 async def test_own_addresses_of_the_other_family(start_on_loopback: StartServer) -> None:
-    """A header that claims to be the server's IPv6 address is refused on its IPv4 endpoint too, and the reverse."""
+    """A header with the server's IPv6 address is refused on its IPv4 endpoint too, and vice versa."""
     server = await start_on_loopback(repeat, host=None, proxies=["127.0.0.9", "::1"])
     port = port_of(server)
     with plain_socket() as proxy, plain_socket("::1") as proxy6:
         for sock, host in ((proxy, "127.0.0.1"), (proxy6, "::1")):
             for claim, to in ((("::1", port), ("::2", 53)), (("127.0.0.1", port), FRONT), (("127.0.0.1", 1), FRONT)):
                 sock.sendto(header(claim, to) + b"x", (host, port))
-            # Others may have that port.
+            # Other programs may have that port.
             sock.sendto(header(("2001:db8::1", port), ("::2", 53)) + b"y", (host, port))
             with trio.fail_after(5):
                 assert [await trio.to_thread.run_sync(sock.recv, 100) for _ in range(2)] == [b"x", b"y"]
@@ -218,7 +218,7 @@ async def test_own_addresses_of_the_other_family(start_on_loopback: StartServer)
 
 
 async def test_flood_of_headers(start: Start, autojump_clock: MockClock) -> None:
-    """Headers with ever new client addresses make no more clients, buckets or answers than the limits allow."""
+    """A flood of headers with new client addresses gets no more clients, buckets or answers than the limits allow."""
     behind = await start(limits=Limits(max_clients=10, rate_limit=RateLimit(1, burst=1, buckets=100)))
     for i in range(3_000):
         client = (f"198.18.{i // 250}.{i % 250}", 1 + i)
@@ -232,7 +232,7 @@ async def test_flood_of_headers(start: Start, autojump_clock: MockClock) -> None
 
 
 async def test_eviction_makes_room(start: Start) -> None:
-    """A flood of headers evicts waiting clients where the policy says so; a validated one behind the proxy stays."""
+    """With evict_idle, a flood of headers evicts waiting clients, but not a validated one behind the proxy."""
 
     async def validate(client: Client) -> None:
         async for payload in client:
@@ -250,21 +250,21 @@ async def test_eviction_makes_room(start: Start) -> None:
 
 
 async def test_connect_is_direct(start: Start) -> None:
-    """``Server.connect`` writes to the address itself, and hears what comes from there without a proxy."""
+    """``Server.connect`` sends to the address itself, and receives its direct datagrams without a header."""
     behind = await start()
     client = behind.server.connect(STRANGER)
     assert (client.peer_address, client.local_address) == (STRANGER, SERVER)
     await client.send(b"hello")
     assert await behind.put_raw(b"answer", STRANGER) == []
     assert client.receive_nowait() == b"answer"
-    # By way of the proxy the same address is another client.
+    # The same address through the proxy is another client.
     assert await behind.put(b"x", STRANGER) == [(PROXY, b"x")]
     assert [c.local_address for c in behind.server.clients] == [SERVER, FRONT]
     await client.aclose()
 
 
 async def test_connect_to_a_proxy(start: Start) -> None:
-    """A conversation with a proxy itself is possible: its own datagrams have a header too, which says LOCAL."""
+    """``Server.connect`` can reach a proxy itself, whose own datagrams have a LOCAL header."""
     behind = await start()
     client = behind.server.connect(PROXY)
     assert await behind.put(b"of Alice") == [(PROXY, b"of Alice")]
@@ -277,7 +277,7 @@ async def test_connect_to_a_proxy(start: Start) -> None:
 
 
 async def test_connect_to_a_client_behind_a_proxy(start: Start) -> None:
-    """The address of a client behind a proxy can be connected to, directly, but not from the proxy's address."""
+    """``Server.connect`` reaches the address of a client behind a proxy directly, but not from the proxy's address."""
     behind = await start()
     await behind.put(b"x")
     client = behind.server.connect(ALICE)
@@ -291,7 +291,7 @@ async def test_connect_to_a_client_behind_a_proxy(start: Start) -> None:
 
 
 async def test_send_to_all_reaches_clients_behind_proxies(start: Start) -> None:
-    """``send_to_all`` reaches every client by the way that it came."""
+    """``send_to_all`` reaches every client the way its datagrams came, through a proxy or directly."""
     behind = await start()
     await behind.put(b"x")
     await behind.put(b"x", BOB, OTHER_PROXY)
@@ -303,7 +303,7 @@ async def test_send_to_all_reaches_clients_behind_proxies(start: Start) -> None:
 
 
 async def test_long_answers(start: Start) -> None:
-    """How long an answer may be is a question of the way to the proxy, not of the client's family."""
+    """The longest possible answer depends on the family of the proxy's socket, not on that of the client."""
 
     async def answer(client: Client) -> None:
         async for _ in client:
@@ -317,7 +317,7 @@ async def test_long_answers(start: Start) -> None:
 
 
 async def test_draining(start: Start) -> None:
-    """While a server drains, malformed datagrams are still refused_malformed, and others refused_stopping."""
+    """While a server drains, malformed datagrams are still refused_malformed, and others are refused_stopping."""
     release = trio.Event()
 
     async def slow(client: Client) -> None:
@@ -339,7 +339,7 @@ async def test_draining(start: Start) -> None:
 
 
 async def test_counts_begin_when_a_server_takes_over(nursery: trio.Nursery) -> None:
-    """A server's counts begin at 0 on an endpoint that was received from before; what was read ahead is handled."""
+    """On an endpoint that was received from before, a server's counts start at 0; read-ahead datagrams are handled."""
     network = SimulatedNetwork()
     endpoint = network.endpoint(*SERVER, proxies=["10.0.0.0/8"])
     for payload in (b"a", b"bb", b"ccc"):
@@ -372,7 +372,7 @@ arrivals = st.lists(
 @settings(max_examples=40, deadline=None)
 @given(arrivals, st.booleans())
 def test_any_traffic_adds_up(traffic: list[tuple[str, int, Address, int]], with_clients: bool) -> None:
-    """Whatever proxies and strangers send, each datagram is in exactly one counter, and payload bytes are exact."""
+    """For any traffic of proxies and strangers, each datagram is in exactly one counter, and bytes are exact."""
 
     async def main() -> None:
         network = SimulatedNetwork()

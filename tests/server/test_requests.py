@@ -14,7 +14,7 @@ from trio_udp import Client
 from ..conftest import ALICE, BOB, StartInMemory, check_adds_up
 
 
-async def test_what_the_function_returns_is_the_reply(start_in_memory: StartInMemory) -> None:
+async def test_the_result_of_the_function_is_the_reply(start_in_memory: StartInMemory) -> None:
     """Bytes that the function of a request_handler returns are the reply, empty ones included; None is no reply."""
 
     @trio_udp.request_handler
@@ -72,7 +72,7 @@ def test_the_handler_looks_like_the_function() -> None:
 
     @trio_udp.request_handler
     async def reply(payload: bytes, client: Client) -> None:
-        """Say nothing."""
+        """Return no reply."""
 
     assert (reply.__name__, reply.__doc__) == ("reply", "Say nothing.")
     assert list(inspect.signature(reply).parameters) == ["client"]
@@ -86,6 +86,6 @@ def test_a_timeout_must_be_positive(timeout: float) -> None:
 
 
 def test_it_takes_a_function() -> None:
-    """A timeout given by position, as in request_handler(2), raises TypeError."""
+    """A positional timeout, as in request_handler(2), raises TypeError."""
     with pytest.raises(TypeError, match="2"):
         trio_udp.request_handler(2)  # type: ignore[call-overload]

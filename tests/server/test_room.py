@@ -33,7 +33,7 @@ def peers(run: RunningInMemory) -> list[Address]:
 
 
 async def log_in(client: Client) -> None:
-    """A game: a client that says so is validated."""
+    """A handler that validates a client that logs in."""
     async for payload in client:
         if payload == b"token":
             client.validate()
@@ -99,7 +99,7 @@ async def test_strangers_are_refused_when_all_are_validated(start_in_memory: Sta
 async def test_about_the_longest_wait_is_found_among_many(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """Among a thousand clients, those that stay in touch are kept, and those that fell silent first go."""
+    """Among a thousand clients, those that keep sending stay, and those that fell silent first are evicted."""
     run = await start_in_memory(echo, limits=evicting(1_000), idle_timeout=10_000)
     clients = [("192.0.2.8", port) for port in range(1, 1_001)]
     active = clients[::2]
@@ -138,7 +138,7 @@ async def test_a_request_handler_makes_room(start_in_memory: StartInMemory, auto
         await run.settle()
     s = run.server.statistics()
     assert (s.clients, s.clients_evicted, s.refused_full, s.delivered) == (2, 98, 0, 100)
-    # One that is at work does not make room, nor one that is validated.
+    # A busy client does not make room, and neither does a validated one.
     run.put(b"slow", ALICE)
     run.put(b"token", BOB)
     await run.settle()
@@ -165,7 +165,7 @@ async def test_a_plain_handler_makes_no_room(start_in_memory: StartInMemory) -> 
 
 
 async def test_connect_makes_room_as_a_stranger_does(start_in_memory: StartInMemory) -> None:
-    """Server.connect evicts where the policy is to evict, and its own client is not evicted afterwards."""
+    """Server.connect evicts a client if the policy is to evict, and its own client is not evicted later."""
     run = await start_in_memory(echo, limits=evicting(1))
     run.put(b"x", ALICE)
     await run.settle()
@@ -199,7 +199,7 @@ async def test_clients_of_one_host(start_in_memory: StartInMemory) -> None:
 
 
 async def test_a_host_may_begin_again(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A client that has ended does not count for its host any more; one whose handler lingers does."""
+    """A client that has ended no longer counts for its host; one whose handler lingers does."""
 
     async def handler(client: Client) -> None:
         async for _ in client:
@@ -282,7 +282,7 @@ async def test_a_full_table_is_a_warning_once_a_minute(
     assert when == [0, 60, 120]
 
 
-async def test_a_stranger_who_takes_a_place_is_no_warning(
+async def test_no_warning_while_clients_can_be_evicted(
     start_in_memory: StartInMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The log does not warn about a full table while clients can be evicted."""
@@ -293,7 +293,7 @@ async def test_a_stranger_who_takes_a_place_is_no_warning(
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-async def test_what_a_server_says_of_itself(
+async def test_log_lines_of_a_server(
     start_in_memory: StartInMemory, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At INFO the log says which addresses are served, that a stop began, and how it ended."""
@@ -384,7 +384,7 @@ def test_limits_are_values() -> None:
 
 
 def test_the_worst_case_grows_with_concurrency() -> None:
-    """worst_case_memory can be told of a request_handler's concurrency: its requests come on top."""
+    """worst_case_memory takes a request_handler's concurrency, and adds the memory of its requests."""
     limits = Limits(max_clients=100)
     assert limits.worst_case_memory() == limits.worst_case_memory(concurrency=1)
     more = limits.worst_case_memory(concurrency=10) - limits.worst_case_memory()

@@ -26,7 +26,7 @@ async def send(server: Server, nowait: bool, address: Address, **options: Any) -
 
 
 async def test_any_address(start_on_loopback: StartServer) -> None:
-    """send_to reaches an address that has never written to the server, from the endpoint of its family."""
+    """send_to reaches an address that has never sent to the server, from the endpoint of its family."""
     server = await start_on_loopback(host=None)
     for host in ("127.0.0.1", "::1"):
         with plain_socket(host) as sock:
@@ -38,7 +38,7 @@ async def test_any_address(start_on_loopback: StartServer) -> None:
 
 @pytest.mark.parametrize("nowait", [False, True])
 async def test_a_datagram_leaves_from_local_address(start_on_loopback: StartServer, nowait: bool) -> None:
-    """A server on every interface sends from the address of its own that the program names, port or not."""
+    """A server on every interface sends from the address that local_address names, with or without a port."""
     server = await start_on_loopback(host="0.0.0.0")
     port = port_of(server)
     with plain_socket() as sock:
@@ -49,7 +49,7 @@ async def test_a_datagram_leaves_from_local_address(start_on_loopback: StartServ
 
 
 async def test_local_address_chooses_the_endpoint(engine: str, nursery: trio.Nursery) -> None:
-    """Of several endpoints the one that has local_address sends; without it the first of the family."""
+    """The endpoint that has local_address sends; without local_address, the first endpoint of the family does."""
     endpoints = [(await open_endpoints(0, host=host))[0] for host in ("::1", "127.0.0.1", "127.0.0.2")]
     server: Server = await nursery.start(serve_endpoints, echo, endpoints)
     with plain_socket() as sock:
@@ -89,7 +89,7 @@ async def test_the_kernels_error_is_raised(
 
 
 async def test_a_local_address_that_is_not_ours(start_on_loopback: StartServer) -> None:
-    """A server on every interface tries to send from any address; the kernel refuses one that is not ours."""
+    """A server on every interface passes local_address on to the kernel, which refuses one that is not ours."""
     server = await start_on_loopback(host="0.0.0.0")
     with pytest.raises(OSError, match=r".+") as info:
         await server.send_to(b"x", ("127.0.0.1", 9), local_address=("192.0.2.1", 0))
@@ -147,7 +147,7 @@ async def test_addresses_that_no_endpoint_can_use(
     assert server.statistics().send_errors == 0
 
 
-async def test_nonsense_is_no_address(start_on_loopback: StartServer) -> None:
+async def test_invalid_addresses(start_on_loopback: StartServer) -> None:
     """Names, ports out of range and tuples of the wrong length or types raise at the call, and the server goes on."""
     server = await start_on_loopback(host=None)
     wrong: list[Any] = [(host, 9) for host in ("localhost", "", "1.2.3.4\0", "fe80::1%none", "::g", None, 5)]
@@ -174,7 +174,7 @@ async def test_a_payload_that_is_too_long(start_on_loopback: StartServer) -> Non
 
 
 async def test_mapped_addresses(start_on_loopback: StartServer) -> None:
-    """An IPv4 address that is written as mapped into IPv6 is sent to by the IPv4 endpoint."""
+    """The IPv4 endpoint sends to an IPv4 address that is written as mapped into IPv6."""
     server = await start_on_loopback(host=None)
     with plain_socket() as sock:
         host, port = sock.getsockname()
@@ -197,7 +197,7 @@ async def test_a_dual_stack_socket(engine: str, nursery: trio.Nursery) -> None:
         assert sock6.recv(100) == b"x"
 
 
-async def test_it_makes_nobody_a_client(start_on_loopback: StartServer) -> None:
+async def test_send_to_makes_no_client(start_on_loopback: StartServer) -> None:
     """The receiver of a send_to is a stranger as before; its answer makes it a client."""
     server = await start_on_loopback()
     with plain_socket() as sock:
@@ -211,7 +211,7 @@ async def test_it_makes_nobody_a_client(start_on_loopback: StartServer) -> None:
 
 @pytest.mark.parametrize("nowait", [False, True])
 async def test_it_leaves_after_replies_that_were_sent_before(start_in_memory: StartInMemory, nowait: bool) -> None:
-    """Replies that collect for the end of a batch leave before a later send_to, also to another address."""
+    """Replies that wait for the end of a batch leave before a later send_to, also if that goes to another address."""
 
     async def handler(client: Client) -> None:
         async for payload in client:

@@ -45,7 +45,7 @@ async def test_all_clients_or_some(start_in_memory: StartInMemory) -> None:
 
 
 async def test_one_datagram_for_each_of_many(engine: str, nursery: trio.Nursery) -> None:
-    """Hundreds of clients over both families get one datagram each from the address that they wrote to."""
+    """Hundreds of clients over both families get one datagram each, from the address that they sent to."""
     server: Server = await nursery.start(partial(serve, listen, 0))
     port = server.endpoints[0].local_address[1]
     with ExitStack() as stack:
@@ -104,7 +104,7 @@ async def test_other_tasks_run_in_between(start_in_memory: StartInMemory) -> Non
 
 
 async def test_clients_that_have_ended_are_skipped(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """Closed, expired, evicted and returned clients get nothing, and that is no error."""
+    """Closed, expired, evicted and returned clients get nothing, which is not an error."""
 
     async def handler(client: Client) -> None:
         if client.peer_address == CAROL:
@@ -113,7 +113,7 @@ async def test_clients_that_have_ended_are_skipped(start_in_memory: StartInMemor
             if payload == b"close":
                 client.close()
                 break
-        await trio.sleep(100)  # tidies up
+        await trio.sleep(100)  # cleans up
 
     run = await start_in_memory(handler, idle_timeout=8, limits=Limits(max_clients=4, when_full="evict_idle"))
     dave = ("192.0.2.4", 4000)
@@ -145,7 +145,7 @@ async def test_a_client_of_another_server(start_in_memory: StartInMemory) -> Non
     assert run.sent == other.sent == []
 
 
-async def test_what_finds_no_room_is_counted(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+async def test_a_full_send_buffer_is_counted(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
     """A client whose datagram finds the send buffer full does not get it, and counts a send error."""
     run = await start_in_memory(listen, on=narrow())
     for address in (ALICE, BOB, CAROL):
@@ -177,10 +177,10 @@ async def test_amplification_holds_for_each(start_in_memory: StartInMemory) -> N
     assert run.server.statistics().sends_withheld == 1
 
 
-async def test_what_found_no_room_uses_up_no_allowance(
+async def test_a_dropped_datagram_does_not_count_towards_amplification(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """A datagram that was lost for want of room was not sent, so amplification allows another one in its place."""
+    """A datagram that was dropped at a full send buffer does not count towards the amplification limit."""
     run = await start_in_memory(listen, on=narrow(), limits=Limits(amplification=1))
     run.put(b"1234", ALICE)
     run.put(b"1234", BOB)

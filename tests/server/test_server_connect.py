@@ -1,4 +1,4 @@
-"""Conversations that begin from the server's side: ``Server.connect``."""
+"""Conversations that the server starts: ``Server.connect``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..namespaces import inside, link_local_machines, machines, needs_namespaces
 
 
 async def converse(client: Client, sock: socket.socket) -> Address:
-    """Let both sides say something; return the address that the peer sees."""
+    """Let both sides send a datagram; return the address that the peer sees."""
     await client.send(b"hello")
     payload, address = sock.recvfrom(100)
     assert payload == b"hello"
@@ -44,7 +44,7 @@ async def test_answers_reach_the_client(start_on_loopback: StartServer, host: st
 
 
 async def test_a_local_address_of_our_choice(start_on_loopback: StartServer) -> None:
-    """A server on every interface converses from the address that the program names."""
+    """A Server.connect client on an endpoint bound to all addresses sends from local_address."""
     server = await start_on_loopback(host="0.0.0.0")
     with plain_socket() as sock:
         client = server.connect(sock.getsockname(), local_address=("127.0.0.2", 0))
@@ -54,7 +54,7 @@ async def test_a_local_address_of_our_choice(start_on_loopback: StartServer) -> 
 
 
 async def test_ipv6_flow_labels_do_not_tell_clients_apart(start_on_loopback: StartServer) -> None:
-    """An address with a flow label is the same peer as the one without."""
+    """An address with a flow label is the same peer as the address without it."""
     server = await start_on_loopback(host="::")
     with plain_socket("::1") as sock:
         client = server.connect(("::1", sock.getsockname()[1], 7, 0))
@@ -66,7 +66,7 @@ async def test_ipv6_flow_labels_do_not_tell_clients_apart(start_on_loopback: Sta
 
 @pytest.mark.parametrize("host", ["127.0.0.9", "::ffff:127.0.0.9"])
 async def test_a_dual_stack_socket(engine: str, nursery: trio.Nursery, host: str) -> None:
-    """A socket that carries both families takes an IPv4 address in either spelling."""
+    """On a dual-stack socket, Server.connect takes an IPv4 address in either notation."""
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as dual:
         dual.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         dual.bind(("::", 0))
@@ -80,14 +80,14 @@ async def test_a_dual_stack_socket(engine: str, nursery: trio.Nursery, host: str
 @needs_namespaces
 @pytest.mark.parametrize("bound_to", ["::", "fe80::1%wire"])
 async def test_a_link_local_peer(engine: str, nursery: trio.Nursery, bound_to: str) -> None:
-    """Server.connect reaches a link-local peer over the link of its scope."""
+    """Server.connect reaches a link-local peer over the interface in its scope."""
     with link_local_machines() as (ours, theirs):
         endpoint = Endpoint.from_socket(ours.socket(bound_to, family=socket.AF_INET6))
         server: Server = await nursery.start(serve_endpoints, echo, [endpoint])
         with theirs.socket("fe80::2%wire", family=socket.AF_INET6) as sock:
             sock.settimeout(5)
             address = ("fe80::2", sock.getsockname()[1], 0, ours.index("wire"))
-            with inside(ours.name):  # the kernel's choice is asked of the machine that the program is on
+            with inside(ours.name):  # the kernel of this machine chooses the address
                 client = server.connect(address)
             assert client.peer_address == address
             await converse(client, sock)
@@ -109,8 +109,8 @@ async def test_a_link_local_peer(engine: str, nursery: trio.Nursery, bound_to: s
     ],
     ids=str,
 )
-async def test_addresses_that_are_no_single_peer(start_on_loopback: StartServer, address: Address) -> None:
-    """A group, a broadcast address, the unspecified address and port 0 are the caller's mistake."""
+async def test_addresses_that_are_not_a_single_peer(start_on_loopback: StartServer, address: Address) -> None:
+    """Server.connect raises ValueError for a group, a broadcast address, the unspecified address and port 0."""
     server = await start_on_loopback(host=None)
     with pytest.raises(ValueError, match=r".+"):
         server.connect(address)
@@ -119,14 +119,14 @@ async def test_addresses_that_are_no_single_peer(start_on_loopback: StartServer,
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
 async def test_our_own_address(start_on_loopback: StartServer, host: str) -> None:
-    """A server cannot converse with itself, by any address of its machine."""
+    """Server.connect refuses the server's own address, in the form of any address of its machine."""
     server = await start_on_loopback(host=None)
     with pytest.raises(ValueError, match="itself"):
         server.connect((host, server.endpoints[0].local_address[1]))
 
 
 async def test_addresses_that_no_endpoint_can_use(start_on_loopback: StartServer) -> None:
-    """A name, another family, or a local address that no endpoint is bound to raises."""
+    """Server.connect raises for a name, another family, or a local address that no endpoint is bound to."""
     server = await start_on_loopback()
     for options in ({"address": ("localhost", 9)}, {"address": ("::1", 9)}):
         with pytest.raises(ValueError, match=r".+"):
@@ -138,7 +138,7 @@ async def test_addresses_that_no_endpoint_can_use(start_on_loopback: StartServer
 
 
 async def test_a_local_address_that_is_not_ours(start_on_loopback: StartServer) -> None:
-    """A server on every interface cannot converse from an address that its machine does not have."""
+    """Server.connect refuses a local_address that the machine does not have."""
     server = await start_on_loopback(host="0.0.0.0")
     with pytest.raises(OSError, match=r".+"):
         server.connect(("127.0.0.1", 9), local_address=("192.0.2.1", 0))
@@ -147,7 +147,7 @@ async def test_a_local_address_that_is_not_ours(start_on_loopback: StartServer) 
 
 @needs_namespaces
 async def test_no_route(engine: str, nursery: trio.Nursery) -> None:
-    """The kernel's error is raised where it has no address to send from."""
+    """Server.connect raises the kernel's error if there is no route to the peer."""
     with machines("alone") as [alone]:
         server: Server = await nursery.start(serve_endpoints, echo, [Endpoint.from_socket(alone.socket("0.0.0.0"))])
         with inside(alone.name), pytest.raises(OSError, match="unreachable"):
@@ -157,7 +157,7 @@ async def test_no_route(engine: str, nursery: trio.Nursery) -> None:
 
 
 async def test_an_address_is_one_client(start_in_memory: StartInMemory) -> None:
-    """Server.connect raises BusyResourceError for a peer that is a client already, until that client is closed."""
+    """Server.connect raises BusyResourceError for a peer that is already a client, until that client is closed."""
     run = await start_in_memory(echo)
     run.put(b"x", ALICE)
     await run.settle()
@@ -191,7 +191,7 @@ async def test_it_counts_as_a_client(start_in_memory: StartInMemory) -> None:
 
 
 async def test_it_is_validated(start_in_memory: StartInMemory) -> None:
-    """Amplification does not apply to a peer that the program itself chose, and no stranger evicts it."""
+    """A Server.connect client has no amplification limit, and no stranger evicts it."""
     run = await start_in_memory(echo, limits=Limits(max_clients=1, when_full="evict_idle", amplification=3))
     client = run.server.connect(ALICE)
     assert client.validated
@@ -205,7 +205,7 @@ async def test_it_is_validated(start_in_memory: StartInMemory) -> None:
 
 
 async def test_it_evicts_where_strangers_do(start_in_memory: StartInMemory) -> None:
-    """Server.connect evicts at max_clients if the policy is to evict, as a stranger does."""
+    """At max_clients, Server.connect evicts a client if the policy is to evict, as a stranger does."""
     ends: list[str | None] = []
 
     async def handler(client: Client) -> None:
@@ -239,7 +239,7 @@ async def test_it_is_not_counted_for_its_host(start_in_memory: StartInMemory) ->
 
 
 async def test_no_handler_runs(start_in_memory: StartInMemory) -> None:
-    """Datagrams of a Server.connect client wait for its owner; after close() the next one is a stranger's."""
+    """Datagrams of a Server.connect client wait for its owner; after close() the next datagram is a stranger's."""
     handled: list[bytes] = []
 
     async def handler(client: Client) -> None:
@@ -263,7 +263,7 @@ async def test_no_handler_runs(start_in_memory: StartInMemory) -> None:
 
 
 async def test_a_handler_may_be_run_for_it(start_in_memory: StartInMemory, nursery: trio.Nursery) -> None:
-    """``nursery.start_soon(handler, server.connect(address))`` serves a peer that has not written yet."""
+    """``nursery.start_soon(handler, server.connect(address))`` serves a peer that has not sent anything yet."""
     run = await start_in_memory(echo)
     nursery.start_soon(echo, run.server.connect(ALICE))
     await run.settle()
@@ -308,8 +308,8 @@ async def test_a_drain_waits_for_its_owner(autojump_clock: MockClock) -> None:
     check_adds_up(server)
 
 
-async def test_a_drain_closes_what_its_owner_does_not(autojump_clock: MockClock) -> None:
-    """drain_timeout closes a Server.connect client; no handler is cancelled, and its owner's task goes on."""
+async def test_drain_timeout_closes_the_client(autojump_clock: MockClock) -> None:
+    """After drain_timeout, a Server.connect client is closed; no handler is cancelled, and its owner's task goes on."""
     run = in_memory()
     async with trio.open_nursery() as nursery:
         server: Server = await nursery.start(partial(serve_endpoints, echo, [run.endpoint], drain_timeout=3))
@@ -342,7 +342,7 @@ async def test_no_conversation_begins_once_the_server_stops(start_in_memory: Sta
 
 
 async def test_the_simulated_server_itself(start_in_memory: StartInMemory) -> None:
-    """On a simulated network too a server cannot converse with itself."""
+    """On a simulated network too, Server.connect refuses the server's own address."""
     run = await start_in_memory(echo)
     with pytest.raises(ValueError, match="itself"):
         run.server.connect(SERVER)

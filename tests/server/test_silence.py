@@ -39,13 +39,13 @@ async def test_a_handler_that_polls_notices_a_dead_peer(
     assert log[:2] == [b"hello", b"pong"]
     [(why, when)] = log[2:]
     assert why == "idle"
-    assert 12.5 <= when <= 14.5  # a quarter late at most
+    assert 12.5 <= when <= 14.5  # at most a quarter late
     assert run.server.statistics().clients_expired == 1
     check_adds_up(run.server)
 
 
 async def test_polling_with_short_waits(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A handler that works longer than it waits notices the dead peer too, and no datagram of a live one is lost."""
+    """A handler that works longer than it waits notices a dead peer too, and loses no datagram of a live one."""
     log: list[Any] = []
 
     async def handler(client: Client) -> None:
@@ -118,10 +118,10 @@ async def test_a_busy_handler_is_never_ended(start_in_memory: StartInMemory, aut
     assert run.server.statistics().handler_errors == 0
 
 
-async def test_what_arrives_while_the_handler_is_busy_is_no_silence(
+async def test_a_datagram_that_waited_during_long_work_is_received(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
-    """A datagram that waited during long work is taken, though the idle timeout is over."""
+    """A datagram that waited during long work is received, even if the idle timeout is over."""
     seen: list[bytes] = []
 
     async def handler(client: Client) -> None:
@@ -173,7 +173,7 @@ async def test_close_from_another_task_is_a_normal_end(
 async def test_idle_timeout_can_be_set(
     start_in_memory: StartInMemory, autojump_clock: MockClock, seconds: float, earliest: float, latest: float
 ) -> None:
-    """A handler may choose another timeout for its client, shorter or longer; others keep the server's."""
+    """A handler may set a shorter or longer timeout for its client; others keep the server's."""
     log: dict[Any, float] = {}
 
     async def handler(client: Client) -> None:
@@ -193,7 +193,7 @@ async def test_idle_timeout_can_be_set(
 
 
 async def test_idle_timeout_set_during_a_wait(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A timeout that another task sets holds for the silence that has already begun."""
+    """A timeout that another task sets applies to the silence that has already begun."""
     ends: list[float] = []
 
     async def handler(client: Client) -> None:
@@ -212,13 +212,13 @@ async def test_idle_timeout_set_during_a_wait(start_in_memory: StartInMemory, au
     run.put(b"x")
     await trio.sleep(50)
     [client] = run.server.clients
-    client.idle_timeout = 10  # over already
+    client.idle_timeout = 10  # already over
     await run.settle()
     assert len(run.server.clients) == 0
 
 
 async def test_a_subscriber_may_be_silent_for_ever(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """math.inf keeps a client that never writes again."""
+    """With ``idle_timeout = math.inf``, a client that never sends again does not end."""
 
     async def handler(client: Client) -> None:
         client.idle_timeout = math.inf
@@ -235,7 +235,7 @@ async def test_a_subscriber_may_be_silent_for_ever(start_in_memory: StartInMemor
     ("error", "value"), [(ValueError, 0), (ValueError, -1), (ValueError, math.nan), (TypeError, "5")]
 )
 async def test_wrong_idle_timeouts(start_in_memory: StartInMemory, error: type[Exception], value: Any) -> None:
-    """A timeout that makes no sense raises where it is set, and changes nothing."""
+    """An invalid idle timeout raises where it is set, and changes nothing."""
     run = await start_in_memory(echo, idle_timeout=8)
     run.put(b"x")
     await run.settle()

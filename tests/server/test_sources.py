@@ -1,4 +1,4 @@
-"""Sources that a server does not trust: its own addresses, those of many machines, and those of no machine."""
+"""Sources that a server refuses or cannot answer: its own addresses, groups, broadcast, and no address."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Machine:
     server: Server
 
     async def refuses(self, source: Address, destination: Address) -> bool:
-        """Let a datagram arrive; tell whether its source was refused. If not, it must have been delivered."""
+        """Let a datagram arrive; return whether its source was refused. Otherwise it must have been delivered."""
         before = self.server.statistics()
         self.network.inject(b"x", source, destination)
         await trio.testing.wait_all_tasks_blocked()
@@ -56,7 +56,7 @@ StartMachine = Callable[..., Awaitable[Machine]]
 
 @pytest.fixture(params=["clients", "datagram_handler"])
 async def start(request: pytest.FixtureRequest, nursery: trio.Nursery) -> StartMachine:
-    """Start such a server; the rules about sources are the same for both kinds of handlers."""
+    """Start the server. The rules about sources are the same for both kinds of handlers."""
 
     async def start(*, allow_broadcast: bool = False) -> Machine:
         network = SimulatedNetwork()
@@ -89,7 +89,7 @@ async def test_our_own_address_with_a_port_of_ours(start: StartMachine) -> None:
 
 
 async def test_only_both_together_are_refused(start: StartMachine) -> None:
-    """Our own address with a port that is not ours, or a port of ours elsewhere, is a source like any other."""
+    """A source with only an address of ours, or only a port of ours, is delivered."""
     machine = await start()
     assert not await machine.refuses((OWN, 5001), (OWN, 5000))
     for port in (5000, 6000, 7000):
@@ -109,9 +109,9 @@ async def test_only_both_together_are_refused(start: StartMachine) -> None:
 async def test_a_program_of_this_machine_may_write_to_a_group(
     start: StartMachine, source: Address, destination: Address
 ) -> None:
-    """Another program of this machine that uses our port and writes to a group, as mDNS programs do, is welcome.
+    """Another program on this machine may use our port and send to a group, as mDNS programs do.
 
-    If the datagram was forged there is still no loop: the answer comes to our own address, and is refused there.
+    If the datagram was forged there is still no loop: the answer goes to our own address, and is refused there.
     """
     machine = await start()
     machine.network.inject(b"x", source, destination)
@@ -121,8 +121,8 @@ async def test_a_program_of_this_machine_may_write_to_a_group(
     check_adds_up(machine.server)
 
 
-async def test_groups_and_the_broadcast_address_are_no_sources(start: StartMachine) -> None:
-    """A datagram that claims to come from a group or from 255.255.255.255 is refused, wherever it was sent to."""
+async def test_groups_and_the_broadcast_address_are_refused_sources(start: StartMachine) -> None:
+    """A datagram whose source is a group or 255.255.255.255 is refused, whatever its destination."""
     machine = await start()
     for source in ((GROUP, 9), ("239.255.255.250", 1900), (BROADCAST, 9)):
         for destination in ((OWN, 5000), (GROUP, 5000)):
@@ -131,8 +131,8 @@ async def test_groups_and_the_broadcast_address_are_no_sources(start: StartMachi
     assert await machine.refuses((GROUP, 0), (OWN, 5000))
 
 
-async def test_what_a_server_sends_to_a_group_and_hears_itself(start: StartMachine) -> None:
-    """A server in a group hears what it sends there, and refuses it: it is no client of itself."""
+async def test_a_server_refuses_its_own_datagrams_to_a_group(start: StartMachine) -> None:
+    """A server in a group refuses its own datagrams to the group, and is not its own client."""
     machine = await start()
     await machine.server.send_to(b"hello", (GROUP, 5000), local_address=(OWN, 5000))
     await trio.testing.wait_all_tasks_blocked()
@@ -142,7 +142,7 @@ async def test_what_a_server_sends_to_a_group_and_hears_itself(start: StartMachi
 
 
 async def test_an_echo_beside_a_program_with_our_address(start: StartMachine) -> None:
-    """A server refuses its own datagrams also while another program, with its address and port, is heard."""
+    """A server refuses its own datagrams to a group, and receives those of another program with the same address."""
     machine = await start()
     for _ in range(2):
         machine.network.inject(b"theirs", (OWN, 5000), (GROUP, 5000))
@@ -150,25 +150,25 @@ async def test_an_echo_beside_a_program_with_our_address(start: StartMachine) ->
         await machine.server.send_to(b"ours", (GROUP, 5000), local_address=(OWN, 5000))
         await trio.testing.wait_all_tasks_blocked()
     s = machine.server.statistics()
-    # Its answers to the other program come to itself, as it is the one that has the port here.
+    # Its answers to the other program arrive at the server itself, which has the port here.
     assert (s.received, s.delivered, s.refused_source) == (6, 2, 4)
     check_adds_up(machine.server)
 
 
-async def test_an_echo_is_heard_once(start: StartMachine, autojump_clock: MockClock) -> None:
-    """The same payload from another program with our address is heard: at once, and after the echo is forgotten."""
+async def test_an_echo_is_refused_once(start: StartMachine, autojump_clock: MockClock) -> None:
+    """A second datagram with the same payload from our address is delivered, also after the echo was forgotten."""
     machine = await start()
     await machine.server.send_to(b"same", (GROUP, 5000), local_address=(OWN, 5000))
     await trio.testing.wait_all_tasks_blocked()
     assert machine.server.statistics().refused_source == 1
     assert not await refuses_from_here(machine, b"same")
-    await machine.server.send_to(b"same", ("239.9.9.9", 5000), local_address=(OWN, 5000))  # nobody hears it
+    await machine.server.send_to(b"same", ("239.9.9.9", 5000), local_address=(OWN, 5000))  # it has no receiver
     await trio.sleep(6)
     assert not await refuses_from_here(machine, b"same")
 
 
 async def refuses_from_here(machine: Machine, payload: bytes) -> bool:
-    """Let another program with the server's address write to the group; return whether that was refused."""
+    """Let another program with the server's address send to the group; return whether the server refused it."""
     delivered = machine.server.statistics().delivered
     machine.network.inject(payload, (OWN, 5000), (GROUP, 5000))
     await trio.testing.wait_all_tasks_blocked()
@@ -186,7 +186,7 @@ async def test_two_endpoints_of_one_server_do_not_answer_each_other(start: Start
 
 
 async def test_an_endpoint_that_is_added_later(start: StartMachine) -> None:
-    """The port of an endpoint that is added to the running server is a port of ours from then on, on all endpoints."""
+    """The port of an added endpoint is a port of the server from then on, on all endpoints."""
     machine = await start()
     assert not await machine.refuses((OTHER_OWN, 8000), (OWN, 5000))
     machine.server.add_endpoint(machine.network.endpoint(OWN, 8000))
@@ -195,7 +195,7 @@ async def test_an_endpoint_that_is_added_later(start: StartMachine) -> None:
 
 
 async def test_an_endpoint_that_is_closed(start: StartMachine) -> None:
-    """A closed endpoint's port is no longer a port of ours: another program may have it."""
+    """The port of a closed endpoint is no longer a port of the server: another program may have it."""
     machine = await start()
     assert await machine.refuses((OWN, 6000), (OWN, 5000))
     await machine.endpoints[1].aclose()
@@ -208,7 +208,7 @@ async def test_an_endpoint_that_is_closed(start: StartMachine) -> None:
 async def test_port_zero_and_the_unspecified_address(
     start: StartMachine, source: Address, destination: Address
 ) -> None:
-    """A datagram from port 0 or from the unspecified address is delivered; an answer to it is a send error."""
+    """A datagram from port 0 or the unspecified address is delivered; a reply to it is a send error."""
     machine = await start()
     assert not await machine.refuses(source, destination)
     s = machine.server.statistics()
@@ -216,7 +216,7 @@ async def test_port_zero_and_the_unspecified_address(
 
 
 async def test_the_unspecified_address_of_ipv6(start: StartMachine) -> None:
-    """A datagram from the unspecified IPv6 address is delivered; an answer to it is a send error."""
+    """A datagram from the unspecified IPv6 address is delivered; a reply to it is a send error."""
     machine = await start()
     assert not await machine.refuses(("::", 546, 0, 0), (OWN_IPV6, 7000, 0, 0))
     s = machine.server.statistics()
@@ -224,7 +224,7 @@ async def test_the_unspecified_address_of_ipv6(start: StartMachine) -> None:
 
 
 async def test_a_million_hosts_with_our_port_are_forgotten(start: StartMachine, autojump_clock: MockClock) -> None:
-    """The memory about hosts with a port of ours stays bounded, and verdicts stay right."""
+    """The cache of hosts with a port of ours stays bounded, and its answers stay right."""
     machine = await start()
     for number in range(3_000):
         machine.network.inject(b"x", (f"198.51.{number // 250}.{number % 250}", 5000), (OWN, 5000))
@@ -261,7 +261,7 @@ async def test_a_client_that_cannot_be_answered(start_in_memory: StartInMemory) 
 
 
 async def test_a_dhcp_client_is_answered_by_broadcast(nursery: trio.Nursery) -> None:
-    """A client without an address is heard, and the server answers it by send_to the broadcast address."""
+    """A datagram from the unspecified address is delivered, and send_to the broadcast address can answer it."""
     network = SimulatedNetwork()
     dhcp = network.endpoint("0.0.0.0", 67, own_hosts=[OWN], allow_broadcast=True)
     asking = network.endpoint("0.0.0.0", 68, own_hosts=[ELSEWHERE], allow_broadcast=True)
@@ -279,7 +279,7 @@ async def test_a_dhcp_client_is_answered_by_broadcast(nursery: trio.Nursery) -> 
 
 
 async def test_two_servers_may_answer_each_other(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
-    """Two servers of one machine are strangers to each other, so two that answer everything do so for ever."""
+    """Two servers on one machine are strangers to each other, so two that answer everything do so for ever."""
     network = SimulatedNetwork(latency=(1, 1))
     one: Server = await nursery.start(serve_endpoints, echo, [network.endpoint(OWN, 5000)])
     other: Server = await nursery.start(serve_endpoints, repeat, [network.endpoint(OWN, 6000)])
@@ -334,7 +334,7 @@ async def test_two_real_endpoints_of_one_server(nursery: trio.Nursery, host: str
 
 @pytest.mark.usefixtures("engine")
 async def test_an_innocent_program_of_this_machine(nursery: trio.Nursery) -> None:
-    """A program of this machine with a port of its own is served."""
+    """A program on this machine with a port of its own is served."""
     (endpoint,) = await open_endpoints(0, host="0.0.0.0")
     server: Server = await nursery.start(serve_endpoints, echo, [endpoint])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
@@ -350,9 +350,9 @@ async def test_an_innocent_program_of_this_machine(nursery: trio.Nursery) -> Non
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("allowed", [True, False])
 async def test_a_directed_broadcast_source(nursery: trio.Nursery, allowed: bool) -> None:
-    """A directed-broadcast source is refused where SO_BROADCAST is set, for one datagram would make a broadcast.
+    """With SO_BROADCAST, a directed-broadcast source is refused, because one answer would reach a whole network.
 
-    Where it is not set the kernel itself refuses to send the answer.
+    Without it, the kernel itself refuses to send the answer.
     """
     with machines("here", "there") as (here, there):
         here.wire_to(there)
@@ -367,7 +367,7 @@ async def test_a_directed_broadcast_source(nursery: trio.Nursery, allowed: bool)
         with trio.move_on_after(5):
             while not server.statistics().received:  # the first may be lost while the wire comes up
                 _forge(there, ("10.77.0.255", 9), ("10.77.0.1", 5000))
-                with inside(here.name):  # where the server, too, asks the kernel about the address
+                with inside(here.name):  # where the server also asks the kernel about the address
                     await trio.testing.wait_all_tasks_blocked(0.05)
         s = server.statistics()
         if not s.received:

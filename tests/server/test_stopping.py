@@ -22,7 +22,9 @@ if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
 
-async def test_stop_handles_what_has_arrived(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
+async def test_stop_handles_datagrams_that_have_arrived(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
     """stop() lets handlers empty their inboxes in order and send last replies, and refuses later datagrams."""
     ends = []
 
@@ -67,7 +69,7 @@ async def test_serve_returns_as_soon_as_the_last_handler_has(autojump_clock: Moc
     assert trio.current_time() == 3
 
 
-async def test_what_is_left_after_drain_timeout_is_cancelled(
+async def test_handlers_are_cancelled_after_drain_timeout(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
     """Handlers that run after drain_timeout are cancelled and counted; their waiting datagrams count as dropped."""
@@ -179,7 +181,7 @@ async def test_a_transaction_can_begin_during_the_drain(
 
 
 async def test_a_transaction_ends_with_drain_timeout(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
-    """A transaction that never ends delays the server for drain_timeout at most."""
+    """A transaction that never ends delays the stop by at most drain_timeout."""
 
     async def handler(client: Client) -> None:
         with client.transaction():
@@ -222,7 +224,7 @@ async def test_leaving_a_transaction_ends_another_tasks_wait(
     assert ends == [("stopping", 2.0)]
 
 
-async def test_what_an_ended_handler_leaves_is_handled_in_the_drain(
+async def test_a_handler_is_called_again_during_a_drain(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:
     """A handler that takes one datagram per call is called again during a drain for each one that had arrived."""
@@ -329,7 +331,7 @@ async def test_closing_one_of_two_endpoints_ends_its_clients(autojump_clock: Moc
     check_adds_up(server)
 
 
-async def test_closing_the_endpoint_during_the_drain_is_no_error(autojump_clock: MockClock) -> None:
+async def test_closing_the_endpoint_during_the_drain_is_not_an_error(autojump_clock: MockClock) -> None:
     """A draining server returns normally if its endpoint is closed meanwhile."""
     run = in_memory()
 
@@ -415,7 +417,7 @@ async def test_signals_stop_the_server(autojump_clock: MockClock) -> None:
 
 
 async def test_the_second_signal_stops_at_once(autojump_clock: MockClock) -> None:
-    """The second signal of stop_signals cancels handlers that still run; serve returns normally all the same."""
+    """The second signal of stop_signals cancels running handlers, and serve still returns normally."""
     run = in_memory()
 
     async def handler(client: Client) -> None:

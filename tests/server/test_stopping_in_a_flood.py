@@ -25,7 +25,7 @@ def send(sock: socket.socket, payload: bytes, times: int) -> None:
 
 
 async def stop_in_a_flood(handler: Any, payload: bytes, times: int, *, segment: int = 0, **options: Any) -> Server:
-    """Stop a server that has a backlog while as much again arrives whenever it lets other tasks run."""
+    """Stop a server with a backlog. Each time it lets other tasks run, as many datagrams arrive again."""
 
     async def flood() -> None:
         while True:
@@ -50,7 +50,7 @@ async def stop_in_a_flood(handler: Any, payload: bytes, times: int, *, segment: 
 @pytest.mark.parametrize("options", [{"proxies": ["127.0.0.1"]}, {"max_datagram_size": 3}], ids=["malformed", "long"])
 @pytest.mark.parametrize("handler", [echo, datagram_handler(lambda datagram: None)], ids=["echo", "function"])
 async def test_a_flood_of_nothing_usable_does_not_keep_a_server(engine: str, handler: Any, options: Any) -> None:
-    """A stop ends although malformed or truncated datagrams go on arriving faster than they are read."""
+    """A stop ends even if malformed or truncated datagrams keep arriving faster than they are read."""
     server = await stop_in_a_flood(handler, b"junk", 100, **options)
     statistics = server.statistics()
     assert statistics.received == statistics.refused_malformed + statistics.truncated
@@ -58,7 +58,7 @@ async def test_a_flood_of_nothing_usable_does_not_keep_a_server(engine: str, han
 
 @pytest.mark.skipif(sys.platform != "linux", reason="UDP_SEGMENT is an option of Linux")
 async def test_a_flood_of_coalesced_datagrams_is_not_caught_up_with(engine: str) -> None:
-    """Catching up reads at most a few times as many datagrams as had arrived at the stop, also coalesced ones."""
+    """Catching up reads at most a few times the datagrams that had arrived at the stop, also if they are coalesced."""
     handler = datagram_handler(lambda datagram: None)
     server = await stop_in_a_flood(handler, bytes(60 * 100), 40, segment=100)
     assert 40 * 60 <= server.statistics().delivered < 5 * 40 * 60

@@ -1,4 +1,4 @@
-"""A server on a Unix-domain socket: who is a client, limits, stopping, and what becomes of the file."""
+"""A server on a Unix-domain socket: what identifies a client, limits, stopping, and the socket file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Start = Callable[..., Awaitable[Server]]
 
 @pytest.fixture
 async def start(path: str, nursery: trio.Nursery) -> AsyncIterator[Start]:
-    """Start a server on ``path``, or on another name; options are those of both functions."""
+    """Start a server on ``path`` or another name. The options are those of both functions."""
     servers = []
 
     async def start(handler: Any = echo, at: str = path, *, credentials: bool = False, **options: Any) -> Server:
@@ -65,7 +65,7 @@ async def start(path: str, nursery: trio.Nursery) -> AsyncIterator[Start]:
 
 
 def peer(sockets: ExitStack, name: str = "", *, connect: str | None = None) -> socket.socket:
-    """Open a socket with a name of the kernel's choice, or with a path."""
+    """Open a socket with a name that the kernel chooses, or with a path."""
     sock = sockets.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
     sock.bind(name)
     sock.settimeout(5)
@@ -85,7 +85,7 @@ async def send_as(server: Server, uid: int, *name: str) -> None:
     await settle()
 
 
-# Who is a client
+# What identifies a client
 
 
 async def test_each_name_is_a_client(start: Start, path: str, sockets: ExitStack) -> None:
@@ -106,7 +106,7 @@ async def test_each_name_is_a_client(start: Start, path: str, sockets: ExitStack
 
 
 async def test_peers_without_a_name_are_one_client(start: Start, path: str, sockets: ExitStack) -> None:
-    """Nothing tells peers without a name apart: they are one client, which cannot be answered."""
+    """All peers without a name are one client, because nothing distinguishes them, and it cannot be answered."""
     server = await start()
     for _ in range(3):
         sock = sockets.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
@@ -119,7 +119,7 @@ async def test_peers_without_a_name_are_one_client(start: Start, path: str, sock
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 async def test_credentials_tell_peers_without_a_name_apart(start: Start) -> None:
-    """With credentials each process without a name is a client, and who sent what is known of all datagrams."""
+    """With credentials, each process without a name is a client, and every datagram has its sender's credentials."""
     seen: list[tuple[int, bytes]] = []
 
     async def handler(client: Client) -> None:
@@ -136,7 +136,7 @@ async def test_credentials_tell_peers_without_a_name_apart(start: Start) -> None
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 async def test_a_name_that_changes_hands(start: Start) -> None:
-    """With credentials another process that takes over a name is another client."""
+    """With credentials, another process that takes over a name is another client."""
     server = await start(echo, f"\0trio_udp {os.getpid()}", credentials=True)
     for uid in (1234, 1235):
         await send_as(server, uid, f"trio_udp peer {os.getpid()}")
@@ -146,7 +146,7 @@ async def test_a_name_that_changes_hands(start: Start) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 async def test_a_user_is_a_host(start: Start) -> None:
-    """With credentials ``clients_per_host`` counts users: a name costs nothing, so a user could have any number."""
+    """With credentials, ``clients_per_host`` counts the clients of a user, who can have any number of names."""
     name = f"\0trio_udp {os.getpid()}"
     server = await start(echo, name, credentials=True, limits=Limits(clients_per_host=1))
     for number, uid in enumerate((1234, 1234, 1235)):
@@ -155,7 +155,7 @@ async def test_a_user_is_a_host(start: Start) -> None:
 
 
 async def test_our_own_name_is_refused(start: Start, path: str, sockets: ExitStack, nursery: trio.Nursery) -> None:
-    """A source with the name of an endpoint of this server is refused, as it would make the server answer itself."""
+    """A source with the name of an endpoint of this server is refused, so that the server does not answer itself."""
     server = await start()
     other = await trio_udp.open_unix_endpoint(path + ".other")
     server.add_endpoint(other)
@@ -171,7 +171,7 @@ async def test_our_own_name_is_refused(start: Start, path: str, sockets: ExitSta
 
 
 async def test_connecting_to_a_peer(start: Start, path: str, sockets: ExitStack) -> None:
-    """The server can begin a conversation with a name, but not with its own, nor where it must know credentials."""
+    """Server.connect reaches a name, but not the server's own, and not on an endpoint with credentials."""
     server = await start()
     sock = peer(sockets)
     client = server.connect(sock.getsockname())
@@ -182,7 +182,7 @@ async def test_connecting_to_a_peer(start: Start, path: str, sockets: ExitStack)
     client.close()
     await server.send_to(b"news", sock.getsockname())
     assert sock.recv(100) == b"news"
-    with pytest.raises(ValueError, match="this is the name of this server itself"):
+    with pytest.raises(ValueError, match="cannot connect to this server itself"):
         server.connect(path)
     with_credentials = await start(echo, path + ".other", credentials=True)
     with pytest.raises(ValueError, match="known only once it has sent a datagram"):
@@ -228,7 +228,7 @@ async def test_silence(start: Start, path: str, sockets: ExitStack) -> None:
 
 
 async def test_a_flood_from_ten_thousand_names(start: Start, path: str, sockets: ExitStack) -> None:
-    """Ten thousand peers take no more than ``max_clients`` seats, each is answered, and nothing gets lost uncounted."""
+    """10,000 peers take no more than ``max_clients`` places, each gets an answer, and every datagram is counted."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < 11_000:
         pytest.skip("this process may not open so many files")
@@ -246,11 +246,11 @@ async def test_a_flood_from_ten_thousand_names(start: Start, path: str, sockets:
     assert {sock.recv(100) for sock in peers[:1_000]} == {b"x"}
 
 
-# The end
+# Stopping
 
 
-async def test_what_has_arrived_is_handled(start: Start, path: str, sockets: ExitStack) -> None:
-    """A server that is stopped handles what has arrived, answers it, removes its file and turns the rest away."""
+async def test_datagrams_that_have_arrived_are_handled(start: Start, path: str, sockets: ExitStack) -> None:
+    """A server that stops handles and answers all datagrams that have arrived, refuses the rest, removes its file."""
     server = await start()
     sock = peer(sockets, connect=path)
     sock.setblocking(False)
@@ -270,7 +270,7 @@ async def test_what_has_arrived_is_handled(start: Start, path: str, sockets: Exi
 
 
 async def test_a_file_that_is_deleted_under_the_server(start: Start, path: str, sockets: ExitStack) -> None:
-    """Who is connected goes on; nobody else finds the server; and another server can take the path, and keeps it."""
+    """If its file is deleted, a server still serves connected peers, and a new server can take and keep the path."""
     server = await start()
     sock = peer(sockets, connect=path)
     os.unlink(path)
@@ -290,7 +290,7 @@ async def test_a_file_that_is_deleted_under_the_server(start: Start, path: str, 
 
 @pytest.mark.parametrize("how", ["close", "stop", "close the socket"])
 async def test_closing_in_the_middle(start: Start, path: str, sockets: ExitStack, how: str) -> None:
-    """However an endpoint ends amid traffic, the counters add up, and no task is left."""
+    """If an endpoint is closed while datagrams arrive, the counters add up, and no task is left."""
     server = await start(drain_timeout=0.2)
     endpoint = server.endpoints[0]
     extra = await trio_udp.open_unix_endpoint(path + ".other")
@@ -319,7 +319,7 @@ async def test_closing_in_the_middle(start: Start, path: str, sockets: ExitStack
 
 
 async def test_handing_a_socket_over(path: str, sockets: ExitStack, nursery: trio.Nursery) -> None:
-    """A socket of a supervisor's is served without touching its file, and what waits is left to the next server."""
+    """A server does not touch the file of a supervisor's socket, and leaves unread datagrams to the next server."""
     held = peer(sockets, path)
     sock = peer(sockets, connect=path)
     for payload in (b"one", b"two"):
@@ -337,7 +337,7 @@ async def test_handing_a_socket_over(path: str, sockets: ExitStack, nursery: tri
 async def test_names_cannot_forge_lines_of_the_log(
     start: Start, path: str, sockets: ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Control characters, and bytes that are no text, are escaped wherever a peer's name is written."""
+    """Control characters and invalid UTF-8 in a peer's name are escaped in every log line."""
     described: list[str] = []
 
     async def fail(channel: trio_udp.TypedChannel[int, bytes]) -> None:

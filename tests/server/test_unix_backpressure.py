@@ -1,4 +1,4 @@
-"""Peers on a Unix-domain socket that do not read: each holds up itself, and nobody else."""
+"""Peers on a Unix-domain socket that do not read: each delays only its own datagrams."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trio_udp._endpoints import _sock_diag
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a receiver's own buffer counts")
 
-SMALL = 50_000  # bytes of send buffer: Linux doubles it, and so it holds 130 small datagrams
+SMALL = 50_000  # bytes of send buffer, which Linux doubles; room for 130 small datagrams
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ async def start(path: str, nursery: trio.Nursery) -> AsyncIterator[Start]:
 
 
 class Peer:
-    """A socket that talks to the server, connected to it or not; connected ones have no limit of their own."""
+    """A socket that talks to the server, connected to it or not. The kernel does not limit a connected one."""
 
     def __init__(self, path: str, sockets: ExitStack, *, connected: bool) -> None:
         self.socket = sockets.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
@@ -96,7 +96,7 @@ def make_peer(request: pytest.FixtureRequest, path: str, sockets: ExitStack) -> 
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Let time pass until the kernel has told us."""
+    """Wait in real time until the kernel reports a condition."""
     with trio.fail_after(5):
         while not condition():  # noqa: ASYNC110  # nothing here sets an event
             await trio.sleep(0.001)
@@ -114,7 +114,7 @@ async def answer_often(client: Client) -> None:
 
 
 async def test_one_peer_does_not_hold_up_another(start: Start, make_peer: Callable[[], Peer]) -> None:
-    """While ``send`` waits for a peer that does not read, others are answered as ever, and no task spins."""
+    """While ``send`` waits for a peer that does not read, others get their answers, and no task spins."""
     server = await start(answer_often)
     silent, other = make_peer(), make_peer()
     silent.send(b"1000")
@@ -131,7 +131,7 @@ async def test_one_peer_does_not_hold_up_another(start: Start, make_peer: Callab
 
 
 async def test_single_datagrams(start: Start, make_peer: Callable[[], Peer]) -> None:
-    """Replies of a ``datagram_handler`` to a peer that does not read are dropped and counted, and no one else's."""
+    """Replies of a ``datagram_handler`` to a peer that does not read are dropped and counted; other replies are not."""
     server = await start(trio_udp.datagram_handler(lambda datagram: datagram.payload))
     silent, other = make_peer(), make_peer()
     with trio.fail_after(20):
@@ -148,7 +148,7 @@ async def test_single_datagrams(start: Start, make_peer: Callable[[], Peer]) -> 
 
 
 async def test_many_silent_peers(start: Start, path: str, sockets: ExitStack) -> None:
-    """A hundred silent peers, each with a fair part of the send buffer, leave enough of it to one that reads."""
+    """A hundred silent peers, each with a fair share of the send buffer, leave enough room for one that reads."""
     await start(trio_udp.datagram_handler(lambda datagram: datagram.payload), None)
     silent = [Peer(path, sockets, connected=True) for _ in range(100)]
     other = Peer(path, sockets, connected=True)
@@ -162,7 +162,7 @@ async def test_many_silent_peers(start: Start, path: str, sockets: ExitStack) ->
 
 
 async def test_without_room_nothing_waits(start: Start, make_peer: Callable[[], Peer]) -> None:
-    """``send_nowait`` raises WouldBlock for the peer that does not read, and for no other."""
+    """``send_nowait`` raises WouldBlock for a peer that does not read, and for no other peer."""
     clients: dict[Any, Client] = {}
 
     async def handler(client: Client) -> None:
@@ -187,8 +187,7 @@ async def test_without_room_nothing_waits(start: Start, make_peer: Callable[[], 
 
 
 async def test_the_order_of_waiting_sends(start: Start, make_peer: Callable[[], Peer], nursery: trio.Nursery) -> None:
-    """Tasks that wait for one peer send in the order of their calls; later ones do not overtake; a cancelled one is
-    left out."""
+    """Tasks that wait for one peer send in the order of their calls; a cancelled one is left out."""
     found: list[Client] = []
 
     async def handler(client: Client) -> None:
@@ -220,14 +219,14 @@ async def test_the_order_of_waiting_sends(start: Start, make_peer: Callable[[], 
     await settle()
     with trio.fail_after(10):
         received = [await silent.receive() for _ in range(sent + 10)]
-        with suppress(trio.WouldBlock):  # the others may be waiting still
+        with suppress(trio.WouldBlock):  # the others may still be waiting
             client.send_nowait(b"%d" % (sent + 20))
         received += [await silent.receive() for _ in range(10)]
     assert received == [b"%d" % number for number in range(sent + 20)]
 
 
 async def test_a_peer_that_goes_away(start: Start, make_peer: Callable[[], Peer], nursery: trio.Nursery) -> None:
-    """Sends that wait for a peer end at once when it is gone: counted for it, and for nobody else."""
+    """Sends that wait for a peer end when the peer is gone, and only that peer's client counts the errors."""
     server = await start(answer_often)
     silent, other = make_peer(), make_peer()
     silent.send(b"100")
@@ -268,8 +267,10 @@ async def test_closing_while_sends_wait(start: Start, make_peer: Callable[[], Pe
     assert server.statistics().handler_errors == 0
 
 
-async def test_closing_a_lone_endpoint(path: str, make_peer: Callable[[], Peer], nursery: trio.Nursery) -> None:
-    """Without a server too, a reply and a ``send_to`` that wait raise ClosedResourceError."""
+async def test_closing_an_endpoint_without_a_server(
+    path: str, make_peer: Callable[[], Peer], nursery: trio.Nursery
+) -> None:
+    """On an endpoint without a server too, a waiting reply and a waiting ``send_to`` raise ClosedResourceError."""
     endpoint = await trio_udp.open_unix_endpoint(path, send_buffer=SMALL)
     silent = make_peer()
     silent.send(b"x")
@@ -294,7 +295,7 @@ async def test_closing_a_lone_endpoint(path: str, make_peer: Callable[[], Peer],
 
 
 async def test_the_drain_waits_for_a_slow_peer(start: Start, make_peer: Callable[[], Peer]) -> None:
-    """A handler that waits for a slow peer when the server stops has ``drain_timeout`` to finish, and so has it all."""
+    """A handler that waits for a slow peer when the server stops has ``drain_timeout`` seconds to finish."""
     server = await start(answer_often)
     slow = make_peer()
     slow.send(b"300")
@@ -306,7 +307,7 @@ async def test_the_drain_waits_for_a_slow_peer(start: Start, make_peer: Callable
 
 
 async def test_send_to_all(start: Start, make_peer: Callable[[], Peer]) -> None:
-    """A broadcast reaches everyone who reads; for one that does not, it is lost and counted."""
+    """``send_to_all`` reaches every peer that reads; for one that does not, the datagram is dropped and counted."""
     server = await start(answer_often)
     silent, other = make_peer(), make_peer()
     silent.send(b"1000")
@@ -322,7 +323,7 @@ async def test_send_to_all(start: Start, make_peer: Callable[[], Peer]) -> None:
 
 
 async def test_a_fast_stream_to_one_peer(start: Start, make_peer: Callable[[], Peer]) -> None:
-    """A peer that reads gets far more than its part of the send buffer, without a pause of note."""
+    """A peer that reads gets far more than its share of the send buffer, without a noticeable pause."""
     await start(answer_often)
     reader = make_peer()
     reader.send(b"5000")
@@ -332,7 +333,7 @@ async def test_a_fast_stream_to_one_peer(start: Start, make_peer: Callable[[], P
 
 
 async def test_empty_datagrams(start: Start, path: str, sockets: ExitStack) -> None:
-    """A peer that hides behind an empty datagram, which looks like an empty queue, holds no more than others."""
+    """A peer that hides behind an empty datagram, which looks like an empty queue, takes no more than its share."""
     server = await start(trio_udp.datagram_handler(lambda datagram: datagram.payload))
     silent, other = (Peer(path, sockets, connected=True) for _ in range(2))
     with trio.fail_after(20):
@@ -346,11 +347,11 @@ async def test_empty_datagrams(start: Start, path: str, sockets: ExitStack) -> N
     assert server.statistics().errors == {"EAGAIN": 300 - len(received)}
 
 
-async def test_a_kernel_that_tells_nothing_of_queues(
+async def test_without_sock_diag_there_are_no_shares(
     start: Start, path: str, sockets: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without sock_diag nobody is limited to a part of the buffer: peers that do not read leave none to the others."""
-    monkeypatch.setattr(_sock_diag, "NETLINK_SOCK_DIAG", 31)  # a protocol that no kernel has
+    """Without sock_diag there are no shares: peers that do not read can leave no room for others."""
+    monkeypatch.setattr(_sock_diag, "NETLINK_SOCK_DIAG", 31)  # a protocol that no kernel knows
     server = await start(trio_udp.datagram_handler(lambda datagram: datagram.payload))
     silent, other = (Peer(path, sockets, connected=True) for _ in range(2))
     with trio.fail_after(20):

@@ -1,4 +1,4 @@
-"""The fixtures, as the tests of a user's project use them; where they fail a test, in a pytest of its own."""
+"""The fixtures in a user's project. Tests that have to fail run in a pytest of their own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ async def shout(client: Client) -> None:
 
 
 async def test_a_server_and_a_connection_to_it(udp_server: StartServer) -> None:
-    """udp_server serves a handler and gives a connection."""
+    """udp_server serves a handler and returns a connection."""
     connection = await udp_server(shout)
     await connection.send(b"hello")
     assert await connection.receive() == b"HELLO"
@@ -43,7 +43,7 @@ async def test_options_and_network_conditions(
 
 
 async def test_another_client(udp_server: StartServer, simulated_network: SimulatedNetwork) -> None:
-    """The peer address of the first connection is the server's, so that a test can connect again."""
+    """The peer address of the first connection is the server's, so a test can connect again."""
     first = await udp_server(shout)
     async with await simulated_network.connect(*first.peer_address[:2]) as second:
         await second.send(b"me too")

@@ -1,4 +1,4 @@
-"""Groups on the simulated network, by the same calls as on a real one."""
+"""Groups on the simulated network, with the same methods as on a real one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def heard(endpoint: Endpoint) -> list[bytes]:
 
 @pytest.mark.parametrize("interface", [None, "eth0", 1, OWN])
 async def test_joining_and_leaving(interface: int | str | None) -> None:
-    """An endpoint hears a group from join_group to leave_group; its interface is the network's only one."""
+    """An endpoint receives from a group from join_group to leave_group, on the network's only interface."""
     network = SimulatedNetwork()
     endpoint = network.endpoint("0.0.0.0", PORT, own_hosts=[OWN])
     for change, expected in ((None, []), (endpoint.join_group, [b"x"]), (endpoint.leave_group, [])):
@@ -44,7 +44,7 @@ async def test_joining_and_leaving(interface: int | str | None) -> None:
 
 
 async def test_ipv6() -> None:
-    """An IPv6 endpoint joins IPv6 groups, and no IPv4 groups: no endpoint here takes both."""
+    """An IPv6 endpoint joins IPv6 groups, but no IPv4 groups, because no simulated endpoint is dual-stack."""
     network = SimulatedNetwork()
     endpoint = network.endpoint("::", PORT)
     endpoint.join_group(f"{GROUP_IPV6}%eth0")
@@ -55,7 +55,7 @@ async def test_ipv6() -> None:
 
 
 async def test_single_sources() -> None:
-    """An endpoint that joins for single sources hears these only."""
+    """An endpoint that joins for single sources receives only from these."""
     network = SimulatedNetwork()
     endpoint = network.endpoint("0.0.0.0", PORT)
 
@@ -74,14 +74,14 @@ async def test_single_sources() -> None:
     assert what_is_heard() == []
     endpoint.join_group(GROUP)
     assert what_is_heard() == [b"Alice", b"Bob"]
-    endpoint.join_group(GROUP, source=BOB[0])  # as on Linux, this ends hearing all
+    endpoint.join_group(GROUP, source=BOB[0])  # as on Linux, this ends receiving from all sources
     assert what_is_heard() == [b"Bob"]
     endpoint.leave_group(GROUP)
     assert what_is_heard() == []
 
 
 async def test_both_ways_to_join_are_one() -> None:
-    """A group that SimulatedNetwork.join has joined can be left by the endpoint, and the reverse."""
+    """The endpoint can leave a group that SimulatedNetwork.join has joined, and vice versa."""
     network = SimulatedNetwork()
     endpoint = network.endpoint("0.0.0.0", PORT)
     network.join(endpoint, GROUP)
@@ -93,7 +93,7 @@ async def test_both_ways_to_join_are_one() -> None:
 
 
 async def test_behind_a_proxy(nursery: trio.Nursery) -> None:
-    """An endpoint with proxies joins groups too, and its server refuses what it hears of itself."""
+    """An endpoint with proxies can join groups, and its server refuses its own datagrams."""
     network = SimulatedNetwork()
     endpoint = network.endpoint("0.0.0.0", PORT, own_hosts=[OWN], proxies=["10.0.0.0/8"])
     endpoint.join_group(GROUP, interface="eth0")
@@ -107,7 +107,7 @@ async def test_behind_a_proxy(nursery: trio.Nursery) -> None:
 
 
 async def test_loop_and_hops() -> None:
-    """multicast_loop lets members on the same machine hear the sender, multicast_hops those on other machines."""
+    """multicast_loop affects members on the sender's machine, multicast_hops those on other machines."""
     network = SimulatedNetwork()
     sender = network.endpoint("0.0.0.0", PORT, own_hosts=[OWN])
     near = network.endpoint("0.0.0.0", PORT + 1, own_hosts=[OWN])
@@ -132,8 +132,8 @@ async def test_loop_and_hops() -> None:
     assert (sender.multicast_hops, sender.multicast_loop, sender.multicast_interface) == (0, True, 1)
 
 
-async def test_a_server_is_no_client_of_itself(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
-    """A server on the simulated network refuses what it sends to a group and hears itself, also when it comes late."""
+async def test_a_server_is_not_its_own_client(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    """A server on the simulated network refuses its own datagrams to a group, also late ones."""
     network = SimulatedNetwork(latency=(2, 2))
     endpoint = network.endpoint("0.0.0.0", PORT, own_hosts=[OWN])
     endpoint.join_group(GROUP)
@@ -154,7 +154,7 @@ async def test_a_server_is_no_client_of_itself(nursery: trio.Nursery, autojump_c
 
 
 async def test_errors() -> None:
-    """The errors are those of a real network."""
+    """Errors of groups are those of a real network."""
     endpoint: Any = SimulatedNetwork().endpoint("0.0.0.0", PORT, own_hosts=[OWN])
     expected: list[Any] = [
         (endpoint.join_group, ("192.0.2.1",), {}, errno.EINVAL, "192.0.2.1 is not a group"),

@@ -1,4 +1,4 @@
-"""The simulated network: its conditions, buffers, addresses, groups and errors, and that a run can be repeated."""
+"""The simulated network: its conditions, buffers, addresses, groups and errors, and repeatable runs."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ async def test_bandwidth(autojump_clock: MockClock) -> None:
 
 
 async def test_conditions_may_change(autojump_clock: MockClock) -> None:
-    """A changed condition applies to the datagrams sent from then on."""
+    """A changed condition applies to datagrams that are sent from then on."""
     network = SimulatedNetwork(loss=1)
     network.inject(b"1", ALICE, BOB)
     network.loss = 0
@@ -269,7 +269,7 @@ async def test_conditions_may_change(autojump_clock: MockClock) -> None:
 
 
 async def test_a_partition_cuts_both_ways(autojump_clock: MockClock) -> None:
-    """Nothing crosses a partition, datagrams under way included, until it is healed; other traffic passes."""
+    """Nothing crosses a partition until it is healed, not even datagrams in transit; other traffic passes."""
     network = SimulatedNetwork(latency=(1, 1))
     network.inject(b"under way", ALICE, BOB)
     with network.partition([ALICE], [BOB]) as partition:
@@ -301,7 +301,7 @@ async def test_a_partition_from_all_others(autojump_clock: MockClock) -> None:
     assert [fate for _, fate in fates(network)] == ["sent", "port closed", "cut off", "cut off", "sent", "port closed"]
 
 
-async def test_a_partition_that_tells_the_sender(autojump_clock: MockClock) -> None:
+async def test_a_partition_with_an_error(autojump_clock: MockClock) -> None:
     """Sending across a partition with an error raises that error on a connection, and counts it."""
     network = SimulatedNetwork()
     async with await network.connect(*SERVER, local_address=ALICE) as connection:
@@ -440,7 +440,7 @@ async def test_two_networks_are_two(autojump_clock: MockClock) -> None:
     assert [endpoint.statistics().kernel_queued for endpoint in endpoints] == [0, 769]
 
 
-async def test_port_0_gives_no_shared_socket() -> None:
+async def test_port_0_is_never_the_port_of_a_shared_socket() -> None:
     """Port 0 never gives the port of a shared socket that waits for its next endpoint."""
     network = SimulatedNetwork()
     network.endpoint("192.0.2.1", 49_152, shared=True).close()
@@ -623,7 +623,7 @@ async def test_a_group_reaches_only_members(autojump_clock: MockClock) -> None:
 
 
 async def test_a_group_that_is_left_under_way(autojump_clock: MockClock) -> None:
-    """A datagram to a group arrives only if its receiver is a member at that moment."""
+    """A datagram to a group arrives only if its receiver is a member when it arrives."""
     network = SimulatedNetwork(latency=(1, 1))
     endpoint = member(network, "192.0.2.1")
     network.inject(b"x", ALICE, GROUP)
@@ -633,7 +633,7 @@ async def test_a_group_that_is_left_under_way(autojump_clock: MockClock) -> None
 
 
 async def test_copies_to_a_group_travel_separately(autojump_clock: MockClock) -> None:
-    """Each machine's copy of a datagram to a group is lost, or cut off, by itself."""
+    """Each machine's copy of a datagram to a group can be lost, or cut off, independently."""
     network = SimulatedNetwork(loss=0.5)
     members = [member(network, f"192.0.2.{number}") for number in range(1, 101)]
     network.inject(b"x", ALICE, GROUP)
@@ -677,8 +677,8 @@ async def test_broadcast_has_to_be_allowed(autojump_clock: MockClock) -> None:
     assert network.events == []
 
 
-async def test_nobody_refuses_a_datagram_to_many(autojump_clock: MockClock) -> None:
-    """A connection to a group is not told that the group has no members, as there is no ICMP for it."""
+async def test_a_datagram_to_a_group_is_never_refused(autojump_clock: MockClock) -> None:
+    """A connection to a group gets no refusal if the group has no members, because there is no ICMP for it."""
     network = SimulatedNetwork()
     async with await network.connect(*GROUP) as connection:
         await connection.send(b"x")
@@ -1040,7 +1040,7 @@ async def test_due_datagrams_arrive_before_the_network_changes(mock_clock: MockC
 
 
 def test_a_network_may_outlive_its_run() -> None:
-    """Datagrams under way when a run of Trio ends arrive when the network is next used, on any clock."""
+    """Datagrams in transit when a run of Trio ends arrive when the network is next used, on any clock."""
     network = SimulatedNetwork(latency=(1, 1))
 
     async def send() -> None:
@@ -1061,7 +1061,7 @@ def test_a_network_may_outlive_its_run() -> None:
 
 
 def test_a_program_that_is_interrupted() -> None:
-    """Ctrl-C ends a run normally while datagrams are under way."""
+    """Ctrl-C ends a run normally while datagrams are in transit."""
     network = SimulatedNetwork(latency=(1, 1))
 
     async def main() -> None:
@@ -1146,7 +1146,7 @@ async def test_importing_trio_udp_does_not_import_it() -> None:
 
 
 def test_what_is_public() -> None:
-    """The public names say that they live in trio_udp.testing."""
+    """Public names have ``trio_udp.testing`` as their module."""
     names = trio_udp.testing.__all__
     assert names == ["DatagramEvent", "Partition", "SimulatedNetwork", "deterministic_scheduling"]
     for name in names:

@@ -1,4 +1,4 @@
-"""docs/testing.md tells the truth."""
+"""The code in docs/testing.md works."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GUIDE = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
 CODE = "\n\n".join(re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL))
 
 
-# Finding a fault is enough: shrinking it to the mildest network conditions takes Hypothesis a minute.
+# Finding a fault is enough. Shrinking it to the mildest network conditions takes Hypothesis a minute.
 QUICK = """
 from hypothesis import Phase, settings
 settings.register_profile("quick", phases=[Phase.generate])
@@ -21,7 +21,7 @@ settings.load_profile("quick")
 
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """A project set up as the guide says."""
+    """A project that is set up as the guide says."""
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     pytester.makeini("[pytest]\ntrio_mode = true\nfilterwarnings = error\n")
     return pytester
@@ -35,7 +35,7 @@ def test_the_code_runs(project: pytest.Pytester) -> None:
 
 
 def test_the_fault_is_found(project: pytest.Pytester) -> None:
-    """With the shorter idle timeout the test of the protocol fails, and shows the partition."""
+    """With a shorter idle timeout, the test of the protocol fails, and shows the partition."""
     assert CODE.count("idle_timeout=300") == 1
     project.makeconftest(QUICK)
     project.makepyfile(CODE.replace("idle_timeout=300", "idle_timeout=60"))

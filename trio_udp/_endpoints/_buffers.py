@@ -68,7 +68,7 @@ def warn_of_small_buffer(requested: int, granted: int) -> None:
         return
     setting = "net.core.rmem_max" if sys.platform == "linux" else "kern.ipc.maxsockbuf"
     warn_once(
-        "The kernel has granted a receive buffer of %d bytes, not %d: bursts may be lost (kernel_dropped in the "
+        "The kernel has granted a receive buffer of %d bytes, not %d: bursts may be dropped (kernel_dropped in the "
         "statistics). The system allows no more; to change that: sysctl -w %s=%d",
         *(granted, requested, setting, requested),
     )

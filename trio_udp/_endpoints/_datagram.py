@@ -37,7 +37,7 @@ class Origin:
 
 @final
 class Datagram(metaclass=NoPublicConstructor):
-    """One datagram that has arrived: its payload, where it came from and where it was sent to, and a way to reply.
+    """One datagram that has arrived: its payload, its peer address and destination, and a way to reply.
 
     ``accept`` and a :func:`datagram_handler` are called with one, and :meth:`Endpoint.receive` returns one. The program
     may keep it, and reply to it while its endpoint is open. Addresses are decoded on access.

@@ -286,7 +286,7 @@ def _bind_all(
 
 
 def _bind_unshared(sock: socket.socket, address: Any) -> None:
-    """Bind to a port that no other socket has, even where the socket's options allow sharing it.
+    """Bind to a port that no other socket has, even if the socket's options allow sharing it.
 
     With ``SO_REUSEPORT``, 29 of 1,500 binds to port 0 gave a port that another socket of the same user had, on Linux
     6.18. So the options are off during the bind. Set after it, they still let later sockets share the port.

@@ -66,7 +66,7 @@ class Authority:
         return paths
 
     def context(self, identity: Identity | None = None, *, verify: bool = False) -> SSL.Context:
-        """Make a context that trusts this authority, has an identity, and asks for the peer's."""
+        """Make a context that trusts this authority, has an identity, and requests the peer's certificate."""
         context = SSL.Context(SSL.DTLS_METHOD)
         context.load_verify_locations(str(self.certificate))
         if identity is not None:
@@ -112,7 +112,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture(scope="session")
 def identity(authority: Authority) -> Identity:
-    """The server's."""
+    """The identity of the server."""
     return authority.issue(NAME, "localhost", "127.0.0.1", "::1")
 
 
@@ -133,7 +133,7 @@ def client_context(authority: Authority) -> SSL.Context:
 
 @attrs.define
 class SecuredServer:
-    """A secured handler on a simulated network, and ways to reach it."""
+    """A secured handler on a simulated network, and methods to reach it."""
 
     network: SimulatedNetwork
     server: trio_udp.Server
@@ -141,7 +141,7 @@ class SecuredServer:
     client_context: SSL.Context
 
     async def open(self, *, port: int = 0, host: str = "198.51.100.1", **options: Any) -> DTLSChannel:
-        """Open a channel to the server, before the handshake; by default it verifies the server's name."""
+        """Open a channel to the server, before the handshake. By default it verifies the server's name."""
         options = {"context": self.client_context, "server_hostname": NAME, **options}
         connection = await self.network.connect(*SERVER, local_address=(host, port))
         return DTLSChannel(connection, options.pop("context"), **options)

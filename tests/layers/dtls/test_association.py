@@ -1,4 +1,4 @@
-"""Associations under fire: datagrams lost, doubled, reordered, damaged and forged at any moment."""
+"""Associations under attack: datagrams lost, duplicated, reordered, damaged and forged at any moment."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Pair:
         self.seen: list[bytes] = []
 
     def deliver(self) -> None:
-        """Let everything arrive, and what it causes."""
+        """Let all datagrams arrive, and those that they cause."""
         while self.to_server or self.to_client:
             self.seen += self.to_server + self.to_client
             arriving, self.to_server = self.to_server, []
@@ -76,7 +76,7 @@ junk = st.one_of(
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_nothing_hurts_an_established_association(contexts: tuple[SSL.Context, SSL.Context], attack: list) -> None:  # type: ignore[type-arg]
-    """Junk, replays and damaged copies of real datagrams neither break nor end an association, nor become payloads."""
+    """Junk, replays and damaged copies of datagrams do not break or end an association, or become payloads."""
 
     async def main() -> None:
         pair = Pair(*contexts)
@@ -106,7 +106,7 @@ def test_nothing_hurts_an_established_association(contexts: tuple[SSL.Context, S
 @given(st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_handshake_ends_well_or_says_why(contexts: tuple[SSL.Context, SSL.Context], data: st.DataObject) -> None:
-    """Whatever comes in between, a handshake raises nothing: it is done, goes on, or is broken with a reason."""
+    """A disturbed handshake raises nothing: it is done, goes on, or is broken with a reason."""
 
     async def main() -> None:
         pair = Pair(*contexts)
@@ -128,7 +128,7 @@ def test_a_handshake_ends_well_or_says_why(contexts: tuple[SSL.Context, SSL.Cont
 
 
 async def test_a_client_cannot_make_a_server_collect(contexts: tuple[SSL.Context, SSL.Context]) -> None:
-    """Fragments of messages that are too long, and too many bytes, break a server's handshake."""
+    """Fragments of overlong messages, or too many bytes, break a server's handshake."""
     for number, length, count in ((2, 100_000, 1), (2, 16_000, 3_000)):
         pair = Pair(*contexts)
         pair.to_client += pair.server.take(pair.to_server.pop())
@@ -142,7 +142,7 @@ async def test_a_client_cannot_make_a_server_collect(contexts: tuple[SSL.Context
 
 
 def test_a_long_message_cannot_hide() -> None:
-    """A message's announced length is found in any record of a datagram."""
+    """The announced length of a message is found in any record of a datagram."""
     long = record(5, b"\x0b\x01\x00\x00" + bytes(8))
     assert longest_message(hello() + long) == 65_536
     assert longest_message(record(4, b"") + record(4, b"x" * 30, epoch=1) + long) == 65_536
@@ -152,7 +152,7 @@ def test_a_long_message_cannot_hide() -> None:
 
 
 async def test_a_new_hello_replaces_an_association(contexts: tuple[SSL.Context, SSL.Context]) -> None:
-    """Only a hello with a cookie of its own ends an established association; one without is asked for a cookie."""
+    """Only a ClientHello with its own cookie ends an established association; one without is sent a cookie."""
     pair = Pair(*contexts)
     pair.deliver()
     new = Pair(*contexts)
@@ -174,7 +174,7 @@ async def test_a_new_hello_replaces_an_association(contexts: tuple[SSL.Context, 
     ],
 )
 async def test_forged_records_of_any_length(authority: Authority, identity: Identity, cipher: str) -> None:
-    """Forged records of any length are ignored under each kind of cipher, and the shortest real ones are not."""
+    """Forged records of any length are ignored for each kind of cipher; the shortest genuine records are not."""
     client, server = authority.context(), authority.context(identity)
     for context in (client, server):
         context.set_cipher_list(cipher.encode() + b"@SECLEVEL=0")
@@ -197,9 +197,9 @@ async def test_forged_records_of_any_length(authority: Authority, identity: Iden
 
 
 async def test_half_a_hello_in_an_association_breaks_it(contexts: tuple[SSL.Context, SSL.Context]) -> None:
-    """A peer that begins to negotiate again, and sends a part of its hello only, breaks its association, and no more.
+    """A peer that sends only a part of a new ClientHello breaks its own association, and no other.
 
-    OpenSSL can send nothing then, because it waits for the other parts.
+    OpenSSL cannot send anything then, because it waits for the other parts.
     """
     hostile = SSL.Context(SSL.DTLS_METHOD)
     hostile.set_max_proto_version(DTLS_1_2)

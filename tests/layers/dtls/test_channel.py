@@ -1,4 +1,4 @@
-"""DTLSChannel over the simulated network: conversations, their ends, and what strangers cannot do to them."""
+"""DTLSChannel over the simulated network: conversations, their ends, and attacks by strangers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CERTIFICATE = 11
 
 
 def has_certificate(datagrams: list[bytes]) -> bool:
-    """Whether an unprotected Certificate message is among the records of some datagrams."""
+    """Whether there is an unprotected Certificate message in the records of these datagrams."""
     for datagram in datagrams:
         while datagram:
             if (datagram[0], datagram[3:5], datagram[13]) == (HANDSHAKE, b"\0\0", CERTIFICATE):
@@ -34,7 +34,7 @@ def has_certificate(datagrams: list[bytes]) -> bool:
 
 
 async def test_payloads_come_in_order_and_unchanged(start: Start) -> None:
-    """Payloads of 1 to 16,384 bytes arrive as they were sent, and none of them is readable on the way."""
+    """Payloads of 1 to 16,384 bytes arrive unchanged, and none of them is readable on the network."""
     secured = await start()
     payloads = [b"hello", bytes(range(256)), b"x" * 1_195, b"secret" * 2_730]
     async with secured.connected() as channel:
@@ -48,8 +48,8 @@ async def test_payloads_come_in_order_and_unchanged(start: Start) -> None:
     assert (secured.handler.handshakes, secured.handler.handshakes_failed) == (1, 0)
 
 
-async def test_what_cannot_be_a_record_is_refused(start: Start) -> None:
-    """A payload that is empty, too long or no bytes raises at the call, and the channel stays usable."""
+async def test_payloads_that_cannot_be_a_record_are_refused(start: Start) -> None:
+    """A payload that is empty, too long or not bytes raises at the call, and the channel stays usable."""
     secured = await start()
     async with secured.connected() as channel:
         with pytest.raises(ValueError, match="DTLS has no empty payloads"):
@@ -66,7 +66,7 @@ async def test_what_cannot_be_a_record_is_refused(start: Start) -> None:
 
 
 async def test_the_channel_has_the_names_of_a_client(start: Start) -> None:
-    """A handler finds at its channel what it would find at a Client, with the same meaning."""
+    """A handler's DTLSChannel has the attributes of a Client, with the same meaning."""
     seen: list[object] = []
 
     async def look(channel: DTLSChannel) -> None:
@@ -103,7 +103,7 @@ async def test_the_channel_has_the_names_of_a_client(start: Start) -> None:
 
 
 async def test_closing_tells_the_peer(start: Start) -> None:
-    """A client that closes ends the handler's channel, and ``ended`` says so; what is sent to it then goes nowhere."""
+    """A client that closes ends the handler's channel, and ``ended`` says so; later sends have no effect."""
     ends: list[object] = []
 
     async def handler(channel: DTLSChannel) -> None:
@@ -131,7 +131,7 @@ async def test_closing_tells_the_peer(start: Start) -> None:
         await channel.do_handshake()
 
 
-async def test_a_handler_that_returns_tells_the_client(start: Start) -> None:
+async def test_a_handler_that_returns_closes_the_clients_channel(start: Start) -> None:
     """When the handler returns, the client's channel ends, and sending raises BrokenResourceError."""
 
     async def once(channel: DTLSChannel) -> None:
@@ -148,7 +148,7 @@ async def test_a_handler_that_returns_tells_the_client(start: Start) -> None:
 
 
 async def test_the_handshake_is_done_when_it_is_first_needed(start: Start) -> None:
-    """Sending or receiving does the handshake, once, also from two tasks; until then *_nowait would block."""
+    """Sending or receiving does the handshake, once, also in two tasks; before that *_nowait raises WouldBlock."""
     secured = await start()
     channel = await secured.open()
     for attempt in (channel.receive_nowait, partial(channel.send_nowait, b"x")):
@@ -167,7 +167,7 @@ async def test_the_handshake_is_done_when_it_is_first_needed(start: Start) -> No
 
 
 async def test_a_handshake_can_be_cancelled_and_continued(start: Start, autojump_clock: trio.testing.MockClock) -> None:
-    """A handshake that was cancelled again and again goes on where it was."""
+    """A handshake that is cancelled several times goes on where it stopped."""
     secured = await start()
     secured.network.latency = (0.1, 0.1)
     channel = await secured.open()
@@ -202,10 +202,8 @@ async def test_cancelling_a_receive_loses_nothing(start: Start, autojump_clock: 
     assert received == [b"%d" % number for number in range(50)]
 
 
-async def test_a_sender_does_not_take_what_a_receiver_waits_for(
-    start: Start, autojump_clock: trio.testing.MockClock
-) -> None:
-    """While one task waits to receive, what another one sends does not keep payloads from it."""
+async def test_a_sender_takes_no_payload_from_a_receiver(start: Start, autojump_clock: trio.testing.MockClock) -> None:
+    """While one task waits to receive, the sends of another task do not keep payloads from it."""
     secured = await start()
     secured.network.latency = (0.1, 0.1)
     received: list[tuple[float, bytes]] = []
@@ -225,7 +223,7 @@ async def test_a_sender_does_not_take_what_a_receiver_waits_for(
     assert received == [(0.2, b"0"), (0.4, b"1"), (0.6, b"2")]
 
 
-async def test_closing_drops_what_waits(start: Start) -> None:
+async def test_closing_drops_waiting_payloads(start: Start) -> None:
     """Payloads that have arrived and were not received are dropped when the channel is closed."""
     secured = await start()
     channel = await secured.open()
@@ -273,7 +271,7 @@ async def test_junk_at_a_live_association_changes_nothing(start: Start) -> None:
 
 
 async def test_a_client_that_restarts_on_its_port(start: Start, autojump_clock: trio.testing.MockClock) -> None:
-    """When a client lost its state and begins anew from its old port, the old handler ends and a new one begins."""
+    """If a client loses its state and starts again from its old port, the old handler ends and a new one starts."""
     ends: list[object] = []
 
     async def handler(channel: DTLSChannel) -> None:
@@ -297,14 +295,14 @@ async def test_a_client_that_restarts_on_its_port(start: Start, autojump_clock: 
 
 
 async def test_a_client_that_restarts_in_its_handshake(start: Start, autojump_clock: trio.testing.MockClock) -> None:
-    """A client that crashes in the middle of its handshake can begin another one from the same port."""
+    """A client that crashes during its handshake can start another one from the same port."""
     secured = await start()
     first = await secured.open(port=4000)
     secured.network.latency = (0.1, 0.1)
     with trio.move_on_after(0.35):
         await first.do_handshake()
     first.transport_channel.close()  # type: ignore[attr-defined]
-    await trio.sleep(0.2)  # what was sent to the first one must not reach the second one
+    await trio.sleep(0.2)  # datagrams to the first one must not reach the second one
     async with secured.connected(port=4000) as second:
         await second.send(b"x")
         assert await second.receive() == b"x"
@@ -317,9 +315,10 @@ async def test_a_client_that_restarts_in_its_handshake(start: Start, autojump_cl
 async def test_a_lost_last_flight_is_repeated(
     start: Start, autojump_clock: trio.testing.MockClock, resumed: bool, handler_sends_first: bool
 ) -> None:
-    """If the flight that ends a handshake is lost, its sender repeats it when the other end repeats its own.
+    """If the last flight of a handshake is lost, its sender repeats it when the other end repeats its own.
 
-    It is the server's in a full handshake and the client's in a resumed one. That works too for an end that only sends.
+    That flight is the server's in a full handshake and the client's in a resumed one. It also works for an end that
+    only sends.
     """
 
     async def tick(channel: DTLSChannel) -> None:
@@ -351,7 +350,7 @@ async def test_a_lost_last_flight_is_repeated(
 
 
 async def test_repetitions_end(start: Start, autojump_clock: trio.testing.MockClock) -> None:
-    """Once both ends are established nobody repeats anything, however the handshake went."""
+    """After both ends are established, neither repeats anything, however the handshake went."""
     secured = await start(idle_timeout=math.inf)
     secured.network.loss, secured.network.duplicate, secured.network.reorder = 0.3, 0.3, 0.3
     channels = [await secured.open() for _ in range(20)]
@@ -377,7 +376,7 @@ async def test_repetitions_end(start: Start, autojump_clock: trio.testing.MockCl
 async def test_handshakes_through_loss(
     start: Start, autojump_clock: trio.testing.MockClock, loss: float, least: int
 ) -> None:
-    """Through 10 % loss every handshake of 100 is done, and through 30 % all but one at most, within 150 seconds."""
+    """With 10 % loss all of 100 handshakes succeed, and with 30 % all but at most one, within 150 seconds."""
     secured = await start()
     network = secured.network
     network.loss, network.latency = loss, (0.01, 0.05)
@@ -400,7 +399,7 @@ async def test_handshakes_through_loss(
 async def test_a_session_is_resumed(
     start: Start, authority: Authority, client_identity: Identity, records_of: Callable[[str], list[bytes]]
 ) -> None:
-    """A resumed handshake shows no certificates, also where clients have some; both ends know them."""
+    """A resumed handshake sends no certificates, even if clients have some; both ends know them."""
     subjects: list[str] = []
 
     async def handler(channel: DTLSChannel) -> None:
@@ -424,7 +423,7 @@ async def test_a_session_is_resumed(
 
 
 async def test_a_session_is_for_one_name(start: Start) -> None:
-    """A session cannot be resumed for another name: no certificate would show that it is the same server."""
+    """A session cannot be resumed for another name, because no certificate would prove that it is the same server."""
     secured = await start()
     async with secured.connected() as channel:
         session = channel.session
@@ -438,7 +437,7 @@ async def test_a_session_is_for_one_name(start: Start) -> None:
 async def test_a_session_that_is_too_long_is_left_out(
     start: Start, authority: Authority, records_of: Callable[[str], list[bytes]]
 ) -> None:
-    """A session whose ticket would divide the first flight, because of a long certificate, is not resumed."""
+    """A session is not resumed if its ticket, with a long certificate, would divide the first flight."""
     long = authority.issue(*(f"{letter * 55}.test" for letter in "abcdefghij"))
     secured = await start(context=authority.context(authority.issue(NAME), verify=True))
     context = authority.context(long)
@@ -450,8 +449,10 @@ async def test_a_session_that_is_too_long_is_left_out(
     assert (secured.handler.handshakes, secured.handler.handshakes_failed) == (2, 0)
 
 
-async def test_a_forgotten_session_is_no_error(start: Start, server_context: SSL.Context, authority: Authority) -> None:
-    """A server that does not know a session, as after its restart, shakes hands in full."""
+async def test_a_forgotten_session_is_not_an_error(
+    start: Start, server_context: SSL.Context, authority: Authority
+) -> None:
+    """A server that does not know a session, for example after a restart, does a full handshake."""
     secured = await start()
     async with secured.connected() as channel:
         session = channel.session
@@ -464,7 +465,7 @@ async def test_a_forgotten_session_is_no_error(start: Start, server_context: SSL
 
 
 async def test_over_any_channel(authority: Authority, identity: Identity) -> None:
-    """Two ends shake hands over any channel of bytes, such as two memory channels, and tell each other goodbye."""
+    """Two ends can do a handshake over any channel of bytes, such as two memory channels, and close it properly."""
     to_server, at_server = trio.open_memory_channel[bytes](100)
     to_client, at_client = trio.open_memory_channel[bytes](100)
     client = DTLSChannel(Stapled(to_server, at_client), authority.context(), server_hostname=NAME)
@@ -482,7 +483,7 @@ async def test_over_any_channel(authority: Authority, identity: Identity) -> Non
 
 
 class Stapled(trio.abc.Channel[bytes]):
-    """The least that a channel is."""
+    """The smallest possible channel."""
 
     def __init__(self, there: trio.MemorySendChannel[bytes], here: trio.MemoryReceiveChannel[bytes]) -> None:
         self._there, self._here = there, here

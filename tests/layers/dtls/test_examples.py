@@ -1,4 +1,4 @@
-"""Examples over DTLS: the one that shows it, and the handlers of others, moved to it unchanged."""
+"""Examples over DTLS: dtls_echo.py, and the unchanged handlers of other examples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["start_example"]  # a fixture
 
 
 async def test_uppercase(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    """The handler of uppercase.py."""
+    """The handler of uppercase.py works over DTLS."""
     secured = await start(load("uppercase").uppercase)
     async with secured.connected() as channel:
         await channel.send(b"hello")
@@ -33,7 +33,7 @@ async def test_uppercase(start: Start, capsys: pytest.CaptureFixture[str]) -> No
 
 
 async def test_echo_options(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    """The handler of echo_options.py."""
+    """The handler of echo_options.py works over DTLS."""
     secured = await start(load("echo_options").echo)
     async with secured.connected() as channel:
         await channel.send(b"hello")
@@ -42,7 +42,7 @@ async def test_echo_options(start: Start, capsys: pytest.CaptureFixture[str]) ->
 
 
 async def test_login(start: Start, autojump_clock: trio.testing.MockClock) -> None:
-    """The handler of login.py: steps, time limits, an idle timeout of its own and a goodbye that says why."""
+    """The handler of login.py works over DTLS: steps, time limits, its own idle timeout, and a goodbye."""
     secured = await start(load("login").handler)
     async with secured.connected() as channel:
         for line, answer in (
@@ -60,7 +60,7 @@ async def test_login(start: Start, autojump_clock: trio.testing.MockClock) -> No
 
 
 async def test_login_while_the_server_stops(start: Start) -> None:
-    """A login that has begun may end while the server drains."""
+    """A login in progress can finish while the server drains."""
     secured = await start(load("login").handler)
     async with secured.connected() as channel:
         await channel.send(b"anything")
@@ -73,7 +73,7 @@ async def test_login_while_the_server_stops(start: Start) -> None:
 
 
 async def test_errors(start: Start, caplog: pytest.LogCaptureFixture) -> None:
-    """The handler and on_error of errors.py: an error is logged, and answered encrypted, before the client ends."""
+    """With errors.py over DTLS, an error is logged, and answered encrypted, before the client ends."""
     example = load("errors")
     secured = await start(example.handler, on_error=example.on_error)
     async with secured.connected() as channel:
@@ -91,7 +91,7 @@ async def test_errors(start: Start, caplog: pytest.LogCaptureFixture) -> None:
 
 
 async def test_lobby(start: Start) -> None:
-    """The handler of lobby.py: what one says goes to all, by send_to_all, and to each of them encrypted."""
+    """With lobby.py over DTLS, send_to_all sends each line to all members, encrypted for each."""
     lobby = load("lobby").Lobby()
     secured = await start(lobby.handler)
     names = [b"ada", b"bob", b"eve"]
@@ -115,8 +115,8 @@ async def test_lobby(start: Start) -> None:
     assert not any(word in event.payload for event in secured.network.events for word in (b"hello", b"everybody"))
 
 
-async def test_nobody_is_sent_to_in_the_clear(start: Start, autojump_clock: trio.testing.MockClock) -> None:
-    """send_to_all leaves out clients that are in the middle of their handshake."""
+async def test_send_to_all_sends_nothing_in_the_clear(start: Start, autojump_clock: trio.testing.MockClock) -> None:
+    """send_to_all skips clients whose handshake is not complete."""
     secured = await start()
     secured.network.latency = (0.1, 0.1)
     channel = await secured.open()
@@ -133,7 +133,7 @@ async def test_nobody_is_sent_to_in_the_clear(start: Start, autojump_clock: trio
 
 
 async def test_slow_work(start: Start) -> None:
-    """The request handler of slow_work.py, with its timeout and thread."""
+    """The request handler of slow_work.py works over DTLS, with its timeout and thread."""
     handler = trio_udp.request_handler(load("slow_work").work, timeout=10)
     secured = await start(handler)
     async with secured.connected() as channel:
@@ -142,7 +142,7 @@ async def test_slow_work(start: Start) -> None:
 
 
 async def test_service(start: Start) -> None:
-    """The handler of service.py, with its database."""
+    """The handler of service.py works over DTLS, with its database."""
     example = load("service")
     async with example.open_notes(":memory:") as notes:
         secured = await start(partial(example.handler, notes))
@@ -160,7 +160,7 @@ def run_client(port: int, trusted: Path, *arguments: str) -> subprocess.Complete
 @without_signals
 @needs("openssl")
 def test_dtls_echo(start_example: StartExample, authority: Authority, identity: Identity) -> None:
-    """dtls_echo.py answers OpenSSL's client and its own, which says what is wrong if anything is."""
+    """dtls_echo.py answers OpenSSL's client and its own client, which prints an error message if something fails."""
     files = ("--cert", str(identity.certificate), "--key", str(identity.key))
     server = start_example("dtls_echo", "--host", "127.0.0.1", *files)
     command = ["openssl", "s_client", "-dtls1_2", "-connect", f"127.0.0.1:{server.port}", "-quiet"]
@@ -182,4 +182,4 @@ def test_dtls_echo(start_example: StartExample, authority: Authority, identity: 
     assert printed[:2] == [r"127.0.0.1 wrote b'hello from OpenSSL\n'", "127.0.0.1 wrote b'hello'"]
     assert printed[2].startswith("handshakes: 2, failed: 1 (last: ")
     result = run_client(server.port, authority.certificate)
-    assert (result.stderr, result.returncode) == (f"nobody listens on localhost port {server.port}\n", 1)
+    assert (result.stderr, result.returncode) == (f"nothing listens on localhost port {server.port}\n", 1)

@@ -1,4 +1,4 @@
-"""The extra: nobody needs OpenSSL who does not use trio_udp.dtls."""
+"""The extra ``dtls``: only programs that use trio_udp.dtls need OpenSSL."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(program: str) -> str:
 
 
 def test_openssl_is_imported_when_it_is_used() -> None:
-    """Importing trio_udp imports no OpenSSL; trio_udp.dtls is there all the same, and imports it."""
+    """Importing trio_udp does not import OpenSSL; the first use of trio_udp.dtls does."""
     program = (
         "import sys, trio_udp; print('OpenSSL' in sys.modules); trio_udp.dtls.secure; print('OpenSSL' in sys.modules)"
     )
@@ -38,13 +38,13 @@ def test_without_the_extra(missing: str, use: str) -> None:
 
 
 def test_other_names_are_unknown() -> None:
-    """Any other name that the package does not have is an AttributeError as usual."""
+    """Any other unknown name of the package raises AttributeError as usual."""
     with pytest.raises(AttributeError, match="module 'trio_udp' has no attribute 'dtlz'"):
         trio_udp.dtlz  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_public_names() -> None:
-    """Every public name says that it is one of trio_udp.dtls, and is documented, with all its members."""
+    """Every public name has ``trio_udp.dtls`` as its module, and is documented with all its members."""
     for name in dtls.__all__:
         thing = getattr(dtls, name)
         assert thing.__module__ == "trio_udp.dtls"

@@ -1,4 +1,4 @@
-"""The DTLS of others: OpenSSL, GnuTLS and the CoAP clients built on both, as clients and as servers, over loopback."""
+"""Other DTLS programs over loopback: OpenSSL, GnuTLS and CoAP clients on both, as clients and as servers."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def needs(program: str) -> pytest.MarkDecorator:
 
 @attrs.define
 class Program:
-    """Another program with pipes, and all that it has written."""
+    """Another program with pipes, and all its output."""
 
     process: trio.Process
     written: str = ""
 
     async def until(self, text: str) -> str:
-        """Wait until the program has written something; return all that it has written."""
+        """Wait until the program has printed a text; return all its output."""
         assert self.process.stdout is not None
         with trio.fail_after(PATIENCE):
             while text not in self.written:
@@ -115,7 +115,7 @@ def of(identity: Identity) -> tuple[object, ...]:
 
 
 async def test_openssl_s_client(serve: Serve, authority: Authority) -> None:
-    """OpenSSL's client verifies the server, gets its answers, and its goodbye ends the handler."""
+    """OpenSSL's client verifies the server and gets its answers; when it closes, the handler ends."""
     server, secured = await serve()
     async with running(*s_client(server, authority)) as client:
         await client.until("Verification: OK")
@@ -146,7 +146,7 @@ async def test_openssl_resumes_a_session(serve: Serve, authority: Authority, cli
 async def test_certificates_of_openssl_clients(
     serve: Serve, authority: Authority, client_identity: Identity, has_one: bool
 ) -> None:
-    """A server that asks for certificates serves OpenSSL's client with one, and refuses it without."""
+    """A server that requests certificates serves OpenSSL's client with one, and refuses it without."""
     server, secured = await serve(context=authority.context(authority.issue("localhost"), verify=True))
     options = of(client_identity) if has_one else ()
     async with running(*s_client(server, authority, *options)) as client:
@@ -161,7 +161,7 @@ async def test_certificates_of_openssl_clients(
 
 
 async def test_an_old_version(serve: Serve, authority: Authority) -> None:
-    """A client that knows nothing newer than DTLS 1.0 is told so, and counted."""
+    """A client that only has DTLS 1.0 gets an alert that says so, and is counted."""
     server, secured = await serve()
     async with running(*s_client(server, authority, "-cipher", "DEFAULT@SECLEVEL=0", version="-dtls1")) as client:
         await client.until("protocol version")
@@ -171,7 +171,7 @@ async def test_an_old_version(serve: Serve, authority: Authority) -> None:
 
 
 async def test_no_common_cipher(serve: Serve, authority: Authority) -> None:
-    """A client without a cipher suite in common is told so, and counted."""
+    """A client without a common cipher suite gets an alert that says so, and is counted."""
     server, secured = await serve()
     async with running(*s_client(server, authority, "-cipher", "ECDHE-RSA-AES128-GCM-SHA256")) as client:
         await client.until("handshake failure")
@@ -180,7 +180,7 @@ async def test_no_common_cipher(serve: Serve, authority: Authority) -> None:
 
 
 async def test_a_client_that_does_not_trust_us(serve: Serve, tmp_path: Any, authority: Authority) -> None:
-    """A client that does not trust the server's authority fails with its reason, and the server knows it."""
+    """If the client does not trust the server's authority, both ends know the reason."""
     other = Authority.make(tmp_path / "other", "Other")
     server, secured = await serve()
     async with running(*s_client(server, other)) as client:
@@ -214,7 +214,7 @@ async def coap(client: trio_udp.Client) -> None:
 
 @pytest.mark.parametrize("program", ["coap-client-openssl", "coap-client-gnutls"])
 async def test_coap_clients(serve: Serve, authority: Authority, program: str) -> None:
-    """The CoAP clients that are built on OpenSSL and GnuTLS get an answer over coaps."""
+    """The CoAP clients on OpenSSL and GnuTLS get an answer over coaps."""
     if shutil.which(program) is None:
         pytest.skip(f"{program} is not installed")
     server, secured = await serve(coap)
@@ -233,7 +233,7 @@ def free_port() -> int:
 
 @asynccontextmanager
 async def talking_to(command: tuple[object, ...], port: int, ready: str, context: SSL.Context, **options: Any) -> Any:
-    """Run a server of others', and yield it with a channel to it."""
+    """Run another program's server, and yield it with a channel to it."""
     async with running(*command) as program:
         await program.until(ready)
         with trio.fail_after(PATIENCE):
@@ -243,7 +243,7 @@ async def talking_to(command: tuple[object, ...], port: int, ready: str, context
 
 
 async def test_openssl_s_server(authority: Authority, identity: Identity, client_identity: Identity) -> None:
-    """We verify OpenSSL's server, show our certificate, talk both ways, resume a session, and say goodbye."""
+    """DTLSChannel verifies OpenSSL's server, sends a certificate, exchanges payloads, resumes a session, and closes."""
     port = free_port()
     trust = ("-CAfile", authority.certificate, "-Verify", "1", "-verify_return_error")
     command = ("openssl", "s_server", "-dtls1_2", "-port", port, *of(identity), *trust)
@@ -264,7 +264,7 @@ async def test_openssl_s_server(authority: Authority, identity: Identity, client
 
 @needs("gnutls-serv")
 async def test_gnutls_serv(authority: Authority, identity: Identity) -> None:
-    """We verify GnuTLS's server, and it echoes what we send."""
+    """DTLSChannel verifies GnuTLS's server, which echoes its payloads."""
     port = free_port()
     files = ("--x509certfile", identity.certificate, "--x509keyfile", identity.key)
     command = ("gnutls-serv", "--udp", "--echo", "--port", port, *files, "--disable-client-cert")
@@ -274,14 +274,14 @@ async def test_gnutls_serv(authority: Authority, identity: Identity) -> None:
             assert await channel.receive() == b"hello\n"
 
 
-async def test_nobody_listens(client_context: SSL.Context) -> None:
-    """Connecting to a port where nobody listens fails at once with the kernel's error, and leaves no socket."""
+async def test_connecting_to_a_closed_port(client_context: SSL.Context) -> None:
+    """Connecting to a closed port fails at once with the kernel's error, and leaves no socket."""
     with trio.fail_after(PATIENCE), pytest.raises(ConnectionRefusedError):
         await connect("127.0.0.1", free_port(), client_context)
 
 
 async def test_a_name_is_verified_by_default(serve: Serve, client_context: SSL.Context) -> None:
-    """connect verifies that the certificate is for the host that was asked for, here an address."""
+    """connect verifies that the certificate is for the given host, here an address."""
     server, _ = await serve()
     with trio.fail_after(PATIENCE):
         async with await connect("127.0.0.1", port_of(server), client_context) as channel:
@@ -292,7 +292,7 @@ async def test_a_name_is_verified_by_default(serve: Serve, client_context: SSL.C
 
 
 async def test_fifty_clients_at_once(serve: Serve, client_context: SSL.Context) -> None:
-    """Fifty clients shake hands and talk side by side, and each gets its own answers."""
+    """Fifty clients do handshakes and talk at the same time, and each gets its own answers."""
     server, secured = await serve()
     answers: dict[int, list[bytes]] = {}
 
@@ -312,7 +312,7 @@ async def test_fifty_clients_at_once(serve: Serve, client_context: SSL.Context) 
 
 
 async def test_over_unix_domain_datagrams(authority: Authority, identity: Identity, tmp_path: Any) -> None:
-    """A secured handler is served on a Unix-domain socket as on any other."""
+    """A secured handler can be served on a Unix-domain socket."""
     if not hasattr(socket, "AF_UNIX"):
         pytest.skip("needs Unix-domain sockets")
     path = tmp_path / "socket"

@@ -1,4 +1,4 @@
-"""DTLS records and cookies: what strangers send, and what our own OpenSSL makes."""
+"""DTLS records and cookies: payloads of strangers, and records of our own OpenSSL."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BOB = ("192.0.2.2", 1000)
 
 
 def hello(*, cookie: bytes = b"", message_number: int = 0, session: bytes = b"", random: bytes = bytes(32)) -> bytes:
-    """Make the shortest ClientHello there can be."""
+    """Make the shortest possible ClientHello."""
     lists = b"\x00\x02\xc0\x2b\x01\x00"
     body = b"\xfe\xfd%b%c%b%c%b%b" % (random, len(session), session, len(cookie), cookie, lists)
     length = len(body).to_bytes(3, "big")
@@ -44,7 +44,7 @@ def cookies() -> Cookies:
 
 
 def test_a_hello_of_openssl_is_parsed() -> None:
-    """A ClientHello of OpenSSL's is taken apart, and what is left of it without the cookie is the same each time."""
+    """A ClientHello from OpenSSL is parsed, and its part without the cookie is the same each time."""
     connection = SSL.Connection(SSL.Context(SSL.DTLS_METHOD))
     connection.set_ciphertext_mtu(1232)
     connection.set_connect_state()
@@ -77,8 +77,8 @@ def test_a_hello_of_openssl_is_parsed() -> None:
         lambda whole: whole[:60] + b"\xff" + whole[61:],  # a cookie beyond the end
     ],
 )
-def test_what_is_no_whole_hello_is_none(change: object) -> None:
-    """Truncated, fragmented and contradictory hellos, and other records, are no hello."""
+def test_malformed_hellos(change: object) -> None:
+    """Truncated, fragmented and contradictory ClientHellos, and other records, are rejected."""
     assert parse_client_hello(hello()) is not None
     assert callable(change)
     assert parse_client_hello(change(hello())) is None
@@ -86,7 +86,7 @@ def test_what_is_no_whole_hello_is_none(change: object) -> None:
 
 @given(st.binary(max_size=150))
 def test_any_bytes_can_be_looked_at(junk: bytes) -> None:
-    """No bytes of a stranger's raise, alone, as a hello's body or in place of its end."""
+    """No bytes make the parser raise, whether alone, as the body of a ClientHello, or in place of its end."""
     for datagram in (junk, hello()[:13] + junk, hello()[:59] + junk, b"\x16\xfe\xfd" + bytes(8) + junk):
         parse_client_hello(datagram)
         for look in (is_client_hello, is_of_handshake, is_unprotected):
@@ -96,7 +96,7 @@ def test_any_bytes_can_be_looked_at(junk: bytes) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.binary(max_size=300)), max_size=20), st.integers(300, 1500))
 def test_records_are_divided_renumbered_and_packed(contents: list[tuple[int, bytes]], size: int) -> None:
-    """Records come out of a stream and back into datagrams as they were, except for new numbers in epoch 0."""
+    """Records are split from a stream and packed into datagrams unchanged, except for new numbers in epoch 0."""
     records = [record(5, content, epoch=epoch) for epoch, content in contents]
     assert split(b"".join(records)) == records
     renumbered, following = renumber(records, 100)
@@ -110,7 +110,7 @@ def test_records_are_divided_renumbered_and_packed(contents: list[tuple[int, byt
 
 
 async def test_a_cookie_is_for_one_address_and_one_hello(cookies: Cookies) -> None:
-    """The first hello is answered with a cookie, which is valid from the same address and with the same hello only."""
+    """The first ClientHello is answered with a cookie, which is valid only for that address and ClientHello."""
     question = cookies.judge(hello(), ALICE)
     assert isinstance(question, bytes)
     cookie = question[28:]
@@ -125,7 +125,7 @@ async def test_a_cookie_is_for_one_address_and_one_hello(cookies: Cookies) -> No
 
 
 async def test_a_second_hello_is_never_answered_with_a_cookie(cookies: Cookies) -> None:
-    """Only a client's first hello is answered with a cookie, whatever cookie it may have; a third one is refused."""
+    """Only a client's first ClientHello is answered with a cookie, even if it has one; a third one is refused."""
     question = cookies.judge(hello(), ALICE)
     assert isinstance(question, bytes)
     assert isinstance(cookies.judge(hello(cookie=question[28:]), ALICE), bytes)
@@ -133,8 +133,8 @@ async def test_a_second_hello_is_never_answered_with_a_cookie(cookies: Cookies) 
     assert cookies.judge(hello(cookie=question[28:], message_number=2), ALICE) is False
 
 
-async def test_the_answer_is_no_longer_than_the_question(cookies: Cookies) -> None:
-    """A cookie cannot be used to amplify: even the shortest hello is longer."""
+async def test_the_answer_is_shorter_than_the_hello(cookies: Cookies) -> None:
+    """A cookie cannot be used for amplification: even the shortest ClientHello is longer."""
     question = cookies.judge(hello(), ALICE)
     assert isinstance(question, bytes)
     assert (len(question), len(hello())) == (48, 67)
@@ -143,7 +143,7 @@ async def test_the_answer_is_no_longer_than_the_question(cookies: Cookies) -> No
 async def test_a_cookie_is_valid_for_half_a_minute_to_a_minute(
     cookies: Cookies, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """A cookie is valid in the period of 30 seconds that it was made in, and in the next one."""
+    """A cookie is valid in the period of 30 seconds in which it was made, and in the next one."""
     await trio.sleep(29)
     question = cookies.judge(hello(), ALICE)
     assert isinstance(question, bytes)

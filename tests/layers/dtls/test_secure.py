@@ -1,4 +1,4 @@
-"""secure() under a server: handlers of all shapes, strangers, limits, and the ends of conversations."""
+"""secure() under a server: handlers of all kinds, strangers, limits, and the ends of conversations."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def plain(channel: DTLSChannel) -> Awaitable[None]:
     "handler", [Shouter().handle, Shouter(), partial(shout, b""), request, requests, plain, lambda c: shout(b"", c)]
 )
 async def test_handlers_of_all_shapes(start: Start, autojump_clock: trio.testing.MockClock, handler: object) -> None:
-    """Whatever serve takes as a handler can be secured: functions, methods, objects, partials, request handlers."""
+    """Every kind of handler can be secured: functions, methods, objects, partials, request handlers."""
     secured = await start(handler)
     async with secured.connected() as channel:
         for payload in (b"a", b"b", b"c"):
@@ -65,7 +65,7 @@ async def test_handlers_of_all_shapes(start: Start, autojump_clock: trio.testing
         assert sorted([await channel.receive() for _ in range(3)]) == [b"A", b"B", b"C"]
 
 
-async def test_what_cannot_be_secured(server_context: SSL.Context) -> None:
+async def test_objects_that_cannot_be_secured(server_context: SSL.Context) -> None:
     """Datagram handlers, classes, generators, wrong signatures and secured handlers are refused with one clear line."""
     with pytest.raises(TypeError, match="a datagram_handler cannot be secured, because DTLS needs clients"):
         secure(trio_udp.datagram_handler(lambda datagram: None), server_context)  # type: ignore[arg-type]
@@ -78,7 +78,7 @@ async def test_what_cannot_be_secured(server_context: SSL.Context) -> None:
 
 
 async def test_other_layers_on_top(start: Start) -> None:
-    """Typed payloads and requests go over DTLS as over anything else; what does not decode is skipped."""
+    """Typed payloads and requests work over DTLS; payloads that do not decode are skipped."""
 
     async def add(channel: trio_udp.TypedChannel[list[int], int, DTLSChannel]) -> None:
         async for numbers in channel:
@@ -92,7 +92,7 @@ async def test_other_layers_on_top(start: Start) -> None:
 
 
 async def test_a_timeout_of_a_request_is_counted(start: Start, autojump_clock: trio.testing.MockClock) -> None:
-    """A request that takes too long is counted as over plain UDP."""
+    """A request that takes too long is counted over DTLS, as over plain UDP."""
 
     @trio_udp.request_handler(timeout=1)
     async def slow(payload: bytes, client: trio_udp.Client) -> bytes:
@@ -107,7 +107,7 @@ async def test_a_timeout_of_a_request_is_counted(start: Start, autojump_clock: t
     assert secured.server.statistics().requests_timed_out == 1
 
 
-async def test_a_handler_is_called_again_for_what_it_left(start: Start) -> None:
+async def test_a_handler_is_called_again_for_waiting_payloads(start: Start) -> None:
     """A handler that returns or raises while payloads wait is called again with the same channel, and loses nothing."""
     channels: set[DTLSChannel] = set()
     errors: list[str] = []
@@ -129,7 +129,7 @@ async def test_a_handler_is_called_again_for_what_it_left(start: Start) -> None:
 
 
 async def test_an_error_ends_one_client(start: Start) -> None:
-    """A handler that raises ends its own association, whose peer is told, and no other."""
+    """A handler that raises ends its own association, with a close_notify, and no other."""
     errors: list[object] = []
 
     async def fail(channel: DTLSChannel) -> None:
@@ -151,7 +151,7 @@ async def test_an_error_ends_one_client(start: Start) -> None:
 async def test_an_error_beside_a_cancellation_is_reported_with_the_channel(
     start: Start, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """on_error gets the channel, never the client below it, whatever way the handler raises."""
+    """on_error gets the channel, never the client below it, however the handler raises."""
     errors: list[tuple[object, list[str]]] = []
 
     async def clean_up() -> None:
@@ -186,7 +186,7 @@ async def test_an_error_beside_a_cancellation_is_reported_with_the_channel(
 async def test_a_handler_that_returns_no_awaitable_ends_the_server(
     simulated_network: trio_udp.testing.SimulatedNetwork, server_context: SSL.Context, client_context: SSL.Context
 ) -> None:
-    """A handler that returns something that cannot be awaited is the program's mistake: the server ends with it."""
+    """A handler whose result cannot be awaited ends the server with a TypeError."""
     endpoint = simulated_network.endpoint(*SERVER)
     handler = secure(lambda channel: 1, server_context)  # type: ignore[arg-type]
     connection = await simulated_network.connect(*SERVER)
@@ -198,7 +198,7 @@ async def test_a_handler_that_returns_no_awaitable_ends_the_server(
 
 
 async def test_strangers_leave_nothing_behind(start: Start) -> None:
-    """ClientHellos from any number of forged addresses are answered, and everything else refused; nothing is kept."""
+    """ClientHellos from any number of forged addresses are answered, all else is refused, and nothing is kept."""
     secured = await start()
     tasks = trio.lowlevel.current_statistics().tasks_living
     for number in range(300):
@@ -216,7 +216,7 @@ async def test_strangers_leave_nothing_behind(start: Start) -> None:
 
 
 async def test_the_users_accept_is_asked_first(start: Start) -> None:
-    """An accept of the user's decides before DTLS does: it refuses, answers, or lets DTLS look."""
+    """The user's accept is called before the DTLS gate: it refuses, answers, or passes the stranger on."""
     asked: list[trio_udp.Address] = []
 
     def accept(datagram: trio_udp.Datagram) -> bool | bytes:
@@ -237,7 +237,7 @@ async def test_the_users_accept_is_asked_first(start: Start) -> None:
 
 
 async def test_the_gate_may_be_hidden(start: Start) -> None:
-    """A secured handler inside another callable, whose gate the server does not see, asks for cookies itself."""
+    """A secured handler inside another callable, which hides its gate from the server, sends cookies itself."""
     secured = await start()
     wrapped = partial(secured.handler)
     endpoint = secured.network.endpoint("192.0.2.54", 54)
@@ -254,7 +254,7 @@ async def test_the_gate_may_be_hidden(start: Start) -> None:
 
 
 async def test_limits_hold(start: Start, autojump_clock: trio.testing.MockClock) -> None:
-    """max_clients and clients_per_host hold for DTLS clients: those refused get no answer to their second hello."""
+    """max_clients and clients_per_host apply to DTLS clients; a refused one gets no answer to its second hello."""
     limits = trio_udp.Limits(max_clients=2, clients_per_host=1, when_full="evict_idle")
     secured = await start(limits=limits)
     async with secured.connected(host="198.51.100.1"), secured.connected(host="198.51.100.2") as second:
@@ -270,7 +270,7 @@ async def test_limits_hold(start: Start, autojump_clock: trio.testing.MockClock)
 
 
 async def test_amplification_does_not_withhold_the_handshake(start: Start) -> None:
-    """A client's cookie verifies its address, so Limits.amplification lets the longer flights of the server pass."""
+    """A valid cookie verifies the address, so Limits.amplification does not withhold the server's longer flights."""
     secured = await start(limits=trio_udp.Limits(amplification=1))
     async with secured.connected() as channel:
         await channel.send(b"x")
@@ -279,7 +279,7 @@ async def test_amplification_does_not_withhold_the_handshake(start: Start) -> No
 
 
 async def test_a_rate_limit_counts_hellos(start: Start) -> None:
-    """Limits.rate_limit refuses hellos beyond it before a cookie is made."""
+    """A ClientHello beyond Limits.rate_limit is refused before a cookie is made."""
     secured = await start(limits=trio_udp.Limits(rate_limit=trio_udp.RateLimit(1, burst=10)))
     for _ in range(30):
         secured.network.inject(hello(), ALICE, SERVER)
@@ -289,7 +289,7 @@ async def test_a_rate_limit_counts_hellos(start: Start) -> None:
 
 
 async def test_hellos_with_valid_cookies_are_bounded(start: Start, autojump_clock: trio.testing.MockClock) -> None:
-    """Peers that never finish their handshakes take a place each, up to max_clients, until they have been silent."""
+    """Peers that never finish their handshakes take a place each, up to max_clients, until their idle timeout."""
     secured = await start(limits=trio_udp.Limits(max_clients=20), idle_timeout=10)
     channels = []
     for number in range(40):
@@ -310,7 +310,7 @@ async def test_hellos_with_valid_cookies_are_bounded(start: Start, autojump_cloc
 
 
 async def test_a_handshake_that_never_ends_is_bounded(start: Start, autojump_clock: trio.testing.MockClock) -> None:
-    """A peer that keeps its handshake going with junk is given up after handshake_timeout."""
+    """A peer that keeps its handshake going with junk is dropped after handshake_timeout."""
     secured = await start(handshake_timeout=20)
     secured.network.latency = (0.1, 0.1)
     channel = await secured.open(port=4000)
@@ -327,7 +327,7 @@ async def test_a_handshake_that_never_ends_is_bounded(start: Start, autojump_clo
 
 
 async def test_junk_does_not_put_off_repetition(start: Start, autojump_clock: trio.testing.MockClock) -> None:
-    """Junk in the middle of a handshake neither breaks it nor delays the repetition of what was lost."""
+    """Junk during a handshake neither breaks it nor delays the repetition of lost flights."""
     secured = await start()
     secured.network.latency = (0.1, 0.1)
     channel = await secured.open(port=4000)
@@ -345,7 +345,7 @@ async def test_junk_does_not_put_off_repetition(start: Start, autojump_clock: tr
 
 
 async def test_silence_ends_a_client(start: Start, autojump_clock: trio.testing.MockClock) -> None:
-    """A client that is silent for idle_timeout ends as over plain UDP; its peer is told."""
+    """A client that is silent for idle_timeout ends as over plain UDP, and its peer gets a close_notify."""
     ends: list[object] = []
 
     async def handler(channel: DTLSChannel) -> None:
@@ -360,8 +360,8 @@ async def test_silence_ends_a_client(start: Start, autojump_clock: trio.testing.
         assert 10 <= trio.current_time() <= 12.5
 
 
-async def test_a_drain_handles_what_has_arrived_and_says_goodbye(start: Start) -> None:
-    """A server that stops handles the payloads that have arrived, ends its channels, and tells the peers."""
+async def test_a_drain_handles_arrived_payloads_and_closes_channels(start: Start) -> None:
+    """A server that stops handles the payloads that have arrived, and closes its channels with a close_notify."""
     ends: list[object] = []
 
     async def handler(channel: DTLSChannel) -> None:
@@ -378,7 +378,7 @@ async def test_a_drain_handles_what_has_arrived_and_says_goodbye(start: Start) -
 
 
 async def test_a_drain_in_a_transaction(start: Start) -> None:
-    """Inside a transaction payloads go on arriving while the server drains."""
+    """In a transaction, payloads keep arriving while the server drains."""
 
     async def handler(channel: DTLSChannel) -> None:
         with channel.transaction():
@@ -396,7 +396,7 @@ async def test_a_drain_in_a_transaction(start: Start) -> None:
 
 
 async def test_a_drain_in_a_handshake(start: Start, autojump_clock: trio.testing.MockClock) -> None:
-    """A handshake that is under way when the server stops ends at once, and is counted as failed."""
+    """A handshake in progress when the server stops ends at once, and is counted as failed."""
     secured = await start(drain_timeout=math.inf)
     secured.network.latency = (0.1, 0.1)
     channel = await secured.open()
@@ -478,7 +478,7 @@ async def test_a_client_can_be_connected_to_from_the_server(
     server_context: SSL.Context,
     client_context: SSL.Context,
 ) -> None:
-    """Over Server.connect a server is the client of another one, on its own socket."""
+    """With Server.connect, a server can be the DTLS client of another server, from its own socket."""
     far = simulated_network.endpoint("192.0.2.54", 54)
     await nursery.start(trio_udp.serve_endpoints, secure(echo, server_context), [far])
     here = simulated_network.endpoint(*SERVER)
@@ -488,13 +488,13 @@ async def test_a_client_can_be_connected_to_from_the_server(
         assert await channel.receive() == b"x"
         assert channel.local_address == SERVER
         assert list(server.clients) == [channel]
-        await server.send_to_all(b"to everybody")  # also to this one, and so encrypted
+        await server.send_to_all(b"to everybody")  # also to this client, encrypted
         assert await channel.receive() == b"to everybody"
     assert list(server.clients) == []
 
 
 def test_cookies_are_those_of_the_context(server_context: SSL.Context) -> None:
-    """Two handlers with one context take each other's cookies, as on two endpoints; they differ between contexts."""
+    """Two handlers with one context accept each other's cookies, as on two endpoints; other contexts do not."""
     one, other = secure(echo, server_context), secure(echo, server_context)
     assert isinstance(one._cookies, Cookies)
     assert one._cookies is other._cookies

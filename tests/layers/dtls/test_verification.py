@@ -1,4 +1,4 @@
-"""Who is at the other end: names, authorities, certificates of clients, versions and ciphers."""
+"""Verification of the other end: names, authorities, client certificates, versions and ciphers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .conftest import NAME, Authority, Identity, Start, echo
 
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    """An authority that nobody trusts."""
+    """An authority that neither end trusts."""
     return Authority.make(tmp_path_factory.mktemp("stranger") / "authority", "Stranger")
 
 
 @pytest.mark.parametrize("name", [NAME, "localhost", "127.0.0.1", "::1", "SERVER.TEST", "server.test."])
 async def test_a_right_name(start: Start, name: str) -> None:
-    """A server is who it says it is if its certificate has the name or address that was asked for."""
+    """A server is accepted if its certificate has the expected name or address."""
     secured = await start()
     async with secured.connected(server_hostname=name) as channel:
         await channel.send(b"x")
@@ -50,7 +50,7 @@ async def test_a_wrong_name(start: Start, name: str) -> None:
 
 
 async def test_wildcards(start: Start, authority: Authority) -> None:
-    """A wildcard stands for one label."""
+    """A wildcard matches one label."""
     secured = await start(context=authority.context(authority.issue("*.wild.test")))
     async with secured.connected(server_hostname="a.wild.test"):
         pass
@@ -60,7 +60,7 @@ async def test_wildcards(start: Start, authority: Authority) -> None:
 
 
 async def test_an_unknown_authority(start: Start, stranger: Authority) -> None:
-    """A certificate of an authority that the client does not trust fails the handshake."""
+    """A certificate from an authority that the client does not trust fails the handshake."""
     secured = await start(context=stranger.context(stranger.issue(NAME)))
     channel = await secured.open()
     with pytest.raises(trio.BrokenResourceError, match="not valid: self signed cert in chain"):
@@ -70,14 +70,14 @@ async def test_an_unknown_authority(start: Start, stranger: Authority) -> None:
 
 
 async def test_an_expired_certificate(start: Start, authority: Authority) -> None:
-    """A certificate that has expired fails the handshake."""
+    """An expired certificate fails the handshake."""
     secured = await start(context=authority.context(authority.issue(NAME, days=-1)))
     with pytest.raises(trio.BrokenResourceError, match="not valid: cert has expired"):
         await (await secured.open()).do_handshake()
 
 
 async def test_verification_that_is_left_to_the_context(start: Start, stranger: Authority) -> None:
-    """Without a name the context alone decides what is verified: by pyOpenSSL's default nothing."""
+    """Without a name, only the context decides what is verified: by pyOpenSSL's default, nothing."""
     secured = await start(context=stranger.context(stranger.issue("whoever")))
     async with secured.connected(server_hostname=None) as channel:
         await channel.send(b"x")
@@ -87,7 +87,7 @@ async def test_verification_that_is_left_to_the_context(start: Start, stranger: 
 
 
 async def test_a_client_with_a_certificate(start: Start, authority: Authority, client_identity: Identity) -> None:
-    """The handler sees the certificate of a client that was asked for one."""
+    """The handler can read the certificate that was requested from its client."""
     names: list[str] = []
 
     async def handler(channel: DTLSChannel) -> None:
@@ -132,8 +132,8 @@ async def test_no_common_cipher(start: Start, authority: Authority) -> None:
     assert "no shared cipher" in str(secured.handler.last_error)
 
 
-async def test_failures_are_no_errors_of_the_handler(start: Start) -> None:
-    """A handshake that fails reaches neither the handler nor on_error, and holds no memory of the association."""
+async def test_failed_handshakes_are_not_errors_of_the_handler(start: Start) -> None:
+    """A failed handshake reaches neither the handler nor on_error, and leaves no memory in use."""
     errors: list[object] = []
     secured = await start(on_error=lambda client, error: errors.append(error))
     for _ in range(3):
@@ -162,7 +162,7 @@ def test_contexts_that_cannot_be_used(authority: Authority, identity: Identity) 
 
 
 async def test_a_context_can_serve_many(start: Start, server_context: SSL.Context) -> None:
-    """One context can be given to secure, to clients and to channels, any number of times."""
+    """One context can be passed to secure, clients and channels any number of times."""
     secured = await start(context=server_context)
     secure(echo, server_context)
     server_context_as_client = await secured.open(context=server_context, server_hostname=None)
@@ -172,8 +172,8 @@ async def test_a_context_can_serve_many(start: Start, server_context: SSL.Contex
         assert await channel.receive() == b"x"
 
 
-def test_hosts_and_sizes_that_make_no_sense(client_context: SSL.Context, server_context: SSL.Context) -> None:
-    """Arguments that cannot be meant raise when the channel or the handler is made."""
+def test_invalid_hosts_and_sizes(client_context: SSL.Context, server_context: SSL.Context) -> None:
+    """Invalid arguments raise when the channel or the handler is made."""
     transport: trio.abc.Channel[bytes] = object()  # type: ignore[assignment]
     for name in ("", "a b", "."):
         with pytest.raises(ValueError, match="server_hostname"):
@@ -192,7 +192,7 @@ def test_hosts_and_sizes_that_make_no_sense(client_context: SSL.Context, server_
 
 
 async def test_connecting_checks_its_arguments_first(client_context: SSL.Context) -> None:
-    """No host, or no time between two repetitions, raises before anything is sent; verification is never left out."""
+    """connect raises before it sends anything, for a missing host or a wait of zero; it always verifies."""
     with pytest.raises(TypeError, match="server_hostname must be a str, not None"):
         await connect(None, 9, client_context)  # type: ignore[arg-type]
     for seconds in (0, -1, math.nan):
@@ -206,7 +206,7 @@ async def test_connecting_checks_its_arguments_first(client_context: SSL.Context
 async def test_a_function_of_the_context_that_raises(
     start: Start, authority: Authority, identity: Identity, client_identity: Identity
 ) -> None:
-    """An error in a function that the user's context calls is the program's: on_error gets it, with the channel."""
+    """on_error gets an exception that a function of the user's context raises, with the channel."""
     errors: list[tuple[object, str]] = []
 
     def verify(*_: object) -> bool:

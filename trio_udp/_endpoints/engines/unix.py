@@ -269,8 +269,8 @@ def route_to_name(engine: Engine, route: Route) -> Route:
     if isinstance(engine, UnixEngine):
         if engine.has_credentials:
             raise ValueError(
-                "with credentials=True a peer is known only once it has sent a datagram: connect() cannot begin"
+                "cannot connect: with credentials=True a peer is known only once it has sent a datagram"
             )
         if route == engine.name:
-            raise ValueError(f"this is the name of this server itself: {route!r}")
+            raise ValueError(f"cannot connect to this server itself: {route!r}")
     return route

@@ -1,4 +1,4 @@
-"""An endpoint that no server runs on: a datagram socket by itself, over both engines and on a simulated network."""
+"""An endpoint without a server: a datagram socket by itself, over both engines and on a simulated network."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_receive_and_reply(host: str) -> None:
 
 @over_both_engines
 async def test_datagrams_of_all_senders_in_arrival_order() -> None:
-    """async for gives the datagrams of all senders in arrival order, empty ones included."""
+    """async for yields the datagrams of all senders in arrival order, including empty ones."""
     async with opened() as endpoint:
         with peer_of(endpoint) as one, peer_of(endpoint) as other:
             payloads = [b"%d" % number for number in range(199)] + [b""]
@@ -117,7 +117,7 @@ async def test_receive_nowait() -> None:
 
 @over_both_engines
 async def test_send_to() -> None:
-    """send_to and send_to_nowait of an endpoint send to any address, even one that has never written."""
+    """send_to and send_to_nowait of an endpoint send to any address, even one that has never sent anything."""
     async with opened() as endpoint, opened() as other:
         await endpoint.send_to(b"1", other.local_address)
         endpoint.send_to_nowait(bytearray(b"2"), other.local_address, local_address=endpoint.local_address)
@@ -127,8 +127,8 @@ async def test_send_to() -> None:
 
 
 @over_both_engines
-async def test_what_the_kernel_says_about_send_to_is_raised() -> None:
-    """The kernel's error about a datagram that the program addresses is raised and counted, and nothing is closed."""
+async def test_send_to_raises_the_kernels_error() -> None:
+    """send_to raises and counts the kernel's error about its datagram, and the endpoint stays open."""
     async with opened() as endpoint:
         for address, error in ((("127.0.0.1", 0), errno.EINVAL), (("255.255.255.255", 9), errno.EACCES)):
             with pytest.raises(OSError, match=r".") as caught:
@@ -149,7 +149,7 @@ async def test_what_the_kernel_says_about_send_to_is_raised() -> None:
 @linux_only
 @over_both_engines
 async def test_a_reply_leaves_from_where_the_datagram_was_sent_to() -> None:
-    """A reply, even a late one, leaves from the address that was written to, on a socket bound to all addresses."""
+    """On a socket bound to all addresses, a reply, even a late one, leaves from the address the peer sent to."""
     async with opened("0.0.0.0") as endpoint:
         kept: list[Datagram] = []
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
@@ -167,8 +167,8 @@ async def test_a_reply_leaves_from_where_the_datagram_was_sent_to() -> None:
 
 @linux_only
 @over_both_engines
-async def test_a_broadcast_tells_its_interface() -> None:
-    """A datagram to a broadcast address tells that address and the interface; a reply leaves from our own address."""
+async def test_a_broadcast_has_an_interface() -> None:
+    """A datagram to a broadcast address has that destination and an interface; a reply leaves from our own address."""
     async with opened("0.0.0.0") as endpoint:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
             peer.bind(("127.0.0.1", 0))
@@ -187,7 +187,7 @@ async def test_a_broadcast_tells_its_interface() -> None:
 @linux_only
 @over_both_engines
 async def test_ancillary_messages_that_configure_asked_for() -> None:
-    """Control messages that configure has asked for, such as time stamps, come with the datagram, undecoded."""
+    """Control messages that configure has enabled, such as time stamps, come with the datagram, undecoded."""
 
     def configure(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
@@ -236,7 +236,7 @@ async def test_time_stamps_for_a_datagram_handler_and_accept(nursery: trio.Nurse
 
 @over_both_engines
 async def test_a_server_runs_on_it(nursery: trio.Nursery) -> None:
-    """While a server runs on the endpoint, receiving from it raises BusyResourceError; sending is allowed."""
+    """While a server runs on the endpoint, receive raises BusyResourceError, and sending is allowed."""
     async with opened() as endpoint, opened() as other:
         server: Server = await nursery.start(serve_endpoints, echo, [endpoint])
         for _ in range(2):
@@ -257,7 +257,7 @@ async def test_a_server_runs_on_it(nursery: trio.Nursery) -> None:
 
 @over_both_engines
 async def test_a_task_receives_from_it(nursery: trio.Nursery) -> None:
-    """While a task receives from the endpoint, serving on it raises BusyResourceError, and it stays open."""
+    """While a task receives from the endpoint, serve_endpoints raises BusyResourceError and leaves it open."""
     async with opened() as endpoint, opened() as other:
         received: list[bytes] = []
 
@@ -287,7 +287,7 @@ async def test_a_task_receives_from_it(nursery: trio.Nursery) -> None:
 
 
 async def test_the_others_are_closed_when_one_is_busy(nursery: trio.Nursery) -> None:
-    """Of several endpoints, the one that another server runs on stays open and served; the server owns the rest."""
+    """If one of several endpoints has another server, it stays open and served; the others are closed."""
     network = SimulatedNetwork()
     one, other = network.endpoint(*SERVER), network.endpoint("192.0.2.54", 53)
     await nursery.start(serve_endpoints, echo, [one])
@@ -319,8 +319,8 @@ async def test_a_server_counts_from_the_moment_it_takes_the_endpoint(nursery: tr
     check_adds_up(server)
 
 
-async def test_what_was_read_ahead_is_the_servers(nursery: trio.Nursery) -> None:
-    """Datagrams that had arrived while a task took one of them are handled by the server that takes the endpoint."""
+async def test_a_server_handles_read_ahead_datagrams(nursery: trio.Nursery) -> None:
+    """A server that takes over an endpoint handles the datagrams that the endpoint had read ahead."""
     on = in_memory()
     for number in range(100):
         on.put(b"%d" % number)
@@ -336,7 +336,7 @@ async def test_what_was_read_ahead_is_the_servers(nursery: trio.Nursery) -> None
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("attempt", range(5))  # Trio's task order is random
-async def test_what_was_read_ahead_is_handled_by_a_server_that_stops_at_once(
+async def test_read_ahead_datagrams_are_handled_by_a_server_that_stops(
     nursery: trio.Nursery, shared: bool, attempt: int
 ) -> None:
     """A server that stops at once still handles datagrams that its endpoint had read ahead."""
@@ -355,12 +355,12 @@ async def test_what_was_read_ahead_is_handled_by_a_server_that_stops_at_once(
     check_adds_up(server)
 
 
-# The end
+# Closing
 
 
 @over_both_engines
 async def test_closing_ends_async_for(nursery: trio.Nursery) -> None:
-    """Closing the endpoint wakes the receiving task with ClosedResourceError; all later calls raise it too."""
+    """Closing the endpoint wakes the receiving task with ClosedResourceError, and later calls raise it too."""
     async with opened() as endpoint:
         ended: list[str] = []
 
@@ -400,7 +400,7 @@ async def test_nothing_is_received_once_it_is_closed() -> None:
 
 
 async def test_once_a_server_has_ended_the_endpoint_is_closed(nursery: trio.Nursery) -> None:
-    """An endpoint is closed, and no longer busy, once the server that owned it has ended."""
+    """An endpoint is closed, and no longer busy, after the server that owned it has ended."""
     on = in_memory()
     server: Server = await nursery.start(serve_endpoints, echo, [on.endpoint])
     server.stop()
@@ -412,7 +412,7 @@ async def test_once_a_server_has_ended_the_endpoint_is_closed(nursery: trio.Nurs
 
 
 async def test_a_kept_datagram_can_be_answered_until_the_endpoint_closes(autojump_clock: MockClock) -> None:
-    """Datagrams that were kept are answered later and in any order, as long as their endpoint is open."""
+    """Stored datagrams can be answered later and in any order, as long as their endpoint is open."""
     on = in_memory()
     on.put(b"1", ALICE)
     on.put(b"2", BOB)
@@ -430,7 +430,7 @@ async def test_a_kept_datagram_can_be_answered_until_the_endpoint_closes(autojum
     assert kept[0].destination == SERVER
 
 
-# Waiting, cancellation, and others
+# Waiting, cancellation, and other tasks
 
 
 async def test_cancelling_receive_loses_nothing(autojump_clock: MockClock) -> None:
@@ -454,7 +454,7 @@ async def test_cancelling_receive_loses_nothing(autojump_clock: MockClock) -> No
 
 
 async def test_receive_always_notices_cancellation() -> None:
-    """receive raises Cancelled in a cancelled scope, whether something waits or not, and what waits stays."""
+    """receive raises Cancelled in a cancelled scope, with or without a waiting datagram, which stays."""
     on = in_memory()
     for put in (False, True, True):
         if put:
@@ -493,7 +493,7 @@ async def test_receiving_lets_others_run() -> None:
 
 
 async def test_sending_waits_for_room(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
-    """send_to and reply wait while the send buffer is full, first come first served; the others raise WouldBlock."""
+    """At a full send buffer, send_to and reply wait, first come first served; the others raise WouldBlock."""
     on = narrow()
     on.put(b"x")
     datagram = await on.endpoint.receive()
@@ -516,7 +516,7 @@ async def test_sending_waits_for_room(nursery: trio.Nursery, autojump_clock: Moc
     assert (s.sent, s.send_errors) == (3, 0)
 
 
-async def test_port_zero_is_heard_and_not_answered() -> None:
+async def test_a_datagram_from_port_zero_is_delivered_and_not_answered() -> None:
     """A datagram from port 0 or the unspecified address is received; a reply to it is counted, not sent or raised."""
     on = in_memory()
     on.put(b"1", ("192.0.2.1", 0))
@@ -531,7 +531,7 @@ async def test_port_zero_is_heard_and_not_answered() -> None:
 
 
 async def test_asking_a_group(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
-    """Discovery: an endpoint asks a group once, and hears many."""
+    """An endpoint asks a group once, and receives the answers of many members."""
     network = SimulatedNetwork(latency=(0.01, 0.01))
     group = ("239.1.2.3", 1900)
     for number in range(1, 6):
