@@ -3,9 +3,10 @@
     kernel -> engine -> Reader -> receive_loop() -> known[route], or admission -> inbox -> handler task
     kernel <- engine <- Outbox <---------------------------------------------------------- client.send()
 
-One receive loop for each endpoint puts every datagram into the inbox of the client it belongs to. A *route* (peer
-address and local address) identifies the client. A stranger goes through admission, which may start a handler task for
-it. The loop never waits for a client, and everything that grows is bounded by :class:`Limits`.
+One receive loop for each endpoint puts every datagram into the inbox of the client it belongs to. It does so from a
+hook in Trio's scheduler (:class:`EachPass`). A *route* (peer address and local address) identifies the client. A
+stranger goes through admission, which may start a handler task for it. The loop never waits for a client, and
+everything that grows is bounded by :class:`Limits`.
 
 The files on that path, each to be read from top to bottom: _endpoints/engines/linux.py (or portable.py),
 _endpoints/_reader.py, this one, _inbox.py, _channel.py, _endpoints/_outbox.py. For a ``datagram_handler`` the loop
