@@ -268,9 +268,7 @@ def route_to_name(engine: Engine, route: Route) -> Route:
     """
     if isinstance(engine, UnixEngine):
         if engine.has_credentials:
-            raise ValueError(
-                "cannot connect: with credentials=True a peer is known only once it has sent a datagram"
-            )
+            raise ValueError("cannot connect: with credentials=True a peer is known only once it has sent a datagram")
         if route == engine.name:
             raise ValueError(f"cannot connect to this server itself: {route!r}")
     return route
