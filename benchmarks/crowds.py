@@ -227,7 +227,7 @@ def run_once(programs: Path, threshold: str, clients: int) -> Run:
 
 
 def best(runs: list[Run], key: str) -> float:
-    """Return the least disturbed run; among answers, the run with the fewest lost."""
+    """Return the figure of the least disturbed run: the minimum; for lost answers, to be honest, the maximum."""
     choose = max if key == "new_lost" else min
     return float(choose(run[key] for run in runs))
 

@@ -265,7 +265,7 @@ static void load_fan(uint32_t members) {
             struct message *m = &incoming[i];
             uint32_t member = ntohl(own_address(m)->ipi_addr.s_addr) - INADDR_LOOPBACK;
             if (incoming_headers[i].msg_len != ECHO_SIZE || member < 1 || member > members) {
-                fprintf(stderr, "somebody was sent what is not for them\n");
+                fprintf(stderr, "a client got an answer for another one\n");
                 exit(1);
             }
             if (m->payload.run == join) {

@@ -64,7 +64,7 @@ def simulated_world() -> World:
     return World(open_endpoint, network.connect, open_narrow)
 
 
-# An endpoint with proxies has an engine around the engine. These have addresses that nobody can send from.
+# An endpoint with proxies has an engine around the engine. These have addresses from which nothing can send.
 open_behind_proxies = partial(open_endpoint, proxies=["240.0.0.0/4"])
 
 

@@ -250,14 +250,14 @@ async def test_bounds(udp_server: StartServer, autojump_clock: MockClock, monkey
 async def test_garbage(udp_server: StartServer) -> None:
     """Junk and replies to nothing are ignored, pings are answered with RST, and the conversation goes on."""
     connection = await udp_server(coap_server.Store().handler)
-    dice = random.Random(6)
+    random_ = random.Random(6)
     whole = message(PUT, "note", 9, payload=b"x", block1=(0, False, 2))
     for _ in range(3_000):
         junk = bytearray(whole)
-        for _ in range(dice.randint(0, 6)):
-            junk[dice.randrange(len(junk))] = dice.randrange(256)
+        for _ in range(random_.randint(0, 6)):
+            junk[random_.randrange(len(junk))] = random_.randrange(256)
         junk[0] |= 0x10  # not confirmable
-        await connection.send(bytes(junk[: dice.randint(0, len(junk))]))
+        await connection.send(bytes(junk[: random_.randint(0, len(junk))]))
     await connection.send(message(EMPTY, mtype=ACK, mid=1))
     await connection.send(message(CONTENT, mtype=NON, mid=2))
     await connection.send(b"\x40\0\x12\x34")

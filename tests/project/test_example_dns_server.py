@@ -178,7 +178,7 @@ CASES: dict[str, Sections] = {
     # Wildcards, and names that they do not match.
     "bob.pages A": ("NOERROR aa", ["bob.pages 3600 A 192.0.2.80"], [], []),
     "very.deep.below.pages A": ("NOERROR aa", ["very.deep.below.pages 3600 A 192.0.2.80"], [], []),
-    "bob.pages TXT": ("NOERROR aa", ['bob.pages 3600 TXT "a page that somebody has made"'], [], []),
+    "bob.pages TXT": ("NOERROR aa", ['bob.pages 3600 TXT "a page of the user bob"'], [], []),
     "*.pages A": ("NOERROR aa", ["*.pages 3600 A 192.0.2.80"], [], []),
     "bob.pages AAAA": ("NOERROR aa", [], NOTHING_HERE, []),
     "alice.pages AAAA": ("NOERROR aa", ["alice.pages 3600 AAAA 2001:db8::80"], [], []),

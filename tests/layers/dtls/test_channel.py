@@ -284,7 +284,7 @@ async def test_a_client_that_restarts_on_its_port(start: Start, autojump_clock: 
     secured = await start(handler)
     first = await secured.open(port=4000)
     await first.do_handshake()
-    first.transport_channel.close()  # type: ignore[attr-defined]  # a crash: nobody is told
+    first.transport_channel.close()  # type: ignore[attr-defined]  # a crash, without a close_notify
     async with secured.connected(port=4000) as second:
         await second.send(b"again")
         assert await second.receive() == b"again"
