@@ -78,13 +78,11 @@ class Reader:
                     self._read_and_hand_out()
             finally:
                 self._receiver = None
-            if self._failure is not None:
-                failure, self._failure = self._failure, None
-                raise failure
+                if self._failure is not None:  # also if this task has been cancelled meanwhile
+                    failure, self._failure = self._failure, None
+                    raise failure
             if self.back_off.has_just_read:
                 return True
-            if outbox.collecting:
-                outbox.collect([], more_follow=False)
             if self.back_off.persists() and (self.may_have_more or engine.is_readable()):
                 outbox.release()
                 if not wait:
@@ -131,6 +129,8 @@ class Reader:
             self.may_have_more = self.read(batch)
         if batch:
             self.hand_out(batch)
+        elif self.outbox.collecting:
+            self.outbox.collect([], more_follow=False)
 
     def take_ahead(self, most: int) -> list[Received]:
         """Remove and return at most ``most`` datagrams that were read ahead."""
