@@ -1,6 +1,6 @@
 """Measure the cost of 100,000 clients: memory, and how long other tasks wait when all clients come or go at once.
 
-    python benchmarks/crowds.py                # two minutes; prints a table
+    python benchmarks/crowds.py                # two minutes; prints a table. run.py measures the same
     python benchmarks/crowds.py --types        # also lists the objects of an idle client
 
 Needs Linux and a C compiler. Each run is a new process. 100,000 clients arrive over a real socket, and all of them
@@ -26,16 +26,18 @@ from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import trio
-from measure import LOAD_CORE, build, resident_bytes, run_load, running
+from measure import LOAD_CORE, Contestant, Figures, Pace, resident_bytes, run_load, running
+from native import Programs, build
 
 import trio_udp
 
 IN_FLIGHT = 256  # datagrams of new clients in transit
 
 THRESHOLDS = {"default": gc.get_threshold(), "700, 10, 1000": (700, 10, 1_000)}
+SERVERS = {"trio_udp": "default", "trio_udp gc.set_threshold": "700, 10, 1000"}  # as run.py calls them
 
 # The most that an idle client may cost, and the longest that other tasks may wait when all clients leave.
 TARGETS = {"objects": 8, "bytes": 2_300, "expiry_pause_cpu": 0.005, "stop_pause_cpu": 0.005}
@@ -173,7 +175,17 @@ def serve_crowd_in_this_process(threshold: tuple[int, int, int]) -> None:
 # ---- in the process of the benchmark ----
 
 
-def run_once(programs: Path, threshold: str, clients: int) -> Run:
+class Crowd(NamedTuple):
+    """So many clients that come, expire, come again and are there when the server stops."""
+
+    clients: int
+
+    def measure(self, programs: Programs, contestant: Contestant, pace: Pace) -> Figures:
+        run = run_once(programs, SERVERS[contestant.server], int(self.clients * pace.scale))
+        return {key: run[key] for key in ROWS}
+
+
+def run_once(programs: Programs, threshold: str, clients: int) -> Run:
     command = [sys.executable, str(Path(__file__)), "--serve", threshold]
     with running(command, {}) as (process, port):
 
@@ -187,7 +199,7 @@ def run_once(programs: Path, threshold: str, clients: int) -> Run:
 
         def come(number: int) -> Run:
             started = time.perf_counter()
-            load = [str(programs / "load"), str(port), str(process.pid), "0", "0", "echo"]
+            load = [programs.load, port, str(process.pid), "0", "0", "echo"]
             result: Run = run_load([*load, str(number), str(min(number, IN_FLIGHT))])
             return result | {"took": time.perf_counter() - started}
 
@@ -255,12 +267,12 @@ def main() -> None:
 
     os.sched_setaffinity(0, {LOAD_CORE})  # to be out of the server's way
     runs: dict[str, list[Run]] = {threshold: [] for threshold in arguments.threshold}
-    with tempfile.TemporaryDirectory() as programs:
-        build(Path(programs))
+    with tempfile.TemporaryDirectory() as folder:
+        programs = build(Path(folder))
         for number in range(arguments.runs):
             for threshold, of_one in runs.items():
                 print(f"{number + 1}/{arguments.runs} {threshold}", file=sys.stderr)
-                of_one.append(run_once(Path(programs), threshold, arguments.clients))
+                of_one.append(run_once(programs, threshold, arguments.clients))
     print(
         f"{arguments.clients:,} clients, best of {arguments.runs} runs. "
         f"{platform.python_implementation()} {platform.python_version()}, trio {version('trio')}, "

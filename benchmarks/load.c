@@ -1,28 +1,33 @@
 /* The load for every server: closed loops over loopback, cheap enough that only the server's cost counts.
  *
- *     load PORT PID WARM SECONDS echo CLIENTS IN_FLIGHT    64 bytes each; the server answers with the same
- *     load PORT PID WARM SECONDS out                       the server answers every request with OUT_BURST datagrams
- *     load PORT PID WARM SECONDS in                        the server acknowledges every IN_BURST-th datagram
- *     load PORT PID WARM SECONDS fan MEMBERS               the server sends each question to all members
+ *     load PORT PIDS WARM SECONDS echo CLIENTS IN_FLIGHT    64 bytes each; the server answers with the same
+ *     load PORT PIDS WARM SECONDS proxied CLIENTS IN_FLIGHT    the same, behind a PROXY header in front of each datagram
+ *     load @NAME PIDS WARM SECONDS unix CLIENTS             the same over Unix-domain sockets; one in flight for each client
+ *     load PORT PIDS WARM SECONDS out BURST                 the server answers every request with BURST datagrams
+ *     load PORT PIDS WARM SECONDS in                        the server acknowledges every IN_BURST-th datagram
+ *     load PORT PIDS WARM SECONDS fan MEMBERS               the server sends each question to all members
  *
- * It warms up the server with process id PID for WARM seconds, and until every client has been answered. Then it measures
- * for SECONDS, and prints as JSON: the datagrams that came through, the time and the server's CPU time for them, and the
- * datagrams that were lost or out of order since the start. With 0 SECONDS it only gets every client answered.
+ * It warms the server up for WARM seconds, and until every client has been answered. Then it measures for SECONDS, and
+ * prints as JSON: the datagrams that came through, the time and the server's CPU time for them, the datagrams that were lost
+ * or out of order since the start, and the longest round trip since the start. With a negative WARM it measures from the
+ * first datagram until every client has been served. PIDS are the server's process ids, separated by commas.
  *
  * A hundred thousand clients do not need a hundred thousand sockets. There is one socket, bound to all addresses.
  * IP_PKTINFO sets the source of each datagram to 127.0.0.1, 127.0.0.2 and so on, and says which of them got an answer.
  *
- * STREAM_SIZE, OUT_BURST, IN_BURST, JOIN and RECEIVE_BUFFER are defined on the compiler's command line, as in servers.py. */
+ * STREAM_SIZE, IN_BURST, JOIN and RECEIVE_BUFFER are defined on the compiler's command line, as in traffic.py. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/udp.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -35,15 +40,17 @@ enum {
     STALL = 5,                    /* seconds of silence after which all that is on its way counts as lost; not less,
                                      for garbage collection among 100,000 clients takes a while */
     MAX_STALLS = 3,               /* in a row */
+    MAX_PROCESSES = 64,           /* of the server */
     MAX_CLIENTS = (1 << 24) - 2,  /* in 127.0.0.0/8 */
     BUCKETS = 200000, BUCKET_NS = 100, /* round trips are counted in steps of 0.1 µs, up to 20 ms */
 };
 
 static struct sockaddr_in server = {.sin_family = AF_INET};
-static clockid_t server_clock;
+static clockid_t server_clocks[MAX_PROCESSES];
+static int processes;
 static double warm, seconds;
 
-static uint64_t received, lost, out_of_order;
+static uint64_t received, lost, out_of_order, longest_round_trip;
 static uint32_t round_trips[BUCKETS];
 static struct {
     uint64_t first_call, began, server_then, received_then; /* nanoseconds, and datagrams, at the beginning */
@@ -62,21 +69,28 @@ static uint64_t nanoseconds(clockid_t clock) {
     return t.tv_sec * 1000000000ull + t.tv_nsec;
 }
 
+static uint64_t server_nanoseconds(void) {
+    uint64_t sum = 0;
+    for (int i = 0; i < processes; i++) sum += nanoseconds(server_clocks[i]);
+    return sum;
+}
+
 /* Called again and again; true from the end of the measurement on. */
 static bool time_is_up(bool every_client_seen) {
     if (measured.ended) return true;
     uint64_t now = nanoseconds(CLOCK_MONOTONIC);
+    bool from_the_first = warm < 0;
     if (!measured.first_call) measured.first_call = now;
     if (!measured.began) {
-        if (every_client_seen && now - measured.first_call >= warm * 1e9) {
+        if (from_the_first || (every_client_seen && now - measured.first_call >= warm * 1e9)) {
             measured.began = now;
-            measured.server_then = nanoseconds(server_clock);
+            measured.server_then = server_nanoseconds();
             measured.received_then = received;
             memset(round_trips, 0, sizeof round_trips);
         }
-    } else if (now - measured.began >= seconds * 1e9) {
+    } else if (from_the_first ? every_client_seen : now - measured.began >= seconds * 1e9) {
         measured.took = now - measured.began;
-        measured.server_took = nanoseconds(server_clock) - measured.server_then;
+        measured.server_took = server_nanoseconds() - measured.server_then;
         measured.datagrams = received - measured.received_then;
         measured.ended = true;
     }
@@ -112,6 +126,12 @@ static int receive(int fd, struct mmsghdr *messages, int most) {
     return got;
 }
 
+static void count_round_trip(uint64_t took) {
+    uint64_t bucket = took / BUCKET_NS;
+    round_trips[bucket < BUCKETS ? bucket : BUCKETS - 1]++;
+    if (took > longest_round_trip) longest_round_trip = took;
+}
+
 /* ---- echo ---- */
 
 struct message { /* a datagram, with the control message for our own address */
@@ -121,8 +141,15 @@ struct message { /* a datagram, with the control message for our own address */
         uint32_t client, number;
         char rest[ECHO_SIZE - 24];
     } payload;
+    struct __attribute__((packed)) { /* as it precedes a datagram over IPv4: section 2.2 of the PROXY protocol */
+        char signature[12];
+        uint8_t version, family;
+        uint16_t length;
+        uint32_t source, destination;
+        uint16_t source_port, destination_port;
+    } proxy;
     struct sockaddr_in peer;
-    struct iovec iov;
+    struct iovec iov[2];
     union {
         char room[CMSG_SPACE(sizeof(struct in_pktinfo))];
         struct cmsghdr header;
@@ -135,16 +162,25 @@ static uint32_t *next_sent, *next_expected; /* of each client */
 static struct message incoming[BATCH], outgoing[BATCH];
 static struct mmsghdr incoming_headers[BATCH], outgoing_headers[BATCH];
 
-static void prepare(struct message *messages, struct mmsghdr *headers) {
+static void prepare(struct message *messages, struct mmsghdr *headers, bool proxied) {
     for (int i = 0; i < BATCH; i++) {
         struct message *m = &messages[i];
         m->peer = server;
-        m->iov = (struct iovec){&m->payload, sizeof m->payload};
+        memcpy(m->proxy.signature, "\r\n\r\n\0\r\nQUIT\n", 12);
+        m->proxy.version = 0x21; /* version 2, PROXY */
+        m->proxy.family = 0x12;  /* IPv4, datagrams */
+        m->proxy.length = htons(12);
+        m->proxy.destination = server.sin_addr.s_addr;
+        m->proxy.source_port = htons(1024); /* not that of the server, which would take it for itself */
+        m->proxy.destination_port = server.sin_port;
+        m->iov[0] = (struct iovec){&m->proxy, sizeof m->proxy};
+        m->iov[1] = (struct iovec){&m->payload, sizeof m->payload};
         m->control.header.cmsg_len = CMSG_LEN(sizeof(struct in_pktinfo));
         m->control.header.cmsg_level = IPPROTO_IP;
         m->control.header.cmsg_type = IP_PKTINFO;
         headers[i].msg_hdr = (struct msghdr){
-            .msg_name = &m->peer, .msg_namelen = sizeof m->peer, .msg_iov = &m->iov, .msg_iovlen = 1,
+            .msg_name = &m->peer, .msg_namelen = sizeof m->peer,
+            .msg_iov = proxied ? m->iov : &m->iov[1], .msg_iovlen = proxied ? 2 : 1,
             .msg_control = &m->control, .msg_controllen = sizeof m->control};
     }
 }
@@ -165,12 +201,12 @@ static void queue(uint32_t client) {
     m->payload.run = run;
     m->payload.client = client;
     m->payload.number = next_sent[client]++;
-    own_address(m)->ipi_spec_dst.s_addr = htonl(INADDR_LOOPBACK + client);
+    own_address(m)->ipi_spec_dst.s_addr = m->proxy.source = htonl(INADDR_LOOPBACK + client);
     if (queued == BATCH) send_queued();
 }
 
 /* 0 clients: every datagram comes from a client that has never been seen. */
-static void load_echo(uint32_t clients, uint32_t in_flight) {
+static void load_echo(uint32_t clients, uint32_t in_flight, bool proxied) {
     bool strangers = clients == 0;
     if (strangers) clients = MAX_CLIENTS;
     bool in_turn = clients > in_flight; /* otherwise it is who was answered that sends again */
@@ -181,8 +217,8 @@ static void load_echo(uint32_t clients, uint32_t in_flight) {
     if (setsockopt(echo_socket, IPPROTO_IP, IP_PKTINFO, &on, sizeof on)) fail("IP_PKTINFO");
     next_sent = calloc(clients, sizeof *next_sent);
     next_expected = calloc(clients, sizeof *next_expected);
-    prepare(incoming, incoming_headers);
-    prepare(outgoing, outgoing_headers);
+    prepare(incoming, incoming_headers, false);
+    prepare(outgoing, outgoing_headers, proxied);
     run = (uint64_t)getpid() << 32;
 
     for (;;) {
@@ -213,8 +249,7 @@ static void load_echo(uint32_t clients, uint32_t in_flight) {
                 out_of_order++;
             else
                 next_expected[client] = m->payload.number + 1;
-            uint64_t bucket = (now - m->payload.sent_at) / BUCKET_NS;
-            round_trips[bucket < BUCKETS ? bucket : BUCKETS - 1]++;
+            count_round_trip(now - m->payload.sent_at);
             received++;
             on_their_way--;
             if (!stop) {
@@ -223,6 +258,49 @@ static void load_echo(uint32_t clients, uint32_t in_flight) {
             }
         }
         send_queued();
+    }
+}
+
+/* The server has an abstract name. The clients have files, since uvloop cannot answer an abstract name. */
+static char folder[] = "/tmp/trio-udp-load-XXXXXX";
+static struct sockaddr_un *unix_clients;
+static uint32_t unix_count;
+
+static void remove_files(void) {
+    for (uint32_t i = 0; i < unix_count; i++) unlink(unix_clients[i].sun_path);
+    rmdir(folder);
+}
+
+static void load_unix(const char *name, uint32_t clients) {
+    struct sockaddr_un to = {.sun_family = AF_UNIX};
+    struct timeval stall = {.tv_sec = STALL};
+    socklen_t length = offsetof(struct sockaddr_un, sun_path) + strlen(name);
+    struct { uint64_t sent_at; char rest[ECHO_SIZE - 8]; } payload = {0};
+    int *fds = calloc(clients, sizeof *fds);
+    bool *waits = calloc(clients, sizeof *waits); /* for an answer */
+    memcpy(to.sun_path + 1, name + 1, strlen(name) - 1);
+    unix_clients = calloc(clients, sizeof *unix_clients);
+    if (!mkdtemp(folder) || atexit(remove_files)) fail(folder);
+    for (uint32_t i = 0; i < clients; i++) {
+        struct sockaddr_un *own = &unix_clients[unix_count++];
+        own->sun_family = AF_UNIX;
+        snprintf(own->sun_path, sizeof own->sun_path, "%s/%u", folder, i);
+        if ((fds[i] = socket(AF_UNIX, SOCK_DGRAM, 0)) < 0) fail("socket");
+        if (bind(fds[i], (struct sockaddr *)own, sizeof *own)) fail("bind");
+        if (setsockopt(fds[i], SOL_SOCKET, SO_RCVTIMEO, &stall, sizeof stall)) fail("SO_RCVTIMEO");
+    }
+    for (bool stop = false; !stop;) {
+        stop = time_is_up(true);
+        for (uint32_t i = 0; i < clients; i++) {
+            if (waits[i]) {
+                if (recv(fds[i], &payload, sizeof payload, 0) != sizeof payload) fail("recv");
+                count_round_trip(nanoseconds(CLOCK_MONOTONIC) - payload.sent_at);
+                received++;
+            }
+            payload.sent_at = nanoseconds(CLOCK_MONOTONIC);
+            waits[i] = !stop;
+            if (!stop && sendto(fds[i], &payload, sizeof payload, 0, (struct sockaddr *)&to, length) < 0) fail("sendto");
+        }
     }
 }
 
@@ -236,8 +314,8 @@ static void load_fan(uint32_t members) {
     if (setsockopt(echo_socket, IPPROTO_IP, IP_PKTINFO, &on, sizeof on)) fail("IP_PKTINFO");
     next_sent = calloc(members + 1, sizeof *next_sent);
     next_expected = calloc(members + 1, sizeof *next_expected);
-    prepare(incoming, incoming_headers);
-    prepare(outgoing, outgoing_headers);
+    prepare(incoming, incoming_headers, false);
+    prepare(outgoing, outgoing_headers, false);
     run = join;
     for (uint32_t i = 1; i <= members; i++) queue(i);
     send_queued();
@@ -276,8 +354,7 @@ static void load_fan(uint32_t members) {
                 out_of_order++;
             else
                 next_expected[member] = m->payload.number + 1;
-            uint64_t bucket = (now - m->payload.sent_at) / BUCKET_NS;
-            round_trips[bucket < BUCKETS ? bucket : BUCKETS - 1]++;
+            count_round_trip(now - m->payload.sent_at);
             received++;
             if (due) due--;
         }
@@ -297,7 +374,7 @@ static double round_trip(double share) {
 
 /* The first byte of each datagram is its number within its burst. What the server's kernel sends as one large packet
  * arrives here as one too (UDP_GRO), as it does where a network card takes such packets apart. */
-static void load_out(void) {
+static void load_out(unsigned burst) {
     enum { AT_ONCE = 16, ROOM = 65536 };
     static char payload[AT_ONCE][ROOM], control[AT_ONCE][CMSG_SPACE(sizeof(int))];
     static struct iovec iov[AT_ONCE];
@@ -313,9 +390,9 @@ static void load_out(void) {
     for (;;) {
         bool stop = time_is_up(true);
         if (stop && due == 0) return;
-        while (!stop && due + OUT_BURST <= OUT_REQUESTS * OUT_BURST) {
+        while (!stop && due + burst <= OUT_REQUESTS * burst) {
             if (send(fd, "more", 4, 0) != 4) fail("send");
-            due += OUT_BURST;
+            due += burst;
         }
         for (int i = 0; i < AT_ONCE; i++) headers[i].msg_hdr.msg_controllen = sizeof control[i];
         int got = receive(fd, headers, AT_ONCE);
@@ -328,7 +405,7 @@ static void load_out(void) {
             for (unsigned at = 0; at < headers[i].msg_len; at += STREAM_SIZE) {
                 unsigned number = (unsigned char)payload[i][at];
                 if (number != expected) out_of_order++;
-                expected = (number + 1) % OUT_BURST;
+                expected = (number + 1) % burst;
                 received++;
                 if (due) due--;
             }
@@ -370,22 +447,26 @@ int main(int argc, char **argv) {
     if (argc < 6) return 2;
     server.sin_port = htons(atoi(argv[1]));
     server.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    if (clock_getcpuclockid(atoi(argv[2]), &server_clock)) fail("clock_getcpuclockid");
+    for (char *pid = strtok(argv[2], ","); pid && processes < MAX_PROCESSES; pid = strtok(NULL, ","))
+        if ((errno = clock_getcpuclockid(atoi(pid), &server_clocks[processes++]))) fail("clock_getcpuclockid");
     warm = atof(argv[3]);
     seconds = atof(argv[4]);
-    if (!strcmp(argv[5], "echo") && argc == 8)
-        load_echo(atoi(argv[6]), atoi(argv[7]));
+    bool proxied = !strcmp(argv[5], "proxied");
+    if ((proxied || !strcmp(argv[5], "echo")) && argc == 8)
+        load_echo(atoi(argv[6]), atoi(argv[7]), proxied);
+    else if (!strcmp(argv[5], "unix") && argc == 7)
+        load_unix(argv[1], atoi(argv[6]));
     else if (!strcmp(argv[5], "fan") && argc == 7)
         load_fan(atoi(argv[6]));
-    else if (!strcmp(argv[5], "out"))
-        load_out();
+    else if (!strcmp(argv[5], "out") && argc == 7)
+        load_out(atoi(argv[6]));
     else if (!strcmp(argv[5], "in"))
         load_in();
     else
         return 2;
     printf("{\"datagrams\": %llu, \"seconds\": %.9f, \"server_seconds\": %.9f, \"lost\": %llu, \"out_of_order\": %llu, "
-           "\"round_trip_p50\": %.1f, \"round_trip_p99\": %.1f}\n",
+           "\"round_trip_p50\": %.1f, \"round_trip_p99\": %.1f, \"round_trip_longest\": %.1f}\n",
            (unsigned long long)measured.datagrams, measured.took / 1e9, measured.server_took / 1e9,
-           (unsigned long long)lost, (unsigned long long)out_of_order, round_trip(0.5), round_trip(0.99));
+           (unsigned long long)lost, (unsigned long long)out_of_order, round_trip(0.5), round_trip(0.99), longest_round_trip / 1e3);
     return 0;
 }

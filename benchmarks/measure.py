@@ -11,14 +11,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-import servers
+import native
+from native import HERE, Programs
+from traffic import FLIGHT, OUT_BURST
 
 if sys.platform != "linux":
     sys.exit("Needs Linux: recvmmsg, UDP_GRO, /proc.")
 
-HERE = Path(__file__).parent
 SERVER_CORE = min(os.sched_getaffinity(0))
 LOAD_CORE = max(os.sched_getaffinity(0))
 
@@ -37,81 +38,103 @@ ENVIRONMENT = {
     },
 }
 
+Figures: TypeAlias = dict[str, float]  # by name; "micros" is the server's CPU time for each datagram
+
+
+class Pace(NamedTuple):
+    """How long, and how many, one measurement is."""
+
+    warm: float  # seconds
+    seconds: float
+    scale: float  # of the numbers of clients, where all of them come or go at once
+
+
+class Contestant(NamedTuple):
+    """A server, optionally without one technique."""
+
+    server: str
+    without: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.server} without {self.without}" if self.without else self.server
+
+    def command(self, programs: Programs, what: str) -> list[str]:
+        if self.server in native.NATIVE:
+            return [*programs.servers[self.server], what, *(["gso"] if self.server.endswith("GSO") else [])]
+        return [sys.executable, str(HERE / "servers.py"), what, self.server, *([self.without] if self.without else [])]
+
+    def environment(self) -> dict[str, str]:
+        return native.ENVIRONMENT if self.server in native.NATIVE else ENVIRONMENT.get(self.server, {})
+
 
 class Load(NamedTuple):
-    what: str  # the servers do; see servers.py
+    """Closed loops that keep a server busy."""
+
+    what: str  # the servers do; see traffic.py
     clients: int = 1  # 0: every datagram comes from a new client; for "fan", the number of members
     in_flight: int = 1  # datagrams in flight, of all clients together
-    memory: bool = False  # measure the server's memory for each client
 
+    def arguments(self) -> list[str]:
+        bursts = {"out": OUT_BURST, "flight": FLIGHT}
+        if self.what in bursts:
+            return ["out", str(bursts[self.what])]
+        if self.what in ("fan", "unix"):
+            return [self.what, str(self.clients)]
+        if self.what == "in":
+            return ["in"]
+        how = self.what if self.what == "proxied" else "echo"
+        return [how, str(self.clients), str(self.in_flight)]
 
-class Figures(NamedTuple):
-    micros: float  # of the server's CPU time, for each datagram
-    rate: float  # datagrams a second
-    lost: int  # like the next, from the first datagram, warming up included
-    out_of_order: int
-    round_trip_p50: float  # in microseconds
-    round_trip_p99: float
-    bytes_per_client: float | None
+    def measure(self, programs: Programs, contestant: Contestant, pace: Pace) -> Figures:
+        with running(contestant.command(programs, self.what), contestant.environment()) as (process, address):
+            return self.put_on(programs, address, [process.pid], pace)
 
-
-def build(folder: Path) -> None:
-    """Compile the C programs: a load in Python would be slower than the servers under test."""
-    names = ("STREAM_SIZE", "OUT_BURST", "IN_BURST", "RECEIVE_BUFFER", "LONGEST_LIFE")
-    definitions = [f"-D{name}={getattr(servers, name)}" for name in names] + [f'-DJOIN="{servers.JOIN.decode()}"']
-    compiler = os.environ.get("CC", "cc")
-    for name in ("load", "server"):
-        command = [compiler, "-O2", "-Wall", *definitions, "-o", str(folder / name), str(HERE / f"{name}.c")]
-        try:
-            subprocess.run(command, check=True, timeout=60)
-        except FileNotFoundError:
-            sys.exit(f"The load is written in C, and there is no compiler {compiler!r}. Install one, or set CC.")
-
-
-def measure(programs: Path, load: Load, server: str, technique: str | None, warm: float, seconds: float) -> Figures:
-    """Measure a server, optionally without one technique, in a new process."""
-    what = load.what
-    if server == "C":
-        command = [str(programs / "server"), what]
-    else:
-        command = [sys.executable, str(HERE / "servers.py"), what, server]
-        if technique:
-            command.append(technique)
-
-    bytes_per_client = None
-    with running(command, ENVIRONMENT.get(server, {})) as (process, port):
-        address = [str(programs / "load"), str(port), str(process.pid), str(warm), str(seconds)]
-        if what in ("out", "in"):
-            result = run_load([*address, what])
-        elif what == "fan":
-            result = run_load([*address, what, str(load.clients)])
-        else:
-            if load.memory:
-                run_load([*address, "echo", "1", "1"])  # so that imports and buffers do not count
-                before = resident_bytes(process.pid)
-            result = run_load([*address, "echo", str(load.clients), str(load.in_flight)])
-            if load.memory:
-                bytes_per_client = (resident_bytes(process.pid) - before) / load.clients
+    def put_on(self, programs: Programs, address: str, pids: list[int], pace: Pace) -> Figures:
+        """Load a server that runs already, and measure its processes."""
+        server = [address, ",".join(map(str, pids)), str(pace.warm), str(pace.seconds)]
+        result = run_load([programs.load, *server, *self.arguments()])
         if not result["datagrams"]:
-            raise _Failed("has not answered while it was measured")
-    return Figures(
-        micros=result["server_seconds"] / result["datagrams"] * 1e6,
-        rate=result["datagrams"] / result["seconds"],
-        lost=int(result["lost"]),
-        out_of_order=int(result["out_of_order"]),
-        round_trip_p50=result["round_trip_p50"],
-        round_trip_p99=result["round_trip_p99"],
-        bytes_per_client=bytes_per_client,
-    )
+            raise MeasurementFailed("has not answered while it was measured")
+        return result | {
+            "micros": result["server_seconds"] / result["datagrams"] * 1e6,
+            "rate": result["datagrams"] / result["seconds"],
+        }
 
 
-class _Failed(Exception):
-    pass
+class Arrival(NamedTuple):
+    """New clients, all at once, measured from the first datagram to the last."""
+
+    clients: int
+    in_flight: int
+
+    def measure(self, programs: Programs, contestant: Contestant, pace: Pace) -> Figures:
+        load = Load("echo", int(self.clients * pace.scale), self.in_flight)
+        return load.measure(programs, contestant, pace._replace(warm=-1))
+
+
+class IdleMemory(NamedTuple):
+    """The server's memory for each client that has sent one datagram and is idle."""
+
+    clients: int
+
+    def measure(self, programs: Programs, contestant: Contestant, pace: Pace) -> Figures:
+        clients = int(self.clients * pace.scale)
+        with running(contestant.command(programs, "echo"), contestant.environment()) as (process, address):
+            Load("echo").put_on(programs, address, [process.pid], pace)  # so that imports and buffers do not count
+            before = resident_bytes(process.pid)
+            Load("echo", clients, 64).put_on(programs, address, [process.pid], pace._replace(warm=-1))
+            return {"bytes_per_client": (resident_bytes(process.pid) - before) / clients}
+
+
+class MeasurementFailed(Exception):
+    """A server or a load failed; the text has its command and its output."""
 
 
 @contextmanager
-def running(command: list[str], environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Run a server; yield its process and its port."""
+def running(
+    command: list[str], environment: dict[str, str], cores: frozenset[int] = frozenset({SERVER_CORE})
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a server; yield its process and its port or name, which is the first line that it prints."""
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
@@ -121,23 +144,23 @@ def running(command: list[str], environment: dict[str, str]) -> Iterator[tuple[s
             stderr=errors,
             text=True,
             env={**os.environ, **environment},
-            preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
         ) as process,
     ):
         try:
             assert process.stdout is not None
             if not select.select([process.stdout], [], [], START_TIMEOUT)[0]:
-                raise _Failed(f"has not started within {START_TIMEOUT} seconds")
-            port = process.stdout.readline()
-            if not port:
-                raise _Failed("has not started")
-            yield process, int(port)
+                raise MeasurementFailed(f"has not started within {START_TIMEOUT} seconds")
+            address = process.stdout.readline().strip()
+            if not address:
+                raise MeasurementFailed("has not started")
+            yield process, address
             if process.poll() is not None:
-                raise _Failed("has ended while it was measured")
-        except _Failed as failure:
+                raise MeasurementFailed("has ended while it was measured")
+        except MeasurementFailed as failure:
             process.kill()
             errors.seek(0)
-            sys.exit(f"{' '.join(command)}: {failure}\n{errors.read()}")
+            raise MeasurementFailed(f"{' '.join(command)}: {failure}\n{errors.read()}") from None
         finally:
             process.kill()  # and leaving the with statement waits for it
 
@@ -147,9 +170,9 @@ def run_load(command: list[str]) -> dict[str, float]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_TIMEOUT)
     except subprocess.TimeoutExpired:
-        raise _Failed(f"could not be measured within {LOAD_TIMEOUT} seconds") from None
+        raise MeasurementFailed(f"could not be measured within {LOAD_TIMEOUT} seconds") from None
     if done.returncode:
-        raise _Failed(f"could not be measured: {done.stderr.strip()}")
+        raise MeasurementFailed(f"could not be measured: {done.stderr.strip()}")
     result: dict[str, float] = json.loads(done.stdout)
     return result
 

@@ -1,15 +1,17 @@
 """Measure trio_udp and its peers under the same loads, and write the results down.
 
-    pip install -e . --group benchmarks
+    pip install -e '.[dtls]' --group benchmarks
     python benchmarks/run.py              # half an hour; writes benchmarks/results
-    python benchmarks/run.py --quick      # two minutes, to see that everything runs; the figures mean little
+    python benchmarks/run.py --quick      # a minute or so, to see that everything runs; the figures mean little
 
-Needs Linux and a C compiler. Peers that are not installed are left out. The rounds are interleaved, and every server
-runs in a new process each time, so that a machine whose speed drifts slows all of them alike: compare the ratios within
-a round, not the absolute figures.
+Needs Linux and a C compiler. Peers, compilers and interpreters that are not installed are left out, and the results say
+so. Results are kept for each version of Python: run it with each that matters.
 
-This file says what is measured. servers.py is the servers, load.c the load, measure.py a single measurement, and
-report.py makes tables and charts of them all. crowds.py is a program of its own, for 100,000 clients at once.
+The rounds are interleaved, and every server runs in a new process each time, so that a machine whose speed drifts slows
+all of them alike: compare the ratios within a round, not the absolute figures.
+
+What is measured is in shapes.py, one measurement in measure.py, the servers from servers.py on, the load in load.c,
+and report.py makes tables and charts of it all. crowds.py and dtls.py are parts that also run alone.
 """
 
 from __future__ import annotations
@@ -17,121 +19,113 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import random
 import signal
+import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import report
-from measure import HERE, LOAD_CORE, Load, build, measure
-from servers import SERVERS, TECHNIQUES
+from measure import LOAD_CORE, Contestant, MeasurementFailed, Pace
+from native import HERE, Programs, build
+from shapes import FEW_ROUNDS, NEEDS, PACKAGES, SERVERS, SHAPES, plan
 
-ALL = ["C", *SERVERS]
-ECHOING = [it for it in ALL if it not in ("trio_udp accept", "trio_udp send_to_all")]
-OURS = ["trio_udp", "trio_udp portable"]
-# Left out of the streams: servers that differ from another only in how they echo. socketserver has no streams.
-STREAMING = ["C", *OURS, "uvloop", "asyncio", "asyncio keeping memory", "easynetwork", "anyio", "trio", "blocking"]
-# Left out where there are many clients: what keeps nothing for each client and is slow, and so would only tell again
-# what 64x4 has told.
-CROWD = ["C", *OURS, "trio_udp all interfaces", "uvloop", "asyncio keeping memory", "easynetwork", "blocking"]
-STRANGERS = [
-    *CROWD,
-    "trio_udp datagram_handler",
-    "trio_udp accept",
-    "trio_udp with limits",
-    "trio_udp datagram_handler with limits",
-]
-FAN_OUT = ["C", *OURS, "trio_udp send_to_all", "uvloop", "asyncio", "asyncio keeping memory", "trio", "blocking"]
-
-
-class Shape(NamedTuple):
-    title: str
-    load: Load
-    servers: list[str]
-    without: bool = False  # measure trio_udp with each technique switched off, too
-    quick: bool = True  # part of a quick run
-
-
-SHAPES = {
-    # Which servers make sense where, and in which shapes trio_udp is measured without its techniques.
-    "64x4": Shape("64 clients with 4 datagrams in flight each", Load("echo", 64, 256), ECHOING, without=True),
-    "256x1": Shape("256 clients with 1 datagram in flight each", Load("echo", 256, 256), ECHOING, without=True),
-    "1x64": Shape("1 client with 64 datagrams in flight", Load("echo", 1, 64), ECHOING, without=True),
-    "ping-pong": Shape("1 client with 1 datagram in flight: round trip", Load("echo", 1, 1), ECHOING),
-    "10k": Shape("10,000 live clients, 256 datagrams in flight", Load("echo", 10_000, 256), CROWD),
-    "100k": Shape("100,000 live clients, 256 datagrams in flight", Load("echo", 100_000, 256), CROWD, quick=False),
-    "strangers": Shape("Each datagram from a new client, 256 in flight", Load("once", 0, 256), STRANGERS),
-    "stream-out": Shape("Stream of 1,200-byte datagrams from the server", Load("out"), STREAMING, without=True),
-    "stream-in": Shape("Stream of 1,200-byte datagrams to the server", Load("in"), STREAMING, without=True),
-    "fan-out": Shape("Each datagram is sent to 50 clients: cost of each datagram sent", Load("fan", 50), FAN_OUT),
-    "memory": Shape("20,000 idle clients", Load("echo", 20_000, 64, memory=True), [*OURS, "easynetwork"]),
-    **{
-        f"growth-{clients}": Shape(
-            f"{clients:,} live clients, 64 datagrams in flight",
-            Load("echo", clients, 64),
-            ["trio_udp", "uvloop"],
-            quick=clients < 100_000,
-        )
-        for clients in (1, 10, 100, 1_000, 10_000, 100_000)
-    },
-}
+FULL, QUICK = Pace(warm=0.2, seconds=0.9, scale=1), Pace(warm=0.05, seconds=0.1, scale=0.02)
+FAILURES = (MeasurementFailed, AssertionError, subprocess.SubprocessError)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one short round, without 100,000 clients")
+    parser.add_argument("--quick", action="store_true", help="one short round, with few servers in most shapes")
     parser.add_argument("--rounds", type=int, help="default: 5, or 1 if quick")
     parser.add_argument("--only", nargs="+", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
-    parser.add_argument("--servers", nargs="+", choices=ALL, metavar="SERVER", help=", ".join(ALL))
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, metavar="SERVER", help=", ".join(SERVERS))
     parser.add_argument("--output", type=Path, help="default: benchmarks/results for a full run, else a new folder")
     arguments = parser.parse_args()
     quick: bool = arguments.quick
     rounds: int = arguments.rounds or (1 if quick else 5)
-    warm, seconds = (0.1, 0.15) if quick else (0.3, 1.5)
+    pace = QUICK if quick else FULL
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # by way of every finally
     os.sched_setaffinity(0, {LOAD_CORE})  # to be out of the servers' way
-
-    missing = {peer for peer in ("uvloop", "easynetwork", "anyio") if not find_spec(peer)}
-    # For each shape, the servers to measure, and a technique that each is to do without.
-    plan: dict[str, list[tuple[str, str | None]]] = {}
-    for name, shape in SHAPES.items():
-        if name in arguments.only if arguments.only else (shape.quick or not quick):
-            servers = [it for it in shape.servers if it not in missing and it in (arguments.servers or ALL)]
-            plan[name] = [(server, None) for server in servers]
-            if shape.without and "trio_udp" in servers:
-                plan[name] += [("trio_udp", technique) for technique in TECHNIQUES]
-
-    runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as programs:
-        build(Path(programs))
-        for number in range(rounds):
-            for name, contestants in plan.items():
-                first = number % max(1, len(contestants))
-                for server, technique in contestants[first:] + contestants[:first]:
-                    figures = measure(Path(programs), SHAPES[name].load, server, technique, warm, seconds)
-                    run = {"shape": name, "server": server, "without": technique, "round": number}
-                    runs.append(run | figures._asdict())
-                    label = f"{server} without {technique}" if technique else server
-                    print(f"{number + 1}/{rounds} {name:14} {label:34} {figures.micros:8.2f} µs", file=sys.stderr)
+    contestants = plan(quick, arguments.only, arguments.servers)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        programs = build(Path(folder))
+        left_out = what_is_missing(programs)
+        for name, reason in left_out.items():
+            print(f"left out: {name}, {reason}", file=sys.stderr)
+        contestants = {
+            shape: [it for it in them if it.server not in left_out]
+            for shape, them in contestants.items()
+            if shape not in left_out
+        }
+        runs, failures = measure(contestants, rounds, pace, programs)
 
     full = not (quick or arguments.only or arguments.servers)
     output = arguments.output or (HERE / "results" if full else Path(tempfile.mkdtemp(prefix="trio-udp-benchmark-")))
     results = {
         "date": time.strftime("%Y-%m-%d"),
+        "minutes": round((time.monotonic() - began) / 60, 1),
         "machine": machine(),
-        "versions": versions(),
+        "python": f"{platform.python_implementation()} {platform.python_version()}{free_threaded()}",
+        "versions": versions() | programs.versions,
+        "left_out": left_out,
+        "failures": failures,
+        "quick": quick,
         "rounds": rounds,
-        "seconds": seconds,
-        "titles": {name: SHAPES[name].title for name in plan},
+        "seconds": pace.seconds,
+        "titles": {name: SHAPES[name].title for name in contestants},
         "runs": runs,
     }
     print(report.write(results, output))
     print(f"Written to {output}", file=sys.stderr)
+    if failures:
+        sys.exit("\n".join(["failed:", *failures]))
+
+
+def measure(
+    contestants: dict[str, list[Contestant]], rounds: int, pace: Pace, programs: Programs
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Measure round after round; return the runs, and the failures."""
+    runs: list[dict[str, Any]] = []
+    failures: list[str] = []
+    for number in range(rounds):
+        for name, them in contestants.items():
+            shape = SHAPES[name]
+            if number >= (shape.rounds or rounds):
+                continue
+            order = [it for it in them if it.without is None or number < FEW_ROUNDS]
+            random.Random(number).shuffle(order)  # no server always follows the same other one
+            measured = {}
+            for contestant in order:
+                try:
+                    figures = measured[contestant] = shape.measurement.measure(programs, contestant, pace)
+                except FAILURES as failure:  # keep the results of the others
+                    print(failure, file=sys.stderr)
+                    reason = " ".join(str(failure).split())
+                    failures.append(f"{name}, {contestant}, round {number + 1}: {reason:.200}")
+                else:
+                    micros = f"{figures['micros']:8.2f} µs" if "micros" in figures else ""
+                    print(f"{number + 1}/{rounds} {name:14} {contestant!s:44} {micros}", file=sys.stderr)
+            for contestant in them:
+                if contestant in measured:
+                    run = {"shape": name, **contestant._asdict(), "round": number, "figures": measured[contestant]}
+                    runs.append(run)
+    return runs, failures
+
+
+def what_is_missing(programs: Programs) -> dict[str, str]:
+    """Servers and shapes that cannot be measured here, and why."""
+    modules = NEEDS | {name: shape.needs for name, shape in SHAPES.items() if shape.needs}
+    missing = {name: f"no module `{module}` here" for name, module in modules.items() if not find_spec(module)}
+    return programs.left_out | missing
 
 
 def machine() -> str:
@@ -142,9 +136,13 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, Linux {platform.release()}"
 
 
+def free_threaded() -> str:
+    return ", free-threaded" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
+
+
 def versions() -> dict[str, str]:
-    found = {platform.python_implementation(): platform.python_version()}
-    for package in ("trio-udp", "trio", "uvloop", "easynetwork", "anyio"):
+    found = {}
+    for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

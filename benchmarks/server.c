@@ -1,17 +1,21 @@
 /* The lowest possible cost of a server: the same work in C, with many datagrams in each system call.
  *
- *     server echo|once|out|in|fan    prints its port, then serves on it until it is killed; servers.py describes each mode
+ *     server echo|once|out|flight|in|fan [gso]    prints its port, then serves on it until it is killed
  *
- * The compiler's command line defines the names in capitals that are not defined here, as in servers.py. */
+ * traffic.py describes each mode. With "gso" the kernel segments a burst, as it does for trio_udp; without, each
+ * datagram is a message of its own. The names in capitals that are not defined here are so on the compiler's command
+ * line, as in traffic.py. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <netinet/udp.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { BATCH = 64, ROOM = 2048, ACKNOWLEDGEMENT = 8, MOST_MEMBERS = 64 };
+enum { BATCH = 64, ROOM = 2048, MOST_MEMBERS = 64 };
 
 int main(int argc, char **argv) {
     static char payload[BATCH][ROOM], stream[OUT_BURST][STREAM_SIZE];
@@ -20,8 +24,10 @@ int main(int argc, char **argv) {
     static struct mmsghdr headers[BATCH], stream_headers[OUT_BURST];
     static struct sockaddr_in members[MOST_MEMBERS];
     static struct mmsghdr member_headers[MOST_MEMBERS];
-    if (argc != 2) return 2;
-    bool is_out = !strcmp(argv[1], "out"), is_in = !strcmp(argv[1], "in"), is_fan = !strcmp(argv[1], "fan");
+    if (argc < 2) return 2;
+    bool is_flight = !strcmp(argv[1], "flight"), is_out = is_flight || !strcmp(argv[1], "out"), segmented = argc > 2;
+    int burst = is_flight ? FLIGHT : OUT_BURST, at_most = 65507 / STREAM_SIZE; /* segments of one message */
+    bool is_in = !strcmp(argv[1], "in"), is_fan = !strcmp(argv[1], "fan");
     int member_count = 0;
     alarm(LONGEST_LIFE);
 
@@ -37,10 +43,24 @@ int main(int argc, char **argv) {
     printf("%d\n", ntohs(address.sin_port));
     fflush(stdout);
 
-    for (int i = 0; i < OUT_BURST; i++) {
+    union {
+        char room[CMSG_SPACE(sizeof(uint16_t))];
+        struct cmsghdr header;
+    } control = {.header = {.cmsg_len = CMSG_LEN(sizeof(uint16_t)), .cmsg_level = SOL_UDP, .cmsg_type = UDP_SEGMENT}};
+    *(uint16_t *)CMSG_DATA(&control.header) = STREAM_SIZE;
+    int messages = 0; /* that a burst consists of */
+    for (int i = 0; i < burst; i++) {
         stream[i][0] = i;
         stream_iov[i] = (struct iovec){stream[i], STREAM_SIZE};
-        stream_headers[i].msg_hdr = (struct msghdr){.msg_iov = &stream_iov[i], .msg_iovlen = 1};
+    }
+    for (int i = 0; i < burst; i += segmented ? at_most : 1) {
+        struct msghdr *message = &stream_headers[messages++].msg_hdr;
+        message->msg_iov = &stream_iov[i];
+        message->msg_iovlen = !segmented ? 1 : burst - i < at_most ? burst - i : at_most;
+        if (message->msg_iovlen > 1) {
+            message->msg_control = &control;
+            message->msg_controllen = sizeof control;
+        }
     }
     for (unsigned long counted = 0;;) {
         for (int i = 0; i < BATCH; i++) {
@@ -57,11 +77,11 @@ int main(int argc, char **argv) {
             if (is_in && ++counted % IN_BURST == 0)
                 sendto(fd, payload[i], ACKNOWLEDGEMENT, 0, (struct sockaddr *)&peers[i], sizeof peers[i]);
             if (is_out) {
-                for (int k = 0; k < OUT_BURST; k++) {
+                for (int k = 0; k < messages; k++) {
                     stream_headers[k].msg_hdr.msg_name = &peers[i];
                     stream_headers[k].msg_hdr.msg_namelen = sizeof peers[i];
                 }
-                sendmmsg(fd, stream_headers, OUT_BURST, 0);
+                sendmmsg(fd, stream_headers, messages, 0);
             }
             iov[i].iov_len = headers[i].msg_len;
             if (is_fan && payload[i][0] == JOIN[0] && member_count < MOST_MEMBERS) {

@@ -1,0 +1,259 @@
+"""The claims of the documentation about speed and memory, and the figure behind each.
+
+A claim that is not in this list has no place in the documentation. ``tests/project/test_benchmarks.py`` checks that the
+words are there. The last table of results.md shows whether the figures still fit.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from figures import Figure, Results, Spread, beyond, ratio, value
+from tables import table
+
+SHOWN = 72  # characters of the words
+
+
+class Claim(NamedTuple):
+    document: str
+    words: str
+    said: float | None  # None: words only, for the reader to compare
+    unit: str
+    row: str  # where the figure is in the results
+    measured: Figure
+
+
+def table_of(results: Results) -> str:
+    rows = []
+    for claim in CLAIMS:
+        spread = claim.measured(results)
+        measured = spread and spread.middle
+        shown = "not measured" if measured is None else f"{measured:,.3g} {claim.unit}".strip()
+        if measured is not None and claim.said is not None and not 0.85 < measured / claim.said < 1.18:
+            shown = f"**{shown}**"
+        words = claim.words.strip("| ").replace("|", "·")
+        words = words if len(words) < SHOWN else words[:SHOWN] + " …"
+        said = "" if claim.said is None else f"{claim.said:g}"
+        rows.append([f"`{claim.document}`", f"*{words}*", claim.row, said, shown])
+    return table(["where", "words", "row of the results", "said", "measured"], rows)
+
+
+def _handshake_in_echoes(results: Results) -> Spread | None:
+    rounds = results.rounds("dtls", "trio_udp")
+    return Spread.of(figures["µs for each handshake"] / figures["µs for each echo"] for figures in rounds)
+
+
+# With full collections rare, as the command line, the workers and the documentation have it.
+RARE = "trio_udp gc.set_threshold"
+
+README_ROW = (
+    "| CPU time per echo, uvloop = 1: four datagrams in flight for each client; one "
+    "| 0.7; 1.1 | 1.3; 1.3 | 1.5 or 4.9; 1.5 or 5.3 | 7.3; 7.4 | 3.2; 3.1 |"
+)
+OPERATING = "docs/operating.md"
+DTLS = "docs/dtls.md"
+
+CLAIMS = [
+    *(
+        Claim("README.md", README_ROW, said, "", f"{shape}, {server}", ratio(shape, server))
+        for server, *both in (
+            ("trio_udp", 0.7, 1.1),
+            ("socketserver", 1.3, 1.3),
+            ("asyncio keeping memory", 1.5, 1.5),
+            ("asyncio", 4.9, 5.3),
+            ("easynetwork", 7.3, 7.4),
+            ("trio", 3.2, 3.1),
+        )
+        for shape, said in zip(("64x4", "256x1"), both, strict=True)
+    ),
+    Claim("docs/index.md", "**Fast, in pure Python.**", None, "of uvloop", "64x4, trio_udp", ratio("64x4", "trio_udp")),
+    Claim(
+        "docs/performance.md",
+        "The receive loop could run the steps of woken handlers itself",
+        None,
+        "of uvloop",
+        "256x1, trio_udp: what that would have to improve on",
+        ratio("256x1", "trio_udp"),
+    ),
+    Claim(
+        "docs/design.md",
+        "decoding an address costs more than looking it up",
+        None,
+        "times as much without",
+        "without raw addresses, 64x4",
+        ratio("64x4", "trio_udp", to="trio_udp", without="raw addresses"),
+    ),
+    Claim(
+        "docs/design.md",
+        "The server in C takes hardly more than the kernel",
+        None,
+        "µs beyond C",
+        "256x1, trio_udp and C",
+        beyond("256x1", "trio_udp", "C"),
+    ),
+    Claim(
+        "docs/design.md",
+        "With four in flight for each of 64, one wake-up serves four datagrams",
+        None,
+        "µs beyond C",
+        "64x4, trio_udp and C",
+        beyond("64x4", "trio_udp", "C"),
+    ),
+    Claim("docs/design.md", "takes 2.3 KB", 2.3, "KB", "crowd, idle client", value("crowd", RARE, "bytes", 1e-3)),
+    Claim(OPERATING, "an idle client | 2.3 KB", 2.3, "KB", "crowd, idle client", value("crowd", RARE, "bytes", 1e-3)),
+    Claim(
+        OPERATING,
+        "an idle client over DTLS | 70 KB",
+        70,
+        "KB",
+        "dtls, idle client",
+        value("dtls", "trio_udp", "KB for each idle client"),
+    ),
+    Claim(OPERATING, "5 µs for an echo with uvloop", 5, "µs", "256x1, uvloop", value("256x1", "uvloop")),
+    Claim(OPERATING, "6 µs; 3.5 µs if four arrive at once", 6, "µs", "256x1, trio_udp", value("256x1", "trio_udp")),
+    Claim(OPERATING, "6 µs; 3.5 µs if four arrive at once", 3.5, "µs", "64x4, trio_udp", value("64x4", "trio_udp")),
+    Claim(
+        OPERATING,
+        "with a `datagram_handler` | 4.5 µs",
+        4.5,
+        "µs",
+        "256x1, trio_udp datagram_handler",
+        value("256x1", "trio_udp datagram_handler"),
+    ),
+    Claim(
+        OPERATING,
+        "about 15 µs; 500 µs over DTLS",
+        15,
+        "µs",
+        "crowd, new client",
+        value("crowd", RARE, "new_micros"),
+    ),
+    Claim(
+        OPERATING,
+        "about 15 µs; 500 µs over DTLS",
+        500,
+        "µs",
+        "dtls, handshake",
+        value("dtls", "trio_udp", "µs for each handshake"),
+    ),
+    Claim(
+        OPERATING,
+        "330,000 datagrams a second, which is the work of two cores",
+        2,
+        "cores",
+        "256x1, trio_udp",
+        value("256x1", "trio_udp", factor=0.33),
+    ),
+    Claim(
+        OPERATING,
+        "625,000 new clients take 10 seconds of its core",
+        10,
+        "s",
+        "crowd, new client",
+        value("crowd", RARE, "new_micros", 0.625),
+    ),
+    Claim(
+        OPERATING,
+        "takes 0.4 s with 100,000 clients",
+        0.4,
+        "s",
+        "crowd, longest collection, default thresholds",
+        value("crowd", "trio_udp", "new_collection"),
+    ),
+    Claim(
+        OPERATING,
+        "two workers carry about twice as much as one",
+        2,
+        "times the rate",
+        "workers-work, 2 workers",
+        ratio("workers-work", "2 workers", "1 worker", "rate"),
+    ),
+    Claim(
+        OPERATING,
+        "Under light load a datagram costs more CPU time in several workers",
+        None,
+        "times the CPU time",
+        "workers-light, 2 workers",
+        ratio("workers-light", "2 workers", "1 worker"),
+    ),
+    Claim(
+        OPERATING,
+        "with four workers takes 0.4 % of a core",
+        0.4,
+        "%",
+        "workers-idle",
+        value("workers-idle", "4 workers", "share_of_a_core", 100),
+    ),
+    Claim(
+        DTLS,
+        "75 KB for each client",
+        75,
+        "KB",
+        "dtls, idle client",
+        value("dtls", "trio_udp", "KB for each idle client"),
+    ),
+    Claim(
+        DTLS,
+        "cost about 10 µs each",
+        10,
+        "µs",
+        "dtls, forged ClientHello",
+        value("dtls", "trio_udp", "µs for each forged ClientHello"),
+    ),
+    Claim(
+        DTLS,
+        "costs about 500 µs of CPU time",
+        500,
+        "µs",
+        "dtls, handshake",
+        value("dtls", "trio_udp", "µs for each handshake"),
+    ),
+    Claim(
+        "docs/SECURITY.md",
+        "a handshake costs as much CPU time as 40 echoes",
+        40,
+        "times",
+        "dtls, handshake and echo",
+        _handshake_in_echoes,
+    ),
+    Claim(
+        "docs/SECURITY.md",
+        "a client takes up to 75 KB",
+        75,
+        "KB",
+        "dtls, idle client",
+        value("dtls", "trio_udp", "KB for each idle client"),
+    ),
+    Claim(
+        "docs/proxy-protocol.md",
+        "about 1 µs for each datagram",
+        1,
+        "µs",
+        "proxied beyond 256x1, trio_udp",
+        beyond("proxied", "trio_udp", "trio_udp", "256x1"),
+    ),
+    Claim(
+        "docs/unix.md",
+        "Reading credentials costs 1.3 µs",
+        1.3,
+        "µs",
+        "unix, trio_udp with credentials",
+        beyond("unix", "trio_udp with credentials", "trio_udp"),
+    ),
+    Claim(
+        "docs/unix.md",
+        "uvloop takes less CPU time than trio_udp",
+        None,
+        "of uvloop",
+        "unix, trio_udp",
+        ratio("unix", "trio_udp"),
+    ),
+    Claim(
+        "docs/howto/broadcasting.md",
+        "sends up to 64 datagrams with one system call",
+        None,
+        "of a loop of send in a handler",
+        "fan-out, trio_udp send_to_all",
+        ratio("fan-out", "trio_udp send_to_all", "trio_udp"),
+    ),
+]
