@@ -117,9 +117,8 @@ def datagrams(what: str, bind: Bind | None = None, limits: trio_udp.Limits | Non
         return datagram.payload
 
     @trio_udp.datagram_handler
-    def send_flights(datagram: trio_udp.Datagram) -> None:
-        for payload in flight:
-            datagram.reply_nowait(payload)
+    def send_flights(datagram: trio_udp.Datagram) -> list[bytes]:
+        return flight
 
     @trio_udp.datagram_handler
     def count(datagram: trio_udp.Datagram) -> bytes | None:

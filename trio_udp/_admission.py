@@ -22,6 +22,7 @@ import inspect
 from collections.abc import Callable
 
 import attrs
+import trio
 
 from ._client import Client, make_client
 from ._endpoints import Ancillary, Datagram, Echoes, Received, Route, Source, Sources, host_key, make_datagram, route_of
@@ -36,6 +37,12 @@ FINE, REFUSED, UNANSWERABLE = Source
 
 # The most bytes of a reply from accept, as a multiple of the datagram's: RFC 9000 section 8.1.
 MOST_AMPLIFICATION = 3
+
+
+@trio.lowlevel.disable_ki_protection
+def _interruptible(accept: Accept, datagram: Datagram) -> object:
+    """Call ``accept``. Ctrl-C interrupts it, although it runs in Trio's scheduler, which Ctrl-C does not interrupt."""
+    return accept(datagram)
 
 
 @attrs.define(eq=False)
@@ -150,7 +157,7 @@ class Admission:
         route = route_of(datagram)
         place.in_accept = True
         try:
-            answer: object = accept(datagram)
+            answer: object = _interruptible(accept, datagram)
             if inspect.iscoroutine(answer):
                 answer.close()  # or Python warns that nothing awaited it
             if answer is not True and answer is not False and not isinstance(answer, bytes):

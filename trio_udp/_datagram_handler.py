@@ -47,16 +47,21 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
             reply = function(datagram)
             if reply is None:
                 continue
-            if type(reply) is not bytes or len(reply) > MAX_PAYLOAD_IPV4:
-                reply = outbox.copy(reply, route)
+            if type(reply) is bytes and len(reply) <= MAX_PAYLOAD_IPV4:
+                size, outgoing = len(reply), [(reply, route, own)]
+            else:
+                several = reply if isinstance(reply, (list, tuple)) else [reply]
+                outgoing = [(outbox.copy(each, route), route, own) for each in several]
+                size = sum(len(each) for each, _, _ in outgoing)
         except Exception as error:
             seats.handler_errors += 1
             seats.on_error(datagram, error)
             continue
         if not is_answerable:
-            outbox.count_unanswerable(own)
-        elif amplification is not None and len(reply) > amplification * len(payload):
-            place.withheld += 1
+            for _ in outgoing:
+                outbox.count_unanswerable(own)
+        elif amplification is not None and size > amplification * len(payload):
+            place.withheld += len(outgoing)
         else:
-            replies.append((reply, route, own))
+            replies += outgoing
     outbox.collect(replies, more_follow=place.reader.may_have_more)

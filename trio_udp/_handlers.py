@@ -27,6 +27,9 @@ if sys.version_info < (3, 11):
 Accept: TypeAlias = Callable[[Datagram], bool | bytes]
 """The type of ``accept``, which is called for every stranger; see :func:`serve`."""
 
+Reply: TypeAlias = "Payload | list[bytes] | tuple[Payload, ...] | None"
+"""What the function of a :func:`datagram_handler` returns: one payload, several, or none."""
+
 OnError: TypeAlias = (
     Callable[[Client, Exception], object]
     | Callable[[Datagram, Exception], object]
@@ -46,9 +49,9 @@ LOOKS_LIKE = "a handler is an async function with one argument: async def handle
 class DatagramHandler:
     """A handler of single datagrams, as :func:`datagram_handler` makes it. Calling it calls the function."""
 
-    function: Callable[[Datagram], Payload | None]
+    function: Callable[[Datagram], Reply]
 
-    def __call__(self, datagram: Datagram) -> Payload | None:
+    def __call__(self, datagram: Datagram) -> Reply:
         return self.function(datagram)
 
     def __repr__(self) -> str:
@@ -59,7 +62,7 @@ Handler: TypeAlias = Callable[[Client], Awaitable[object]] | DatagramHandler
 """What a server runs for each client: an async function of a client, or a :func:`datagram_handler`."""
 
 
-def datagram_handler(function: Callable[[Datagram], Payload | None]) -> DatagramHandler:
+def datagram_handler(function: Callable[[Datagram], Reply]) -> DatagramHandler:
     """Turn a plain function that answers one datagram at a time into a handler: ``@datagram_handler``.
 
     For protocols in which each datagram is answered by itself (DNS, NTP, STUN), and for collectors (syslog, StatsD,
@@ -70,11 +73,12 @@ def datagram_handler(function: Callable[[Datagram], Payload | None]) -> Datagram
             return b"%d" % trio.current_time()
 
     The server calls it for every datagram, **in arrival order over all senders**, and sends the returned bytes (``b""``
-    is an empty reply, ``None`` is no reply) back to the datagram's peer, from the address that it was sent to. Replies
-    leave together with the others of the batch, or of up to four batches while more datagrams wait in the kernel. There
-    are no clients, tasks or inboxes. The function runs in the receive loop, so it should be quick: nothing is received
-    meanwhile. ``Limits.rate_limit`` applies, and ``Limits.amplification`` to each reply alone. The limits on clients
-    and inboxes do not, nor does ``idle_timeout``.
+    is an empty reply, ``None`` is no reply) back to the datagram's peer, from the address that it was sent to. A list
+    or a tuple of payloads is sent as so many datagrams, in order. Replies leave together with the others of the batch,
+    or of up to four batches while more datagrams wait in the kernel. There are no clients, tasks or inboxes. The
+    function runs in the receive loop, so it should be quick: nothing is received meanwhile. ``Limits.rate_limit``
+    applies, and ``Limits.amplification`` to what is returned for one datagram, which is withheld as a whole. The limits
+    on clients and inboxes do not, nor does ``idle_timeout``.
 
     Errors:
       An exception in the function goes to ``on_error(datagram, exception)``, and the next datagram follows. A reply

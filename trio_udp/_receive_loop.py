@@ -3,9 +3,10 @@
     kernel -> engine -> Reader -> receive_loop() -> known[route], or admission -> inbox -> handler task
     kernel <- engine <- Outbox <---------------------------------------------------------- client.send()
 
-One receive loop for each endpoint puts every datagram into the inbox of the client it belongs to. A *route* (peer
-address and local address) identifies the client. A stranger goes through admission, which may start a handler task for
-it. The loop never waits for a client, and everything that grows is bounded by :class:`Limits`.
+One receive loop for each endpoint puts every datagram into the inbox of the client it belongs to. It does so from a
+hook in Trio's scheduler (:class:`EachPass`). A *route* (peer address and local address) identifies the client. A
+stranger goes through admission, which may start a handler task for it. The loop never waits for a client, and
+everything that grows is bounded by :class:`Limits`.
 
 The files on that path, each to be read from top to bottom: _endpoints/engines/linux.py (or portable.py),
 _endpoints/_reader.py, this one, _inbox.py, _channel.py, _endpoints/_outbox.py. For a ``datagram_handler`` the loop
@@ -15,6 +16,7 @@ hands its batches to _datagram_handler.py instead.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import trio
 
@@ -24,31 +26,30 @@ from ._seats import Place
 from ._server import ServerState, backlog_of
 
 
-async def receive_loop(hand_out: Callable[[Place, list[Received]], None], server: ServerState, place: Place) -> None:
+async def receive_loop(
+    hand_out: Callable[[Place, list[Received]], None], early: bool, server: ServerState, place: Place
+) -> None:
     """Read an endpoint and hand out datagrams, a batch at a time, until the endpoint or the server ends."""
-    reader, counts, seats = place.reader, place.reader.engine.counts, server.seats
+    reader, seats = place.reader, server.seats
+    reader.hand_out, reader.early = partial(hand_out, place), early
     try:
         with place.until_stop:
             while True:
-                hand_out(place, await reader.receive_batch())
+                await reader.next_batch()
                 if seats.overfull:
-                    # Let evicted handlers end before the next batch. (receive_batch lets tasks run too, but in random
+                    # Let evicted handlers end before the next batch. (next_batch lets tasks run too, but in random
                     # order, so one checkpoint may not be enough.)
                     await trio.lowlevel.checkpoint()
         # Read the datagrams that had arrived when the stop began, and few more, however many keep arriving.
         is_left = backlog_of(place)
         while reader.ahead or reader.engine.read_ahead or (not reader.shared and is_left()):
-            received = counts.received
-            batch = await reader.receive_batch(wait=False)
-            if batch:
-                hand_out(place, batch)
-            elif counts.received == received:
+            if not await reader.next_batch(wait=False):
                 break
         place.outbox.release()
         server.caught_up(place)
         await server.draining.wait()
         while not reader.shared:
-            hand_out(place, await reader.receive_batch())
+            await reader.next_batch()
     except trio.ClosedResourceError:
         if not place.endpoint.closed:  # raised by a user's function, not by the endpoint
             raise
@@ -82,3 +83,22 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
         # Put it here, in arrival order, rather than in a task per datagram: Trio shuffles tasks that become runnable
         # together, so spawning would reorder the datagrams of a batch.
         seat.put(payload)
+
+
+class EachPass(trio.abc.Instrument):
+    """Hands out datagrams and sends replies in each pass of Trio's scheduler, before and after the tasks run.
+
+    So a handler runs in the pass in which Trio learns that its datagram has arrived, and its reply leaves at the end of
+    that pass. If the receive loop did it all, the handler would run one pass later: 8 µs more for a single question.
+    """
+
+    def __init__(self, places: list[Place]) -> None:
+        self.places = places
+
+    def after_io_wait(self, timeout: float) -> None:
+        for place in self.places:
+            place.reader.read_early()
+
+    def before_io_wait(self, timeout: float) -> None:
+        for place in self.places:
+            place.outbox.end_pass()

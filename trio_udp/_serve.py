@@ -33,7 +33,7 @@ from ._handlers import (
 from ._limits import Limits, check_seconds
 from ._log import ErrorLog, WarningLog
 from ._rate import RateLimiter
-from ._receive_loop import receive_loop, to_clients
+from ._receive_loop import EachPass, receive_loop, to_clients
 from ._requests import makes_room
 from ._seats import Seats
 from ._server import Server, ServerState, log_error
@@ -109,10 +109,10 @@ async def serve(
         and before it checks ``max_clients``. ``True``: it becomes a client. ``False``: it is refused. Bytes: they are
         sent back at once, from the address that the datagram was sent to, and nothing is kept (cookies, QUIC Retry,
         "server full"); at most 3 times the datagram's bytes, or ``Limits.amplification`` times if that is set. Any
-        other value, or an exception, refuses the datagram and is logged as an error. It is a plain function, run in the
-        receive loop, so it should be quick. While the server drains it is still called, and only bytes count. Answer
-        only datagrams that parse as requests, with bytes that do not, or two servers may answer each other for ever
-        (CVE-2024-2169).
+        other value, or an exception, refuses the datagram and is logged as an error. It is a plain function, called
+        when a batch has been read and in none of Trio's tasks, so it should be quick: nothing else runs meanwhile.
+        While the server drains it is still called, and only bytes count. Answer only datagrams that parse as requests,
+        with bytes that do not, or two servers may answer each other for ever (CVE-2024-2169).
       on_error: Called with the client (or, for a ``datagram_handler``, the datagram) and the exception when a handler
         raises. That ends this client only, unless ``on_error`` itself raises: then the server ends with that exception.
         :func:`log_error` by default; :func:`raise_error` for tests.
@@ -219,6 +219,10 @@ async def serve_endpoints(
                 nursery.start_soon(state.errors.write_suppressed_in_time)
                 for endpoint in endpoints:
                     state.add_place(server, endpoint)
+                if not isinstance(handler, DatagramHandler):
+                    each_pass = EachPass(state.places)
+                    trio.lowlevel.add_instrument(each_pass)
+                    cleanup.callback(trio.lowlevel.remove_instrument, each_pass)
                 task_status.started(server)
 
                 await state.stop_requested.wait()
@@ -261,10 +265,10 @@ def _assemble(
         seats, Sources(), ask_both(accept, handler), idle_timeout, errors, WarningLog(), start_handler
     )
     if isinstance(handler, DatagramHandler):
-        hand_out = partial(to_function, handler, admission)
+        loop = partial(receive_loop, partial(to_function, handler, admission), False)
     else:
-        hand_out = partial(to_clients, admission)
-    state = ServerState(seats, admission, errors, nursery, handler_nursery is None, partial(receive_loop, hand_out))
+        loop = partial(receive_loop, partial(to_clients, admission), True)
+    state = ServerState(seats, admission, errors, nursery, handler_nursery is None, loop)
     crash = state.crash  # bind the method once, not for each client
     return state
 

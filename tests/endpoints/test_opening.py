@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import types
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
@@ -22,6 +22,7 @@ from trio_udp import Endpoint
 from ..namespaces import inside, machines, needs_namespaces
 
 FOUR_MIB = 4_194_304
+UNKNOWN = "no such name.invalid"
 
 needs_reuse_port = pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="platform has no SO_REUSEPORT")
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="option numbers and limits of Linux")
@@ -651,3 +652,12 @@ async def test_connecting_from_a_link_local_address(link: Link) -> None:
         async with await trio_udp.connect("fe80::2", 9, 0, index, local_address=local) as connection:
             assert connection.peer_address == ("fe80::2", 9, 0, index)
             assert connection.local_address[::3] == ("fe80::99", index)
+
+
+@pytest.mark.parametrize(
+    "way", [lambda: trio_udp.open_endpoints(0, host=UNKNOWN), lambda: trio_udp.connect(UNKNOWN, 1)]
+)
+async def test_an_unknown_name_is_in_the_error(way: Callable[[], Awaitable[object]]) -> None:
+    """The error for a name that cannot be resolved says which name."""
+    with pytest.raises(socket.gaierror, match=f"'{UNKNOWN}'"):
+        await way()

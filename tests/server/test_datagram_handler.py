@@ -151,6 +151,53 @@ async def test_the_function_may_reply_several_times(start_in_memory: StartInMemo
     assert sorted(run.sent_to(ALICE)) == [b"1", b"2", b"3"]
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+async def test_the_function_may_return_several_replies(start_in_memory: StartInMemory, kind: type) -> None:
+    """Each payload of a list or a tuple is a datagram of its own, in order; an empty list is no reply."""
+
+    @trio_udp.datagram_handler
+    def count_down(datagram: Datagram) -> Any:
+        return kind(b"%d" % number for number in range(int(datagram.payload), 0, -1))
+
+    run = await start_in_memory(count_down)
+    for payload, source in ((b"3", ALICE), (b"0", ALICE), (b"2", BOB), (b"1", ALICE)):
+        run.put(payload, source)
+    await run.settle()
+    assert run.sent_to(ALICE) == [b"3", b"2", b"1", b"1"]
+    assert run.sent_to(BOB) == [b"2", b"1"]
+    check_adds_up(run.server)
+
+
+async def test_a_wrong_payload_among_several(start_in_memory: StartInMemory) -> None:
+    """If one of several replies is not bytes-like, none is sent, and on_error gets the error."""
+    errors: list[Exception] = []
+    run = await start_in_memory(
+        trio_udp.datagram_handler(lambda datagram: [b"fine", "text"]),  # type: ignore[list-item]
+        on_error=lambda datagram, error: errors.append(error),
+    )
+    run.put(b"x")
+    await run.settle()
+    assert run.sent == []
+    assert [str(error) for error in errors] == ["a payload is bytes, not str: use .encode()"]
+
+
+async def test_amplification_holds_for_several_replies_together(start_in_memory: StartInMemory) -> None:
+    """Several replies whose bytes together are too many are all withheld, and each is counted."""
+    run = await start_in_memory(
+        trio_udp.datagram_handler(lambda datagram: [bytes(15)] * len(datagram.payload)), limits=Limits(amplification=20)
+    )
+    run.put(b"x")
+    await run.settle()
+    assert len(run.sent) == 1
+    run = await start_in_memory(
+        trio_udp.datagram_handler(lambda datagram: [bytes(11)] * 2), on=in_memory(), limits=Limits(amplification=20)
+    )
+    run.put(b"x")
+    await run.settle()
+    assert run.sent == []
+    assert run.server.statistics().sends_withheld == 2
+
+
 async def test_the_rate_limit_applies(start_in_memory: StartInMemory, autojump_clock: MockClock) -> None:
     """Datagrams beyond the rate limit do not reach a datagram_handler, and count as refused_by_rate."""
     run = await start_in_memory(repeat, limits=Limits(rate_limit=RateLimit(2, 5)))

@@ -103,9 +103,7 @@ async def open_endpoints(
         raise ValueError("reuse_port=True is not possible on this platform: leave it out")
     options = Options(receive_buffer, send_buffer, configure)
 
-    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)
-    # A name may resolve to the same address twice, for example if /etc/hosts has two lines for it.
-    targets: list[Target] = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    targets = await _resolve(host, port, socket.AI_PASSIVE)
 
     for attempt in range(1, PORT_ATTEMPTS + 1):
         with ExitStack() as stack:
@@ -163,7 +161,7 @@ async def open_connected_endpoint(
     options = Options(receive_buffer, None, configure)
 
     peers: list[Target] = []
-    for family, _, _, _, address in await trio.socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
+    for family, address in await _resolve(host, port):
         peer: Any = address
         if family == socket.AF_INET6:
             peers.append((family, (peer[0], peer[1], flowinfo or peer[2], scope_id or peer[3])))
@@ -184,6 +182,15 @@ async def open_connected_endpoint(
             failure = failure or failed.error
     assert failure is not None  # getaddrinfo raises rather than return nothing
     raise failure
+
+
+async def _resolve(host: str | bytes | None, port: int, flags: int = 0) -> list[Target]:
+    """Look up the addresses of a name; each once, though /etc/hosts may have two lines for it."""
+    try:
+        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM, flags=flags)
+    except socket.gaierror as error:
+        raise socket.gaierror(error.errno, f"{error.strerror}: {host!r}") from None
+    return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
 
 
 class AddressError(Exception):

@@ -85,7 +85,7 @@ class Outbox:
     """Sends datagrams in the order of the calls.
 
     While the outbox is *held*, replies collect in its queue and leave together, in as few system calls as the engine
-    can. The receive loop holds it from the moment it hands out a batch until it reads the next.
+    can. The receive loop holds it from handing out a batch until the end of the pass of Trio's scheduler.
 
     Attributes:
       collecting: Replies to single datagrams are being kept back; see :meth:`collect`.
@@ -127,8 +127,19 @@ class Outbox:
         return payload
 
     def hold(self) -> None:
-        """Collect replies until :meth:`release`. That pays for several replies; a single one should leave at once."""
+        """Collect replies until the end of this pass. That pays for several; a single reply should leave at once."""
         self.held = not self._line.locked()
+
+    def end_pass(self) -> None:
+        """Send the replies that this pass has collected. Called right before Trio waits for I/O."""
+        self.turn.time = 0.0
+        if self.held:
+            self.held = False
+            sent = self.counts.sent + len(self.queue)
+            self.send_collected()
+            if self.counts.sent != sent or self.engine.wakes_tasks:
+                # Errors may have woken tasks, and Trio has already decided how long to wait: interrupt that.
+                trio.lowlevel.current_trio_token().run_sync_soon(int, idempotent=True)
 
     def release(self) -> None:
         """Send everything that was kept back; later datagrams leave at once."""

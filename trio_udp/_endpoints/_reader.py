@@ -1,14 +1,16 @@
 """Receiving from one socket: waiting for datagrams and reading them in batches.
 
-A server's receive loop reads with :meth:`Reader.receive_batch`. Where no server runs, see _one_by_one.py.
+A server's receive loop reads with :meth:`Reader.next_batch`. Where no server runs, see _one_by_one.py.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import attrs
 import trio
+from trio.lowlevel import Task, current_task
 
 from ._address import describe
 from ._back_off import PAUSE, BackOff
@@ -28,6 +30,8 @@ class Reader:
       finished: The socket is no longer read; datagrams that arrive stay in the kernel.
       may_have_more: The last read returned a whole batch, so the kernel may have more.
       ahead: Datagrams read but not yet handed out: :class:`OneByOne` returns one at a time.
+      hand_out: Takes each batch that a server reads; see :meth:`next_batch`.
+      early: Read and hand out in Trio's scheduler, just before the task in :meth:`next_batch` runs.
       refusal: The last refusal by the peer of a connected socket, until it is raised.
       back_off: Whether reading should pause.
     """
@@ -42,57 +46,66 @@ class Reader:
     refusal: ConnectionRefusedError | None = attrs.field(default=None, init=False)
     back_off: BackOff = attrs.field(factory=BackOff, init=False)
     may_have_more: bool = attrs.field(default=False, init=False)
+    hand_out: Callable[[list[Received]], None] = attrs.field(default=list.clear, init=False)
+    early: bool = attrs.field(default=False, init=False)
+    _receiver: Task | None = attrs.field(default=None, init=False)  # in next_batch(), and has not read yet
+    _failure: BaseException | None = attrs.field(default=None, init=False)  # of read_early()
 
-    async def receive_batch(self, *, wait: bool = True) -> list[Received]:
-        """Wait until datagrams have arrived; return at least one, at most ``BATCH``, in arrival order.
+    async def next_batch(self, *, wait: bool = True) -> bool:
+        """Wait until datagrams have arrived, read a batch of at most ``BATCH``, and hand it out.
 
-        Also sends the replies that the outbox has collected. Checkpoints before it reads and never after, so that
-        cancellation loses no datagram.
+        Returns true. The batch may have been empty: truncated and malformed datagrams are counted and dropped.
+        Checkpoints before it reads and never after, so that cancellation loses no datagram.
 
         Args:
-          wait: If false, return an empty list once the kernel has nothing more. Also return one after a batch of
-            nothing but truncated or malformed datagrams, so that a flood of them cannot keep the caller here.
+          wait: If false, return false once the kernel has nothing more.
 
         Raises:
           trio.ClosedResourceError: The endpoint is closed.
         """
         engine, outbox = self.engine, self.outbox
-        batch: list[Received] = []
-        if self.ahead:  # read before the server took over
-            await trio.lowlevel.checkpoint()
-            return self.take_ahead(BATCH)
-        # Collect replies for two passes of Trio's scheduler. Trio runs the tasks of one pass in random order, so in the
-        # first pass this task may run before the handlers that it has woken.
-        passes = 2 if outbox.held else 1 if self.may_have_more or not wait else 0
         while True:
-            if passes:
-                passes -= 1
-                await trio.lowlevel.checkpoint()
-            elif not wait:
-                return batch
-            else:
-                outbox.held = False
-                outbox.turn.time = 0.0
-                await engine.wait_readable()
-            if outbox.queue:
-                outbox.send_collected()
-            if self.finished and not engine.read_ahead:
-                return batch
-            self.may_have_more = self.read(batch)
-            if batch:
-                outbox.held = False
-                return batch
-            if outbox.collecting:
-                outbox.collect([], more_follow=False)
-            if not wait and self.back_off.has_just_read:
-                return batch
+            self._receiver = task = current_task()
+            try:
+                if self.ahead or self.may_have_more or not wait:
+                    await trio.lowlevel.checkpoint()
+                else:
+                    if not self.early:  # otherwise Outbox.end_pass() does it
+                        outbox.turn.time = 0.0
+                    task.custom_sleep_data = self
+                    await engine.wait_readable()
+                if self._receiver is not None:
+                    self._read_and_hand_out()
+            finally:
+                self._receiver = None
+                if self._failure is not None:  # also if this task has been cancelled meanwhile
+                    failure, self._failure = self._failure, None
+                    raise failure
+            if self.back_off.has_just_read:
+                return True
             if self.back_off.persists() and (self.may_have_more or engine.is_readable()):
                 outbox.release()
                 if not wait:
-                    return batch
+                    return False
                 outbox.turn.time = 0.0
                 await trio.sleep(PAUSE)
-            passes = max(passes, self.may_have_more)
+            if not wait and not self.may_have_more:
+                return False
+
+    def read_early(self) -> None:
+        """Read a batch and hand it out, if the task in :meth:`next_batch` is about to run.
+
+        Called after Trio has waited for I/O. So a handler runs in the same pass of the scheduler, rather than in the
+        next one.
+        """
+        receiver = self._receiver
+        # Trio clears custom_sleep_data when it wakes a task.
+        if receiver is not None and self.early and receiver.custom_sleep_data is None:
+            self._receiver = None
+            try:
+                receiver.context.run(self._read_and_hand_out)
+            except BaseException as error:  # Trio would only log it
+                self._failure = error
 
     def take_over(self) -> None:
         """Reserve the socket for a server.
@@ -103,6 +116,21 @@ class Reader:
         if self.served or self.awaited:
             raise trio.BusyResourceError("something else is already receiving from this endpoint")
         self.served = True
+
+    def _read_and_hand_out(self) -> None:
+        batch: list[Received] = []
+        if self.ahead:  # read before the server took over
+            batch = self.take_ahead(BATCH)
+            self.back_off.read_something()
+        elif self.finished and not self.engine.read_ahead:
+            self.may_have_more = False
+            self.back_off.read_nothing()
+        else:
+            self.may_have_more = self.read(batch)
+        if batch:
+            self.hand_out(batch)
+        elif self.outbox.collecting:
+            self.outbox.collect([], more_follow=False)
 
     def take_ahead(self, most: int) -> list[Received]:
         """Remove and return at most ``most`` datagrams that were read ahead."""

@@ -50,10 +50,7 @@ async def _bind_all(
     for number, endpoints in enumerate(bound):
         for host in hosts:
             # The first bind is exclusive: another server on the port is an error, and does not share the clients.
-            try:
-                opened = await open_endpoints(port, host=host, reuse_port=number > 0, receive_buffer=receive_buffer)
-            except socket.gaierror as error:
-                raise socket.gaierror(error.errno, f"{error.strerror}: {host!r}") from None
+            opened = await open_endpoints(port, host=host, reuse_port=number > 0, receive_buffer=receive_buffer)
             for endpoint in opened:
                 stack.callback(endpoint.close)
                 if number == 0 and workers > 1:

@@ -36,6 +36,7 @@ class SimulatedEngine:
     family: int = attrs.field(init=False)
     bound_address: Address = attrs.field(init=False)
     connected: bool = attrs.field(init=False)
+    wakes_tasks: bool = attrs.field(default=True, init=False)
     counts: ReceiveCounts = attrs.field(factory=ReceiveCounts, init=False)
     closed: bool = attrs.field(default=False, init=False)
     read_ahead: int = attrs.field(default=0, init=False)  # stays 0
@@ -190,8 +191,10 @@ class SimulatedEngine:
         return self.simulated_socket.has_arrivals() or self.simulated_socket.refused
 
     async def wait_readable(self) -> None:
-        await trio.lowlevel.checkpoint()
-        while not self.closed and not self.is_readable():
+        # Sleeps once, as on a real socket: the reader may read before this task runs, see Reader.read_early().
+        if self.closed or self.is_readable():
+            await trio.lowlevel.checkpoint()
+        else:
             await self.simulated_socket.waiting.park()
         self._check_open()
 

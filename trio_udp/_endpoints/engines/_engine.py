@@ -78,6 +78,7 @@ class Engine(Protocol):
       bound_address: The address that the socket is bound to.
       connected: The socket is connected to one peer, and the kernel reports when that peer refuses a datagram.
       counts: Running counts of received datagrams; ``receive`` updates them.
+      wakes_tasks: Sending may wake tasks of this process, as on a simulated network.
       multicast: The groups and multicast options of the socket.
     """
 
@@ -85,6 +86,7 @@ class Engine(Protocol):
     bound_address: Address
     connected: bool
     counts: ReceiveCounts
+    wakes_tasks: bool
 
     @property
     def multicast(self) -> Multicast: ...

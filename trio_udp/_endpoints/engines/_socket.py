@@ -93,6 +93,7 @@ class SocketEngine(ABC):
         self.family: int = sock.family
         self.bound_address: Address = sock.getsockname()
         self.connected = is_connected(sock)
+        self.wakes_tasks = False
         self.counts = ReceiveCounts()
         self._socket = stdlib_socket(sock)
         self._longest = max_datagram_size

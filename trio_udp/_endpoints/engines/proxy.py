@@ -55,6 +55,7 @@ class ProxyEngine:
         self.bound_address = inner.bound_address
         self.connected = inner.connected
         self.counts = inner.counts
+        self.wakes_tasks = inner.wakes_tasks
         # Methods that do not use routes are those of the inner engine, without a call in between.
         self.source_for = inner.source_for
         self.is_own_host = inner.is_own_host

@@ -1,0 +1,134 @@
+"""Datagrams are handed out and answered within one pass of Trio's scheduler."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import signal
+import sys
+from functools import partial
+
+import pytest
+import trio
+import trio.testing
+
+from trio_udp import Client, Datagram, Server, connect, serve
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
+from ..conftest import ALICE, BOB, StartInMemory, StartServer, echo, in_memory, port_of
+
+QUESTIONS = 50
+
+
+class CountPasses(trio.abc.Instrument):
+    """Counts the passes of Trio's scheduler."""
+
+    passes = 0
+
+    def after_io_wait(self, timeout: float) -> None:
+        self.passes += 1
+
+
+async def test_an_answer_takes_one_pass(start_on_loopback: StartServer) -> None:
+    """A handler answers in the pass in which Trio learns that its question has arrived; the peer reads in the next."""
+    server = await start_on_loopback(echo)
+    count = CountPasses()
+    with trio.fail_after(5):
+        async with await connect("127.0.0.1", port_of(server)) as connection:
+            await connection.send(b"begin the conversation")
+            await connection.receive()
+            trio.lowlevel.add_instrument(count)
+            for _ in range(QUESTIONS):
+                await connection.send(b"question")
+                await connection.receive()
+    trio.lowlevel.remove_instrument(count)
+    assert count.passes <= 2 * QUESTIONS + 2
+
+
+async def test_a_new_client_is_answered_in_one_pass(start_on_loopback: StartServer) -> None:
+    """The handler of a new client starts in the pass in which Trio learns that its first datagram has arrived."""
+    server = await start_on_loopback(echo)
+    count = CountPasses()
+    with trio.fail_after(5):
+        async with await connect("127.0.0.1", port_of(server)) as connection:
+            await trio.testing.wait_all_tasks_blocked()
+            trio.lowlevel.add_instrument(count)
+            await connection.send(b"question")
+            await connection.receive()
+    trio.lowlevel.remove_instrument(count)
+    assert count.passes <= 3
+
+
+async def test_context_variables(start_in_memory: StartInMemory) -> None:
+    """accept and handlers see the context variables that were set where the server was started."""
+    variable = contextvars.ContextVar("variable", default="unset")
+    seen: list[str] = []
+
+    def accept(datagram: Datagram) -> bool:
+        seen.append(f"accept {variable.get()}")
+        return True
+
+    async def handler(client: Client) -> None:
+        seen.append(f"handler {variable.get()}")
+        variable.set("set by a handler")
+
+    variable.set("set by the caller")
+    run = await start_in_memory(handler, accept=accept)
+    variable.set("set later")
+    run.put(b"1", ALICE)
+    await run.settle()
+    run.put(b"2", BOB)
+    await run.settle()
+    assert seen == ["accept set by the caller", "handler set by the caller"] * 2
+
+
+def test_ctrl_c_interrupts_accept() -> None:
+    """Ctrl-C interrupts an accept that takes too long, as it interrupts any function of the program."""
+
+    def accept(datagram: Datagram) -> bool:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not interrupted")
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            server: Server = await nursery.start(partial(serve, echo, 0, host="127.0.0.1", accept=accept))
+            async with await connect("127.0.0.1", port_of(server)) as connection:
+                await connection.send(b"x")
+                with trio.fail_after(5):
+                    await trio.sleep_forever()
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        trio.run(main)
+    assert caught.value.split(KeyboardInterrupt)[1] is None
+
+
+async def test_a_server_leaves_no_instrument() -> None:
+    """After serve has ended, nothing of it runs in Trio's scheduler."""
+
+    def instruments() -> list[trio.abc.Instrument]:
+        gc.collect()
+        return [each for each in gc.get_objects() if isinstance(each, trio.abc.Instrument)]
+
+    before = instruments()
+    async with trio.open_nursery() as nursery:
+        server: Server = await nursery.start(partial(serve, echo, 0))
+        assert len(instruments()) == len(before) + 1
+        server.stop()
+    del server
+    assert instruments() == before
+
+
+async def test_servers_side_by_side(start_in_memory: StartInMemory) -> None:
+    """Two servers in one program do not disturb each other, and the end of one leaves the other running."""
+    one, other = await start_in_memory(echo), await start_in_memory(echo, on=in_memory())
+    for run in (one, other):
+        run.put(b"1")
+        await run.settle()
+    one.server.stop()
+    await one.settle()
+    other.put(b"2")
+    await other.settle()
+    assert one.sent == [(ALICE, b"1")]
+    assert other.sent == [(ALICE, b"1"), (ALICE, b"2")]
