@@ -22,7 +22,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SERVERS_PY = BENCHMARKS / "servers.py"
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
 PEERS = {"uvloop": "uvloop", "easynetwork": "easynetwork", "anyio": "anyio"}
-ECHOES_NEVER = {"trio_udp accept": "once", "trio_udp send_to_all": "fan"}  # and what they do instead
+ECHOES_NEVER = {"trio_udp accept": "once", "trio_udp send_to_all": "fan"}  # and their replacement
 FANS = ["trio_udp", "trio_udp send_to_all", "uvloop", "asyncio", "trio", "blocking"]
 
 
