@@ -28,7 +28,7 @@ CAROL = ("192.0.2.3", 3000)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Enough for all that a test lets arrive at once: its subject is the server, not what a kernel would drop.
+# Enough for all datagrams that a test lets arrive at once, because no test is about drops by a kernel.
 PLENTY = 2**40
 
 

@@ -245,7 +245,7 @@ async def test_several_processes_open_one_stale_path(path: str) -> None:
     press_enter()
     said = [process.stdout.readline().strip() for process in processes]
     assert sorted(said) == [str(errno.EADDRINUSE)] * 3 + ["opened"]
-    (await trio_udp.connect_unix(path)).close()  # it is there
+    (await trio_udp.connect_unix(path)).close()  # the file exists
     press_enter()
     for process in processes:
         process.communicate()

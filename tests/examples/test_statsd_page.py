@@ -44,7 +44,7 @@ OVERLAPPING = """() => [...document.querySelectorAll("svg[role=img]")].flatMap((
 })"""
 
 
-# Each text that is too pale.
+# Each text with too little contrast.
 PALE = """() => {
   const light = (color) => {
     const shares = color.match(/[\\d.]+/g).map((number) => number / 255);
@@ -110,7 +110,7 @@ Open = Callable[..., Any]
 
 @pytest.fixture
 def watch(chromium: Any, start: Start) -> Iterator[Open]:
-    """Open the page of a StatsD server that reports five times a second. There must be nothing on the console."""
+    """Open the page of a StatsD server that reports five times a second. The browser's console must stay empty."""
     said: list[str] = []
 
     def run(page_port: str = "0", port: int = 0) -> Example:
@@ -133,7 +133,7 @@ def watch(chromium: Any, start: Start) -> Iterator[Open]:
 
 
 def figures(card: Any) -> dict[str, str]:
-    """Return the small figures of a card by name."""
+    """Return the small figures of a card, by name."""
     return dict(zip(card.locator("dt").all_inner_texts(), card.locator("dd").all_inner_texts(), strict=True))
 
 

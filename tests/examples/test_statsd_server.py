@@ -1,6 +1,6 @@
-"""The StatsD server: what lines of other people's clients add up to, its bounds, and the events that its page follows.
+"""The StatsD server: the sums of lines from existing clients, its bounds, and the events for its page.
 
-The page itself, in a browser: test_statsd_page.py.
+test_statsd_page.py tests the page itself in a browser.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class Running:
 
     @contextmanager
     def follow(self, after: int = 0) -> Iterator[Iterator[Event]]:
-        """Follow its events as a page does that has seen those up to ``after``."""
+        """Follow the events like a page that has received those up to ``after``."""
         request = urllib.request.Request(f"{self.url}events", headers={"Last-Event-ID": str(after)})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             lines = (line.decode().partition(": ") for line in answer)
             yield (json.loads(text) for field, _, text in lines if field == "data")
 
     def events_until(self, is_last: Callable[[Event], bool]) -> list[Event]:
-        """Return all events that there have been when one is as it has to be."""
+        """Return all events up to the first for which a condition holds."""
         events = []
         with self.follow() as following:
             for event in following:
@@ -62,7 +62,7 @@ class Running:
         raise AssertionError(f"never: {events[-1]}")
 
     def lines(self, count: int) -> list[Event]:
-        """Return all events from before up to when so many lines have come."""
+        """Return all events up to the one with which the given number of lines has arrived."""
 
         def have_come(event: Event) -> bool:
             names = ("accepted", "malformed", "refused_names", "refused_values")
@@ -86,20 +86,20 @@ def run(start: Start) -> RunStatsD:
 
 
 def total(events: list[Event], name: str) -> float:
-    """Add up what a counter has counted in all intervals."""
+    """Add up the values of a counter in all intervals."""
     counters = [event["metrics"]["counter"] for event in events]
     return sum(float(named[name]["count"]) for named in counters if name in named)
 
 
 def timings(events: list[Event], name: str) -> dict[str, float]:
-    """Return a timer's figures in the only interval in which values came, without the rate."""
+    """Return a timer's figures in the only interval with values, without the rate."""
     found = [event["metrics"]["timer"].get(name, {"count": 0}) for event in events]
     [figures] = [dict(figures) for figures in found if figures["count"]]
     assert figures.pop("rate") > 0
     return figures
 
 
-# Clients that are not ours.
+# Existing clients.
 
 
 def test_statsd_from_pypi(run: RunStatsD) -> None:
@@ -142,7 +142,7 @@ def test_statsd_from_pypi(run: RunStatsD) -> None:
     ids=["nc", "socat"],
 )
 def test_netcat_and_socat(run: RunStatsD, command: list[str]) -> None:
-    """Lines from a shell count, each once, with any line ends and with empty lines between them."""
+    """Each line from a shell counts once, with any line ends, and with empty lines between."""
     server = run()
     path = program(*command[:2])
     arguments = [argument.format(port=server.example.port) for argument in command[2:]]
@@ -201,7 +201,7 @@ def test_a_flood_of_invented_names(run: RunStatsD) -> None:
 
 
 def test_too_many_values_in_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Timers and sets keep no more than so many values together; the others are counted. The next interval is free."""
+    """Timers and sets keep a bounded number of values together; others are counted, and the next interval is free."""
     monkeypatch.setattr(statsd_server, "MOST_VALUES", 4)
     statsd = statsd_server.StatsD(now=0.0)
     for line in (b"t:1|ms", b"s:a|s", b"t:2|ms", b"t:3|ms", b"t:4|ms", b"s:b|s", b"c:5|c"):
@@ -216,7 +216,7 @@ def test_too_many_values_in_an_interval(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_silent_metrics_are_forgotten() -> None:
-    """A metric that is silent for ten minutes makes room; one that is not, stays."""
+    """A metric that is silent for ten minutes makes room; any other stays."""
     statsd = statsd_server.StatsD(now=0.0)
     statsd.add(b"silent:1|c")
     statsd.add(b"level:1|g")
@@ -227,7 +227,7 @@ def test_silent_metrics_are_forgotten() -> None:
 
 
 def test_datagrams_that_the_kernel_drops(run: RunStatsD) -> None:
-    """While the server stands still, the kernel drops what finds no room; every datagram is in one of both counts."""
+    """While the server is stopped, the kernel drops datagrams without room; each datagram is in one of two counts."""
     server = run()
     peer = server.example.peer()
     server.example.signal(SIGSTOP)
@@ -240,8 +240,8 @@ def test_datagrams_that_the_kernel_drops(run: RunStatsD) -> None:
     assert counts["kernel_dropped"] == sum(counts["lost"].values()) > 0
 
 
-def test_what_has_arrived_before_the_stop(run: RunStatsD) -> None:
-    """Pages get a last event with all that has reached the machine before SIGTERM, and then their streams end."""
+def test_datagrams_before_the_stop_are_in_the_last_event(run: RunStatsD) -> None:
+    """Pages get a last event with all datagrams that have arrived before SIGTERM, and then their streams end."""
     server = run()
     peer = server.example.peer()
     with server.follow() as following:
@@ -330,7 +330,7 @@ def test_figures(lines: list[bytes], kind: str, name: str, figures: dict[str, fl
 
 @given(st.lists(st.integers(-50, 50), min_size=1, max_size=250), st.integers(1, 100))
 def test_percentile(values: list[int], percent: int) -> None:
-    """A percentile is the smallest value that at least so many percent of all do not exceed."""
+    """A percentile is the smallest value that at least that share of all values do not exceed."""
     found = statsd_server.percentile(sorted(values), percent)
     assert found == min(v for v in values if sum(each <= v for each in values) * 100 >= percent * len(values))
     assert statsd_server.percentile(sorted(values), 50) == statistics.median_low(values)
@@ -343,7 +343,7 @@ lines = st.lists(st.binary(max_size=40) | st.builds(b"a:%b|%b".__mod__, st.tuple
 
 @given(lines)
 def test_any_bytes(lines: list[bytes]) -> None:
-    """Nothing that is sent raises, every line is counted once, and the figures are numbers that JSON has."""
+    """No payload makes it raise, every line is counted once, and all figures are valid in JSON."""
     statsd = statsd_server.StatsD(now=0.0)
     payload = b"\n".join(lines)
     statsd.handler(SimpleNamespace(payload=payload, peer_address=("192.0.2.1", 1)))
@@ -356,7 +356,7 @@ def test_any_bytes(lines: list[bytes]) -> None:
 
 
 def test_a_page_that_comes_back(run: RunStatsD) -> None:
-    """A page that names the last event that it has seen gets those after it, in order, and none twice."""
+    """A page that reconnects gets the events after the last one it has received, in order and each once."""
     server = run()
     with server.follow() as following:
         first = [next(following)["time"] for _ in range(3)]
@@ -367,7 +367,7 @@ def test_a_page_that_comes_back(run: RunStatsD) -> None:
 
 
 def test_requests(run: RunStatsD) -> None:
-    """The page has its files; other paths and methods are refused, and what is no HTTP does not end the server."""
+    """The page has its files; other paths, methods and invalid HTTP are refused, and do not end the server."""
     server = run()
 
     def ask(path: str, method: str = "GET") -> tuple[int, str]:
@@ -393,7 +393,7 @@ def test_requests(run: RunStatsD) -> None:
 
 @pytest.mark.parametrize("sent", [b"", b"GET /events HTTP/1.1\r\n", b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n"])
 async def test_a_browser_that_stands_still(sent: bytes, autojump_clock: trio.testing.MockClock) -> None:
-    """A browser that asks too slowly, or does not take its events, is let go after 5 seconds."""
+    """A browser that sends its request too slowly, or reads no events, is disconnected after 5 seconds."""
     page = statsd_server.Page.load(10)
     page.publish({})
     ours, theirs = trio.testing.lockstep_stream_pair()
@@ -408,7 +408,7 @@ async def test_a_browser_that_stands_still(sent: bytes, autojump_clock: trio.tes
 
 
 async def test_too_many_connections(nursery: trio.Nursery, autojump_clock: trio.testing.MockClock) -> None:
-    """Beyond 32 connections at once, one more is closed without an answer."""
+    """With 32 open connections, another one is closed without an answer."""
     page = statsd_server.Page.load(10)
     for _ in range(32):
         nursery.start_soon(page.answer, trio.testing.memory_stream_pair()[0])
@@ -419,8 +419,8 @@ async def test_too_many_connections(nursery: trio.Nursery, autojump_clock: trio.
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM], ids=["datagrams", "page"])
-def test_a_port_that_is_taken(kind: socket.SocketKind) -> None:
-    """A port that another program has is named in one line."""
+def test_a_port_in_use(kind: socket.SocketKind) -> None:
+    """The error for a port in use names it in one line."""
     with socket.socket(socket.AF_INET, kind) as taken:
         taken.bind(("127.0.0.1", 0))
         if kind == socket.SOCK_STREAM:

@@ -302,7 +302,7 @@ class Handlers:
         self.seen_by_accept: set[tuple[int, int]] = set()  # and not taken
 
     async def handle(self, client: Client) -> None:
-        self.clients += client.statistics().delivered == 0  # or it is called again for what was left behind
+        self.clients += client.statistics().delivered == 0  # or it is called again for the remaining datagrams
         number = number_of(client.peer_address)
         try:
             await getattr(self, "forged" if number is None else kind_of(number))(client)

@@ -42,7 +42,7 @@ class Conversation:
     peer: Address
     number: int  # of this peer's
     inbox: list[bytes]
-    log: list[object]  # the calls of its handler, and what each receive() has come to
+    log: list[object]  # the calls of its handler, and the result of each receive()
     idle_timeout: float = IDLE_TIMEOUT
     is_waiting: bool = False  # in receive()
     silent_since: int | None = None  # when the handler first waited after the last datagram it took

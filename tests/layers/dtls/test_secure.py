@@ -334,7 +334,7 @@ async def test_junk_does_not_put_off_repetition(start: Start, autojump_clock: tr
     async with trio.open_nursery() as nursery:
         nursery.start_soon(channel.do_handshake)
         await trio.sleep(0.25)
-        with secured.network.partition([channel.local_address]):  # the server's flight, and what follows
+        with secured.network.partition([channel.local_address]):  # the server's flight, and later ones
             await trio.sleep(0.2)
         while channel.session is None:
             secured.network.inject(b"junk", channel.local_address, SERVER)
