@@ -74,7 +74,7 @@ def test_the_handler_looks_like_the_function() -> None:
     async def reply(payload: bytes, client: Client) -> None:
         """Return no reply."""
 
-    assert (reply.__name__, reply.__doc__) == ("reply", "Say nothing.")
+    assert (reply.__name__, reply.__doc__) == ("reply", "Return no reply.")
     assert list(inspect.signature(reply).parameters) == ["client"]
 
 
