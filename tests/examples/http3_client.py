@@ -78,6 +78,7 @@ class HTTP3Client:
       datagrams: Of WebTransport, by session.
       raw: Streams that carry no frames of HTTP, which aioquic does not know of those that its client has begun.
       control: What the server has sent on its control stream.
+      here: The clients at this address.
       end: Why the connection is over.
     """
 
@@ -93,16 +94,22 @@ class HTTP3Client:
     raw: set[int] = attrs.field(factory=set)
     control: bytearray = attrs.field(factory=bytearray)
     end: quic_events.ConnectionTerminated | None = None
+    here: list[HTTP3Client] = attrs.field(default=attrs.Factory(lambda self: [self], takes_self=True))
     _pause: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     _news: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
 
-    async def connect(self) -> None:
+    async def connect(self, sharing: HTTP3Client | None = None) -> None:
+        """Connect, from an address of its own or from that of another client."""
         configuration = QuicConfiguration(
             alpn_protocols=H3_ALPN, server_name="localhost", max_datagram_frame_size=65_536
         )
         configuration.load_verify_locations(str(self.certificate.certificate))
         self.quic = QuicConnection(configuration=configuration)
-        await self.change_address()
+        if sharing is None:
+            await self.change_address()
+        else:
+            self.connection, self.here = sharing.connection, sharing.here
+            self.here.append(self)
         self.quic.connect(self.server, trio.current_time())
         self.nursery.start_soon(self._keep_time)
         await self.until(lambda: hasattr(self, "h3") or self.end is not None)
@@ -157,10 +164,11 @@ class HTTP3Client:
                     packets = await connection.receive_many()
                 except ConnectionRefusedError:
                     continue
-                for packet in packets:
-                    self.quic.receive_datagram(packet, self.server, trio.current_time())
-                self._take_events()
-                self._pause.cancel()
+                for client in self.here:  # a packet that is another's is ignored
+                    for packet in packets:
+                        client.quic.receive_datagram(packet, self.server, trio.current_time())
+                    client._take_events()
+                    client._pause.cancel()
         except trio.ClosedResourceError:
             pass
 
@@ -181,7 +189,8 @@ class HTTP3Client:
             if trio.current_time() > due:
                 self.quic.handle_timer(trio.current_time())
                 self._take_events()
-        self.connection.close()
+        if self.here == [self]:
+            self.connection.close()
 
     def _take_events(self) -> None:
         while (event := self.quic.next_event()) is not None:

@@ -48,9 +48,9 @@ class Setting:
     server: trio_udp.Server
     ended: trio.Event
 
-    async def connect(self) -> HTTP3Client:
+    async def connect(self, sharing: HTTP3Client | None = None) -> HTTP3Client:
         client = HTTP3Client(self.network, SERVER, self.certificate, self.nursery)
-        await client.connect()
+        await client.connect(sharing)
         return client
 
     async def answers(self, packet: bytes, source: tuple[str, int] = STRANGER) -> list[bytes]:
@@ -326,6 +326,20 @@ async def test_an_address_that_changes_all_the_time(serve: Serve, autojump_clock
         assert setting.server.statistics().clients <= 5
     assert client.answers[download].body == bytes(400_000)
     assert changes > 5
+
+
+async def test_connections_that_share_an_address(serve: Serve, autojump_clock: MockClock) -> None:
+    """One address may have eight connections; when one ends the others go on."""
+    setting = await serve()
+    clients = [await setting.connect()]
+    clients += [await setting.connect(clients[0]) for _ in range(8)]
+    assert [client.end.error_code for client in clients if client.end] == [2]
+    assert setting.server.statistics().clients == 1
+    clients[0].quic.close()
+    clients[0].flush()
+    await trio.sleep(5)
+    for client in clients[1:8]:
+        assert (await client.get("/number/5")).body == b"5"
 
 
 async def test_a_forged_address_is_not_flooded(serve: Serve, autojump_clock: MockClock) -> None:

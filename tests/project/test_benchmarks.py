@@ -221,6 +221,15 @@ def test_crowds_are_measured() -> None:
     assert ["unanswered", "0", "0"] == unanswered
 
 
+@pytest.mark.skipif(shutil.which("gtlsclient") is None, reason="needs Debian's package ngtcp2-client")
+def test_http3_is_measured() -> None:
+    """``http3.py`` prints the rates of both servers, down and up."""
+    pytest.importorskip("aioquic", minversion="1.7")
+    program = [sys.executable, str(BENCHMARKS / "http3.py"), "--megabytes", "1", "--clients", "1", "--rounds", "1"]
+    done = subprocess.run(program, check=True, timeout=60, capture_output=True, text=True)
+    assert [line.split()[0] for line in done.stdout.splitlines() if "ratio" in line] == ["down", "up"]
+
+
 # ---- pages ----
 
 
