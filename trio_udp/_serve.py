@@ -106,13 +106,13 @@ async def serve(
         :attr:`Client.idle_timeout`.
       limits: Bounds on memory, on the rate of strangers, and on the bytes sent to them.
       accept: ``accept(datagram)`` is called for every stranger's :class:`Datagram`, before the server keeps anything
-        and before it checks ``max_clients``. ``True``: it becomes a client. ``False``: it is refused. Bytes: they are
-        sent back at once, from the address that the datagram was sent to, and nothing is kept (cookies, QUIC Retry,
-        "server full"); at most 3 times the datagram's bytes, or ``Limits.amplification`` times if that is set. Any
-        other value, or an exception, refuses the datagram and is logged as an error. It is a plain function, called
-        when a batch has been read and in none of Trio's tasks, so it should be quick: nothing else runs meanwhile.
-        While the server drains it is still called, and only bytes count. Answer only datagrams that parse as requests,
-        with bytes that do not, or two servers may answer each other for ever (CVE-2024-2169).
+        and before it checks ``max_clients``. ``True``: it becomes a client, if there is room. ``False``: it is refused.
+        Bytes: they are sent back at once, from the address that the datagram was sent to, and nothing is kept (cookies,
+        QUIC Retry, "server full"); at most 3 times the datagram's bytes, or ``Limits.amplification`` times if that is
+        set. Any other value, or an exception, refuses the datagram and is logged as an error. It is a plain function,
+        called when a batch has been read and in none of Trio's tasks, so it should be quick: nothing else runs
+        meanwhile. While the server drains it is still called, and only bytes count. Answer only datagrams that parse as
+        requests, with bytes that do not, or two servers may answer each other for ever (CVE-2024-2169).
       on_error: Called with the client (or, for a ``datagram_handler``, the datagram) and the exception when a handler
         raises. That ends this client only, unless ``on_error`` itself raises: then the server ends with that exception.
         :func:`log_error` by default; :func:`raise_error` for tests.
