@@ -220,19 +220,20 @@ def compare(trees: dict[str, Path]) -> None:
 def compare_udp(trees: dict[str, Path]) -> None:
     """Measure trio_udp's echo server under 256 clients with one datagram in flight each, on each Trio."""
     sys.path.insert(0, str(HERE.parent))
-    from measure import LOAD_CORE, Load, build, measure
+    import native
+    from measure import LOAD_CORE, Contestant, Load, Pace
 
     os.sched_setaffinity(0, {LOAD_CORE})
     rounds: list[list[float]] = []
     with tempfile.TemporaryDirectory() as programs:
-        build(Path(programs))
+        built = native.build(Path(programs))
         for number in range(ROUNDS):
             print(f"{number + 1}/{ROUNDS}", file=sys.stderr)
             rounds.append([])
             for tree in trees.values():
                 os.environ["PYTHONPATH"] = f"{tree}{os.pathsep}{HERE.parents[1]}"
-                figures = measure(Path(programs), Load("echo", 256, 256), "trio_udp", None, 0.5, 3)
-                rounds[-1].append(figures.micros)
+                figures = Load("echo", 256, 256).measure(built, Contestant("trio_udp"), Pace(0.5, 3, 1))
+                rounds[-1].append(figures["micros"])
     print("| Trio | CPU for each datagram, ratio to unpatched, median (lowest to highest) |")
     print("|---|---|")
     for position, name in enumerate(trees):
