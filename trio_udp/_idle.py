@@ -68,21 +68,26 @@ class IdleExpiry:
     async def run(self) -> None:
         """End conversations when their idle timeout is over; never returns."""
         while True:
-            now = trio.current_time()
-            checked = 0
-            while self._ticks and self._ticks[0] <= now and checked < BATCH:
-                inboxes = self._inboxes.get(self._ticks[0], NO_INBOXES)
-                while inboxes and checked < BATCH:
-                    self._check(inboxes.pop(), now)
-                    checked += 1
-                if not inboxes:
-                    self._inboxes.pop(heapq.heappop(self._ticks), None)
-            if checked == BATCH:  # more may be due: let other tasks run first
+            if self._check_due(trio.current_time()) == BATCH:  # more may be due: let other tasks run first
                 await trio.lowlevel.checkpoint()
                 continue
             # watch() moves the deadline forward.
             with trio.CancelScope(deadline=self._ticks[0] if self._ticks else math.inf) as self._alarm:
                 await trio.sleep_forever()
+
+    def _check_due(self, now: float) -> int:
+        """Check up to ``BATCH`` inboxes that are due; return their number."""
+        # Not in run(), where a local variable would keep the set of the last tick while the task sleeps: it never
+        # shrinks, and takes 8 MB after 100,000 clients.
+        checked = 0
+        while self._ticks and self._ticks[0] <= now and checked < BATCH:
+            inboxes = self._inboxes.get(self._ticks[0], NO_INBOXES)
+            while inboxes and checked < BATCH:
+                self._check(inboxes.pop(), now)
+                checked += 1
+            if not inboxes:
+                self._inboxes.pop(heapq.heappop(self._ticks), None)
+        return checked
 
     def _drop_tick(self, when: float) -> None:
         del self._inboxes[when]
