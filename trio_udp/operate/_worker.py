@@ -108,9 +108,9 @@ async def serve_until_told(
     )
     async with trio.open_nursery() as helpers:
         async with trio.open_nursery() as serving:
+            await helpers.start(ask_to_leave_at_sigterm, pipe)  # before anyone can learn of this process
             server: Server = await serving.start(serve)
             helpers.start_soon(report, pipe, server)
-            helpers.start_soon(ask_to_leave_at_sigterm, pipe)
             if settings.busiest_clients:
                 helpers.start_soon(report_busiest_clients, pipe, BusiestClients(server, settings.busiest_clients))
             try:
@@ -153,8 +153,9 @@ async def report_busiest_clients(pipe: Pipe, clients: BusiestClients) -> None:
         await pipe.send(Busiest(await clients.look()))
 
 
-async def ask_to_leave_at_sigterm(pipe: Pipe) -> None:
+async def ask_to_leave_at_sigterm(pipe: Pipe, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
     with trio.open_signal_receiver(signal.SIGTERM) as arriving:
+        task_status.started()
         async for _ in arriving:
             await pipe.send(Leave())
 
