@@ -80,7 +80,10 @@ def as_module(page: Path) -> ModuleType:
     name = "pages." + ".".join(page.relative_to(ROOT).with_suffix("").parts)
     module = ModuleType(name)
     module.__dict__.update(trio=trio, trio_udp=trio_udp, __file__=str(page))
-    del module.__spec__, module.__loader__  # a traceback through a module whose spec is None is a warning on Python 3.15
+    del (
+        module.__spec__,
+        module.__loader__,
+    )  # a traceback through a module whose spec is None is a warning on Python 3.15
     sys.modules[name] = module  # dataclasses look there
     for block in blocks(page):
         if block.language != "python" or not block.is_run:

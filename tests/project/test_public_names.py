@@ -48,7 +48,7 @@ def test_names_live_in_the_package() -> None:
 
 
 def test_what_a_plain_server_does_not_need_is_imported_when_it_is_used() -> None:
-    """``import trio_udp`` imports no command line, workers, DTLS, metrics or simulated network; each name finds its own."""
+    """``import trio_udp`` imports no workers, DTLS, metrics or simulated network; each is there once it is used."""
     source = """
         import sys, trio
         trios = set(sys.modules)
