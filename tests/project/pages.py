@@ -83,7 +83,7 @@ def as_module(page: Path) -> ModuleType:
     del (
         module.__spec__,
         module.__loader__,
-    )  # a traceback through a module whose spec is None is a warning on Python 3.15
+    )  # Python 3.15 warns of a spec that is None, in tracebacks
     sys.modules[name] = module  # dataclasses look there
     for block in blocks(page):
         if block.language != "python" or not block.is_run:
