@@ -49,16 +49,16 @@ from ._statistics import (
 )
 from .layers.request import NoAnswerError as NoAnswerError, backoff as backoff, request as request
 from .layers.typed import TypedChannel as TypedChannel, typed as typed
-from .operate import (
-    Supervisor as Supervisor,
-    WorkerError as WorkerError,
-    WorkerStatus as WorkerStatus,
-    endpoints_from_systemd as endpoints_from_systemd,
-    serve_workers as serve_workers,
-)
 
 if TYPE_CHECKING:
     from . import dtls as dtls
+    from .operate import (
+        Supervisor as Supervisor,
+        WorkerError as WorkerError,
+        WorkerStatus as WorkerStatus,
+        endpoints_from_systemd as endpoints_from_systemd,
+        serve_workers as serve_workers,
+    )
 
 __all__ = [
     "Accept",
@@ -102,20 +102,25 @@ __all__ = [
 __version__ = "0.1.0"
 
 # Tracebacks, documentation and pickles then name the public module. Type aliases have no ``__module__`` to set.
-for _name in __all__:
-    if issubclass(type(globals()[_name]), (type, FunctionType)):  # on 3.10 isinstance() takes an alias for a class
-        globals()[_name].__module__ = __name__
-del _name, FunctionType
+for _value in [globals().get(name) for name in __all__]:
+    if issubclass(type(_value), (type, FunctionType)):  # on 3.10 isinstance() takes an alias for a class
+        _value.__module__ = __name__
+del _value, FunctionType
 
 if not TYPE_CHECKING:
 
     def __getattr__(name):
-        """Import ``trio_udp.dtls`` when it is first used, because it needs OpenSSL."""
-        if name != "dtls":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        """Import at the first use what a plain server does not need: ``dtls``, and the names of ``operate``."""
         from importlib import import_module
 
-        return import_module(".dtls", __name__)
+        if name == "dtls":
+            return import_module(".dtls", __name__)
+        if name in __all__:
+            return getattr(import_module(".operate", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__, "dtls"})
 
 
 del TYPE_CHECKING

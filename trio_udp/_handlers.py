@@ -85,10 +85,15 @@ def datagram_handler(function: Callable[[Datagram], Reply]) -> DatagramHandler:
       that finds the send buffer full is dropped and counted under ``EAGAIN``. Anything but a plain function of one
       argument raises ``TypeError`` at once.
     """
-    if not callable(function) or is_async(function):
+    if not callable(function):
         raise TypeError(f"a datagram_handler is a plain function with one argument, def f(datagram), not {function!r}")
-    if not accepts_one_argument(function):
-        raise TypeError(f"a datagram_handler must take one argument, a Datagram: {function!r}")
+    if is_async(function):
+        raise TypeError(
+            f"a datagram_handler is a plain function, def f(datagram), not the async function {function!r}: "
+            "use request_handler, or a handler of clients"
+        )
+    if not accepts(function, 1):
+        raise TypeError(f"a datagram_handler must be a function of a Datagram, not {function!r}")
     return DatagramHandler(function)
 
 
@@ -189,6 +194,9 @@ def check_handler(handler: object) -> None:
         return
     if inspect.isclass(handler):
         raise TypeError(f"handler is a class, {handler!r}: {LOOKS_LIKE}; pass a bound method of an instance")
+    if inspect.iscoroutine(handler):
+        handler.close()  # or Python warns that it was never awaited
+        raise TypeError(f"handler has been called already, {handler!r}: {LOOKS_LIKE}; pass it without calling it")
     if not callable(handler):
         raise TypeError(f"handler cannot be called, {handler!r}: {LOOKS_LIKE}")
     called = unwrapped(handler)
@@ -196,7 +204,7 @@ def check_handler(handler: object) -> None:
         raise TypeError(f"handler is an async generator function, {handler!r}: {LOOKS_LIKE}, without yield")
     if inspect.isgeneratorfunction(called):
         raise TypeError(f"handler is a generator function, {handler!r}: {LOOKS_LIKE}, without yield")
-    if not accepts_one_argument(handler):
+    if not accepts(handler, 1):
         raise TypeError(f"handler cannot be called with one argument, {handler!r}: {LOOKS_LIKE}")
 
 
@@ -205,13 +213,14 @@ def is_async(function: object) -> bool:
     return inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called)
 
 
-def accepts_one_argument(function: Callable[..., object]) -> bool:
+def accepts(function: Callable[..., object], arguments: int) -> bool:
+    """Whether a function can be called with so many arguments."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some C functions have no signature, nor has a partial with too many arguments
         return not isinstance(function, functools.partial)
     try:
-        signature.bind(None)
+        signature.bind(*[None] * arguments)
     except TypeError:
         return False
     return True

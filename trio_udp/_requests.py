@@ -10,7 +10,7 @@ import trio
 
 from ._client import Client, seat_of
 from ._endpoints import Payload
-from ._handlers import handler_failed
+from ._handlers import accepts, handler_failed
 from ._limits import check_seconds
 
 RequestFunction: TypeAlias = "Callable[[bytes, Client], Awaitable[Payload | None]]"
@@ -61,7 +61,9 @@ def request_handler(
     if function is None:
         return lambda function: request_handler(function, timeout=timeout, concurrency=concurrency)
     if not callable(function):
-        raise TypeError(f"expected an async function of a payload and a client, not {function!r}")
+        raise TypeError(f"a request_handler must be an async function of a payload and a Client, not {function!r}")
+    if not accepts(function, 2):
+        raise TypeError(f"a request_handler must be a function of a payload and a Client, not {function!r}")
 
     async def answer(payload: bytes, client: Client) -> None:
         if timeout is None:

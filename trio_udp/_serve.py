@@ -24,7 +24,7 @@ from ._handlers import (
     DatagramHandler,
     Handler,
     OnError,
-    accepts_one_argument,
+    accepts,
     ask_both,
     check_handler,
     is_async,
@@ -116,7 +116,8 @@ async def serve(
       on_error: Called with the client (or, for a ``datagram_handler``, the datagram) and the exception when a handler
         raises. That ends this client only, unless ``on_error`` itself raises: then the server ends with that exception.
         :func:`log_error` by default; :func:`raise_error` for tests.
-      drain_timeout: Seconds that handlers have to finish once the server stops. Handlers that still run are cancelled.
+      drain_timeout: Seconds from the stop until its end, to read what has arrived and for handlers to finish. Handlers
+        that still run are cancelled then.
       stop_signals: Signals that stop the server as :meth:`Server.stop` does; the second one stops it at once.
       handler_nursery: Run handlers there rather than in the server's own nursery. Only the caller cancels them, even
         after ``drain_timeout``, and their exceptions go to that nursery. A client used after its server has ended
@@ -187,6 +188,8 @@ async def serve_endpoints(
     Raises:
       trio.BusyResourceError: Another server runs on one of the endpoints, or a task is receiving from it.
     """
+    if isinstance(endpoints, Endpoint):
+        raise TypeError(f"endpoints must be a list, [endpoint], not {endpoints!r}")
     endpoints = tuple(endpoints)
     with ExitStack() as cleanup:
         busy: trio.BusyResourceError | None = None
@@ -287,15 +290,20 @@ def _check_arguments(
     if not isinstance(limits, Limits):
         raise TypeError(f"limits must be Limits, not {limits!r}")
     if accept is not None:
-        if not callable(accept) or is_async(accept):
-            raise TypeError(f"accept must be a plain function or None, not {accept!r}")
-        if not accepts_one_argument(accept):
-            raise TypeError(f"accept must take one argument, a Datagram: {accept!r}")
+        _check_function("accept", accept, "a Datagram")
         if isinstance(handler, DatagramHandler):
             raise ValueError("accept cannot be used with a datagram_handler, which sees every datagram itself")
-    if not callable(on_error) or is_async(on_error):
-        raise TypeError(f"on_error must be a plain function, not {on_error!r}")
+    _check_function("on_error", on_error, "a Client (or a Datagram)", "an exception")
     check_seconds("idle_timeout", idle_timeout)
     check_seconds("drain_timeout", drain_timeout, zero=True)
     if not isinstance(stop_signals, Collection) or not all(isinstance(s, int) for s in stop_signals):
         raise TypeError(f"stop_signals must be a collection of signals, not {stop_signals!r}")
+
+
+def _check_function(name: str, function: object, *arguments: str) -> None:
+    if not callable(function):
+        raise TypeError(f"{name} must be a plain function, not {function!r}")
+    if is_async(function):
+        raise TypeError(f"{name} must be a plain function, not the async function {function!r}")
+    if not accepts(function, len(arguments)):
+        raise TypeError(f"{name} must be a function of {' and '.join(arguments)}, not {function!r}")

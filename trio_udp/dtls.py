@@ -1,4 +1,4 @@
-"""DTLS 1.2: encrypted and authenticated datagrams, for any handler. Needs ``pip install trio-udp[dtls]``.
+"""DTLS 1.2: encrypted and authenticated datagrams, for any handler. Needs ``pip install 'trio-udp[dtls]'``.
 
 ``trio_udp.dtls.secure(handler, context)`` makes a handler for ``trio_udp.serve``, and ``trio_udp.dtls.connect`` is the
 other end. See docs/dtls.md.

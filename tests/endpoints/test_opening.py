@@ -553,7 +553,9 @@ async def test_a_scope_is_for_ipv6_only(monkeypatch: pytest.MonkeyPatch) -> None
 )
 async def test_wrong_arguments_of_connect(error: type[Exception], arguments: dict[str, Any]) -> None:
     """connect checks its arguments, and that the local address is a numeric one of the peer's family."""
-    with pytest.raises(error, match=next(iter(arguments)) if "localhost" not in str(arguments) else "not an address"):
+    with pytest.raises(
+        error, match=next(iter(arguments)) if "localhost" not in str(arguments) else "an address is a tuple"
+    ):
         await trio_udp.connect("::1", 9, **arguments)
 
 
@@ -567,7 +569,10 @@ async def test_connecting_from_an_address_that_is_not_ours() -> None:
 async def test_connecting_fails_with_the_first_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the kernel connects to no address of a name, the error is the first one, and names the address."""
     resolve(monkeypatch, "127.255.255.255", "255.255.255.255")
-    with nothing_left_open(), pytest.raises(PermissionError, match=r"cannot connect to 127\.255\.255\.255 port 9$"):
+    with (
+        nothing_left_open(),
+        pytest.raises(PermissionError, match=r"connect to 127\.255\.255\.255 port 9; .*SO_BROADCAST"),
+    ):
         await trio_udp.connect("server.example", 9)
 
 

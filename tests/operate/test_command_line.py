@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -193,6 +195,25 @@ def test_the_first_minute() -> None:
         assert process.returncode == 0
 
 
+@pytest.mark.parametrize("moment", [("import", "trio_udp.operate._options"), ("socket.bind",)], ids=" ".join)
+def test_ctrl_c_before_it_serves(moment: tuple[str, ...]) -> None:
+    """Ctrl-C while the command line is being imported, or binds its sockets, ends it without a word and status 130."""
+    source = f"""
+        import signal, sys
+        import trio_udp.__main__ as command
+
+        def interrupt(event, arguments):
+            if (event, *arguments)[:{len(moment)}] == {moment!r}:
+                signal.raise_signal(signal.SIGINT)
+
+        sys.addaudithook(interrupt)
+        sys.exit(command.main())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(source), "--port", "0", f"{APPS}:tell_pid"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @needs_proc
 def test_ctrl_c_reaches_the_whole_group(run_command: RunCommand) -> None:
     """A signal to the whole process group, as from a terminal, lets the workers drain; the status is 0."""
@@ -239,6 +260,37 @@ def test_systemd_learns_that_a_long_stop_goes_on(run_command: RunCommand, tmp_pa
         assert notice == b"STOPPING=1\nSTATUS=stopping"
         assert [manager.recv(1000), manager.recv(1000)] == [b"WATCHDOG=1", b"WATCHDOG=1"]
     command.end(signal.SIGTERM)
+
+
+@needs_proc
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_systemd_is_told_of_a_restart(run_command: RunCommand, tmp_path: Path, is_broken: bool) -> None:
+    """SIGHUP makes the notices that ``Type=notify-reload`` waits for: a restart begins; it is over, or has failed."""
+    (tmp_path / "app.py").write_text("from tests.operate.apps import tell_pid\n")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"{tmp_path}/notify")
+        manager.settimeout(TIMEOUT)
+        command = run_command(
+            *("--workers", "2", "--host", "127.0.0.1", f"{tmp_path}/app.py:tell_pid"),
+            NOTIFY_SOCKET=f"{tmp_path}/notify",
+        )
+        ready = b"READY=1\nSTATUS=2 workers serve"
+        assert manager.recv(1000) == ready
+        before = command.children()
+        if is_broken:
+            (tmp_path / "app.py").write_text("1 / 0\n")
+        asked = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        os.kill(command.pid, signal.SIGHUP)
+        *reloading, stamp = manager.recv(1000).split(b"\n")
+        assert reloading == [b"RELOADING=1", b"STATUS=restarting the workers"]
+        assert int(stamp.removeprefix(b"MONOTONIC_USEC=")) >= asked
+        assert manager.recv(1000) == ready
+        assert (command.children() == before) is is_broken
+        status, lines = command.end(signal.SIGTERM)
+    messages = [line.partition("] ")[2].partition(":")[0] for line in lines if "] " in line]
+    assert status == 0
+    ended = "restart failed, the old workers continue" if is_broken else "restarted"
+    assert messages[:2] == ["restarting", ended]
 
 
 @needs_proc

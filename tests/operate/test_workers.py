@@ -165,6 +165,18 @@ async def test_a_rolling_restart_loses_nothing(workers: Workers, clients: Client
     assert statistics.received == statistics.delivered == sum(talker.sent for talker in found)
 
 
+async def test_a_restart_by_signal(workers: Workers, clients: Clients) -> None:
+    """One of ``restart_signals`` replaces the workers, as ``restart`` does."""
+    supervisor = await workers.start(restart_signals={signal.SIGUSR2})
+    found = await clients.of_each_worker(supervisor)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    with trio.fail_after(TIMEOUT):
+        for talker in found:
+            while len(talker.pids) == 1:
+                await talker.ask()
+    await workers.stop(supervisor)
+
+
 async def test_a_restart_onto_a_broken_module_changes_nothing(
     workers: Workers, clients: Clients, tmp_path: Path
 ) -> None:

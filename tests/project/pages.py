@@ -80,6 +80,10 @@ def as_module(page: Path) -> ModuleType:
     name = "pages." + ".".join(page.relative_to(ROOT).with_suffix("").parts)
     module = ModuleType(name)
     module.__dict__.update(trio=trio, trio_udp=trio_udp, __file__=str(page))
+    del (
+        module.__spec__,
+        module.__loader__,
+    )  # Python 3.15 warns of a spec that is None, in tracebacks
     sys.modules[name] = module  # dataclasses look there
     for block in blocks(page):
         if block.language != "python" or not block.is_run:

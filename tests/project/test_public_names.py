@@ -6,6 +6,9 @@ import ast
 import inspect
 import pickle
 import re
+import subprocess
+import sys
+import textwrap
 import typing
 from itertools import pairwise
 from pathlib import Path
@@ -18,13 +21,15 @@ import trio_udp
 
 # Names for annotations. They are not objects of their own at run time.
 ALIASES = {"Accept", "Address", "Handler", "OnError", "Payload"}
+# Imported only when they are used, or by name.
+OPTIONAL = {"dtls", "metrics", "operate", "testing"}
 CLASSES_AND_FUNCTIONS = sorted(set(trio_udp.__all__) - ALIASES)
 
 
 def test_all_lists_every_public_name() -> None:
     """__all__ lists every public name, and nothing else is public."""
     # pytest adds names with an "@" to packages with a plugin; these five are modules, once they have been imported.
-    names = {name for name in vars(trio_udp) if not name.startswith(("_", "@"))}
+    names = {name for name in dir(trio_udp) if not name.startswith(("_", "@"))}
     assert sorted(names - {"dtls", "layers", "metrics", "operate", "testing"}) == trio_udp.__all__
 
 
@@ -40,6 +45,29 @@ def test_names_live_in_the_package() -> None:
     assert {getattr(trio_udp, name).__module__ for name in CLASSES_AND_FUNCTIONS} == {"trio_udp"}
     limits = trio_udp.Limits(max_clients=5)
     assert pickle.loads(pickle.dumps(limits)) == limits
+
+
+def test_what_a_plain_server_does_not_need_is_imported_when_it_is_used() -> None:
+    """``import trio_udp`` imports no workers, DTLS, metrics or simulated network; each is there once it is used."""
+    source = """
+        import sys, trio
+        trios = set(sys.modules)
+        import trio_udp
+        added = set(sys.modules) - trios
+        print(*sorted({name.partition(".")[2].partition(".")[0] for name in added if "trio_udp." in name} & {OPTIONAL}))
+        print(*sorted(added & {"OpenSSL", "argparse", "json", "multiprocessing", "prometheus_client", "rich"}))
+        print("trio_udp.layers.dtls" in added)
+        from trio_udp import Supervisor
+        print(Supervisor is trio_udp.Supervisor is trio_udp.operate.Supervisor)
+    """.replace("OPTIONAL", repr(sorted(OPTIONAL))[1:-1])
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["", "", "False", "True"]
+
+
+def test_a_name_that_is_not_there() -> None:
+    """A misspelt name raises AttributeError as in any module."""
+    with pytest.raises(AttributeError, match=r"module 'trio_udp' has no attribute 'server'"):
+        trio_udp.server  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_everything_public_is_documented() -> None:

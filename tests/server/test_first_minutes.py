@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import inspect
 import re
@@ -165,11 +166,9 @@ async def test_invalid_handlers(handler: Any, message: str) -> None:
 
 
 async def test_a_handler_that_was_called_already() -> None:
-    """serve refuses a coroutine object, as in ``serve(handler(client), ...)``."""
-    coroutine = with_default(None)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="cannot be called"):
-        await serve(coroutine, 0)  # type: ignore[arg-type]
-    coroutine.close()
+    """serve refuses a coroutine object, as in ``serve(handler(client), ...)``, without Python's own warning."""
+    with pytest.raises(TypeError, match=r"handler has been called already, .* pass it without calling it"):
+        await serve(with_default(None), 0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -234,6 +233,73 @@ async def test_a_wrong_port_is_named(port: Any) -> None:
     """A port that is not an int from 0 to 65,535 raises with the value in the message."""
     with pytest.raises((TypeError, ValueError), match=str(port)):
         await serve(echo, port)
+
+
+async def test_a_name_that_nobody_knows_is_named() -> None:
+    """The message of a failed look-up has the name."""
+    for call in (partial(serve, echo, 0, host="no such host"), partial(trio_udp.connect, "no such host", 9)):
+        with pytest.raises(socket.gaierror, match="'no such host'"):
+            await call()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "localhost", ("localhost", 9), ("127.0.0.1", "9"), ("127.0.0.1",)])
+async def test_what_is_no_address(start_in_memory: StartInMemory, address: Any) -> None:
+    """send_to and connect say what an address looks like; a name is told how to be looked up."""
+    on = await start_in_memory(echo)
+    message = re.escape(f"an address is a tuple of numeric host and port, not {address!r}")
+    with pytest.raises((TypeError, ValueError), match=message) as info:
+        await on.server.send_to(b"", address)
+    assert ("getaddrinfo" in str(info.value)) is (address == ("localhost", 9))
+    with pytest.raises((TypeError, ValueError), match=message):
+        on.server.connect(address)
+
+
+async def test_a_payload_that_is_too_long_is_told_the_limit(start_on_loopback: StartServer) -> None:
+    """The message has both lengths."""
+    server = await start_on_loopback()
+    with pytest.raises(OSError, match="100000 bytes, and a datagram carries 65507 at most") as info:
+        await server.send_to(bytes(100_000), ("127.0.0.1", 9))
+    assert info.value.errno == errno.EMSGSIZE
+
+
+async def async_function(datagram: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"accept": async_function}, "accept must be a plain function, not the async function"),
+        ({"accept": lambda: True}, "accept must be a function of a Datagram, not"),
+        ({"on_error": async_function}, "on_error must be a plain function, not the async function"),
+        ({"on_error": lambda error: None}, "on_error must be a function of a Client (or a Datagram) and an exception"),
+        ({"idle_timeout": None}, "idle_timeout must be a number of seconds (math.inf for no limit), not None"),
+    ],
+)
+async def test_what_is_no_argument_of_serve(arguments: dict[str, Any], message: str) -> None:
+    """serve says at the call what is wrong with a function or a time that it is given."""
+    with pytest.raises(TypeError, match=re.escape(message)):
+        await serve(echo, 0, **arguments)
+
+
+async def test_an_endpoint_that_is_not_in_a_list(start_in_memory: StartInMemory) -> None:
+    """serve_endpoints takes several endpoints; one alone is left open."""
+    [endpoint] = await trio_udp.open_endpoints(0, host="127.0.0.1")
+    async with endpoint:
+        with pytest.raises(TypeError, match=r"endpoints must be a list, \[endpoint\], not "):
+            await trio_udp.serve_endpoints(echo, endpoint)  # type: ignore[arg-type]
+        assert not endpoint.closed
+
+
+def test_a_request_handler_of_one_argument() -> None:
+    """request_handler says where it is written what its function takes."""
+
+    async def of_one(payload: bytes) -> bytes:
+        return payload
+
+    with pytest.raises(TypeError, match="a request_handler must be a function of a payload and a Client, not "):
+        trio_udp.request_handler(of_one)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a request_handler must be an async function of a payload and a Client, not 2"):
+        trio_udp.request_handler(2)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(

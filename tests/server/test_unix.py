@@ -7,10 +7,8 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ import trio
 import trio.testing
 
 import trio_udp
-from tests.conftest import check_adds_up, echo
+from tests.conftest import StartServer, check_adds_up, echo
 from trio_udp import Client, Limits, Server
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="abstract names and credentials are Linux's")
@@ -32,36 +30,6 @@ if len(sys.argv) > 3:
 for payload in ("1", "2"):
     sock.sendto(payload.encode(), "\\0" + sys.argv[1])
 """
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "server")
-
-
-@pytest.fixture
-def sockets() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-Start = Callable[..., Awaitable[Server]]
-
-
-@pytest.fixture
-async def start(path: str, nursery: trio.Nursery) -> AsyncIterator[Start]:
-    """Start a server on ``path`` or another name. The options are those of both functions."""
-    servers = []
-
-    async def start(handler: Any = echo, at: str = path, *, credentials: bool = False, **options: Any) -> Server:
-        endpoint = await trio_udp.open_unix_endpoint(at, credentials=credentials)
-        server: Server = await nursery.start(partial(trio_udp.serve_endpoints, handler, [endpoint], **options))
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        check_adds_up(server)
 
 
 def peer(sockets: ExitStack, name: str = "", *, connect: str | None = None) -> socket.socket:
@@ -88,7 +56,7 @@ async def send_as(server: Server, uid: int, *name: str) -> None:
 # What identifies a client
 
 
-async def test_each_name_is_a_client(start: Start, path: str, sockets: ExitStack) -> None:
+async def test_each_name_is_a_client(start_on_unix: StartServer, path: str, sockets: ExitStack) -> None:
     """Paths and abstract names are clients, each with its own datagrams in order."""
     seen: dict[Any, list[bytes]] = {}
 
@@ -96,7 +64,7 @@ async def test_each_name_is_a_client(start: Start, path: str, sockets: ExitStack
         async for payload in client:
             seen.setdefault(client.peer_address, []).append(payload)
 
-    await start(handler)
+    await start_on_unix(handler)
     peers = [peer(sockets, path + ".peer"), peer(sockets), peer(sockets)]
     for number in range(3):
         for sock in peers:
@@ -105,9 +73,9 @@ async def test_each_name_is_a_client(start: Start, path: str, sockets: ExitStack
     assert seen == {sock.getsockname(): [b"0", b"1", b"2"] for sock in peers}
 
 
-async def test_peers_without_a_name_are_one_client(start: Start, path: str, sockets: ExitStack) -> None:
+async def test_peers_without_a_name_are_one_client(start_on_unix: StartServer, path: str, sockets: ExitStack) -> None:
     """All peers without a name are one client, because nothing distinguishes them, and it cannot be answered."""
-    server = await start()
+    server = await start_on_unix()
     for _ in range(3):
         sock = sockets.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         sock.sendto(b"x", path)
@@ -118,7 +86,7 @@ async def test_peers_without_a_name_are_one_client(start: Start, path: str, sock
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-async def test_credentials_tell_peers_without_a_name_apart(start: Start) -> None:
+async def test_credentials_tell_peers_without_a_name_apart(start_on_unix: StartServer) -> None:
     """With credentials, each process without a name is a client, and every datagram has its sender's credentials."""
     seen: list[tuple[int, bytes]] = []
 
@@ -127,7 +95,7 @@ async def test_credentials_tell_peers_without_a_name_apart(start: Start) -> None
             assert client.credentials is not None
             seen.append((client.credentials.uid, payload))
 
-    server = await start(handler, f"\0trio_udp {os.getpid()}", credentials=True)
+    server = await start_on_unix(handler, f"\0trio_udp {os.getpid()}", credentials=True)
     for uid in (1234, 1235, 1234):
         await send_as(server, uid)
     assert seen == [(1234, b"1"), (1234, b"2"), (1235, b"1"), (1235, b"2"), (1234, b"1"), (1234, b"2")]
@@ -135,9 +103,9 @@ async def test_credentials_tell_peers_without_a_name_apart(start: Start) -> None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-async def test_a_name_that_changes_hands(start: Start) -> None:
+async def test_a_name_that_changes_hands(start_on_unix: StartServer) -> None:
     """With credentials, another process that takes over a name is another client."""
-    server = await start(echo, f"\0trio_udp {os.getpid()}", credentials=True)
+    server = await start_on_unix(echo, f"\0trio_udp {os.getpid()}", credentials=True)
     for uid in (1234, 1235):
         await send_as(server, uid, f"trio_udp peer {os.getpid()}")
     found = [client.credentials for client in server.clients]
@@ -145,18 +113,20 @@ async def test_a_name_that_changes_hands(start: Start) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-async def test_a_user_is_a_host(start: Start) -> None:
+async def test_a_user_is_a_host(start_on_unix: StartServer) -> None:
     """With credentials, ``clients_per_host`` counts the clients of a user, who can have any number of names."""
     name = f"\0trio_udp {os.getpid()}"
-    server = await start(echo, name, credentials=True, limits=Limits(clients_per_host=1))
+    server = await start_on_unix(echo, name, credentials=True, limits=Limits(clients_per_host=1))
     for number, uid in enumerate((1234, 1234, 1235)):
         await send_as(server, uid, f"trio_udp peer {os.getpid()} {number}")
     assert (server.statistics().clients, server.statistics().refused_full) == (2, 2)
 
 
-async def test_our_own_name_is_refused(start: Start, path: str, sockets: ExitStack, nursery: trio.Nursery) -> None:
+async def test_our_own_name_is_refused(
+    start_on_unix: StartServer, path: str, sockets: ExitStack, nursery: trio.Nursery
+) -> None:
     """A source with the name of an endpoint of this server is refused, so that the server does not answer itself."""
-    server = await start()
+    server = await start_on_unix()
     other = await trio_udp.open_unix_endpoint(path + ".other")
     server.add_endpoint(other)
     names = [path, path + ".other"]
@@ -170,9 +140,9 @@ async def test_our_own_name_is_refused(start: Start, path: str, sockets: ExitSta
     assert (server.statistics().refused_source, server.statistics().clients_started) == (4, 0)
 
 
-async def test_connecting_to_a_peer(start: Start, path: str, sockets: ExitStack) -> None:
+async def test_connecting_to_a_peer(start_on_unix: StartServer, path: str, sockets: ExitStack) -> None:
     """Server.connect reaches a name, but not the server's own, and not on an endpoint with credentials."""
-    server = await start()
+    server = await start_on_unix()
     sock = peer(sockets)
     client = server.connect(sock.getsockname())
     await client.send(b"question")
@@ -184,7 +154,7 @@ async def test_connecting_to_a_peer(start: Start, path: str, sockets: ExitStack)
     assert sock.recv(100) == b"news"
     with pytest.raises(ValueError, match="cannot connect to this server itself"):
         server.connect(path)
-    with_credentials = await start(echo, path + ".other", credentials=True)
+    with_credentials = await start_on_unix(echo, path + ".other", credentials=True)
     with pytest.raises(ValueError, match="known only once it has sent a datagram"):
         with_credentials.connect(sock.getsockname())
 
@@ -192,13 +162,13 @@ async def test_connecting_to_a_peer(start: Start, path: str, sockets: ExitStack)
 # Limits
 
 
-async def test_limits(start: Start, path: str, sockets: ExitStack) -> None:
+async def test_limits(start_on_unix: StartServer, path: str, sockets: ExitStack) -> None:
     """``accept``, ``max_clients`` and ``max_datagram_size`` work as for UDP."""
 
     def accept(datagram: trio_udp.Datagram) -> bool | bytes:
         return {b"yes": True, b"no": False}.get(datagram.payload, b"who are you?")
 
-    server = await start(accept=accept, limits=Limits(max_clients=2))
+    server = await start_on_unix(accept=accept, limits=Limits(max_clients=2))
     for payload in (b"no", b"what is it", b"yes", b"yes", b"yes"):
         sock = peer(sockets, connect=path)
         sock.send(payload)
@@ -209,7 +179,7 @@ async def test_limits(start: Start, path: str, sockets: ExitStack) -> None:
     assert (s.refused_by_accept, s.answered_by_accept, s.clients, s.refused_full) == (1, 1, 2, 1)
 
 
-async def test_silence(start: Start, path: str, sockets: ExitStack) -> None:
+async def test_silence(start_on_unix: StartServer, path: str, sockets: ExitStack) -> None:
     """A silent client ends after ``idle_timeout``."""
     ended = []
 
@@ -219,7 +189,7 @@ async def test_silence(start: Start, path: str, sockets: ExitStack) -> None:
         ended.append(client.ended)
         server.stop()
 
-    server = await start(handler, idle_timeout=0.05)
+    server = await start_on_unix(handler, idle_timeout=0.05)
     peer(sockets).sendto(b"x", path)
     with trio.fail_after(5):
         await server.wait_stopping()
@@ -227,14 +197,14 @@ async def test_silence(start: Start, path: str, sockets: ExitStack) -> None:
     assert server.statistics().clients_expired == 1
 
 
-async def test_a_flood_from_ten_thousand_names(start: Start, path: str, sockets: ExitStack) -> None:
+async def test_a_flood_from_ten_thousand_names(start_on_unix: StartServer, path: str, sockets: ExitStack) -> None:
     """10,000 peers take no more than ``max_clients`` places, each gets an answer, and every datagram is counted."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < 11_000:
         pytest.skip("this process may not open so many files")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 11_000), hard))
     sockets.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-    server = await start(limits=Limits(max_clients=1_000))
+    server = await start_on_unix(limits=Limits(max_clients=1_000))
     peers = [peer(sockets, connect=path) for _ in range(10_000)]
     with trio.fail_after(30):
         for sock in peers:
@@ -249,9 +219,11 @@ async def test_a_flood_from_ten_thousand_names(start: Start, path: str, sockets:
 # Stopping
 
 
-async def test_datagrams_that_have_arrived_are_handled(start: Start, path: str, sockets: ExitStack) -> None:
+async def test_datagrams_that_have_arrived_are_handled(
+    start_on_unix: StartServer, path: str, sockets: ExitStack
+) -> None:
     """A server that stops handles and answers all datagrams that have arrived, refuses the rest, removes its file."""
-    server = await start()
+    server = await start_on_unix()
     sock = peer(sockets, connect=path)
     sock.setblocking(False)
     sent = 0
@@ -269,9 +241,11 @@ async def test_datagrams_that_have_arrived_are_handled(start: Start, path: str, 
         await trio_udp.connect_unix(path)
 
 
-async def test_a_file_that_is_deleted_under_the_server(start: Start, path: str, sockets: ExitStack) -> None:
+async def test_a_file_that_is_deleted_under_the_server(
+    start_on_unix: StartServer, path: str, sockets: ExitStack
+) -> None:
     """If its file is deleted, a server still serves connected peers, and a new server can take and keep the path."""
-    server = await start()
+    server = await start_on_unix()
     sock = peer(sockets, connect=path)
     os.unlink(path)
     sock.send(b"x")
@@ -279,7 +253,7 @@ async def test_a_file_that_is_deleted_under_the_server(start: Start, path: str, 
     assert sock.recv(100) == b"x"
     with pytest.raises(FileNotFoundError):
         await trio_udp.connect_unix(path)
-    await start()
+    await start_on_unix()
     server.stop()
     await trio.testing.wait_all_tasks_blocked(0.01)
     async with await trio_udp.connect_unix(path) as connection:
@@ -289,9 +263,9 @@ async def test_a_file_that_is_deleted_under_the_server(start: Start, path: str, 
 
 
 @pytest.mark.parametrize("how", ["close", "stop", "close the socket"])
-async def test_closing_in_the_middle(start: Start, path: str, sockets: ExitStack, how: str) -> None:
+async def test_closing_in_the_middle(start_on_unix: StartServer, path: str, sockets: ExitStack, how: str) -> None:
     """If an endpoint is closed while datagrams arrive, the counters add up, and no task is left."""
-    server = await start(drain_timeout=0.2)
+    server = await start_on_unix(drain_timeout=0.2)
     endpoint = server.endpoints[0]
     extra = await trio_udp.open_unix_endpoint(path + ".other")
     server.add_endpoint(extra)  # the server goes on
@@ -335,7 +309,7 @@ async def test_handing_a_socket_over(path: str, sockets: ExitStack, nursery: tri
 
 
 async def test_names_cannot_forge_lines_of_the_log(
-    start: Start, path: str, sockets: ExitStack, caplog: pytest.LogCaptureFixture
+    start_on_unix: StartServer, path: str, sockets: ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Control characters and invalid UTF-8 in a peer's name are escaped in every log line."""
     described: list[str] = []
@@ -349,7 +323,7 @@ async def test_names_cannot_forge_lines_of_the_log(
         described.append(repr(datagram))
         return bool(datagram.payload[0:1].isalpha() or int(datagram.payload))
 
-    server = await start(trio_udp.typed(fail, decode=int, encode=bytes), accept=accept)
+    server = await start_on_unix(trio_udp.typed(fail, decode=int, encode=bytes), accept=accept)
     for name in (b"a\nERROR:forged", b"b\xff\x1b[31m"):
         sock = sockets.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         sock.bind(os.path.dirname(os.fsencode(path)) + b"/" + name)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +15,8 @@ import trio
 import trio.testing
 
 import trio_udp
-from tests.conftest import check_adds_up, steps_in
-from trio_udp import Client, Datagram, Server
+from tests.conftest import StartServer, steps_in
+from trio_udp import Client, Datagram
 from trio_udp._endpoints import _sock_diag
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a receiver's own buffer counts")
@@ -26,32 +25,8 @@ SMALL = 50_000  # bytes of send buffer, which Linux doubles; room for 130 small 
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "server")
-
-
-@pytest.fixture
-def sockets() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-Start = Callable[..., Awaitable[Server]]
-
-
-@pytest.fixture
-async def start(path: str, nursery: trio.Nursery) -> AsyncIterator[Start]:
-    servers = []
-
-    async def start(handler: Any, send_buffer: int | None = SMALL, **options: Any) -> Server:
-        endpoint = await trio_udp.open_unix_endpoint(path, send_buffer=send_buffer)
-        server: Server = await nursery.start(partial(trio_udp.serve_endpoints, handler, [endpoint], **options))
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        check_adds_up(server)
+def start(start_on_unix: StartServer) -> StartServer:
+    return partial(start_on_unix, send_buffer=SMALL)
 
 
 class Peer:
@@ -113,7 +88,7 @@ async def answer_often(client: Client) -> None:
             await client.send(b"%d" % number)
 
 
-async def test_one_peer_does_not_hold_up_another(start: Start, make_peer: Callable[[], Peer]) -> None:
+async def test_one_peer_does_not_hold_up_another(start: StartServer, make_peer: Callable[[], Peer]) -> None:
     """While ``send`` waits for a peer that does not read, others get their answers, and no task spins."""
     server = await start(answer_often)
     silent, other = make_peer(), make_peer()
@@ -130,7 +105,7 @@ async def test_one_peer_does_not_hold_up_another(start: Start, make_peer: Callab
         assert [await silent.receive() for _ in range(1_000)] == [b"%d" % number for number in range(1_000)]
 
 
-async def test_single_datagrams(start: Start, make_peer: Callable[[], Peer]) -> None:
+async def test_single_datagrams(start: StartServer, make_peer: Callable[[], Peer]) -> None:
     """Replies of a ``datagram_handler`` to a peer that does not read are dropped and counted; other replies are not."""
     server = await start(trio_udp.datagram_handler(lambda datagram: datagram.payload))
     silent, other = make_peer(), make_peer()
@@ -147,9 +122,9 @@ async def test_single_datagrams(start: Start, make_peer: Callable[[], Peer]) -> 
     assert await silent.ask(b"again") == b"again"
 
 
-async def test_many_silent_peers(start: Start, path: str, sockets: ExitStack) -> None:
+async def test_many_silent_peers(start: StartServer, path: str, sockets: ExitStack) -> None:
     """A hundred silent peers, each with a fair share of the send buffer, leave enough room for one that reads."""
-    await start(trio_udp.datagram_handler(lambda datagram: datagram.payload), None)
+    await start(trio_udp.datagram_handler(lambda datagram: datagram.payload), send_buffer=None)
     silent = [Peer(path, sockets, connected=True) for _ in range(100)]
     other = Peer(path, sockets, connected=True)
     with trio.fail_after(30):
@@ -161,7 +136,7 @@ async def test_many_silent_peers(start: Start, path: str, sockets: ExitStack) ->
             assert await other.ask(b"%d" % number) == b"%d" % number
 
 
-async def test_without_room_nothing_waits(start: Start, make_peer: Callable[[], Peer]) -> None:
+async def test_without_room_nothing_waits(start: StartServer, make_peer: Callable[[], Peer]) -> None:
     """``send_nowait`` raises WouldBlock for a peer that does not read, and for no other peer."""
     clients: dict[Any, Client] = {}
 
@@ -186,7 +161,9 @@ async def test_without_room_nothing_waits(start: Start, make_peer: Callable[[], 
     assert silent.receive_nowait() == [b"again"]
 
 
-async def test_the_order_of_waiting_sends(start: Start, make_peer: Callable[[], Peer], nursery: trio.Nursery) -> None:
+async def test_the_order_of_waiting_sends(
+    start: StartServer, make_peer: Callable[[], Peer], nursery: trio.Nursery
+) -> None:
     """Tasks that wait for one peer send in the order of their calls; a cancelled one is left out."""
     found: list[Client] = []
 
@@ -225,7 +202,7 @@ async def test_the_order_of_waiting_sends(start: Start, make_peer: Callable[[], 
     assert received == [b"%d" % number for number in range(sent + 20)]
 
 
-async def test_a_peer_that_goes_away(start: Start, make_peer: Callable[[], Peer], nursery: trio.Nursery) -> None:
+async def test_a_peer_that_goes_away(start: StartServer, make_peer: Callable[[], Peer], nursery: trio.Nursery) -> None:
     """Sends that wait for a peer end when the peer is gone, and only that peer's client counts the errors."""
     server = await start(answer_often)
     silent, other = make_peer(), make_peer()
@@ -240,7 +217,7 @@ async def test_a_peer_that_goes_away(start: Start, make_peer: Callable[[], Peer]
 
 
 @pytest.mark.parametrize("ends", ["endpoint", "client"])
-async def test_closing_while_sends_wait(start: Start, make_peer: Callable[[], Peer], ends: str) -> None:
+async def test_closing_while_sends_wait(start: StartServer, make_peer: Callable[[], Peer], ends: str) -> None:
     """A send that waits raises ClosedResourceError when its endpoint or its client is closed."""
     caught = []
 
@@ -294,7 +271,7 @@ async def test_closing_an_endpoint_without_a_server(
     await until(lambda: len(raised) == 2)
 
 
-async def test_the_drain_waits_for_a_slow_peer(start: Start, make_peer: Callable[[], Peer]) -> None:
+async def test_the_drain_waits_for_a_slow_peer(start: StartServer, make_peer: Callable[[], Peer]) -> None:
     """A handler that waits for a slow peer when the server stops has ``drain_timeout`` seconds to finish."""
     server = await start(answer_often)
     slow = make_peer()
@@ -306,7 +283,7 @@ async def test_the_drain_waits_for_a_slow_peer(start: Start, make_peer: Callable
     assert server.statistics().handlers_cancelled == 0
 
 
-async def test_send_to_all(start: Start, make_peer: Callable[[], Peer]) -> None:
+async def test_send_to_all(start: StartServer, make_peer: Callable[[], Peer]) -> None:
     """``send_to_all`` reaches every peer that reads; for one that does not, the datagram is dropped and counted."""
     server = await start(answer_often)
     silent, other = make_peer(), make_peer()
@@ -322,7 +299,7 @@ async def test_send_to_all(start: Start, make_peer: Callable[[], Peer]) -> None:
     }
 
 
-async def test_a_fast_stream_to_one_peer(start: Start, make_peer: Callable[[], Peer]) -> None:
+async def test_a_fast_stream_to_one_peer(start: StartServer, make_peer: Callable[[], Peer]) -> None:
     """A peer that reads gets far more than its share of the send buffer, without a noticeable pause."""
     await start(answer_often)
     reader = make_peer()
@@ -332,7 +309,7 @@ async def test_a_fast_stream_to_one_peer(start: Start, make_peer: Callable[[], P
             assert await reader.receive() == b"%d" % number
 
 
-async def test_empty_datagrams(start: Start, path: str, sockets: ExitStack) -> None:
+async def test_empty_datagrams(start: StartServer, path: str, sockets: ExitStack) -> None:
     """A peer that hides behind an empty datagram, which looks like an empty queue, takes no more than its share."""
     server = await start(trio_udp.datagram_handler(lambda datagram: datagram.payload))
     silent, other = (Peer(path, sockets, connected=True) for _ in range(2))
@@ -348,7 +325,7 @@ async def test_empty_datagrams(start: Start, path: str, sockets: ExitStack) -> N
 
 
 async def test_without_sock_diag_there_are_no_shares(
-    start: Start, path: str, sockets: ExitStack, monkeypatch: pytest.MonkeyPatch
+    start: StartServer, path: str, sockets: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without sock_diag there are no shares: peers that do not read can leave no room for others."""
     monkeypatch.setattr(_sock_diag, "NETLINK_SOCK_DIAG", 31)  # a protocol that no kernel knows

@@ -25,6 +25,9 @@ MAPPED_TEXT = "::ffff:"
 MAPPED_BYTES = bytes(10) + b"\xff\xff"
 
 
+NO_ADDRESS = "an address is a tuple of numeric host and port"
+
+
 def is_internet(address: Address) -> bool:
     """Whether an address is of IPv4 or IPv6, not of a Unix-domain socket."""
     return isinstance(address, tuple)
@@ -155,20 +158,21 @@ def numeric_address(address: Address) -> Address:
     try:
         host, port, *rest = address
     except (TypeError, ValueError):
-        raise TypeError(f"not an address: {address!r}") from None
+        raise TypeError(f"{NO_ADDRESS}, not {address!r}") from None
     if not isinstance(host, str) or not all(isinstance(number, int) for number in (port, *rest)):
-        raise TypeError(f"not an address: {address!r}")
+        raise TypeError(f"{NO_ADDRESS}, not {address!r}")
     numbers = (port, *rest)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     limits = (65_535, 0xFFFFF, 0xFFFFFFFF) if family == socket.AF_INET6 else (65_535,)
     in_range = all(0 <= number <= limit for number, limit in zip(numbers, limits, strict=False))
     if len(numbers) not in (1, len(limits)) or not in_range or "\0" in host:  # a C string ends at a zero byte
-        raise ValueError(f"not an address: {address!r}")
+        raise ValueError(f"{NO_ADDRESS}, not {address!r}")
     try:
         # It also knows scopes by name, as in "fe80::1%eth0".
         found = socket.getaddrinfo(host, port, family, socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"not an address: {address!r}") from error
+        advice = "; trio.socket.getaddrinfo() looks up names" if isinstance(error, socket.gaierror) else ""
+        raise ValueError(f"{NO_ADDRESS}, not {address!r}{advice}") from error
     numeric: Any = found[0][4]
     host, port, *scope = numeric
     if rest:

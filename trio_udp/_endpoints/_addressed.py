@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import trio
 
 from ._address import (
+    NO_ADDRESS,
     Address,
     family_of,
     is_internet,
@@ -64,7 +65,7 @@ def _find_way_to_name(outboxes: Sequence[Outbox], name: str | bytes, local_addre
     """Choose a Unix-domain socket: the one bound to ``local_address``, or without that the first."""
     fitting = [outbox for outbox in outboxes if is_by_name(outbox.engine)]
     if not fitting:
-        raise TypeError(f"not an address: {name!r}")
+        raise TypeError(f"{NO_ADDRESS}, not {name!r}")
     if local_address is not None:
         fitting = [outbox for outbox in fitting if outbox.engine.bound_address == local_address]
     if not fitting or not name:

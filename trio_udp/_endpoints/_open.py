@@ -208,8 +208,11 @@ def _address_errors(action: str, address: Address) -> Iterator[None]:
         yield
     except OSError as error:
         # OSError() chooses the subclass by errno, so this has the class of the original.
-        needs_privilege = error.errno == errno.EACCES and action == "bind" and address[1] < 1024
-        advice = "; ports below 1024 need CAP_NET_BIND_SERVICE, or a socket from systemd" if needs_privilege else ""
+        advice = ""
+        if error.errno == errno.EACCES and action == "bind" and address[1] < 1024:
+            advice = "; ports below 1024 need CAP_NET_BIND_SERVICE, or a socket from systemd"
+        elif error.errno == errno.EACCES and action == "connect to":
+            advice = "; if it is a broadcast address, the socket needs the option SO_BROADCAST (see configure=)"
         named = OSError(error.errno, f"{error.strerror}: cannot {action} {describe(address)}{advice}")
         raise AddressError(named) from None
 

@@ -122,8 +122,9 @@ class Outbox:
             except TypeError:
                 raise TypeError(f"a payload is bytes, not {type(payload).__name__}{hint(payload)}") from None
         # Every route carries at least as much as IPv4. Computing this route's limit would cost more than the rest.
-        if len(payload) > MAX_PAYLOAD_IPV4 and len(payload) > self.engine.max_payload(route):
-            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+        if len(payload) > MAX_PAYLOAD_IPV4 and len(payload) > (most := self.engine.max_payload(route)):
+            detail = f"{len(payload)} bytes, and a datagram carries {most} at most"
+            raise OSError(errno.EMSGSIZE, f"{os.strerror(errno.EMSGSIZE)}: {detail}")
         return payload
 
     def hold(self) -> None:

@@ -1,7 +1,8 @@
 """The command line: ``python -m trio_udp``, and the script ``trio-udp``. It calls :func:`serve_workers`.
 
 A mistake of the caller ends in one line on standard error and exit status 2, an error of the system in one line and
-status 1. An error inside the user's module keeps its traceback.
+status 1. An error inside the user's module keeps its traceback. Ctrl-C before there is anything to stop leaves main()
+as a ``KeyboardInterrupt``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 import attrs
@@ -29,6 +31,9 @@ from ._supervisor import Supervisor, serve_workers
 from ._target import split_target
 from ._watching import Views, watching
 from .systemd import ServiceManager, sockets_from_systemd, warn_of_default_buffers
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 LOGGER = logging.getLogger("trio_udp")
 
@@ -62,8 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with watching(live=options.live, metrics=options.metrics) as views:
             return trio.run(_serve, options, level, views)
-    except KeyboardInterrupt:  # before the signals are handled
-        return 1
+    except BaseExceptionGroup as group:  # of the nursery
+        interrupts, others = group.split(KeyboardInterrupt)
+        raise KeyboardInterrupt if others is None else group from interrupts
     except (ValueError, TypeError, ImportError) as error:
         parser.error(str(error))
     except WorkerError as error:
@@ -126,7 +132,6 @@ async def _serve(options: argparse.Namespace, level: int, views: Views) -> int:
         lame_duck=options.lame_duck,
         watchdog=options.watchdog,
         stop_signals={signal.SIGINT, signal.SIGTERM},
-        restart_signals={signal.SIGHUP},
         log_level=level,
         log_format=options.log_format,
         busiest_clients=views.busiest_clients,
@@ -138,7 +143,11 @@ async def _serve(options: argparse.Namespace, level: int, views: Views) -> int:
             await serve(task_status=task_status)
             nursery.cancel_scope.cancel()
 
-        with trio.open_signal_receiver(signal.SIGUSR1) as asked_for_statistics:
+        # Both until the end: without a receiver, a signal would kill this process.
+        with (
+            trio.open_signal_receiver(signal.SIGUSR1) as asked_for_statistics,
+            trio.open_signal_receiver(signal.SIGHUP) as asked_for_restart,
+        ):
             try:
                 await views.start(nursery)
                 supervisor: Supervisor = await nursery.start(run)
@@ -150,6 +159,7 @@ async def _serve(options: argparse.Namespace, level: int, views: Views) -> int:
                 _announce(supervisor, options)
                 views.show(nursery, supervisor)
                 nursery.start_soon(_notify, manager, supervisor)
+                nursery.start_soon(_restart_at_signals, asked_for_restart, manager, supervisor)
                 async for _ in asked_for_statistics:
                     log_statistics(supervisor)
     if failure is not None:
@@ -159,8 +169,7 @@ async def _serve(options: argparse.Namespace, level: int, views: Views) -> int:
 
 async def _notify(manager: ServiceManager, supervisor: Supervisor) -> None:
     """Tell systemd when the service is ready, while all workers answer, and when it stops, until cancelled."""
-    workers = len(supervisor.workers)
-    manager.notify(READY=1, STATUS="1 worker serves" if workers == 1 else f"{workers} workers serve")
+    _notify_ready(manager, supervisor)
     interval = manager.watchdog_interval or math.inf
     while not supervisor.stopping:
         with trio.move_on_after(interval):
@@ -171,6 +180,23 @@ async def _notify(manager: ServiceManager, supervisor: Supervisor) -> None:
     while True:  # a stop may take longer than the watchdog of systemd allows, and workers end one after the other
         await trio.sleep(interval)
         manager.notify(WATCHDOG=1)
+
+
+async def _restart_at_signals(signals: AsyncIterator[int], manager: ServiceManager, supervisor: Supervisor) -> None:
+    """Restart the workers at each signal, and tell systemd when that begins and ends."""
+    async for _ in signals:
+        if supervisor.stopping:
+            return
+        manager.notify(RELOADING=1, STATUS="restarting the workers")
+        with suppress(WorkerError):  # it is in the log
+            await supervisor.restart()
+        if not supervisor.stopping:
+            _notify_ready(manager, supervisor)
+
+
+def _notify_ready(manager: ServiceManager, supervisor: Supervisor) -> None:
+    workers = len(supervisor.workers)
+    manager.notify(READY=1, STATUS="1 worker serves" if workers == 1 else f"{workers} workers serve")
 
 
 def _announce(supervisor: Supervisor, options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Collection
+from contextlib import suppress
 
 import attrs
 import trio
@@ -83,15 +84,19 @@ class Supervision:
             raise self._failure
 
     async def restart(self) -> None:
-        """Replace the workers one after the other."""
+        """Replace the workers one after the other, and log how that ended."""
         async with self._restarting:
-            for slot in self.slots:
-                try:
+            LOGGER.info("restarting")
+            try:
+                for slot in self.slots:
                     if not self.stop_requested.is_set():
                         await slot.replace()
-                except WorkerError:
-                    if not self.stop_requested.is_set():
-                        raise
+            except WorkerError as error:
+                if not self.stop_requested.is_set():
+                    LOGGER.error("restart failed, the old workers continue: %s", error)
+                    raise
+            if not self.stop_requested.is_set():
+                LOGGER.info("restarted")
 
     def _new_process(self, slot: Slot) -> WorkerProcess:
         descriptors = [endpoint.socket.fileno() for endpoint in slot.endpoints]
@@ -129,13 +134,8 @@ class Supervision:
         while True:
             await self.restart_wanted.wait()
             self.restart_wanted = trio.Event()
-            LOGGER.info("restarting")
-            try:
+            with suppress(WorkerError):  # it is in the log
                 await self.restart()
-            except WorkerError as error:
-                LOGGER.error("restart failed, the old workers continue: %s", error)
-            else:
-                LOGGER.info("restarted")
 
     def _file_has_changed(self) -> None:
         LOGGER.info("a file has changed")

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from .. import Accept, Handler
-from .._handlers import LOOKS_LIKE, DatagramHandler, accepts_one_argument, is_async, unwrapped
+from .._handlers import LOOKS_LIKE, DatagramHandler, accepts, is_async, unwrapped
 
 
 class TargetError(ValueError):
@@ -97,7 +97,7 @@ def check_target(found: object, target: str, *, factory: bool = False) -> Handle
     if not factory and not inspect.iscoroutinefunction(function):
         hint = "or use @datagram_handler, or --factory for a function that returns a context manager"
         raise TargetError(f"{target!r} is not async: {LOOKS_LIKE}; {hint}")
-    if not accepts_one_argument(found):
+    if not accepts(found, 1):
         raise TargetError(f"{target!r} cannot be called with one argument, a client: {LOOKS_LIKE}")
     return found
 
@@ -113,7 +113,7 @@ def check_accept(found: object, target: str, handler: Handler) -> Accept:
         raise TargetError(f"{target!r} is not a function but {_kind(found)}: {wanted}")
     if is_async(found):
         raise TargetError(f"{target!r} is async: {wanted}")
-    if not accepts_one_argument(found):
+    if not accepts(found, 1):
         raise TargetError(f"{target!r} cannot be called with one argument, a datagram: {wanted}")
     return found
 

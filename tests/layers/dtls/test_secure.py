@@ -408,21 +408,27 @@ async def test_a_drain_in_a_handshake(start: Start, autojump_clock: trio.testing
     channel.close()
 
 
+@pytest.fixture
+async def far_apart(
+    simulated_network: trio_udp.testing.SimulatedNetwork, client_context: SSL.Context
+) -> tuple[trio_udp.Endpoint, DTLSChannel]:
+    """A server's endpoint and a channel to it, 0.1 seconds away from each other."""
+    simulated_network.latency = (0.1, 0.1)
+    endpoint = simulated_network.endpoint(*SERVER)
+    return endpoint, DTLSChannel(await simulated_network.connect(*SERVER), client_context, server_hostname=NAME)
+
+
 @pytest.mark.parametrize("after", [0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75])
 async def test_cancelling_the_server(
-    simulated_network: trio_udp.testing.SimulatedNetwork,
+    far_apart: tuple[trio_udp.Endpoint, DTLSChannel],
     server_context: SSL.Context,
-    client_context: SSL.Context,
     autojump_clock: trio.testing.MockClock,
     after: float,
 ) -> None:
     """A server that is cancelled at any moment of a conversation ends at once, and its counters add up."""
-    handler = secure(echo, server_context)
-    simulated_network.latency = (0.1, 0.1)
-    endpoint = simulated_network.endpoint(*SERVER)
+    endpoint, channel = far_apart
     async with trio.open_nursery() as nursery:
-        server = await nursery.start(trio_udp.serve_endpoints, handler, [endpoint])
-        channel = DTLSChannel(await simulated_network.connect(*SERVER), client_context, server_hostname=NAME)
+        server = await nursery.start(trio_udp.serve_endpoints, secure(echo, server_context), [endpoint])
 
         async def talk() -> None:
             async with channel:
@@ -440,17 +446,14 @@ async def test_cancelling_the_server(
 
 @pytest.mark.parametrize("after", [0.15, 0.35, 0.45, 0.65, 0.75])
 async def test_closing_the_endpoint(
-    simulated_network: trio_udp.testing.SimulatedNetwork,
+    far_apart: tuple[trio_udp.Endpoint, DTLSChannel],
     server_context: SSL.Context,
-    client_context: SSL.Context,
     autojump_clock: trio.testing.MockClock,
     after: float,
 ) -> None:
     """If the endpoint is closed at any moment of a conversation, the server ends as over plain UDP, without errors."""
+    endpoint, channel = far_apart
     handler = secure(echo, server_context)
-    simulated_network.latency = (0.1, 0.1)
-    endpoint = simulated_network.endpoint(*SERVER)
-    channel = DTLSChannel(await simulated_network.connect(*SERVER), client_context, server_hostname=NAME)
 
     async def talk() -> None:
         await channel.send(b"x")

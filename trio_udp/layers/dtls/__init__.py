@@ -10,5 +10,5 @@ try:
     import OpenSSL.SSL
     import service_identity
 except ImportError as _missing:
-    raise ImportError("trio_udp.dtls needs pyOpenSSL and service-identity: pip install trio-udp[dtls]") from _missing
+    raise ImportError("trio_udp.dtls needs pyOpenSSL and service-identity: pip install 'trio-udp[dtls]'") from _missing
 del OpenSSL, service_identity
