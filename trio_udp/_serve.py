@@ -116,8 +116,7 @@ async def serve(
       on_error: Called with the client (or, for a ``datagram_handler``, the datagram) and the exception when a handler
         raises. That ends this client only, unless ``on_error`` itself raises: then the server ends with that exception.
         :func:`log_error` by default; :func:`raise_error` for tests.
-      drain_timeout: Seconds from the stop until its end, to read what has arrived and for handlers to finish. Handlers
-        that still run are cancelled then.
+      drain_timeout: Seconds that handlers have to finish once the server stops. Handlers that still run are cancelled.
       stop_signals: Signals that stop the server as :meth:`Server.stop` does; the second one stops it at once.
       handler_nursery: Run handlers there rather than in the server's own nursery. Only the caller cancels them, even
         after ``drain_timeout``, and their exceptions go to that nursery. A client used after its server has ended

@@ -114,9 +114,9 @@ class ServerState:
             self.draining.set()
 
     async def drain(self, drain_timeout: float) -> None:
-        """Wait until the loops have caught up, end every channel, and wait for the handlers; all until the timeout."""
+        """Wait until the server drains, end every channel, and wait for the handlers until the timeout."""
+        await self.draining.wait()
         with trio.move_on_after(drain_timeout):
-            await self.draining.wait()
             await self.seats.wake_all()
             await self.seats.all_gone.wait()
             for place in self.places:
@@ -264,9 +264,8 @@ class Server(metaclass=NoPublicConstructor):
         1. The server catches up. It reads the datagrams that have reached the machine by now, and strangers among their
            senders still become clients.
         2. It drains. The datagrams that wait in an inbox are handled, then the channel ends. Datagrams that still
-           arrive count as ``refused_stopping``, except those of clients inside :meth:`Client.transaction`.
-           ``drain_timeout`` seconds after the stop, handlers that still run are cancelled, and datagrams that are still
-           unread are refused.
+           arrive count as ``refused_stopping``, except those of clients inside :meth:`Client.transaction`. Handlers
+           have ``drain_timeout`` seconds in all; those that still run then are cancelled.
         3. It reads each socket once more, to count the datagrams that have arrived, and closes it.
 
         An endpoint that is ``shared`` is not read from now on, not even for transactions: datagrams that arrive wait in
