@@ -27,9 +27,6 @@ if sys.version_info < (3, 11):
 Accept: TypeAlias = Callable[[Datagram], bool | bytes]
 """The type of ``accept``, which is called for every stranger; see :func:`serve`."""
 
-Reply: TypeAlias = "Payload | list[bytes] | tuple[Payload, ...] | None"
-"""What the function of a :func:`datagram_handler` returns: one payload, several, or none."""
-
 OnError: TypeAlias = (
     Callable[[Client, Exception], object]
     | Callable[[Datagram, Exception], object]
@@ -49,9 +46,9 @@ LOOKS_LIKE = "a handler is an async function with one argument: async def handle
 class DatagramHandler:
     """A handler of single datagrams, as :func:`datagram_handler` makes it. Calling it calls the function."""
 
-    function: Callable[[Datagram], Reply]
+    function: Callable[[Datagram], Payload | list[bytes] | tuple[Payload, ...] | None]
 
-    def __call__(self, datagram: Datagram) -> Reply:
+    def __call__(self, datagram: Datagram) -> Payload | list[bytes] | tuple[Payload, ...] | None:
         return self.function(datagram)
 
     def __repr__(self) -> str:
@@ -62,7 +59,9 @@ Handler: TypeAlias = Callable[[Client], Awaitable[object]] | DatagramHandler
 """What a server runs for each client: an async function of a client, or a :func:`datagram_handler`."""
 
 
-def datagram_handler(function: Callable[[Datagram], Reply]) -> DatagramHandler:
+def datagram_handler(
+    function: Callable[[Datagram], Payload | list[bytes] | tuple[Payload, ...] | None],
+) -> DatagramHandler:
     """Turn a plain function that answers one datagram at a time into a handler: ``@datagram_handler``.
 
     For protocols in which each datagram is answered by itself (DNS, NTP, STUN), and for collectors (syslog, StatsD,
