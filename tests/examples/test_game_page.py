@@ -10,6 +10,8 @@ from typing import Any
 
 import attrs
 import pytest
+
+pytest.importorskip("aioquic", minversion="1.7", reason="needs aioquic 1.7, which needs Python 3.11")
 from game_bots import View
 from game_server import HELLO, INPUT, INPUT_LAYOUT, JOIN, JOIN_HEAD, SNAPSHOT, WELCOME
 
@@ -17,7 +19,6 @@ from ..project.conftest import TIMEOUT, Example, Start, without_signals
 from .conftest import program
 from .http3_client import Certificate
 
-pytest.importorskip("aioquic", minversion="1.7", reason="needs aioquic 1.7, which needs Python 3.11")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
 expect = playwright.expect
 
