@@ -368,13 +368,13 @@ async def test_malformed_packets(serve: Serve, autojump_clock: MockClock) -> Non
     setting = await serve()
     client = await setting.connect()
     assert (await client.get("/bytes/5000")).body == bytes(5_000)
-    packets, dice = setting.sent_by(client), random.Random(7)
+    packets, rng = setting.sent_by(client), random.Random(7)
     for number in range(3_000):
-        packet = bytearray(dice.choice(packets))
-        for _ in range(dice.randint(1, 6)):
-            packet[dice.randrange(len(packet))] = dice.randrange(256)
-        source = dice.choice([STRANGER, client.connection.local_address])
-        setting.network.inject(bytes(packet[: dice.choice([dice.randrange(1_300), 1_300])]), source, SERVER)
+        packet = bytearray(rng.choice(packets))
+        for _ in range(rng.randint(1, 6)):
+            packet[rng.randrange(len(packet))] = rng.randrange(256)
+        source = rng.choice([STRANGER, client.connection.local_address])
+        setting.network.inject(bytes(packet[: rng.choice([rng.randrange(1_300), 1_300])]), source, SERVER)
         if number % 50 == 0:
             await wait_all_tasks_blocked()
     await wait_all_tasks_blocked()

@@ -161,15 +161,15 @@ def test_gauges_keep_arrival_order_over_20_senders(run: RunStatsD) -> None:
     """500 gauges, each set and changed by 20 senders in turn, have the values that this order gives them."""
     server = run()
     senders = [server.example.peer(f"127.0.0.{number}") for number in range(2, 22)]
-    dice = random.Random(1)
+    rng = random.Random(1)
     expected = {f"gauge.{number}": {"value": 0.0} for number in range(500)}
     gauges = list(expected.items())
     for turn in range(20):
         for start in range(0, 500, 5):
             lines = []
             for name, gauge in gauges[start : start + 5]:
-                value = dice.randrange(1000)
-                text, gauge["value"] = dice.choice(
+                value = rng.randrange(1000)
+                text, gauge["value"] = rng.choice(
                     [(f"{value}", value), (f"+{value}", gauge["value"] + value), (f"-{value}", gauge["value"] - value)]
                 )
                 lines.append(f"{name}:{text}|g")
