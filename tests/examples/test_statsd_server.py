@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from signal import SIGCONT, SIGSTOP, SIGTERM
 from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -141,13 +142,15 @@ def test_statsd_from_pypi(run: RunStatsD) -> None:
     [["nc", "netcat-openbsd", "-u", "-w0", "127.0.0.1", "{port}"], ["socat", "socat", "-", "UDP4:127.0.0.1:{port}"]],
     ids=["nc", "socat"],
 )
-def test_netcat_and_socat(run: RunStatsD, command: list[str]) -> None:
+def test_netcat_and_socat(run: RunStatsD, command: list[str], tmp_path: Path) -> None:
     """Each line from a shell counts once, with any line endings, and with empty lines in between."""
     server = run()
     path = program(*command[:2])
     arguments = [argument.format(port=server.example.port) for argument in command[2:]]
-    text = "tea.cups:3|c\ntea.cups:4|c|@0.5\r\n\n\ntemperature:21.5|g\ntea.cups:1|c\n"
-    subprocess.run([path, *arguments], input=text, text=True, check=True, timeout=TIMEOUT)
+    lines = tmp_path / "lines"  # not a pipe: with -w0, netcat ends if its input is not there yet
+    lines.write_text("tea.cups:3|c\ntea.cups:4|c|@0.5\r\n\n\ntemperature:21.5|g\ntea.cups:1|c\n", newline="")
+    with lines.open() as file:
+        subprocess.run([path, *arguments], stdin=file, check=True, timeout=TIMEOUT)
     events = server.lines(4)
     assert events[-1]["metrics"]["counter"]["tea.cups"]["total"] == total(events, "tea.cups") == 12
     assert events[-1]["metrics"]["gauge"]["temperature"] == {"value": 21.5}
