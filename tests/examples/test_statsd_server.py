@@ -15,9 +15,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from signal import SIGCONT, SIGSTOP, SIGTERM
 from types import SimpleNamespace
-from pathlib import Path
 from typing import Any
 
 import attrs
