@@ -1,4 +1,4 @@
-"""Charts as SVG: text stays text, the same figures make the same file, and the ground is white on any page."""
+"""Charts as SVG. Text stays text, equal figures give equal files, and the background is white on any page."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GROWTH = "growth-"  # how the names of the shapes begin that make up the growth curve
+GROWTH = "growth-"  # the names of the shapes on the growth curve begin with this
 
 TITLES = {
     "shapes": f"CPU time for each datagram as a ratio to {REFERENCE}",
     "echo": "CPU time for each echo, 64 clients with 4 datagrams in flight each",
-    "round-trip": "Round trip of one question and its answer",
-    "growth": "CPU time for each echo as clients become more",
+    "round-trip": "Round trip of one datagram and its echo",
+    "growth": "CPU time for each echo as the number of clients grows",
 }
 
-# Names as readers know them, for the servers that charts of several shapes show.
+# The servers in the charts of several shapes, by the names that readers know.
 NAMES = {
     "trio_udp": "trio_udp, task per client",
     "trio_udp datagram_handler": "trio_udp, datagram_handler",
@@ -47,7 +47,7 @@ CUT = {"shapes": "Bars that end in » are longer than shown. "}
 
 INK, SOFT, RULE = "#1f2937", "#6b7280", "#e5e7eb"
 OURS, OURS_TOO, REFERENCE_COLOUR, OTHERS = "#c2410c", "#ea8a52", "#3b6fb6", "#c4cad3"
-LONGEST = 2.5  # bars of others with greater ratios are cut off, and say so
+LONGEST = 2.5  # bars of other servers with greater ratios are cut off, and marked
 
 STYLE = {
     "svg.fonttype": "none",
@@ -64,7 +64,7 @@ STYLE = {
 
 
 def growth(results: Results) -> dict[int, str]:
-    """From numbers of clients to the shapes that tell their cost."""
+    """Return the shapes of the growth curve, by number of clients."""
     return {int(shape.removeprefix(GROWTH)): shape for shape in results.titles if shape.startswith(GROWTH)}
 
 
@@ -74,7 +74,7 @@ def draw(results: Results, folder: Path) -> list[str]:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # not every machine has each of the fonts
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # no machine has all of the fonts
     drawn = []
     for name, fill in {"shapes": _shapes, "echo": _echo, "round-trip": _round_trip, "growth": _growth}.items():
         with matplotlib.rc_context(cast("Any", STYLE)):
@@ -95,7 +95,7 @@ def draw(results: Results, folder: Path) -> list[str]:
 
 
 def _shapes(figure: Figure, results: Results) -> bool:
-    """A panel for each of four shapes, and in it a bar for each server."""
+    """A panel for each of four shapes, with a bar for each server."""
     shapes = {it: title for it, title in PANELS.items() if REFERENCE in results.servers(it)}
     if not shapes:
         return False
@@ -140,7 +140,7 @@ def _round_trip(figure: Figure, results: Results) -> bool:
 
 
 def _bars(axes: Axes, bars: list[tuple[str, Any, str]], longest: float | None = None) -> None:
-    """Bars from the least to the greatest, with their spread, each labelled; those too long are cut off."""
+    """Draw bars in order of size, each with its spread and a label. Bars that are too long are cut off."""
     bars.sort(key=lambda bar: bar[1].middle)
     ours = [value.most for server, value, _ in bars if server.startswith("trio_udp")]
     end = min(max(longest, *ours), bars[-1][1].most) if longest else bars[-1][1].most
@@ -205,5 +205,5 @@ def _growth(figure: Figure, results: Results) -> bool:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("live clients, 64 datagrams in flight")
-    axes.set_ylabel("µs, the band from least to most")
+    axes.set_ylabel("µs; the band: minimum to maximum")
     return True

@@ -1,7 +1,7 @@
 """The claims of the documentation about speed and memory, and the figure behind each.
 
-A claim that is not in this list has no place in the documentation. ``tests/project/test_benchmarks.py`` checks that the
-words are there. The last table of results.md shows whether the figures still fit.
+Every claim in the documentation has to be in this list. ``tests/project/test_benchmarks.py`` checks that the words are
+there. The last table of results.md compares the figures with the latest measurement.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import NamedTuple
 from figures import Figure, Results, Spread, beyond, ratio, value
 from tables import table
 
-SHOWN = 72  # characters of the words
+SHOWN = 72  # the most characters of a claim in the table
 
 
 class Claim(NamedTuple):
     document: str
     words: str
-    said: float | None  # None: words only, for the reader to compare
+    said: float | None  # None: the claim has no figure, so the reader compares
     unit: str
-    row: str  # where the figure is in the results
+    row: str  # of the results, which has the figure
     measured: Figure
 
 
@@ -35,7 +35,7 @@ def table_of(results: Results) -> str:
         words = words if len(words) < SHOWN else words[:SHOWN] + " …"
         said = "" if claim.said is None else f"{claim.said:g}"
         rows.append([f"`{claim.document}`", f"*{words}*", claim.row, said, shown])
-    return table(["where", "words", "row of the results", "said", "measured"], rows)
+    return table(["document", "claim", "row of the results", "claimed", "measured"], rows)
 
 
 def _handshake_in_echoes(results: Results) -> Spread | None:
@@ -43,7 +43,7 @@ def _handshake_in_echoes(results: Results) -> Spread | None:
     return Spread.of(figures["µs for each handshake"] / figures["µs for each echo"] for figures in rounds)
 
 
-# With full collections rare, as the command line, the workers and the documentation have it.
+# With rare full collections, as the command line and the workers set, and the documentation recommends.
 RARE = "trio_udp gc.set_threshold"
 
 README_ROW = (
@@ -72,7 +72,7 @@ CLAIMS = [
         "The receive loop could run the steps of woken handlers itself",
         None,
         "of uvloop",
-        "256x1, trio_udp: what that would have to improve on",
+        "256x1, trio_udp: the figure to improve on",
         ratio("256x1", "trio_udp"),
     ),
     Claim(

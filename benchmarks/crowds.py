@@ -1,4 +1,4 @@
-"""Measure the cost of 100,000 clients: memory, and how long other tasks wait when all clients come or go at once.
+"""Measure the cost of 100,000 clients: memory, and how long other tasks wait when all clients arrive or leave at once.
 
     python benchmarks/crowds.py                # two minutes; prints a table. run.py measures the same
     python benchmarks/crowds.py --types        # also lists the objects of an idle client
@@ -49,11 +49,11 @@ ROWS = {
     "objects": ("idle client: objects that the collector sees", 1, 2),
     "bytes": ("idle client: bytes", 1, 0),
     "new_micros": ("new client: µs of CPU", 1, 1),
-    "new_seconds": ("all come: seconds", 1, 2),
-    "new_pause": ("all come: longest pause, ms", 1e3, 2),
-    "new_pause_cpu": ("all come: longest pause, ms of CPU", 1e3, 2),
-    "new_collection": ("all come: longest garbage collection, ms", 1e3, 2),
-    "new_lost": ("all come: unanswered", 1, 0),
+    "new_seconds": ("all arrive: seconds", 1, 2),
+    "new_pause": ("all arrive: longest pause, ms", 1e3, 2),
+    "new_pause_cpu": ("all arrive: longest pause, ms of CPU", 1e3, 2),
+    "new_collection": ("all arrive: longest garbage collection, ms", 1e3, 2),
+    "new_lost": ("all arrive: unanswered", 1, 0),
     "expiry_micros": ("all expire: µs of CPU each", 1, 1),
     "expiry_pause": ("all expire: longest pause, ms", 1e3, 2),
     "expiry_pause_cpu": ("all expire: longest pause, ms of CPU", 1e3, 2),
@@ -69,7 +69,7 @@ ROWS = {
 
 
 class LeapingClock(trio.abc.Clock):
-    """A clock that can be put forward, so that a run need not wait for idle timeouts."""
+    """A clock that can be moved forward, so that a run need not wait for idle timeouts."""
 
     def __init__(self) -> None:
         self.ahead = 0.0
@@ -105,7 +105,7 @@ class Pauses:
             self.longest_collection = max(self.longest_collection, now - self._began)
 
     async def watch(self, every: float, until: Callable[[], bool]) -> None:
-        """Yield all the time, or every ``every`` seconds while the CPU time of other tasks is measured."""
+        """Yield continuously, or every ``every`` seconds while the CPU time of other tasks is measured."""
         before, cpu_before = time.perf_counter(), time.thread_time()
         while not until():
             if every:
@@ -119,7 +119,7 @@ class Pauses:
 
 
 async def serve_crowd(clock: LeapingClock) -> None:
-    """Serve, carry out each command on standard input, and answer it with figures in JSON."""
+    """Serve. Execute each command from standard input, and answer it with figures in JSON."""
 
     async def echo(client: trio_udp.Client) -> None:
         async for payload in client:
@@ -176,7 +176,7 @@ def serve_crowd_in_this_process(threshold: tuple[int, int, int]) -> None:
 
 
 class Crowd(NamedTuple):
-    """So many clients that come, expire, come again and are there when the server stops."""
+    """Clients that arrive and expire all at once, arrive again, and are connected when the server stops."""
 
     clients: int
 
@@ -208,7 +208,7 @@ def run_once(programs: Programs, threshold: str, clients: int) -> Run:
         begun = tell("look")
         came = come(clients)
         after = tell("look")
-        assert after["clients"] >= clients, after  # one more than that if the first one had another port
+        assert after["clients"] >= clients, after  # one more if the first client had another port
         idle = tell("count")
         expired = tell("expire")
         assert expired["clients"] == after["clients"], expired
@@ -239,7 +239,7 @@ def run_once(programs: Programs, threshold: str, clients: int) -> Run:
 
 
 def best(runs: list[Run], key: str) -> float:
-    """Return the figure of the least disturbed run: the minimum; for lost answers, to be honest, the maximum."""
+    """Return the figure of the least disturbed run: the minimum. For lost answers return the worst, the maximum."""
     choose = max if key == "new_lost" else min
     return float(choose(run[key] for run in runs))
 
@@ -265,7 +265,7 @@ def main() -> None:
         serve_crowd_in_this_process(THRESHOLDS[arguments.serve])
         return
 
-    os.sched_setaffinity(0, {LOAD_CORE})  # to be out of the server's way
+    os.sched_setaffinity(0, {LOAD_CORE})  # so that the load does not slow the server down
     runs: dict[str, list[Run]] = {threshold: [] for threshold in arguments.threshold}
     with tempfile.TemporaryDirectory() as folder:
         programs = build(Path(folder))

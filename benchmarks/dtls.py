@@ -35,7 +35,7 @@ import trio_udp
 from trio_udp.dtls import DTLSChannel, connect, secure
 
 HOST = "127.0.0.1"
-CHUNK = 50  # ClientHellos between two pauses
+CHUNK = 50  # ClientHellos sent between two pauses
 
 
 def make_certificate(folder: Path) -> tuple[str, str]:
@@ -72,7 +72,7 @@ def dropped_at(port: int) -> int:
 
 
 async def echo(client: trio.abc.Channel[bytes]) -> None:
-    with suppress(SSL.ZeroReturnError, trio.BrokenResourceError):  # how conversations end with trio
+    with suppress(SSL.ZeroReturnError, trio.BrokenResourceError):  # this is how conversations end with trio
         async for payload in client:
             await client.send(payload)
 
@@ -114,7 +114,7 @@ def run_server(which: str, certificate: str, key: str, pipe: Pipe, core: int) ->
 
 
 class Load:
-    """The clients, and the server's resources used meanwhile."""
+    """The clients, and the resources that the server has used."""
 
     def __init__(self, port: int, certificate: str, pipe: Pipe) -> None:
         self.port, self.pipe = port, pipe
@@ -194,10 +194,10 @@ class Load:
 
 
 async def measure(load: Load, scale: float) -> dict[str, float]:
-    for _ in range(20):  # what happens only once
+    for _ in range(20):  # warm up
         await (await load.connect()).aclose()
     return {
-        # First, while the server has no memory that it could use again.
+        # First, while the server has no freed memory that it could reuse.
         "KB for each idle client": await load.memory(int(1_000 * scale)),
         "µs for each handshake": await load.handshakes(int(1_000 * scale)),
         "µs for each echo": await load.echoes(int(30_000 * scale)),
@@ -207,7 +207,7 @@ async def measure(load: Load, scale: float) -> dict[str, float]:
 
 def main(which: str, scale: float) -> dict[str, float]:
     cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores)})  # to be out of the server's way
+    os.sched_setaffinity(0, {max(cores)})  # so that the load does not slow the server down
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     with tempfile.TemporaryDirectory() as folder:

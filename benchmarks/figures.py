@@ -1,4 +1,4 @@
-"""What one run of the benchmark has measured, with one Python: medians, spreads, and ratios within a round."""
+"""The results of one run of the benchmark with one Python: medians, spreads, and ratios within a round."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TypeAlias
 
-REFERENCE = "uvloop"  # what ratios are to, where nothing else is said
+REFERENCE = "uvloop"  # ratios are to this server, unless another is named
 
 
 class Spread(NamedTuple):
-    """The median of several rounds, the least and the most."""
+    """The median, the minimum and the maximum of several rounds."""
 
     middle: float
     least: float
@@ -36,7 +36,7 @@ class Spread(NamedTuple):
 
 
 class Results:
-    """Results as they are kept, see run.py."""
+    """The results of one run, as run.py keeps them."""
 
     def __init__(self, kept: dict[str, Any]) -> None:
         self.kept = kept
@@ -49,7 +49,7 @@ class Results:
 
     @property
     def name(self) -> str:
-        """Of its files: the version of Python without the last digits."""
+        """The name of its files: the version of Python without the last number."""
         found = re.search(r"(\d+)\.(\d+)", self.python)
         assert found
         return f"python-{found[0]}{'t' if 'free-threaded' in self.python else ''}"
@@ -63,7 +63,7 @@ class Results:
         return [server for in_shape, server, without in self._figures if in_shape == shape and without is None]
 
     def techniques(self) -> tuple[list[str], list[str]]:
-        """The techniques that a server was measured without, and in which shapes."""
+        """Return the techniques that trio_udp was measured without, and the shapes that this was measured in."""
         found = [(without, shape) for shape, _, without in self._figures if without]
         return list(dict.fromkeys(it for it, _ in found)), list(dict.fromkeys(it for _, it in found))
 
@@ -80,12 +80,12 @@ class Results:
     def ratio(
         self, shape: str, server: str, to: str = REFERENCE, key: str = "micros", without: str | None = None
     ) -> Spread | None:
-        """The ratio of two servers in the same round."""
+        """Return the ratios of two servers in the same rounds."""
         mine, theirs = self._figures.get((shape, server, without), {}), self._figures.get((shape, to, None), {})
         return Spread.of(figures[key] / theirs[at][key] for at, figures in mine.items() if at in theirs)
 
     def difference(self, shape: str, server: str, to: str, to_shape: str | None = None) -> Spread | None:
-        """How many µs a server takes more than another in the same round."""
+        """Return how many more µs one server takes than another in the same rounds."""
         key = "micros"
         mine, theirs = (
             self._figures.get((shape, server, None), {}),
@@ -106,7 +106,7 @@ def _short(figures: dict[str, float]) -> dict[str, float]:
 
 
 def kept_in(folder: Path) -> list[Results]:
-    """All results in a folder, those of the newest Python first."""
+    """Return all results in a folder, the newest Python first."""
     found = [Results(json.loads(file.read_text())) for file in folder.glob("python-*.json")]
     return sorted(found, key=lambda results: results.age, reverse=True)
 
@@ -151,5 +151,5 @@ def ratio(
 
 
 def beyond(shape: str, server: str, to: str, to_shape: str | None = None) -> Figure:
-    """How many µs a server takes more than another."""
+    """How many more µs one server takes than another."""
     return lambda results: results.difference(shape, server, to, to_shape)

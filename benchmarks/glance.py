@@ -1,4 +1,4 @@
-"""The tables to begin with: few figures, those of all Pythons side by side. The documentation shows them, too."""
+"""The first tables of the results: the main figures, all Pythons side by side. The documentation shows them too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Row(NamedTuple):
     task: str = TASK
     function: str = FUNCTION
     key: str = "micros"
-    others: bool = True  # show other languages, too
+    others: bool = True  # show other languages too
 
 
 RATIOS = [
@@ -34,8 +34,8 @@ RATIOS = [
     Row("every datagram from a new address, `accept` answers", "strangers", "trio_udp accept", "", others=False),
     Row("100,000 new clients at once", "arrival"),
     Row("100,000 new clients at once, with `gc.set_threshold`", "arrival", RARE, "", others=False),
-    Row("one question, one answer, and again: CPU time", "ping-pong"),
-    Row("one question, one answer, and again: round trip, p50", "ping-pong", key="round_trip_p50"),
+    Row("1 client, one in flight: CPU time", "ping-pong"),
+    Row("1 client, one in flight: round trip, p50", "ping-pong", key="round_trip_p50"),
     Row("10 clients on Unix-domain sockets, one in flight each", "unix"),
     Row("1 client on a Unix-domain socket, one in flight", "unix-1"),
     Row("stream of 1,200 bytes from the server, `send_many`", "stream-out", TASK, ""),
@@ -48,7 +48,7 @@ RATIOS = [
 SETTINGS = {"all interfaces instead of one address": " all interfaces", "rate and amplification limits": " with limits"}
 SETTING_SHAPES = ["64x4", "1x64", "256x1", "strangers", "ping-pong"]
 
-# On the machine of the results: words, the figure, and the digits to print.
+# For the table of absolute figures: words, the figure, and the digits to print.
 FIGURES: list[tuple[str, Figure, int]] = [
     ("echoes for each CPU second, four in flight for each client", per_second("64x4", TASK), 0),
     ("echoes for each CPU second, four in flight, `datagram_handler`", per_second("64x4", FUNCTION), 0),
@@ -57,9 +57,13 @@ FIGURES: list[tuple[str, Figure, int]] = [
     ("datagrams of 1,200 bytes sent for each CPU second, `send_many`", per_second("stream-out", TASK), 0),
     (f"the same as a multiple of {REFERENCE}'s", ratio("stream-out", TASK, inverse=True), 1),
     ("datagrams of 1,200 bytes received for each CPU second", per_second("stream-in", TASK), 0),
-    ("17 datagrams at a time: µs for each beyond C, task per client", beyond("flight", TASK, "C with GSO"), 2),
-    ("17 datagrams at a time: µs for each beyond C, `datagram_handler`", beyond("flight", FUNCTION, "C with GSO"), 2),
-    ("17 datagrams at a time: µs for each beyond C, `Endpoint`", beyond("flight", ALONE, "C with GSO"), 2),
+    ("17 for each request: µs for each datagram beyond C, task per client", beyond("flight", TASK, "C with GSO"), 2),
+    (
+        "17 for each request: µs for each datagram beyond C, `datagram_handler`",
+        beyond("flight", FUNCTION, "C with GSO"),
+        2,
+    ),
+    ("17 for each request: µs for each datagram beyond C, `Endpoint`", beyond("flight", ALONE, "C with GSO"), 2),
     ("a PROXY header: µs for each datagram", beyond("proxied", TASK, TASK, "256x1"), 2),
     ("credentials of a Unix-domain peer: µs for each datagram", beyond("unix", f"{TASK} with credentials", TASK), 2),
     ("round trip, p50, µs", value("ping-pong", TASK, "round_trip_p50"), 1),
@@ -67,15 +71,15 @@ FIGURES: list[tuple[str, Figure, int]] = [
     ("bytes for an idle client", value("memory", TASK, "bytes_per_client"), 0),
     ("µs for a new client, 100,000 at once, `gc.set_threshold`", value("crowd", RARE, "new_micros"), 1),
     ("µs for a new client, 100,000 at once, default thresholds", value("crowd", TASK, "new_micros"), 1),
-    ("longest pause while 100,000 come at once, ms, `gc.set_threshold`", value("crowd", RARE, "new_pause", 1e3), 1),
-    ("longest pause while 100,000 come at once, ms, default thresholds", value("crowd", TASK, "new_pause", 1e3), 1),
+    ("longest pause while 100,000 arrive at once, ms, `gc.set_threshold`", value("crowd", RARE, "new_pause", 1e3), 1),
+    ("longest pause while 100,000 arrive at once, ms, default thresholds", value("crowd", TASK, "new_pause", 1e3), 1),
     ("new clients unanswered, of 100,000", value("crowd", TASK, "new_lost"), 0),
     ("longest pause when 100,000 expire at once, ms", value("crowd", RARE, "expiry_pause", 1e3), 1),
     ("longest pause when `stop()` ends 100,000, ms", value("crowd", RARE, "stop_pause", 1e3), 1),
-    ("two workers, some work for each datagram: rate, 1 worker = 1", ratio("workers-work", TWO, ONE, "rate"), 2),
+    ("two workers, 50 µs of work for each datagram: rate, 1 worker = 1", ratio("workers-work", TWO, ONE, "rate"), 2),
     ("two workers on one core: CPU time of an echo, 1 worker = 1", ratio("workers", TWO, ONE), 2),
     ("two workers on one core, light load: CPU time of an echo, 1 worker = 1", ratio("workers-light", TWO, ONE), 2),
-    ("four workers with nothing to do, % of a core", value("workers-idle", "4 workers", "share_of_a_core", 100), 1),
+    ("four idle workers, % of a core", value("workers-idle", "4 workers", "share_of_a_core", 100), 1),
     ("DTLS: KB for an idle client", value("dtls", TASK, "KB for each idle client"), 1),
     ("DTLS: µs for a handshake", value("dtls", TASK, "µs for each handshake"), 0),
     ("DTLS: µs for an echo", value("dtls", TASK, "µs for each echo"), 1),
@@ -84,12 +88,12 @@ FIGURES: list[tuple[str, Figure, int]] = [
 
 
 def glance(everything: list[Results]) -> Iterable[str]:
-    """The headings are what docs/performance.md finds the tables by."""
+    """Yield the tables with their headings, by which docs/performance.md finds them."""
     yield "### CPU time for each datagram"
     yield _ratios(everything)
     yield "### What a setting adds"
     yield _settings(everything)
-    yield "### How much that is"
+    yield "### Absolute figures"
     yield _figures(everything)
 
 
@@ -119,7 +123,7 @@ def _ratios(everything: list[Results]) -> str:
 
 
 def _settings(everything: list[Results]) -> str:
-    """What a setting adds, in percent of the CPU time of the same handler without it."""
+    """The CPU time that a setting adds, in percent of that of the same handler without it."""
     rows = []
     for results in everything:
         for words, suffix in SETTINGS.items():

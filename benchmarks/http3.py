@@ -1,11 +1,11 @@
-"""What HTTP/3 costs the server: megabytes for each second of its CPU time, beside aioquic's own server.
+"""Compare the HTTP/3 example with aioquic's own server: megabytes for each second of the server's CPU time.
 
     python benchmarks/http3.py [--megabytes 20] [--clients 4] [--rounds 5]
 
 The servers are examples/http3_server.py and ``aioquic.asyncio.serve``, each a process of its own, with the same
 certificate (ECDSA P-256), the same settings of QUIC, and Retry. The load is ngtcp2's ``gtlsclient`` (Debian's
-ngtcp2-client): each client downloads or uploads once. Rounds are interleaved, so that what else the machine does meets
-both servers; printed are the medians, and the ratio of the two.
+ngtcp2-client): each client downloads or uploads once. Rounds are interleaved, so that other work on the machine affects
+both servers alike. The output has the medians, and the median of the ratios.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HOST = "127.0.0.1"
 
 
 class Protocol(QuicConnectionProtocol):
-    """HTTP/3 on aioquic's own network code: answers as ``http3_server.application`` does."""
+    """HTTP/3 on aioquic's own network code. It answers like ``http3_server.application``."""
 
     http: H3Connection | None = None
 

@@ -1,4 +1,4 @@
-"""One measurement: start a server on one CPU, load it from another, and end both in any case."""
+"""One measurement: start a server on one core, load it from another, and always end both."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ Figures: TypeAlias = dict[str, float]  # by name; "micros" is the server's CPU t
 
 
 class Pace(NamedTuple):
-    """How long, and how many, one measurement is."""
+    """The length and size of a measurement."""
 
     warm: float  # seconds
     seconds: float
-    scale: float  # of the numbers of clients, where all of them come or go at once
+    scale: float  # of the number of clients in shapes where all of them arrive or leave at once
 
 
 class Contestant(NamedTuple):
@@ -68,9 +68,9 @@ class Contestant(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Closed loops that keep a server busy."""
+    """Clients in closed loops, which keep a server busy."""
 
-    what: str  # the servers do; see traffic.py
+    what: str  # see traffic.py
     clients: int = 1  # 0: every datagram comes from a new client; for "fan", the number of members
     in_flight: int = 1  # datagrams in flight, of all clients together
 
@@ -90,11 +90,11 @@ class Load(NamedTuple):
             return self.put_on(programs, address, [process.pid], pace)
 
     def put_on(self, programs: Programs, address: str, pids: list[int], pace: Pace) -> Figures:
-        """Load a server that runs already, and measure its processes."""
+        """Load a running server, and measure its processes."""
         server = [address, ",".join(map(str, pids)), str(pace.warm), str(pace.seconds)]
         result = run_load([programs.load, *server, *self.arguments()])
         if not result["datagrams"]:
-            raise MeasurementFailed("has not answered while it was measured")
+            raise MeasurementFailed("did not answer during the measurement")
         return result | {
             "micros": result["server_seconds"] / result["datagrams"] * 1e6,
             "rate": result["datagrams"] / result["seconds"],
@@ -102,7 +102,7 @@ class Load(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """New clients, all at once, measured from the first datagram to the last."""
+    """New clients that arrive all at once, measured from the first datagram to the last."""
 
     clients: int
     in_flight: int
@@ -127,14 +127,14 @@ class IdleMemory(NamedTuple):
 
 
 class MeasurementFailed(Exception):
-    """A server or a load failed; the text has its command and its output."""
+    """A server or a load failed. The text has its command and its output."""
 
 
 @contextmanager
 def running(
     command: list[str], environment: dict[str, str], cores: frozenset[int] = frozenset({SERVER_CORE})
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run a server; yield its process and its port or name, which is the first line that it prints."""
+    """Run a server; yield its process, and its port or name, which it prints as its first line."""
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
@@ -150,23 +150,23 @@ def running(
         try:
             assert process.stdout is not None
             if not select.select([process.stdout], [], [], START_TIMEOUT)[0]:
-                raise MeasurementFailed(f"has not started within {START_TIMEOUT} seconds")
+                raise MeasurementFailed(f"did not start within {START_TIMEOUT} seconds")
             address = process.stdout.readline().strip()
             if not address:
-                raise MeasurementFailed("has not started")
+                raise MeasurementFailed("did not start")
             yield process, address
             if process.poll() is not None:
-                raise MeasurementFailed("has ended while it was measured")
+                raise MeasurementFailed("ended during the measurement")
         except MeasurementFailed as failure:
             process.kill()
             errors.seek(0)
             raise MeasurementFailed(f"{' '.join(command)}: {failure}\n{errors.read()}") from None
         finally:
-            process.kill()  # and leaving the with statement waits for it
+            process.kill()  # the end of the with statement waits for it
 
 
 def run_load(command: list[str]) -> dict[str, float]:
-    """Run the load to its end; return its results."""
+    """Run the load until it ends; return its results."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_TIMEOUT)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""The programs of the benchmark that are not written in Python: compiles them, or says which cannot be."""
+"""Compiles the programs of the benchmark that are not in Python, and reports those that cannot be compiled."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Programs(NamedTuple):
 
 
 def build(folder: Path) -> Programs:
-    """Compile the load and the servers into a folder. A load in Python would be slower than the servers."""
+    """Compile the load and the servers into a folder. In Python, the load would be slower than the servers."""
     compiler = os.environ.get("CC", "cc")
     programs = Programs(str(folder / "load"), {}, {}, {})
     c_version = _version([compiler, "--version"])

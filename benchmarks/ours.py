@@ -1,4 +1,4 @@
-"""The servers of trio_udp that are measured, one for each kind of handler and each setting that may cost something."""
+"""The servers of trio_udp: one for each kind of handler, and for each setting that may cost CPU time."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def accept_answers(what: str) -> None:
 
 
 def generous_limits() -> trio_udp.Limits:
-    """Limits that are looked at for each datagram and turn none away."""
+    """Return limits that are checked for each datagram and refuse none."""
     rate = trio_udp.RateLimit(per_second=1e9, burst=1_000_000)
     return trio_udp.Limits(max_clients=MAX_CLIENTS, rate_limit=rate, amplification=3)
 
@@ -200,7 +200,7 @@ def endpoint_alone(what: str) -> None:
     trio.run(main)
 
 
-# Where a server listens, if what it does does not go over an IP address alone.
+# How endpoints are bound for servers that need more than an IP address.
 BINDS: dict[str, Bind] = {
     "proxied": partial(_bind, proxies=["127.0.0.0/8"]),
     "unix": partial(_bind_unix, credentials=False),

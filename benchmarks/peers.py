@@ -1,6 +1,6 @@
-"""The servers in Python that trio_udp is compared with, each written as its own documentation would have it.
+"""The servers in Python that trio_udp is compared with, each written as its own documentation recommends.
 
-Each imports what it needs when it is called: a peer may be missing, and what is measured is also memory.
+Each imports its library when it is called, because the library may be missing, and because memory is measured.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Tables and charts of what was measured.
+"""Tables and charts of the results.
 
     python benchmarks/report.py FOLDER    # writes them again, from the python-*.json in FOLDER
 
-A folder of results has, for each Python, its figures (python-3.11.json) and all tables of them (python-3.11.md). To be
-read first is results.md, with all Pythons side by side. Charts are of the newest Python. The documentation takes its
-tables from results.md, by the headings there.
+A folder of results has, for each Python, its figures (python-3.11.json) and all tables of them (python-3.11.md). Read
+results.md first: it has all Pythons side by side. The charts show the newest Python. The documentation includes tables
+from results.md, and finds them by their headings.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from native import HERE
 from tables import table
 
 METHOD = f"""\
-µs are those of the server's CPU time for each datagram, user and system, on a core of its own; the load has another.
-Ratios are those of CPU times in the same round, so that a machine whose speed drifts changes both. Figures are medians
-of all rounds, with the least and the most behind them. Payloads have 64 bytes where nothing else is said. *Lost* is
-what was not answered within five seconds, and *disordered* what overtook an earlier datagram of its client, in all
-rounds together, warming up included. Where ratios have no other name they are to {REFERENCE}."""
+Times in µs are the server's CPU time for each datagram, user and system. The server has a core of its own, and the load
+has another. Ratios compare CPU times of the same round, because the speed of a machine drifts; unless the table says
+otherwise, they are ratios to {REFERENCE}. Figures are medians of all rounds, followed by the minimum and the maximum in
+brackets. Payloads have 64 bytes, unless the table says otherwise. *Lost* datagrams were not answered within five
+seconds; datagrams *out of order* overtook an earlier one of their client. Both are totals of all rounds, including the
+warm-up."""
 
 
 def write(kept: dict[str, Any], folder: Path) -> str:
@@ -58,7 +59,7 @@ def _write(file: Path, sections: Iterable[str]) -> str:
 def _of_all(everything: list[Results], drawn: list[str]) -> Iterable[str]:
     yield "# Benchmark results"
     if any(results.kept["quick"] for results in everything):
-        yield "**From a quick run: it shows that everything runs. The figures mean little.**"
+        yield "**From a quick run, which only shows that everything works. The figures mean little.**"
     yield METHOD
     yield table(
         ["Python", "all tables", "trio", "uvloop", "date", "rounds", "minutes", "machine"],
@@ -78,7 +79,7 @@ def _of_all(everything: list[Results], drawn: list[str]) -> Iterable[str]:
     yield from glance(everything)
     yield "## What is compared, and what is not"
     yield (HERE / "compared.md").read_text().strip()
-    yield "## What the documentation says, and what was measured"
+    yield "## Claims in the documentation, and the measured figures"
     yield claims.table_of(everything[0])
 
 
@@ -99,7 +100,7 @@ def _of_one_python(results: Results) -> Iterable[str]:
             ["versions", versions],
             ["left out", left_out],
             ["failed", failures],
-            ["rounds", f"{kept['rounds']}, of {kept['seconds']} seconds for each server"],
+            ["rounds", f"{kept['rounds']}, each with {kept['seconds']} seconds for each server"],
         ],
     )
     yield METHOD
@@ -131,11 +132,11 @@ def _time_table(results: Results, shape: str) -> str:
     servers = results.servers(shape)
     reference = REFERENCE if REFERENCE in servers else servers[0]
     has_round_trips = results.titles[shape].endswith("round trip")
-    header = ["server", "µs", f"/ {reference}", "datagrams/s", "per CPU second", "lost", "disordered"]
+    header = ["server", "µs", f"/ {reference}", "datagrams/s", "per CPU second", "lost", "out of order"]
     if has_round_trips:
         header += ["round trip p50, µs", f"/ {reference}", "p99, µs"]
     if shape == "arrival":
-        header += ["longest wait for an answer, ms"]
+        header += ["longest round trip, ms"]
     rows = []
     for server in sorted(servers, key=lambda it: results.middle(shape, it) or 0):
         rounds = results.rounds(shape, server)
@@ -160,7 +161,7 @@ def _time_table(results: Results, shape: str) -> str:
 
 
 def _table_by_figure(results: Results, shape: str, figures: dict[str, tuple[str, float, int]]) -> str:
-    """A row for each figure, and in it a column for each server."""
+    """A row for each figure, and a column for each server."""
     servers = results.servers(shape)
     rows = [
         [title, *(_show(results.spread(shape, server, key), digits, factor) for server in servers)]

@@ -1,17 +1,17 @@
-"""Measure trio_udp and its peers under the same loads, and write the results down.
+"""Measure trio_udp and other servers under the same loads, and write the results to files.
 
     pip install -e '.[dtls]' --group benchmarks
     python benchmarks/run.py              # half an hour; writes benchmarks/results
-    python benchmarks/run.py --quick      # a minute or so, to see that everything runs; the figures mean little
+    python benchmarks/run.py --quick      # a few minutes; shows that everything works, the figures mean little
 
-Needs Linux and a C compiler. Peers, compilers and interpreters that are not installed are left out, and the results say
-so. Results are kept for each version of Python: run it with each that matters.
+Needs Linux and a C compiler. Servers whose library, compiler or interpreter is not installed are left out, and the
+results list them. Results are kept for each version of Python: run it once with each.
 
-The rounds are interleaved, and every server runs in a new process each time, so that a machine whose speed drifts slows
-all of them alike: compare the ratios within a round, not the absolute figures.
+The speed of a machine drifts. So the rounds are interleaved, every server runs in a new process each time, and ratios
+within a round mean more than absolute figures.
 
-What is measured is in shapes.py, one measurement in measure.py, the servers from servers.py on, the load in load.c,
-and report.py makes tables and charts of it all. crowds.py and dtls.py are parts that also run alone.
+shapes.py lists the measurements, measure.py makes one, servers.py starts the servers, load.c is the load, and report.py
+makes tables and charts. crowds.py and dtls.py also run alone.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def main() -> None:
     rounds: int = arguments.rounds or (1 if quick else 5)
     pace = QUICK if quick else FULL
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # by way of every finally
-    os.sched_setaffinity(0, {LOAD_CORE})  # to be out of the servers' way
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that every finally block runs
+    os.sched_setaffinity(0, {LOAD_CORE})  # so that the load does not slow the servers down
     contestants = plan(quick, arguments.only, arguments.servers)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +93,7 @@ def main() -> None:
 def measure(
     contestants: dict[str, list[Contestant]], rounds: int, pace: Pace, programs: Programs
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Measure round after round; return the runs, and the failures."""
+    """Measure round by round; return the runs and the failures."""
     runs: list[dict[str, Any]] = []
     failures: list[str] = []
     for number in range(rounds):
@@ -102,7 +102,7 @@ def measure(
             if number >= (shape.rounds or rounds):
                 continue
             order = [it for it in them if it.without is None or number < FEW_ROUNDS]
-            random.Random(number).shuffle(order)  # no server always follows the same other one
+            random.Random(number).shuffle(order)  # so that no server always follows the same one
             measured = {}
             for contestant in order:
                 try:
@@ -122,7 +122,7 @@ def measure(
 
 
 def what_is_missing(programs: Programs) -> dict[str, str]:
-    """Servers and shapes that cannot be measured here, and why."""
+    """Return the servers and shapes that cannot be measured here, each with the reason."""
     modules = NEEDS | {name: shape.needs for name, shape in SHAPES.items() if shape.needs}
     missing = {name: f"no module `{module}` here" for name, module in modules.items() if not find_spec(module)}
     return programs.left_out | missing

@@ -2,9 +2,8 @@
  *
  *     server echo|once|out|flight|in|fan [gso]    prints its port, then serves on it until it is killed
  *
- * traffic.py describes each mode. With "gso" the kernel segments a burst, as it does for trio_udp; without, each
- * datagram is a message of its own. The names in capitals that are not defined here are so on the compiler's command
- * line, as in traffic.py. */
+ * traffic.py describes each mode. With "gso", the kernel segments a burst, as for trio_udp; otherwise each datagram is a
+ * separate message. native.py defines the other names in capitals on the compiler's command line, from traffic.py. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <netinet/udp.h>
@@ -48,7 +47,7 @@ int main(int argc, char **argv) {
         struct cmsghdr header;
     } control = {.header = {.cmsg_len = CMSG_LEN(sizeof(uint16_t)), .cmsg_level = SOL_UDP, .cmsg_type = UDP_SEGMENT}};
     *(uint16_t *)CMSG_DATA(&control.header) = STREAM_SIZE;
-    int messages = 0; /* that a burst consists of */
+    int messages = 0; /* in a burst */
     for (int i = 0; i < burst; i++) {
         stream[i][0] = i;
         stream_iov[i] = (struct iovec){stream[i], STREAM_SIZE};

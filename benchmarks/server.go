@@ -1,8 +1,8 @@
-// What the others do, with Go's package net: one goroutine in a loop of ReadFromUDPAddrPort.
+// The server in Go, with the package net: one goroutine in a loop of ReadFromUDPAddrPort.
 //
 //	server echo|once|out|flight|in|fan    prints its port, then serves on it until it is killed
 //
-// See traffic.py for what it does, and for the names in capitals, which are in the environment.
+// traffic.py describes each mode. The names in capitals are environment variables, with the values of traffic.py.
 package main
 
 import (

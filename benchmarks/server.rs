@@ -1,8 +1,8 @@
-//! What the others do, with Rust's standard library: a blocking `UdpSocket` and one loop.
+//! The server in Rust, with its standard library: a blocking `UdpSocket` and one loop.
 //!
 //!     server echo|once|out|flight|in|fan    prints its port, then serves on it until it is killed
 //!
-//! See traffic.py for what it does, and for the names in capitals, which are in the environment.
+//! traffic.py describes each mode. The names in capitals are environment variables, with the values of traffic.py.
 
 use std::env;
 use std::net::{SocketAddr, UdpSocket};

@@ -1,9 +1,10 @@
-"""Every server of the benchmark that is written in Python, as a program: what runs in a process alone.
+"""The program that runs one of the servers in Python.
 
     python servers.py WHAT SERVER [TECHNIQUE]    prints its port, then serves on it until it is killed
 
-WHAT it does is in traffic.py, trio_udp's own servers are in ours.py, those of others in peers.py, and techniques.py
-switches one of our techniques off. server.c, server.rs, server.go and server.js do the same in other languages.
+traffic.py describes WHAT a server does. ours.py has the servers of trio_udp, and peers.py those of other libraries.
+techniques.py can switch off one of our techniques. server.c, server.rs, server.go and server.js are servers in other
+languages.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def main() -> None:
     signal.alarm(LONGEST_LIFE)
     what, server, *without = sys.argv[1:]
     if server.startswith("trio_udp"):
-        # Imported here: a peer's memory and start must not depend on what we import.
+        # Import here, so that our imports add nothing to the memory and start of other servers.
         import ours
         from techniques import TECHNIQUES
 

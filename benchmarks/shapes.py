@@ -1,4 +1,4 @@
-"""What is measured: the shapes of traffic, and which servers make sense in each."""
+"""The shapes of traffic that are measured, and the servers in each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from measure import Arrival, Contestant, Figures, IdleMemory, Load, MeasurementF
 from native import HERE, Programs
 from techniques import TECHNIQUES
 
-# What each language and each loop can do at best, then ours, then what a user in Python would pick instead.
+# The best that each language can do, then trio_udp, then the alternatives for users of Python.
 LANGUAGES = ["C", "Rust", "Go", "Node"]
 OURS = ["trio_udp", "trio_udp datagram_handler"]
 # Settings that cost something, each of which is compared with the same handler without it.
@@ -28,7 +28,7 @@ SETTINGS = [
 ]
 PYTHONS = ["uvloop", "asyncio", "asyncio keeping memory", "easynetwork", "anyio", "trio", "socketserver", "blocking"]
 ECHOING = [*LANGUAGES, *OURS, *SETTINGS, "trio_udp portable", "trio_udp request_handler", *PYTHONS]
-# Where the slow peers would only tell again what 64x4 has told.
+# For shapes in which the slow servers would only repeat the result of 64x4.
 QUICK_ONES = [*LANGUAGES, *OURS, *SETTINGS, "uvloop", "asyncio keeping memory", "blocking"]
 CROWD = ["C", *OURS, "uvloop", "asyncio keeping memory", "easynetwork"]
 STREAMING = [*LANGUAGES, "C with GSO", "trio_udp", "trio_udp portable"]
@@ -41,7 +41,7 @@ SERVERS = list(dict.fromkeys([*native.NATIVE, *ours.SERVERS, *peers.SERVERS, *wo
 PACKAGES = ["trio-udp", "trio", "uvloop", "easynetwork", "anyio", "pyOpenSSL"]
 NEEDS = {"uvloop": "uvloop", "easynetwork": "easynetwork", "anyio": "anyio"}  # which module, by server
 
-FEW_ROUNDS = 3  # for what takes long, or is about a technique or setting of our own
+FEW_ROUNDS = 3  # for shapes that take long, and for techniques and settings of trio_udp
 
 
 class Measurement(Protocol):
@@ -49,12 +49,12 @@ class Measurement(Protocol):
 
 
 class Dtls(NamedTuple):
-    """dtls.py, which is a program of its own: its load speaks DTLS, and is written in Python."""
+    """Runs dtls.py, a separate program, because its load speaks DTLS and is written in Python."""
 
     def measure(self, programs: Programs, contestant: Contestant, pace: Pace) -> Figures:
         command = [sys.executable, str(HERE / "dtls.py"), "--json", "--server", contestant.server]
         done = subprocess.run(
-            [*command, "--scale", str(pace.scale / 2)],  # it takes long enough
+            [*command, "--scale", str(pace.scale / 2)],  # at full scale it would take too long
             stdout=subprocess.PIPE,
             text=True,
             timeout=200,
@@ -70,9 +70,9 @@ class Shape(NamedTuple):
     title: str
     measurement: Measurement
     servers: list[str]
-    without: Collection[str] = ()  # techniques of trio_udp that it is measured without, too
-    rounds: int | None = None  # as many as are asked for
-    needs: str | None = None  # a module
+    without: Collection[str] = ()  # techniques: trio_udp is also measured without each
+    rounds: int | None = None  # None: as many as requested
+    needs: str | None = None  # a module that must be installed
 
 
 def _growth(clients: int) -> Shape:
@@ -125,13 +125,13 @@ SHAPES = {
     "10k": Shape("10,000 live clients, 256 datagrams in flight", Load("echo", 10_000, 256), CROWD),
     "100k": Shape("100,000 live clients, 256 datagrams in flight", Load("echo", 100_000, 256), CROWD),
     "arrival": Shape(
-        "100,000 new clients at once, as they see it",
+        "100,000 new clients at once, measured by the clients",
         Arrival(100_000, 256),
         [*LANGUAGES, *OURS, "trio_udp gc.set_threshold", "uvloop", "asyncio keeping memory", "easynetwork"],
         rounds=FEW_ROUNDS,
     ),
     "crowd": Shape(
-        "100,000 clients: they come at once, expire at once, come again, and stop() ends them",
+        "100,000 clients: all arrive at once, expire at once, arrive again, and stop() ends them",
         crowds.Crowd(100_000),
         [*crowds.SERVERS],
         rounds=FEW_ROUNDS,
@@ -145,13 +145,13 @@ SHAPES = {
         "Workers on all cores, about 50 µs of work for each datagram, 256 in flight", workers.WORK, TWO_WORKERS
     ),
     "workers-idle": Shape(
-        "A supervisor and its workers while nothing happens", workers.IdleWorkers(5), ["4 workers"], rounds=FEW_ROUNDS
+        "A supervisor and its idle workers", workers.IdleWorkers(5), ["4 workers"], rounds=FEW_ROUNDS
     ),
     "dtls": Shape("DTLS, ECDSA P-256", Dtls(), ["trio_udp", "trio"], rounds=FEW_ROUNDS, needs="OpenSSL"),
     **{f"growth-{clients}": _growth(clients) for clients in (1, 10, 100, 1_000, 10_000, 100_000)},
 }
 
-# A quick run is there to see that everything runs: every server once, and every shape, where it does not take long.
+# A quick run shows that everything works: every server once, and every shape that does not take long.
 QUICK_SHAPE = "64x4"  # with all servers and without each technique
 QUICK_SERVERS = [
     *("C", "C with GSO", "uvloop"),
@@ -162,7 +162,7 @@ QUICK_SERVERS = [
 
 
 def plan(quick: bool, only: list[str] | None, servers: list[str] | None) -> dict[str, list[Contestant]]:
-    """Who takes part in each shape."""
+    """Return the contestants of each shape."""
     contestants = {}
     for name, shape in SHAPES.items():
         if only and name not in only:

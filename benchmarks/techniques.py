@@ -1,7 +1,7 @@
-"""The techniques that make trio_udp fast, each a function that switches one off in the process that calls it.
+"""The techniques that make trio_udp fast: for each, a function that switches it off in this process.
 
-To add one: a function that patches the package, and its name in ``TECHNIQUES``. It runs before anything is served, in
-the process of that server alone. The results show what each is worth.
+To add one, write a function that patches the package, and add it to ``TECHNIQUES``. It runs before the server starts,
+and only in the process of that server. The results show the gain of each technique.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def decode_every_address() -> None:
 def look_for_cancellation_by_coroutine() -> None:
     from trio_udp import _channel, _inbox
 
-    # "Perhaps" each time, so that Trio's own checkpoint_if_cancelled() is asked.
+    # Always true, so that each call goes on to Trio's own checkpoint_if_cancelled().
     _channel.is_cancelled = _inbox.is_cancelled = lambda: True  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""The traffic of the benchmark: what each server does, and the sizes that all servers and the load agree on.
+"""The traffic of the benchmark: what a server does, and the sizes that all servers and the load share.
 
 A server does one of these things:
 
@@ -12,7 +12,7 @@ A server does one of these things:
     fan       echoes a client's first datagram if it begins with JOIN, and counts the client as a member; sends every
               other datagram to all members
 
-This module imports nothing that not every server needs: what is measured is also memory.
+This module imports only what every server needs, because the memory of servers is measured too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IN_BURST = 32
 ACKNOWLEDGEMENT = 8  # bytes
 JOIN = b"j"
 
-# Every server gets the same receive buffer. By default it would be just too small for 256 datagrams in flight.
+# Every server gets the same receive buffer. The default is slightly too small for 256 datagrams in flight.
 RECEIVE_BUFFER = 1 << 20
 
 # Seconds after which a server ends by itself.
@@ -35,7 +35,7 @@ LONGEST_LIFE = 900
 
 
 def burst(what: str) -> list[bytes]:
-    """The datagrams that answer one datagram, if that is what the server does; each begins with its number."""
+    """Return the datagrams of a burst, each with its number first; none if the server sends no bursts."""
     length = {"out": OUT_BURST, "flight": FLIGHT}.get(what, 0)
     return [bytes([number]) + bytes(STREAM_SIZE - 1) for number in range(length)]
 

@@ -1,4 +1,4 @@
-"""Handlers for the command line, ``trio-udp --workers 2 work.py:work``: what one worker and two are compared with."""
+"""Handlers for the measurements of workers, which run ``trio-udp --workers 2 work.py:work``."""
 
 import hashlib
 

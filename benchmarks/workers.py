@@ -1,4 +1,4 @@
-"""Workers of the command line, as many as are asked for: what a datagram costs all of their processes together."""
+"""Measure the workers of the command line: the cost of a datagram in all of their processes together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Workers(NamedTuple):
 
 
 class IdleWorkers(NamedTuple):
-    """The supervisor and its workers while nothing happens."""
+    """The supervisor and its workers without traffic."""
 
     seconds: float
 
@@ -46,17 +46,17 @@ class IdleWorkers(NamedTuple):
 
 ALL_CORES = frozenset(os.sched_getaffinity(0))
 
-# An echo is so cheap that a load on the second core of two cannot keep two workers busy on one each. So they share a
-# core, and what is compared is the CPU time of an echo.
+# An echo is so cheap that the load cannot keep two workers busy on a core each. So they share a core, and the figure is
+# the CPU time of an echo.
 ECHO = Workers("echo", Load("echo", 256, 256), frozenset({SERVER_CORE}))
 LIGHT = ECHO._replace(load=Load("echo", 256, 16))
-# With some work for each datagram the load is small beside it, and the two workers have all cores.
+# With some work for each datagram, the load is small in comparison, and the workers have all cores.
 WORK = Workers("work", Load("echo", 256, 256), ALL_CORES)
 
 
 @contextmanager
 def _serving(workers: int, handler: str, cores: frozenset[int]) -> Iterator[tuple[str, list[int]]]:
-    """Start the command line; give its port, and its processes once all of them are there."""
+    """Start the command line; yield its port and its processes once all of them run."""
     options = ["--workers", str(workers), "--host", "127.0.0.1", "--port", "0", "--drain", "1"]
     options += ["--receive-buffer", str(RECEIVE_BUFFER), "--app-dir", str(HERE)]
     command = [sys.executable, "-m", "trio_udp", *options, f"work:{handler}"]
@@ -81,11 +81,11 @@ def _serving(workers: int, handler: str, cores: frozenset[int]) -> Iterator[tupl
 
 
 def _children(pid: int) -> list[int]:
-    """Child processes, whichever thread has started them: proc(5)."""
+    """Return child processes, regardless of the thread that started them: proc(5)."""
     return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
 
 
 def _cpu_seconds(pids: list[int]) -> float:
-    """User and system time of processes, in steps of the kernel's tick: proc(5)."""
+    """Return the user and system time of processes, in steps of the kernel's tick: proc(5)."""
     fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
     return sum(int(of_one[11]) + int(of_one[12]) for of_one in fields) / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""Players that are programs, for game_server.py: each runs for the nearest coin. Pilot is all that a client has to do.
+"""Bots for game_server.py: each runs for the nearest coin. ``Pilot`` shows everything that a client has to do.
 
 python examples/game_bots.py 127.0.0.1 9999 --bots 5 --room tea --seconds 60
 """
@@ -70,7 +70,7 @@ class View:
 
 
 def run_for_coins(view: View, me: Dot) -> tuple[int, int]:
-    """Run straight to the nearest coin; leave those to others that they are nearer to."""
+    """Run straight to the nearest coin, but leave coins to players that are nearer to them."""
 
     def distance(coin: tuple[int, int], dot: Dot = me) -> float:
         return math.dist(coin, (dot.x, dot.y))
@@ -83,16 +83,16 @@ def run_for_coins(view: View, me: Dot) -> tuple[int, int]:
 
 @attrs.define(eq=False)
 class Pilot:
-    """The other end of a game: joins, joins again if the server asks, and steers by the newest snapshot.
+    """The client's end of a game: joins, joins again if the server asks, and steers by the newest snapshot.
 
     Attributes:
-      connection: To the server. Assign another one before the next :meth:`play`, and the same player goes on.
-      decide: Returns the direction, from a view and our dot in it.
-      key: Who we are.
-      room_number, number: Of our room and our dot, once we are welcome.
+      connection: To the server. To continue as the same player, assign another one and call :meth:`play` again.
+      decide: Returns the direction, given a view and our dot in it.
+      key: Identifies our player.
+      room_number, number: The numbers of our room and our dot, once the server has welcomed us.
       view: The newest snapshot.
-      shown, stale: Snapshots that were newer than all before, and that were not.
-      goodbye: Why the server has ended it.
+      shown, stale: The number of snapshots that were newer than all earlier ones, and of those that were not.
+      goodbye: Why the server ended the game.
     """
 
     connection: trio_udp.Connection
@@ -110,7 +110,7 @@ class Pilot:
     goodbye: str | None = None
 
     async def play(self) -> None:
-        """Play until the server says goodbye. Cancelled, the player falls silent; it may :meth:`leave` before."""
+        """Play until the server says goodbye. If this is cancelled, the player falls silent; :meth:`leave` says so."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.steer)
             async for payload in self.connection:
@@ -130,7 +130,7 @@ class Pilot:
             await trio.sleep(PERIOD)
 
     async def take(self, payload: bytes) -> None:
-        """Take a message of the server's; others are none of ours."""
+        """Handle a message from the server. Ignore messages for other players."""
         kind = payload[:1]
         if kind == CHALLENGE and trio.current_time() >= self.joined_at + PERIOD / 2:
             self.joined_at = trio.current_time()

@@ -1,12 +1,12 @@
-"""The game of game_server.py for browsers too: over UDP and over WebTransport, in the same rooms at once.
+"""The game of game_server.py, for browsers too: over UDP and WebTransport at once, in the same rooms.
 
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 10 -subj /CN=localhost \\
         -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout key.pem -out cert.pem
     python examples/game_web.py --cert cert.pem --key key.pem   (then open the address that it prints in a browser)
-    python examples/game_bots.py 127.0.0.1 --bots 5             (in another terminal: somebody to play with)
+    python examples/game_bots.py 127.0.0.1 --bots 5             (in another terminal: bots to play with)
 
-The page is served over HTTP/3, which needs a certificate that the browser trusts. Without one, the page can be opened
-as a file: it trusts the certificate whose hash is in the address, if that is for less than two weeks.
+The page is served over HTTP/3, which needs a certificate that the browser trusts. Without one, open the page as a file:
+it trusts the certificate whose hash is in its address, if the certificate is valid for less than two weeks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PAGE = Path(__file__).with_name("game_page.html")
 
 @attrs.define(eq=False)
 class Session:
-    """What the game needs of a client, of a WebTransport session. Its address has been proved by QUIC."""
+    """A WebTransport session, with the interface of a client that the game uses. QUIC has verified its address."""
 
     stream: Stream
     server: Sessions
@@ -95,10 +95,10 @@ async def application(game: Game, sessions: Sessions, stream: Stream) -> None:
             await stream.send(PAGE.read_bytes())
         case "session", "/game":
             await stream.respond(200)
-            with suppress(trio.ClosedResourceError):  # the player plays on in another session
+            with suppress(trio.ClosedResourceError):  # the player continues in another session
                 await game.handler(Session(stream, sessions))
-            # A browser ends the session when it has read our goodbye. Then it forgets the connection, which was for
-            # this session alone, without a word; and so do we, rather than try to reach it.
+            # A browser ends the session when it has read our goodbye. Then it drops the connection, which was only for
+            # this session, without closing it. So close it here, rather than wait for the browser.
             with trio.move_on_after(1):
                 while not stream.ended:
                     await stream.arrived.park()
@@ -108,7 +108,7 @@ async def application(game: Game, sessions: Sessions, stream: Stream) -> None:
 
 
 def sha256(certificate: str) -> str:
-    """Return the hash by which a page may trust a certificate."""
+    """Return the hash of a certificate, by which a page can trust it."""
     first, _, _ = Path(certificate).read_text().partition(ssl.PEM_FOOTER)
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(first + ssl.PEM_FOOTER)).hexdigest()
 

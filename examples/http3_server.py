@@ -1,12 +1,12 @@
-"""An HTTP/3 server (RFC 9114) with WebTransport; quic_connections.py has the QUIC of it.
+"""An HTTP/3 server (RFC 9114) with WebTransport, on the QUIC connections of quic_connections.py.
 
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 10 -subj /CN=localhost \\
         -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout key.pem -out cert.pem
     python examples/http3_server.py --cert cert.pem --key key.pem 4433
     gtlsclient --change-local-addr=1s --quiet 127.0.0.1 4433 https://localhost/bytes/100000000
 
-``application``, at the end, is called for each request, each WebTransport session, and each stream of such a session.
-When the server stops, a GOAWAY tells clients to send no more requests, and what has begun is finished.
+``application``, near the end, is called for each request, each WebTransport session, and each stream of a session. When
+the server stops, a GOAWAY tells clients to send no more requests, and requests that have begun are answered.
 """
 
 import argparse
@@ -32,8 +32,8 @@ import trio_udp
 
 PAGE = Path(__file__).with_name("http3_page.html")
 IDLE_TIMEOUT = 30.0  # seconds of silence that end a connection
-UNREAD = 1_000  # pieces of a stream that wait for the application; aioquic cannot make the peer wait
-UNSENT, MOST_DATAGRAM = 256, 1_100  # datagrams of a connection that wait; bytes in one
+MAX_UNREAD = 1_000  # pieces of a stream that wait for the application; aioquic cannot make the peer wait
+MAX_UNSENT, MAX_DATAGRAM = 256, 1_100  # datagrams of a connection that wait to be sent; bytes of one
 
 Application = Callable[["Stream"], Awaitable[object]]
 Kind = Literal["request", "session", "stream"]
@@ -41,17 +41,20 @@ Kind = Literal["request", "session", "stream"]
 
 @attrs.define(eq=False)
 class Stream(trio.abc.Channel[bytes]):
-    """A ``"request"``: its body comes in; that of the answer goes out, after ``respond``.
+    """A channel for one call of the application. Its ``kind`` says what it carries:
 
-    Or a WebTransport ``"session"``, once ``respond`` has accepted it: its datagrams, which may get lost. Or a
-    ``"stream"`` of a session: bytes, in pieces of any size. Our side ends when the application returns, or the server
-    stops; when the peer gives up the application is cancelled.
+    - ``"request"``: receives the request's body; sends the body of the answer, after ``respond``.
+    - ``"session"``: the datagrams of a WebTransport session, after ``respond`` has accepted it. They may get lost.
+    - ``"stream"``: the bytes of a stream of a session, in pieces of any size.
+
+    When the application returns, our side of the stream ends. When the server stops, ``receive`` raises
+    ``EndOfChannel``, except in requests. If the peer resets the stream, the application is cancelled.
     """
 
     connection: "HTTP3"
     number: int
     kind: Kind
-    headers: dict[bytes, bytes]  # of the request, or of the session
+    headers: dict[bytes, bytes]  # of the request that began it, or began its session
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     incoming: deque[bytes] = attrs.field(factory=deque)
     arrived: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
@@ -63,7 +66,7 @@ class Stream(trio.abc.Channel[bytes]):
 
     def put(self, piece: bytes, ended: bool) -> None:
         self.ended |= ended
-        if piece and len(self.incoming) < UNREAD:
+        if piece and len(self.incoming) < MAX_UNREAD:
             self.incoming.append(piece)
         elif piece and self.kind != "session":
             self.scope.cancel()
@@ -85,10 +88,10 @@ class Stream(trio.abc.Channel[bytes]):
     async def send(self, value: bytes) -> None:
         if self.kind != "session":
             return await self.write(value)
-        if len(value) > MOST_DATAGRAM:
-            raise ValueError(f"a datagram has at most {MOST_DATAGRAM} bytes, not {len(value)}")
+        if len(value) > MAX_DATAGRAM:
+            raise ValueError(f"a datagram has at most {MAX_DATAGRAM} bytes, not {len(value)}")
         await trio.lowlevel.checkpoint_if_cancelled()
-        if len(self.connection.quic._datagrams_pending) < UNSENT:  # or it is lost
+        if len(self.connection.quic._datagrams_pending) < MAX_UNSENT:  # otherwise it is dropped
             self.connection.h3.send_datagram(self.number, value)
             self.connection.pause.cancel()
 
@@ -137,11 +140,11 @@ class HTTP3(Connection):
             case DatagramReceived(stream_id=number, data=data) if number in self.streams:
                 self.streams[number].put(data, False)
             case WebTransportStreamDataReceived(session_id=session, stream_id=number, data=data, stream_ended=ended):
-                if session in self.streams and number % 4 == 0:  # one-way streams are ignored
+                if session in self.streams and number % 4 == 0:  # unidirectional streams are ignored
                     self.put(number, "stream", self.streams[session].headers, data, ended)
 
     def put(self, number: int, kind: Kind, headers: dict[bytes, bytes], data: bytes, ended: bool) -> None:
-        """Hand something to a stream; if it is new, run the application for it."""
+        """Put data into a stream. If the stream is new, run the application for it."""
         if number not in self.streams:
             if self.server.stopping.is_set() and number >= self.next_request:
                 return self.quic.reset_stream(number, ErrorCode.H3_REQUEST_REJECTED)
@@ -151,14 +154,14 @@ class HTTP3(Connection):
         self.streams[number].put(data, ended)
 
     async def answer(self, stream: Stream) -> None:
-        """Run the application for a stream, and wait until the peer has all of the answer."""
+        """Run the application for a stream, and wait until the peer has acknowledged all of the answer."""
         try:
             with stream.scope:
                 with suppress(trio.EndOfChannel):
                     await self.application(stream)
                 await stream.aclose()
         except Exception:
-            logging.exception("the application has failed on %r", stream.path)
+            logging.exception("the application failed on %r", stream.path)
             stream.scope.cancel()
         if stream.scope.cancel_called:
             self.quic.reset_stream(stream.number, ErrorCode.H3_REQUEST_CANCELLED)
@@ -178,13 +181,13 @@ class HTTP3(Connection):
             self.pause.cancel()
             for stream in self.streams.values():
                 stream.arrived.unpark_all()
-            while self.streams or self.on_the_way():
+            while self.streams or self.unacknowledged():
                 await self.progress.park()
         self.close(ErrorCode.H3_NO_ERROR)
 
 
 async def application(stream: Stream) -> None:
-    """Answer some requests; echo datagrams and streams of WebTransport."""
+    """Answer some requests; echo the datagrams and streams of WebTransport sessions."""
     match stream.kind, stream.headers[b":method"], stream.path.split("/")[1:]:
         case "request", b"GET", [""]:
             await stream.respond(200, (b"content-type", b"text/html"))
@@ -219,7 +222,7 @@ async def serve_http3(
     *,
     task_status: trio.TaskStatus[trio_udp.Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve HTTP/3 with an application; ``serve_udp`` is a ``partial`` of ``trio_udp.serve``, with a port."""
+    """Serve HTTP/3 with an application. ``serve_udp`` is a ``partial`` of ``trio_udp.serve`` that has a port."""
     configuration = QuicConfiguration(
         alpn_protocols=H3_ALPN, is_client=False, idle_timeout=IDLE_TIMEOUT, max_datagram_frame_size=65_536
     )

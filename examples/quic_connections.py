@@ -1,11 +1,13 @@
 """QUIC connections on a trio_udp server: aioquic's state machine without its network code.
 
-A QUIC connection is not an address: its packets name it by an ID, and its address may change. So the handler of an
-address only hands packets to the connections that they name, and each connection has a task of its own, which keeps
-the time and sends. Strangers prove their address before anything is kept of them: ``accept`` answers with a Retry.
+A QUIC connection is not an address: its packets name it by an ID, and its address may change. So a client's handler
+only passes packets to the connections that they name. Each connection has a task of its own for timers and for sending.
+Strangers prove their address before the server stores anything about them: ``accept`` answers with a Retry.
 
-This is no program: http3_server.py says what the connections are for. Left out: 0-RTT, stateless resets, several
-workers (a connection could change its address to one that another worker receives from).
+This module is not a program: http3_server.py runs HTTP/3 on these connections. Left out: 0-RTT, stateless resets,
+several workers (the new address of a connection could belong to another worker).
+
+In QUIC, one datagram may contain several packets. Here, a *packet* is the payload of a datagram.
 """
 
 import logging
@@ -36,22 +38,22 @@ from aioquic.quic.retry import QuicRetryTokenHandler
 
 import trio_udp
 
-MOST_CONNECTIONS, MOST_AT_ONE_ADDRESS = 1_000, 8
-PATHS, PATH_TIME = 4, 1.0  # addresses of a connection; seconds until one that is not in use makes room for another
-ON_THE_WAY = 1_000_000  # bytes of a connection that the peer may not have yet; with more, senders wait
-DRAIN_TIMEOUT = 10.0  # seconds for what is under way when the server stops
-LATE = 1e-6  # seconds after the time that aioquic gives: it rounds, and then finds that nothing is due yet
+MAX_CONNECTIONS, MAX_CONNECTIONS_PER_ADDRESS = 1_000, 8
+MAX_PATHS, PATH_TIME = 4, 1.0  # addresses of a connection; seconds until an unused one may be replaced
+MAX_UNACKNOWLEDGED = 1_000_000  # bytes of a connection; beyond it, senders wait
+DRAIN_TIMEOUT = 10.0  # seconds for connections to end when the server stops
+LATE = 1e-6  # seconds added to aioquic's timer: it rounds, and exactly at that time nothing would be due yet
 
 
 @attrs.define(eq=False)
 class Connection:
-    """A connection: gives packets and the time to aioquic, and sends what aioquic wants to be sent.
+    """A connection: passes packets and timers to aioquic, and sends the packets that aioquic makes.
 
     Attributes:
-      nursery: For tasks of the connection; cancelled when it ends.
-      paths: Since when it has each of its addresses, and the client there; ``None`` if only ``accept`` has seen it.
-      pause: What its own task waits in; cancelled when there is something to do.
-      progress: Where other tasks wait until something has been sent or acknowledged, and there is room for more.
+      nursery: For the tasks of the connection; cancelled when it ends.
+      paths: For each of its addresses, the time it was added, and the client: ``None`` until a handler has a packet.
+      pause: The scope in which the connection's task waits. Its deadline is the timer; cancel it to send at once.
+      progress: Other tasks wait here until data has been sent or acknowledged, and there is room for more.
     """
 
     quic: QuicConnection
@@ -63,13 +65,13 @@ class Connection:
     closed: bool = False
 
     def take_event(self, event: QuicEvent) -> None:
-        """Take what the peer does; for subclasses."""
+        """Handle an event from aioquic. Subclasses override this."""
 
     async def go_away(self) -> None:
-        """Take on nothing new, and close as soon as all is done; for subclasses."""
+        """Refuse new work, and close once all other work is done. Subclasses override this."""
         self.close()
 
-    async def go_away_in_the_end(self) -> None:
+    async def go_away_when_stopping(self) -> None:
         await self.server.stopping.wait()
         await self.go_away()
 
@@ -79,11 +81,11 @@ class Connection:
         self.pause.cancel()
 
     def has_path(self, address: trio_udp.Address) -> bool:
-        """Say whether packets may come from an address: one of the few that are known, or perhaps one more."""
+        """Return whether the connection accepts packets from an address. Add a new address if there is room."""
         if address in self.paths:
             return True
         now = trio.current_time()
-        if len(self.paths) == PATHS:  # one packet can be replayed from thousands of addresses
+        if len(self.paths) == MAX_PATHS:  # an attacker can replay one packet from thousands of addresses
             unused = next(other for other in self.paths if other != self.quic.get_peer_address())
             since, client = self.paths[unused]
             if now < since + PATH_TIME:
@@ -95,7 +97,7 @@ class Connection:
         return True
 
     def take(self, packet: bytes, address: trio_udp.Address, client: trio_udp.Client) -> None:
-        """Take a packet from an address that it has a path to; ``send`` is to follow."""
+        """Pass on a packet from one of the connection's addresses. The caller calls ``send`` afterwards."""
         self.paths[address] = self.paths[address][0], client
         self.quic.receive_datagram(packet, address, trio.current_time())
         self.take_events()
@@ -110,10 +112,10 @@ class Connection:
                 self.take_event(event)
 
     async def run(self) -> None:
-        """Do what is due, until the connection is over."""
+        """Handle timers and send, until the connection is over."""
         try:
             async with trio.open_nursery() as self.nursery:
-                self.nursery.start_soon(self.go_away_in_the_end)
+                self.nursery.start_soon(self.go_away_when_stopping)
                 while not self.closed:
                     with self.pause:
                         await trio.sleep_forever()
@@ -126,7 +128,7 @@ class Connection:
                     await self.send()
                 self.nursery.cancel_scope.cancel()
         except Exception:
-            logging.exception("a connection has failed")
+            logging.exception("a connection failed")
         finally:
             if self.quic.get_peer_address() is not None:
                 self.quic.close()
@@ -135,7 +137,7 @@ class Connection:
             self.server.forget(self)
 
     async def send(self) -> None:
-        """Send what is due now, and set the time for the next."""
+        """Send the packets that are due, and set the timer for the next ones."""
         datagrams = self.quic.datagrams_to_send(trio.current_time())
         for address, group in groupby(datagrams, key=itemgetter(1)):
             client = self.paths.get(address, (0.0, None))[1]
@@ -144,21 +146,21 @@ class Connection:
                     await client.send_many([packet for packet, _ in group])
         due = self.quic.get_timer()
         self.pause.deadline = trio.current_time() if due is None else due + LATE
-        if self.on_the_way() <= ON_THE_WAY:
+        if self.unacknowledged() <= MAX_UNACKNOWLEDGED:
             self.progress.unpark_all()
 
-    def on_the_way(self) -> int:
-        """Count the bytes that the peer has not acknowledged; aioquic has no public name for them."""
+    def unacknowledged(self) -> int:
+        """Return how many bytes the peer has not acknowledged yet. aioquic has no public name for this."""
         return sum(len(stream.sender._buffer) for stream in self.quic._streams.values())
 
     async def wait_for_room(self) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
-        while self.on_the_way() > ON_THE_WAY:
+        while self.unacknowledged() > MAX_UNACKNOWLEDGED:
             await self.progress.park()
 
 
 def refusal(version: int, source: bytes, destination: bytes, error: QuicErrorCode) -> bytes:
-    """Return a packet that closes a connection before it has begun."""
+    """Return a packet that refuses a connection before it begins."""
     crypto = CryptoPair()
     crypto.setup_initial(source, is_client=False, version=version)
     builder = QuicPacketBuilder(
@@ -166,14 +168,14 @@ def refusal(version: int, source: bytes, destination: bytes, error: QuicErrorCod
     )
     builder.start_packet(QuicPacketType.INITIAL, crypto)
     frame = builder.start_frame(QuicFrameType.TRANSPORT_CLOSE, capacity=TRANSPORT_CLOSE_FRAME_CAPACITY)
-    for number in (error, QuicFrameType.PADDING, 0):  # of which frame; bytes of the reason
+    for number in (error, QuicFrameType.PADDING, 0):  # error code; no frame caused it; length of the reason
         frame.push_uint_var(number)
     return builder.flush()[0][0]
 
 
 @attrs.define(eq=False)
 class QuicServer:
-    """All connections, by each ID that packets may name them with."""
+    """All connections, by each ID that their packets may have."""
 
     configuration: QuicConfiguration
     make: Callable[[QuicConnection, "QuicServer"], Connection]
@@ -187,9 +189,9 @@ class QuicServer:
         return found if isinstance(found, bytes) else found is not None
 
     async def handler(self, client: trio_udp.Client) -> None:
-        """Hand what comes from one address to the connections that it is for."""
+        """Pass each packet from one address to the connection that it names."""
         address = client.peer_address
-        with client.transaction():  # while the server stops connections end in their own way
+        with client.transaction():  # so that connections can still receive during a drain
             while True:
                 connections = set()
                 for packet in await client.receive_many():
@@ -203,10 +205,10 @@ class QuicServer:
                     await connection.send()
 
     def find(self, packet: bytes, address: trio_udp.Address) -> Connection | bytes | None:
-        """Return the connection that a packet is for, or begin it; or else what to answer, if anything."""
+        """Return the connection that a packet names, or a new one, or a packet to answer with, or ``None``."""
         if packet[:1] < b"\x80":
             destination, source = packet[1:9], b""
-        else:  # in any version of QUIC (RFC 8999)
+        else:  # a long header, the same in all versions of QUIC (RFC 8999)
             end = 6 + int.from_bytes(packet[5:6], "big")
             length = int.from_bytes(packet[end : end + 1], "big")
             destination, source = packet[6:end], packet[end + 1 : end + 1 + length]
@@ -223,25 +225,25 @@ class QuicServer:
             return None
         if header.packet_type is not QuicPacketType.INITIAL:
             return None
-        if self.stopping.is_set() or len(self.nursery.child_tasks) >= MOST_CONNECTIONS:
+        if self.stopping.is_set() or len(self.nursery.child_tasks) >= MAX_CONNECTIONS:
             return refusal(version, destination, source, QuicErrorCode.CONNECTION_REFUSED)
         now = trio.current_time()
         if not header.token:
-            name = os.urandom(8)
+            new_id = os.urandom(8)
             token = self.tokens.create_token(
                 address=address,
                 original_destination_connection_id=destination,
-                retry_source_connection_id=name,
+                retry_source_connection_id=new_id,
                 now=now,
             )
-            return encode_quic_retry(version, name, source, destination, token)
+            return encode_quic_retry(version, new_id, source, destination, token)
         try:
             original = self.tokens.validate_token(
                 address=address, destination_cid=destination, token=header.token, now=now
             )
         except ValueError:
             return refusal(version, destination, source, QuicErrorCode.INVALID_TOKEN)
-        if sum(address in other.paths for other in set(self.by_id.values())) >= MOST_AT_ONE_ADDRESS:
+        if sum(address in other.paths for other in set(self.by_id.values())) >= MAX_CONNECTIONS_PER_ADDRESS:
             return refusal(version, destination, source, QuicErrorCode.CONNECTION_REFUSED)
         quic = QuicConnection(
             configuration=self.configuration,
@@ -250,13 +252,13 @@ class QuicServer:
         )
         connection = self.by_id[destination] = self.by_id[quic.host_cid] = self.make(quic, self)
         connection.has_path(address)
-        connection.pause.deadline = now + 1  # for its first packet: as yet only accept may have seen it
+        connection.pause.deadline = now + 1  # until its handler passes on the first packet: so far only accept saw it
         self.nursery.start_soon(connection.run)
         return connection
 
     def forget(self, connection: Connection) -> None:
-        for name in [name for name, other in self.by_id.items() if other is connection]:
-            del self.by_id[name]
+        for id_ in [id_ for id_, other in self.by_id.items() if other is connection]:
+            del self.by_id[id_]
         for _, client in connection.paths.values():
             if client is not None:
                 client.close()
@@ -269,11 +271,11 @@ async def serve(
     *,
     task_status: trio.TaskStatus[trio_udp.Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve, until the server is stopped and its connections have ended.
+    """Serve until the server is stopped and its connections have ended.
 
     Args:
-      make: Makes the object for a new connection.
-      configuration: Of QUIC; it has the certificate.
+      make: Called for each new connection; returns a :class:`Connection`.
+      configuration: The settings of QUIC, including the certificate.
       serve_udp: A ``partial`` of ``trio_udp.serve`` or ``trio_udp.serve_endpoints``, without handler and ``accept``.
     """
     async with trio.open_nursery() as nursery:
@@ -292,5 +294,5 @@ async def serve(
             await server.wait_stopping()
             quic.stopping.set()
             connections.cancel_scope.deadline = trio.current_time() + DRAIN_TIMEOUT
-        for client in list(server.clients):  # addresses without a connection
+        for client in list(server.clients):  # those of addresses that have no connection
             client.close()

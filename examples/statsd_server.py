@@ -29,11 +29,11 @@ from statsd_page import Page
 
 import trio_udp
 
-MOST_NAMES = 1_000  # metrics
-MOST_VALUES = 200_000  # lines of timers and sets in one interval: 20 MB
-MOST_SENDERS = 10_000  # addresses that are counted in one interval
-FORGET = 600.0  # seconds of silence after which a metric is forgotten
-LARGEST, SMALLEST_RATE = 1e15, 1e-6  # so no sum becomes infinite
+MAX_NAMES = 1_000  # metrics
+MAX_VALUES = 200_000  # lines of timers and sets in one interval: 20 MB
+MAX_SENDERS = 10_000  # addresses that are counted in one interval
+FORGET_AFTER = 600.0  # seconds of silence after which a metric is forgotten
+MAX_NUMBER, MIN_RATE = 1e15, 1e-6  # so that no sum becomes infinite
 
 HISTORY = 120.0  # seconds that a page shows
 GRACE = 1.0  # seconds for sending the last event after the server has stopped
@@ -45,7 +45,7 @@ NUMBER = re.compile(rb"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
 
 def number(text: bytes) -> float:
-    if NUMBER.fullmatch(text) is None or abs(value := float(text)) > LARGEST:
+    if NUMBER.fullmatch(text) is None or abs(value := float(text)) > MAX_NUMBER:
         raise ValueError(f"not a number: {text!r}")
     return value
 
@@ -60,10 +60,10 @@ class Metric:
     """The values of one name in the current interval. ``flush`` returns their figures and begins the next interval."""
 
     keeps_values: ClassVar[bool] = False
-    changed: float = 0.0  # by Trio's clock
+    changed: float = 0.0  # time of the last line, on Trio's clock
 
     def add(self, text: bytes, weight: float) -> None:
-        """Add a value that stands for ``weight`` values. Raises ``ValueError`` if it cannot be parsed."""
+        """Add a value that represents ``weight`` values. Raises ``ValueError`` if it cannot be parsed."""
         raise NotImplementedError
 
     def flush(self, seconds: float) -> dict[str, float]:
@@ -146,7 +146,7 @@ TYPES: dict[bytes, type[Metric]] = {
 
 @attrs.define(eq=False)
 class StatsD:
-    """All metrics, and the counts of lines: each line is in exactly one count."""
+    """All metrics, and the counts of lines. Each line is counted exactly once."""
 
     metrics: dict[tuple[type[Metric], str], Metric] = attrs.field(factory=dict)
     accepted: int = 0
@@ -159,7 +159,7 @@ class StatsD:
     now: float = attrs.field(kw_only=True)  # the end of the last interval, in seconds
 
     def handler(self, datagram: trio_udp.Datagram) -> None:
-        if len(self.senders) < MOST_SENDERS:
+        if len(self.senders) < MAX_SENDERS:
             self.senders.add(datagram.peer_address)
         for line in datagram.payload.splitlines():
             if line:
@@ -176,14 +176,14 @@ class StatsD:
             raise ValueError(f"not NAME:VALUE|TYPE: {line!r}")
         name, value, letters, rate, tags = found.groups()
         share = 1.0 if rate is None else number(rate)
-        if not SMALLEST_RATE <= share <= 1:
+        if not MIN_RATE <= share <= 1:
             raise ValueError(f"not a sample rate: {rate!r}")
         kind = TYPES[letters]
         key = (kind, name.decode() + ("" if tags is None else f" #{tags.decode()}"))
         metric = self.metrics.get(key)
-        if metric is None and len(self.metrics) >= MOST_NAMES:
+        if metric is None and len(self.metrics) >= MAX_NAMES:
             self.refused_names += 1
-        elif kind.keeps_values and self.values >= MOST_VALUES:
+        elif kind.keeps_values and self.values >= MAX_VALUES:
             self.refused_values += 1
         else:
             metric = metric or kind()
@@ -194,9 +194,9 @@ class StatsD:
             self.accepted += 1
 
     def flush(self, now: float) -> dict[str, object]:
-        """Return the figures of the interval that ends now, and forget metrics that have been silent for long."""
+        """Return the figures of the interval that ends now, and forget metrics that have been silent too long."""
         seconds, self.now = max(now - self.now, 1e-3), now
-        self.metrics = {key: metric for key, metric in self.metrics.items() if now - metric.changed < FORGET}
+        self.metrics = {key: metric for key, metric in self.metrics.items() if now - metric.changed < FORGET_AFTER}
         metrics: dict[str, dict[str, dict[str, float]]] = {kind.__name__.lower(): {} for kind in TYPES.values()}
         for (kind, name), metric in sorted(self.metrics.items(), key=lambda item: item[0][1]):
             metrics[kind.__name__.lower()][name] = metric.flush(seconds)
@@ -207,7 +207,7 @@ class StatsD:
             "refused_names": self.refused_names,
             "refused_values": self.refused_values,
         }
-        counts = {"names": len(self.metrics), "most_names": MOST_NAMES, "senders": len(self.senders)}
+        counts = {"names": len(self.metrics), "most_names": MAX_NAMES, "senders": len(self.senders)}
         self.values, self.senders = 0, set()
         return {"seconds": seconds, "metrics": metrics, "lines": lines, **counts}
 
@@ -226,7 +226,7 @@ async def main(host: str | None, port: int, page_host: str, page_port: int, inte
             endpoint.close()
         raise OSError(f"no page on port {page_port} of {page_host}: {error.strerror or error}") from error
     statsd, page = StatsD(now=trio.current_time()), Page.load(int(HISTORY / interval))
-    begun = int(time.time() * 1000)  # a new value tells the page that all counts began again
+    begun = int(time.time() * 1000)  # a new value tells the page that all counts have restarted
 
     def report(server: trio_udp.Server) -> None:
         statistics = server.statistics()
@@ -279,7 +279,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("port", nargs="?", type=port, default=8125)
     parser.add_argument("--host", default="127.0.0.1", help="name or address to bind (default: %(default)s)")
-    parser.add_argument("--page-host", default="127.0.0.1", help="the same for the page, which is for friends only")
+    parser.add_argument("--page-host", default="127.0.0.1", help="the same for the page, which has no access control")
     parser.add_argument("--page-port", type=port, default=8126, metavar="PORT")
     parser.add_argument("--interval", type=seconds, default=1.0, metavar="SECONDS", help="from 0.1 to 60 (default: 1)")
     arguments = parser.parse_args()

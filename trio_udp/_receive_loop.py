@@ -3,12 +3,12 @@
     kernel -> engine -> Reader -> receive_loop() -> known[route], or admission -> inbox -> handler task
     kernel <- engine <- Outbox <---------------------------------------------------------- client.send()
 
-One receive loop for each endpoint puts every datagram into the inbox of the client it belongs to. It does so from a
-hook in Trio's scheduler (:class:`EachPass`). A *route* (peer address and local address) identifies the client. A
-stranger goes through admission, which may start a handler task for it. The loop never waits for a client, and
-everything that grows is bounded by :class:`Limits`.
+One receive loop for each endpoint puts every datagram into the inbox of the client it belongs to. When datagrams
+arrive, a hook in Trio's scheduler (:class:`EachPass`) does this for the loop, just before the loop's task would run. A
+*route* (peer address and local address) identifies the client. A stranger goes through admission, which may start a
+handler task for it. The loop never waits for a client, and everything that grows is bounded by :class:`Limits`.
 
-The files on that path, each to be read from top to bottom: _endpoints/engines/linux.py (or portable.py),
+The files on that path, each readable from top to bottom: _endpoints/engines/linux.py (or portable.py),
 _endpoints/_reader.py, this one, _inbox.py, _channel.py, _endpoints/_outbox.py. For a ``datagram_handler`` the loop
 hands its batches to _datagram_handler.py instead.
 """
@@ -40,7 +40,7 @@ async def receive_loop(
                     # Let evicted handlers end before the next batch. (next_batch lets tasks run too, but in random
                     # order, so one checkpoint may not be enough.)
                     await trio.lowlevel.checkpoint()
-        # Read the datagrams that had arrived when the stop began, and few more, however many keep arriving.
+        # Read the datagrams that had arrived when the stop began. A flood cannot prolong this: see backlog_of().
         is_left = backlog_of(place)
         while reader.ahead or reader.engine.read_ahead or (not reader.shared and is_left()):
             if not await reader.next_batch(wait=False):
@@ -55,7 +55,7 @@ async def receive_loop(
             raise
         server.lose(place)
     finally:
-        # If a user's function has crashed the server, the rest of the batch is refused.
+        # If a user's function has crashed the server, the rest of the batch counts as refused.
         server.admission.refused_stopping += len(list(place.rest)) + len(reader.take_ahead(len(reader.ahead)))
         # Cancelled handlers may still send; their datagrams must not wait for this loop, which has ended.
         place.outbox.release()
@@ -63,7 +63,7 @@ async def receive_loop(
 
 
 def to_clients(admission: Admission, place: Place, batch: list[Received]) -> None:
-    """Put each datagram of a batch into the inbox of its client. A stranger has one if admission makes it a client."""
+    """Put each datagram of a batch into the inbox of its client. A stranger becomes a client if admission allows it."""
     known, limiter, turn = place.known, admission.seats.limiter, place.outbox.turn
     turn.begin_batch()
     if admission.echoes.expected:
@@ -86,10 +86,11 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
 
 
 class EachPass(trio.abc.Instrument):
-    """Hands out datagrams and sends replies in each pass of Trio's scheduler, before and after the tasks run.
+    """Hands out datagrams before the tasks of each pass of Trio's scheduler run, and sends replies after them.
 
-    So a handler runs in the pass in which Trio learns that its datagram has arrived, and its reply leaves at the end of
-    that pass. If the receive loop did it all, the handler would run one pass later: 8 µs more for a single question.
+    So a handler runs in the pass in which Trio learns that its datagram has arrived, and its reply leaves at the latest
+    at the end of that pass. If the receive loop handed out the datagrams as a task, their handlers would run one pass
+    later: a single question and its answer would take 8 µs more.
     """
 
     def __init__(self, places: list[Place]) -> None:

@@ -1,4 +1,4 @@
-"""The page of ``statsd_server.py``: its files over HTTP, and the server-sent events that its script reads.
+"""The page of ``statsd_server.py``: serves its files over HTTP, and the server-sent events that its script reads.
 
 This module knows nothing of StatsD. h11 parses the requests and does no I/O; each connection handles one request. A
 browser that reconnects sends the number of the last event that it received, and gets the later ones (HTML standard,
@@ -16,8 +16,8 @@ import attrs
 import h11
 import trio
 
-PATIENCE = 5.0  # seconds for a request to arrive, and for each part of the answer to be sent
-MOST_CONNECTIONS = 32
+TIMEOUT = 5.0  # seconds to receive a request, and to send each part of the answer
+MAX_CONNECTIONS = 32
 
 CONTENT_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = [
@@ -39,13 +39,13 @@ class Page:
     connections: int = 0
 
     @classmethod
-    def load(cls, most_events: int) -> "Page":
+    def load(cls, max_events: int) -> "Page":
         paths = [path for path in Path(__file__).parent.iterdir() if path.suffix in CONTENT_TYPES]
         files = {f"/{path.name}": (CONTENT_TYPES[path.suffix], path.read_bytes()) for path in paths}
-        return cls(deque(maxlen=most_events), files | {"/": files["/index.html"]})
+        return cls(deque(maxlen=max_events), files | {"/": files["/index.html"]})
 
     def publish(self, figures: dict[str, object]) -> None:
-        """Send figures to all open pages. The number of an event is its time, so it grows across restarts too."""
+        """Send figures to all open pages. The number of an event is its time, so it also grows across restarts."""
         now = int(time.time() * 1000)
         number = max(now, self.events[-1][0] + 1) if self.events else now
         data = json.dumps({"time": number} | figures, allow_nan=False)
@@ -64,22 +64,22 @@ class Page:
     async def answer(self, stream: trio.SocketStream) -> None:
         self.connections += 1
         try:
-            if self.connections <= MOST_CONNECTIONS:
+            if self.connections <= MAX_CONNECTIONS:
                 await self.answer_request(stream)
         except (h11.RemoteProtocolError, trio.BrokenResourceError, trio.TooSlowError):
-            pass  # the browser has left, is too slow, or sent something other than HTTP
+            pass  # the browser has disconnected, is too slow, or sent invalid HTTP
         finally:
             self.connections -= 1
 
     async def answer_request(self, stream: trio.SocketStream) -> None:
         connection = h11.Connection(h11.SERVER)
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             while (request := connection.next_event()) is h11.NEED_DATA:
                 connection.receive_data(await stream.receive_some())
         if isinstance(request, h11.Request):
             async with aclosing(self.respond(request)) as parts:
                 async for part in parts:
-                    with trio.fail_after(PATIENCE):
+                    with trio.fail_after(TIMEOUT):
                         await stream.send_all(connection.send(part) or b"")
 
     async def respond(self, request: h11.Request) -> AsyncGenerator[h11.Event, None]:

@@ -1,7 +1,7 @@
 // A line chart of the last two minutes in plain SVG. It knows nothing of metrics.
 //
 // A point is {time, NAME: number, ...}, with time in milliseconds. A line has a gap where a number is missing, or where
-// no point came for a while. The value axis begins at zero, except with fromZero: false.
+// no point arrived for a while. The value axis begins at zero, except with fromZero: false.
 
 const WINDOW = 120_000;
 const TOP = 24, RIGHT = 10, BOTTOM = 22;
@@ -22,7 +22,7 @@ function svg(name, attributes, ...children) {
   return element;
 }
 
-// Texts for the numbers of an axis: as short as possible, but all different.
+// Labels for the numbers of an axis: as short as possible, but all different.
 function short(values) {
   for (let digits = 3; ; digits++) {
     const texts = values.map((value) => {

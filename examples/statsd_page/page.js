@@ -1,9 +1,9 @@
-// The live page: it reads /events, keeps the last two minutes, and shows them. chart.js draws the charts.
+// The live page: it reads /events, and keeps and shows the last two minutes. chart.js draws the charts.
 
 import { Chart, format, formatRate } from "./chart.js";
 
 const WINDOW = 120_000; // milliseconds
-const MOST_CARDS = 60; // the filter finds the others
+const MAX_CARDS = 60; // the filter finds the others
 const moment = new Intl.DateTimeFormat("en", { dateStyle: "medium", timeStyle: "short", hourCycle: "h23" });
 const $ = (selector, element = document) => element.querySelector(selector);
 
@@ -53,7 +53,7 @@ const KINDS = {
 
 const sum = (counts) => Object.values(counts).reduce((total, count) => total + count, 0);
 
-// The server's own charts. Of `counts`, which only grow, a chart shows the growth per second; of `levels`, the value.
+// The server's own charts. A chart shows the increase of `counts` per second, and the values of `levels`.
 const SERVER = [
   {
     title: "Datagrams", unit: "/s",
@@ -159,7 +159,7 @@ class Card {
 
 // `event` is the last one; `metrics` has the points of each metric by kind and name, in the order of the server.
 let event = null;
-let arrived = 0; // when it did, in milliseconds
+let arrived = 0; // when it arrived, in milliseconds
 let metrics = new Map();
 const server = SERVER.map((view) => ({ view, points: [], card: null }));
 const choice = { kind: "", text: "" };
@@ -216,7 +216,7 @@ function showMetrics() {
   const text = choice.text.trim().toLowerCase();
   const found = [...metrics.values()].filter(({ kind, name }) =>
     (!choice.kind || kind === choice.kind) && name.toLowerCase().includes(text));
-  const shown = found.slice(0, MOST_CARDS);
+  const shown = found.slice(0, MAX_CARDS);
   for (const metric of shown) {
     const view = KINDS[metric.kind];
     if (!metric.card) {
@@ -282,7 +282,7 @@ function follow() {
   };
   source.onerror = () => {
     tell("lost", "Server is away, trying again…");
-    if (source.readyState === EventSource.CLOSED) setTimeout(follow, 2000); // something else answers on this port
+    if (source.readyState === EventSource.CLOSED) setTimeout(follow, 2000); // another program answers on this port
   };
 }
 

@@ -1,4 +1,4 @@
-"""The game, served on the simulated network in virtual time, for the tests that play it."""
+"""The game, served on the simulated network in virtual time, for the tests of the game."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_right(view: View, me: Dot) -> tuple[int, int]:
 
 @attrs.define(eq=False)
 class Arena:
-    """A game that is being served, and who plays it."""
+    """A running game, and its bots."""
 
     network: SimulatedNetwork
     nursery: trio.Nursery
@@ -42,7 +42,7 @@ class Arena:
     ended: trio.Event = attrs.field(factory=trio.Event)
 
     async def join(self, name: str, room: str = "lobby", decide: Decide = run_for_coins) -> Pilot:
-        """Let a bot play, from an address of its own."""
+        """Let a new bot play, from an address of its own."""
         pilot = Pilot(await self.network.connect(*SERVER), room, name, decide)
         self.play(pilot)
         return pilot
@@ -58,17 +58,17 @@ class Arena:
         self.nursery.start_soon(play)
 
     async def joined(self, *names: str, decide: Decide = stand) -> list[Pilot]:
-        """Let some play in one room, and wait until they do; on a perfect network no time passes."""
+        """Let new bots join one room, and wait until they have; on a perfect network no time passes."""
         pilots = [await self.join(name, decide=decide) for name in names]
         await trio.testing.wait_all_tasks_blocked()
         return pilots
 
     def player(self, pilot: Pilot) -> Player:
-        """Return the server's side of a bot."""
+        """Return the server's record of a bot."""
         return self.game.players[pilot.key]
 
     def snapshots_to(self, pilot: Pilot) -> list[tuple[float, int]]:
-        """Return when snapshots arrived at a bot, and of which ticks; times are in microseconds."""
+        """Return the time and the tick of each snapshot that arrived at a bot; times are in microseconds."""
         return [
             (round(event.time * 1e6), View.read(event.payload).tick)
             for event in self.network.events
@@ -83,7 +83,7 @@ Open = Callable[..., Awaitable[Arena]]
 
 @pytest.fixture
 def open_arena(simulated_network: SimulatedNetwork, nursery: trio.Nursery) -> Open:
-    """Serve a new game as game_server.py does; keywords are limits. One that was served before must have ended.
+    """Serve a new game as game_server.py does; keywords are limits. An earlier game must have ended.
 
     Tests that use it also ask for ``autojump_clock``.
     """

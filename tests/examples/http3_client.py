@@ -1,4 +1,4 @@
-"""aioquic's client on the simulated network, for the tests of the HTTP/3 server; and certificates for it."""
+"""aioquic's client on the simulated network, and certificates, for the tests of the HTTP/3 server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trio_udp.testing import SimulatedNetwork
 
 @attrs.frozen
 class Certificate:
-    """A certificate for localhost that is signed by itself, as PEM files, and what Chromium calls its SPKI hash."""
+    """A self-signed certificate for localhost as PEM files, and its SPKI hash for Chromium."""
 
     certificate: Path
     key: Path
@@ -61,7 +61,7 @@ class Certificate:
 
 @attrs.define
 class Answer:
-    """What has come in on a stream."""
+    """The answer received on a stream so far."""
 
     status: int = 0
     body: bytes = b""
@@ -71,13 +71,13 @@ class Answer:
 
 @attrs.define(eq=False)
 class HTTP3Client:
-    """A client at one address at a time. It runs in a nursery until its connection is over.
+    """A client, with one address at a time. It runs in a nursery until its connection is over.
 
     Attributes:
-      answers: By stream.
-      datagrams: Of WebTransport, by session.
-      raw: Streams that carry no frames of HTTP, which aioquic does not know of those that its client has begun.
-      control: What the server has sent on its control stream.
+      answers: The answers by stream.
+      datagrams: The WebTransport datagrams by session.
+      raw: Streams that carry no HTTP frames. aioquic does not recognize those that its own client has begun.
+      control: The bytes that the server has sent on its control stream.
       here: The clients at this address.
       end: Why the connection is over.
     """
@@ -99,7 +99,7 @@ class HTTP3Client:
     _news: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
 
     async def connect(self, sharing: HTTP3Client | None = None) -> None:
-        """Connect, from an address of its own or from that of another client."""
+        """Connect, from a new address or from that of another client."""
         configuration = QuicConfiguration(
             alpn_protocols=H3_ALPN, server_name="localhost", max_datagram_frame_size=65_536
         )
@@ -115,7 +115,7 @@ class HTTP3Client:
         await self.until(lambda: hasattr(self, "h3") or self.end is not None)
 
     async def change_address(self) -> None:
-        """Go on from another port, as behind a NAT that has forgotten the last one. The client does not notice."""
+        """Continue from another port, as behind a NAT that has lost the mapping. The client does not notice."""
         if hasattr(self, "connection"):
             self.connection.close()
         self.connection = await self.network.connect(*self.server)
@@ -140,7 +140,7 @@ class HTTP3Client:
         self.flush()
 
     def flush(self) -> None:
-        """Let what was sent leave."""
+        """Transmit the packets that are due."""
         self._pause.cancel()
 
     async def answer(self, stream: int) -> Answer:
@@ -164,7 +164,7 @@ class HTTP3Client:
                     packets = await connection.receive_many()
                 except ConnectionRefusedError:
                     continue
-                for client in self.here:  # a packet that is another's is ignored
+                for client in self.here:  # a packet for another connection is ignored
                     for packet in packets:
                         client.quic.receive_datagram(packet, self.server, trio.current_time())
                     client._take_events()

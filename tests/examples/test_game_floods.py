@@ -1,4 +1,4 @@
-"""The game and those who do not mean well: forged addresses, forged messages, and any bytes at all."""
+"""Attacks on the game: forged addresses, forged messages, and arbitrary bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORGED_KEY = b"8 forged"
 
 
 async def test_a_flood_of_forged_addresses(open_arena: Open, autojump_clock: MockClock) -> None:
-    """100,000 datagrams from as many addresses, of every kind, cost 20 players not one snapshot and not one input.
+    """100,000 datagrams of every kind, from as many addresses, cost 20 players no snapshot and no input.
 
     They make no client, and are answered with less than they have brought.
     """
@@ -37,8 +37,8 @@ async def test_a_flood_of_forged_addresses(open_arena: Open, autojump_clock: Moc
         LEAVE + FORGED_KEY,
         b"\xff" * 40,
     ]
-    dice = random.Random(1)
-    sources = dice.sample(range(0x0B000000, 0x7F000000), 100_000)
+    rng = random.Random(1)
+    sources = rng.sample(range(0x0B000000, 0x7F000000), 100_000)
     await trio.sleep(0.01)
     before = arena.server.statistics()
     inputs = [pilot.last_input for pilot in pilots]
@@ -47,7 +47,7 @@ async def test_a_flood_of_forged_addresses(open_arena: Open, autojump_clock: Moc
         arena.network.inject(kinds[number % 5], address, SERVER)
         if number % 1_000 == 999:
             await trio.sleep(0.05)
-            arena.network.events[:] = []  # they would take much memory
+            arena.network.events[:] = []  # they would use much memory
     after = arena.server.statistics()
     assert [pilot.shown for pilot in pilots] == [101] * 20
     assert [pilot.last_input - before for pilot, before in zip(pilots, inputs, strict=True)] == [50] * 20
@@ -60,7 +60,7 @@ async def test_a_flood_of_forged_addresses(open_arena: Open, autojump_clock: Moc
 
 
 async def test_a_flood_that_claims_to_come_from_a_player(open_arena: Open, autojump_clock: MockClock) -> None:
-    """Whoever forges a player's address can neither steer it nor make it leave, nor put another in its place.
+    """Datagrams that forge a player's address can neither steer it, nor make it leave, nor replace it.
 
     Nor have it flooded: a player does not answer each CHALLENGE that others have asked for.
     """
@@ -88,8 +88,8 @@ async def test_a_flood_that_claims_to_come_from_a_player(open_arena: Open, autoj
     check_adds_up(arena.server)
 
 
-async def test_a_token_is_good_for_one_address_and_a_minute(open_arena: Open, autojump_clock: MockClock) -> None:
-    """A token admits only the address that it was sent to, and only for a while; less is sent than was received."""
+async def test_a_token_is_valid_for_one_address_and_a_minute(open_arena: Open, autojump_clock: MockClock) -> None:
+    """A token admits only its own address, for at most a minute; a CHALLENGE is no longer than the HELLO."""
     arena = await open_arena()
     async with await arena.network.connect(*SERVER) as connection, await arena.network.connect(*SERVER) as other:
         await connection.send(HELLO)
@@ -108,7 +108,7 @@ async def test_a_token_is_good_for_one_address_and_a_minute(open_arena: Open, au
 
 
 async def test_names_are_safe_to_show(open_arena: Open, autojump_clock: MockClock) -> None:
-    """Names are cut to 12 bytes, and hold nothing that a terminal would obey."""
+    """Names are cut to 12 bytes, and contain no control characters for a terminal."""
     arena = await open_arena()
     for number, (name, shown) in enumerate(
         [(b"\x1b[2Jada\n\0", "[2Jada"), ("ä".encode() * 12, "ä" * 6), (b"\xff\xfe", ""), (b"x" * 20, "x" * 12)]
@@ -138,7 +138,7 @@ anything = st.one_of(
 @settings(deadline=None, max_examples=60)
 @given(st.lists(anything, max_size=30))
 def test_any_bytes(payloads: list[bytes | str]) -> None:
-    """Whatever a player sends in whatever order, the server goes on; and tables hold those who play and no others."""
+    """The server survives any payloads in any order, and its tables contain exactly the players in the game."""
 
     async def main() -> None:
         network = SimulatedNetwork()

@@ -27,7 +27,7 @@ pytestmark = without_signals
 WIDE = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
 
-# Each element that is wider than its own box, or reaches over the edge of the window.
+# Each element whose content is wider than its box, or that extends beyond the window.
 CUT_OFF = """() => [...document.querySelectorAll("body *")].filter((element) => {
   const box = element.getBoundingClientRect()
   return element.scrollWidth > element.clientWidth + 1 || box.right > innerWidth + 0.5 || box.left < -0.5
@@ -41,7 +41,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
 
 @attrs.define
 class Web:
-    """A running game, and where its page is."""
+    """A running game, and the addresses of its page."""
 
     example: Example
     url: str
@@ -58,7 +58,7 @@ def web(start: Start, certificate: Certificate) -> Web:
 
 @pytest.fixture
 def open_page() -> Iterator[Callable[..., Any]]:
-    """Open a page in a browser of its own; there must be nothing on its console."""
+    """Open a page in a browser of its own. The browser's console must stay empty."""
     said: list[str] = []
     with playwright.sync_playwright() as driver:
 
@@ -82,7 +82,7 @@ def open_page() -> Iterator[Callable[..., Any]]:
 
 @attrs.define
 class Player:
-    """Who plays over UDP."""
+    """A player over UDP."""
 
     peer: socket.socket
     key: bytes
@@ -101,7 +101,7 @@ class Player:
         return player
 
     def wait_until(self, condition: Callable[[View], bool]) -> View:
-        """Look at snapshots until one is as it should be, and say that we are still there."""
+        """Send inputs, and return the first snapshot that meets a condition."""
         while True:
             payload = self.peer.recv(2_000)
             if payload[:1] == SNAPSHOT:
@@ -121,7 +121,7 @@ def place(view: View, name: str) -> tuple[int, int]:
 
 
 def test_a_browser_plays_over_http3(web: Web, open_page: Callable[..., Any], certificate: Certificate) -> None:
-    """A page that came over HTTP/3 joins, is steered with keys and a pointer, and leaves when it is closed.
+    """A page loaded over HTTP/3 joins, is steered with keys and a pointer, and leaves when it is closed.
 
     A player over UDP sees all of that, and the page sees the player.
     """
@@ -147,7 +147,7 @@ def test_a_browser_plays_over_http3(web: Web, open_page: Callable[..., Any], cer
     ada.wait_until(lambda view: (place(view, "bob <b>")[0] - x) * inward >= 60)
     assert place(view, "bob <b>")[1] == y
     page.keyboard.up("ArrowRight" if x < 500 else "a")
-    box = page.locator("canvas").bounding_box()  # the field, and 32 on every side
+    box = page.locator("canvas").bounding_box()  # the field with a margin of 32 on every side
     page.mouse.move(box["x"] + box["width"] * (x + 32) / 1064, box["y"] + box["height"] * (y + 32) / 1064)
     page.mouse.down()
     ada.wait_until(lambda view: abs(place(view, "bob <b>")[0] - x) < 15)
@@ -161,7 +161,7 @@ def test_a_browser_plays_over_http3(web: Web, open_page: Callable[..., Any], cer
 
 
 def test_a_page_that_is_a_file(web: Web, open_page: Callable[..., Any]) -> None:
-    """Without an authority's certificate the page is opened as a file. It says why a game has ended, and can go on."""
+    """With a self-signed certificate, the page works as a file. It shows why a game ended, and can start another."""
     page = open_page(web.file + "&name=bob&room=tea")
     for size in (WIDE, PHONE):
         page.set_viewport_size(size)
@@ -179,7 +179,7 @@ def test_a_page_that_is_a_file(web: Web, open_page: Callable[..., Any]) -> None:
 
 
 def test_a_full_room(web: Web, open_page: Callable[..., Any]) -> None:
-    """A page that finds the room full says so."""
+    """A page shows that the room is full."""
     for number in range(40):
         Player.join(web.example, b"bot %d" % number)
     page = open_page(web.file + "&name=bob&play")

@@ -1,4 +1,4 @@
-"""The game, played by bots on the simulated network in virtual time: the pace, loss, coming, going and moving."""
+"""The game, played by bots on the simulated network in virtual time: pace, loss, joining, leaving, new addresses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEY = b"8 random"
 
 
 async def received(connection: trio_udp.Connection) -> list[bytes]:
-    """Return all that has arrived by now."""
+    """Return all payloads that have arrived."""
     await trio.testing.wait_all_tasks_blocked()
     payloads = []
     with suppress(trio.WouldBlock):
@@ -40,7 +40,7 @@ async def received(connection: trio_udp.Connection) -> list[bytes]:
 
 
 async def test_twenty_snapshots_a_second_without_drift(open_arena: Open, autojump_clock: MockClock) -> None:
-    """In a minute a player gets the snapshots of exactly 1,200 ticks, each at its time."""
+    """In one minute, a player receives the snapshots of exactly 1,200 ticks, each on time."""
     arena = await open_arena()
     [ada] = await arena.joined("ada")
     await trio.sleep(60.01)
@@ -49,8 +49,8 @@ async def test_twenty_snapshots_a_second_without_drift(open_arena: Open, autojum
     check_adds_up(arena.server)
 
 
-async def test_the_pace_after_a_hold_up(open_arena: Open, autojump_clock: MockClock) -> None:
-    """After 5 seconds in which nothing ran the last few snapshots follow at once, and the next one is in time."""
+async def test_the_pace_after_a_pause(open_arena: Open, autojump_clock: MockClock) -> None:
+    """After a 5-second pause of the program, the last few snapshots follow immediately, and the next is on time."""
     arena = await open_arena()
     [ada] = await arena.joined("ada", decide=run_right)
     await trio.sleep(1.02)
@@ -69,7 +69,7 @@ async def test_the_pace_after_a_hold_up(open_arena: Open, autojump_clock: MockCl
 
 
 async def test_a_player_moves_as_it_steers(open_arena: Open, autojump_clock: MockClock) -> None:
-    """A direction moves a dot by its share of the speed each tick, no faster on a diagonal, and not off the field."""
+    """A direction moves a dot by its share of the speed each tick, no faster diagonally, and not beyond the field."""
     arena = await open_arena()
     async with await arena.network.connect(*SERVER) as connection:
         await connection.send(joining(connection, KEY))
@@ -99,7 +99,7 @@ async def test_a_player_moves_as_it_steers(open_arena: Open, autojump_clock: Moc
 
 
 async def test_old_input_is_dropped(open_arena: Open, autojump_clock: MockClock) -> None:
-    """An input that comes late or twice changes nothing; an echo in the snapshot says which was taken last."""
+    """A late or duplicate input changes nothing; the snapshot has the number of the last input that counted."""
     arena = await open_arena()
     async with await arena.network.connect(*SERVER) as connection:
         await connection.send(joining(connection, KEY))
@@ -117,7 +117,7 @@ async def test_old_input_is_dropped(open_arena: Open, autojump_clock: MockClock)
 
 
 async def test_a_direction_holds_for_a_second(open_arena: Open, autojump_clock: MockClock) -> None:
-    """A player whose inputs no longer come goes on for a second, and then stands still."""
+    """A player whose inputs stop arriving moves on for a second, and then stands still."""
     arena = await open_arena()
     [ada] = await arena.joined("ada")
     player = arena.player(ada)
@@ -130,7 +130,7 @@ async def test_a_direction_holds_for_a_second(open_arena: Open, autojump_clock: 
 
 
 async def test_coins(open_arena: Open, autojump_clock: MockClock) -> None:
-    """A player who comes within reach of a coin has it, and there is another one somewhere else."""
+    """A player within reach of a coin takes it, and a new coin appears elsewhere."""
     arena = await open_arena()
     ada, bob = await arena.joined("ada", "bob")
     room, player = arena.game.rooms["lobby"], arena.player(ada)
@@ -151,7 +151,7 @@ async def test_coins(open_arena: Open, autojump_clock: MockClock) -> None:
 
 
 async def test_two_hundred_bots_through_a_bad_network(open_arena: Open, autojump_clock: MockClock) -> None:
-    """200 bots play in 8 rooms while a fifth of all is lost, doubled, reordered and late; no bot goes back in time.
+    """200 bots play in 8 rooms while datagrams are lost, duplicated, reordered and late; no bot goes back in time.
 
     Once the network is perfect again, all in a room see the same at the same time.
     """
@@ -174,7 +174,7 @@ async def test_two_hundred_bots_through_a_bad_network(open_arena: Open, autojump
     network.latency = (0, 0)
     for pilot in arena.pilots:
         pilot.decide = stand
-    await trio.sleep(0.51)  # what was under way has arrived, and nobody moves any more
+    await trio.sleep(0.51)  # all datagrams in transit have arrived, and all players stand still
 
     assert len(arena.server.clients) == 200
     views: dict[str, View] = {}
@@ -199,16 +199,16 @@ async def test_two_hundred_bots_through_a_bad_network(open_arena: Open, autojump
             fates[event.fate] += 1
     stale = sum(pilot.stale for pilot in arena.pilots)
     assert sum(pilot.shown for pilot in arena.pilots) + stale == fates["arrived"]
-    assert stale > fates["duplicated"] > 0  # those that come twice, and those that were overtaken
+    assert stale > fates["duplicated"] > 0  # duplicates, and snapshots that were overtaken
     assert 0.15 < fates["lost"] / (fates["lost"] + fates["sent"] + fates["held back"]) < 0.25
     check_adds_up(arena.server)
 
 
-# Coming and going
+# Joining and leaving
 
 
 async def test_late_joiners_get_the_state(open_arena: Open, autojump_clock: MockClock) -> None:
-    """Whoever joins gets all of the room at once, with the scores so far, before the next tick."""
+    """A player that joins receives the whole room, with the scores so far, before the next tick."""
     arena = await open_arena()
     ada, _bob = await arena.joined("ada", "bob", decide=stand)
     arena.player(ada).score = 41
@@ -224,7 +224,7 @@ async def test_late_joiners_get_the_state(open_arena: Open, autojump_clock: Mock
 
 
 async def test_leaving(open_arena: Open, autojump_clock: MockClock) -> None:
-    """Who leaves gets a goodbye and is gone at the next tick; with the last one the room goes too."""
+    """A player that leaves gets a goodbye and is gone at the next tick; a room ends with its last player."""
     arena = await open_arena()
     ada, bob = await arena.joined("ada", "bob")
     await bob.leave()
@@ -240,7 +240,7 @@ async def test_leaving(open_arena: Open, autojump_clock: MockClock) -> None:
 
 
 async def test_silence(open_arena: Open, autojump_clock: MockClock) -> None:
-    """A player who is silent for 10 seconds is out, with a goodbye; until then all go on to see it."""
+    """A player that is silent for 10 seconds leaves, with a goodbye; until then it stays in the snapshots."""
     arena = await open_arena()
     [ada] = await arena.joined("ada")
     async with await arena.network.connect(*SERVER) as connection:
@@ -259,7 +259,7 @@ async def test_silence(open_arena: Open, autojump_clock: MockClock) -> None:
 
 
 async def test_a_player_that_does_not_read(open_arena: Open, autojump_clock: MockClock) -> None:
-    """A player that reads nothing loses what its own buffer cannot hold; the others get everything in time."""
+    """A player that reads nothing loses only what its own buffer cannot hold; others receive everything on time."""
     arena = await open_arena()
     [ada] = await arena.joined("ada")
     async with await arena.network.connect(*SERVER) as connection:
@@ -275,7 +275,7 @@ async def test_a_player_that_does_not_read(open_arena: Open, autojump_clock: Moc
 
 
 async def test_a_full_room(open_arena: Open, autojump_clock: MockClock) -> None:
-    """40 fit into a room, and into a snapshot that every network carries; one more is told so, and is no client."""
+    """A room and an unfragmented snapshot hold 40 players; one more is refused with a reason, and is no client."""
     arena = await open_arena()
     pilots = await arena.joined(*[f"bot {number:08}" for number in range(40)])
     await trio.sleep(1)
@@ -292,7 +292,7 @@ async def test_a_full_room(open_arena: Open, autojump_clock: MockClock) -> None:
 
 
 async def test_too_many_rooms(open_arena: Open, autojump_clock: MockClock) -> None:
-    """There are at most 200 rooms. One ends with its last player, and then there may be another."""
+    """There are at most 200 rooms. When the last player of one leaves, there is room for another."""
     arena = await open_arena()
     for number in range(200):
         await arena.join("bot", f"room {number}")
@@ -308,7 +308,7 @@ async def test_too_many_rooms(open_arena: Open, autojump_clock: MockClock) -> No
 
 
 async def test_another_room(open_arena: Open, autojump_clock: MockClock) -> None:
-    """A player who joins another room leaves the one it was in."""
+    """A player that joins another room leaves its previous one."""
     arena = await open_arena()
     ada, bob = await arena.joined("ada", "bob")
     bob.room = "garden"
@@ -323,11 +323,11 @@ async def test_another_room(open_arena: Open, autojump_clock: MockClock) -> None
     check_adds_up(arena.server)
 
 
-# Moving
+# New addresses
 
 
 async def test_the_same_player_from_another_address(open_arena: Open, autojump_clock: MockClock) -> None:
-    """A player whose address changes goes on with its score where it was, one round trip later."""
+    """A player whose address changes continues after one round trip, with its place and score."""
     arena = await open_arena()
     arena.network.latency = (0.05, 0.05)
     ada, _bob = await arena.joined("ada", "bob")
@@ -337,7 +337,7 @@ async def test_the_same_player_from_another_address(open_arena: Open, autojump_c
     [before] = [client for client in arena.server.clients if client.peer_address == ada.connection.local_address]
     arena.pilots[ada].cancel()
     old, ada.connection = ada.connection, await arena.network.connect(*SERVER)
-    ada.last_input = 0  # as another program would begin, with the same key
+    ada.last_input = 0  # like a new program with the same key
     assert ada.view
     last = ada.view.tick
     arena.play(ada)  # INPUT and CHALLENGE, JOIN and WELCOME with a snapshot
@@ -357,7 +357,7 @@ async def test_the_same_player_from_another_address(open_arena: Open, autojump_c
 
 
 async def test_another_program_at_the_same_address(open_arena: Open, autojump_clock: MockClock) -> None:
-    """A program that begins again at its old address is another player, and the one before has left."""
+    """A program that starts again at the same address is a new player, and the previous player has left."""
     arena = await open_arena()
     async with await arena.network.connect(*SERVER) as connection:
         await connection.send(joining(connection, KEY))
@@ -371,7 +371,7 @@ async def test_another_program_at_the_same_address(open_arena: Open, autojump_cl
 
 
 async def test_a_restart_of_the_server(open_arena: Open, autojump_clock: MockClock) -> None:
-    """All are told that the server stops. Those who play on are in the new server's room one round trip later."""
+    """All players get a goodbye when the server stops. Those that continue join the new server in one round trip."""
     arena = await open_arena()
     pilots = await arena.joined("ada", "bob", "eve")
     await trio.sleep(10)
@@ -391,12 +391,12 @@ async def test_a_restart_of_the_server(open_arena: Open, autojump_clock: MockClo
     check_adds_up(after.server)
 
 
-# As programs
+# As processes
 
 
 @without_signals
 def test_bots_from_a_terminal(serve: Serve) -> None:
-    """Bots that are run as a program join and leave; the server tells those who still play that it stops."""
+    """Bots run as a program join and leave; the server says goodbye to the others when it stops."""
     example = serve("game_server:game", "--factory", "--accept", f"{EXAMPLES}/game_server.py:accept")
     command = [sys.executable, "-W", "error", str(EXAMPLES / "game_bots.py"), "127.0.0.1", str(example.port)]
     done = subprocess.run([*command, "--bots", "3", "--seconds", "1"], capture_output=True, text=True, timeout=20)

@@ -54,7 +54,7 @@ class Setting:
         return client
 
     async def answers(self, packet: bytes, source: tuple[str, int] = STRANGER) -> list[bytes]:
-        """Let a packet arrive, and return what is sent at once to where it seems to come from."""
+        """Let a packet arrive, and return the payloads sent immediately to its source."""
         before = len(self.network.events)
         self.network.inject(packet, source, SERVER)
         await wait_all_tasks_blocked()
@@ -76,7 +76,7 @@ Serve = Callable[..., Awaitable[Setting]]
 async def serve(
     simulated_network: SimulatedNetwork, certificate: Certificate, nursery: trio.Nursery
 ) -> AsyncIterator[Serve]:
-    """Serve an application on the simulated network. At the end it is stopped; every datagram is accounted for."""
+    """Serve an application on the simulated network. At the end, stop it and check that every datagram is counted."""
     settings = []
 
     async def serve(application: Any = http3_server.application, **options: Any) -> Setting:
@@ -102,8 +102,8 @@ async def serve(
         assert setting.server.statistics().handlers_cancelled == 0
 
 
-async def test_a_fifth_of_all_packets_is_lost(serve: Serve, autojump_clock: MockClock) -> None:
-    """Downloads and an upload arrive whole, all at once."""
+async def test_loss_of_a_fifth_of_all_packets(serve: Serve, autojump_clock: MockClock) -> None:
+    """Simultaneous downloads and an upload arrive complete although a fifth of all packets is lost."""
     setting = await serve()
     setting.network.loss, setting.network.latency = 0.2, (0.02, 0.05)
     client = await setting.connect()
@@ -118,7 +118,7 @@ async def test_a_fifth_of_all_packets_is_lost(serve: Serve, autojump_clock: Mock
 
 
 async def test_streams_are_forgotten(serve: Serve, autojump_clock: MockClock) -> None:
-    """What the server keeps of a request ends with it, also if the client gives up in the middle."""
+    """The server keeps nothing about a request after its end, even if the client cancels it."""
     seen: list[Any] = []
 
     async def application(stream: Any) -> None:
@@ -169,7 +169,7 @@ async def test_webtransport(serve: Serve, autojump_clock: MockClock) -> None:
 async def test_an_application_that_fails(
     serve: Serve, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An error is logged and resets its stream; others go on."""
+    """An error in the application is logged and resets its stream; other streams continue."""
 
     async def application(stream: Any) -> None:
         if stream.path == "/fail":
@@ -181,14 +181,14 @@ async def test_an_application_that_fails(
     failed, other = client.begin("GET", "/fail"), client.begin("GET", "/number/7")
     assert (await client.answer(failed)).reset == 0x10C
     assert (await client.answer(other)).body == b"7"
-    assert [record.getMessage() for record in caplog.records] == ["the application has failed on '/fail'"]
+    assert [record.getMessage() for record in caplog.records] == ["the application failed on '/fail'"]
 
 
 async def test_the_application_waits_for_the_client(
     serve: Serve, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While nothing reaches the client the server holds little of a long answer."""
-    monkeypatch.setattr("quic_connections.ON_THE_WAY", 100_000)
+    """While nothing reaches the client, the server keeps only a bounded part of a long answer in memory."""
+    monkeypatch.setattr("quic_connections.MAX_UNACKNOWLEDGED", 100_000)
     streams = []
 
     async def application(stream: Any) -> None:
@@ -201,12 +201,12 @@ async def test_the_application_waits_for_the_client(
     await client.until(lambda: client.answers[download].body)
     with setting.network.partition([client.connection.local_address]):
         await trio.sleep(10)
-        assert 100_000 < streams[0].connection.on_the_way() < 200_000
+        assert 100_000 < streams[0].connection.unacknowledged() < 200_000
     assert (await client.answer(download)).body == bytes(500_000)
 
 
 async def test_stopping_in_the_middle_of_a_download(serve: Serve, autojump_clock: MockClock) -> None:
-    """What has begun is finished, and a GOAWAY says that there will be no more; then the connection is closed."""
+    """A stopping server sends a GOAWAY, finishes the download that has begun, and closes the connection."""
     setting = await serve()
     setting.network.latency = (0.02, 0.02)
     client, idle = await setting.connect(), await setting.connect()
@@ -228,7 +228,7 @@ async def test_stopping_in_the_middle_of_a_download(serve: Serve, autojump_clock
 
 
 async def test_stopping_without_an_answer(serve: Serve, autojump_clock: MockClock) -> None:
-    """A client that is gone does not hold up the stop for long, and strangers are refused at once."""
+    """A client that has disappeared delays the stop only briefly, and strangers are refused immediately."""
     setting = await serve()
     client = await setting.connect()
     client.begin("GET", "/bytes/5000000")
@@ -244,7 +244,7 @@ async def test_stopping_without_an_answer(serve: Serve, autojump_clock: MockCloc
 
 
 async def test_strangers_are_answered_without_keeping_anything(serve: Serve, autojump_clock: MockClock) -> None:
-    """A first packet gets a Retry, one of another version the versions to choose from, and all others get nothing."""
+    """An Initial packet gets a Retry, one with an unknown version gets the known versions, others get no answer."""
     setting = await serve()
     first = setting.sent_by(await setting.connect())[0]
     header = pull_quic_header(Buffer(data=first))
@@ -269,8 +269,8 @@ async def test_strangers_are_answered_without_keeping_anything(serve: Serve, aut
     assert (after.clients, before.answered_by_accept, after.answered_by_accept) == (1, 3, 3)
 
 
-async def test_a_token_is_for_one_address_and_a_short_time(serve: Serve, autojump_clock: MockClock) -> None:
-    """A packet with the token of another address, or with an old one, is told so and begins nothing."""
+async def test_a_token_is_valid_for_one_address_and_a_short_time(serve: Serve, autojump_clock: MockClock) -> None:
+    """A packet with the token of another address, or an expired one, gets a short refusal and makes no client."""
     setting = await serve()
     client = await setting.connect()
     packet = setting.sent_by(client)[1]
@@ -287,7 +287,7 @@ async def test_a_token_is_for_one_address_and_a_short_time(serve: Serve, autojum
 
 
 async def test_packets_replayed_from_thousands_of_addresses(serve: Serve, autojump_clock: MockClock) -> None:
-    """They add at most three clients at a time to a connection, three in a second, and the connection goes on."""
+    """Replayed packets add at most three clients at a time, and three a second; the connection continues."""
     setting = await serve()
     setting.network.latency = (0.02, 0.02)
     client = await setting.connect()
@@ -309,8 +309,8 @@ async def test_packets_replayed_from_thousands_of_addresses(serve: Serve, autoju
     assert (await client.get("/number/5")).body == b"5"
 
 
-async def test_an_address_that_changes_all_the_time(serve: Serve, autojump_clock: MockClock) -> None:
-    """Behind a NAT that gives it a new port every 0.3 seconds, a client gets all of its answer."""
+async def test_an_address_that_keeps_changing(serve: Serve, autojump_clock: MockClock) -> None:
+    """A client behind a NAT that changes its port every 0.3 seconds receives the complete answer."""
     setting = await serve()
     setting.network.latency = (0.02, 0.02)
     client = await setting.connect()
@@ -329,7 +329,7 @@ async def test_an_address_that_changes_all_the_time(serve: Serve, autojump_clock
 
 
 async def test_connections_that_share_an_address(serve: Serve, autojump_clock: MockClock) -> None:
-    """One address may have eight connections; when one ends the others go on."""
+    """One address may have eight connections; when one ends, the others continue."""
     setting = await serve()
     clients = [await setting.connect()]
     clients += [await setting.connect(clients[0]) for _ in range(8)]
@@ -343,13 +343,13 @@ async def test_connections_that_share_an_address(serve: Serve, autojump_clock: M
 
 
 async def test_a_forged_address_is_not_flooded(serve: Serve, autojump_clock: MockClock) -> None:
-    """A new address gets at most three times what came from it until it has answered a challenge."""
+    """Until a new address has answered a challenge, it is sent at most three times the bytes that came from it."""
     setting = await serve()
     setting.network.latency = (0.02, 0.02)
     client = await setting.connect()
     download = client.begin("GET", "/bytes/400000")
     await client.until(lambda: len(client.answers[download].body) > 100_000)
-    # A packet of the client's comes from the forged address, and from the client's own never.
+    # A packet of the client arrives from the forged address, and never from the client's own.
     with setting.network.partition([client.connection.local_address]):
         client.quic.send_ping(1)
         before = len(setting.network.events)
@@ -364,17 +364,17 @@ async def test_a_forged_address_is_not_flooded(serve: Serve, autojump_clock: Moc
 
 
 async def test_malformed_packets(serve: Serve, autojump_clock: MockClock) -> None:
-    """Damaged packets, of strangers and in a connection, disturb nobody."""
+    """Damaged packets, from strangers or within a connection, have no effect on connections."""
     setting = await serve()
     client = await setting.connect()
     assert (await client.get("/bytes/5000")).body == bytes(5_000)
-    packets, dice = setting.sent_by(client), random.Random(7)
+    packets, rng = setting.sent_by(client), random.Random(7)
     for number in range(3_000):
-        packet = bytearray(dice.choice(packets))
-        for _ in range(dice.randint(1, 6)):
-            packet[dice.randrange(len(packet))] = dice.randrange(256)
-        source = dice.choice([STRANGER, client.connection.local_address])
-        setting.network.inject(bytes(packet[: dice.choice([dice.randrange(1_300), 1_300])]), source, SERVER)
+        packet = bytearray(rng.choice(packets))
+        for _ in range(rng.randint(1, 6)):
+            packet[rng.randrange(len(packet))] = rng.randrange(256)
+        source = rng.choice([STRANGER, client.connection.local_address])
+        setting.network.inject(bytes(packet[: rng.choice([rng.randrange(1_300), 1_300])]), source, SERVER)
         if number % 50 == 0:
             await wait_all_tasks_blocked()
     await wait_all_tasks_blocked()
@@ -397,7 +397,7 @@ def run(start: Start, certificate: Certificate) -> Run:
 
 
 def gtlsclient(port: int, path: str, *options: str, folder: Path) -> str:
-    """Ask with ngtcp2's client, which leaves what it gets in a folder; return what it tells."""
+    """Run ngtcp2's client, which writes the answer into a folder; return its output."""
     command = [program("gtlsclient", "ngtcp2-client"), "--no-quic-dump", "--no-http-dump", f"--download={folder}"]
     asked = ["--exit-on-all-streams-close", *options, "127.0.0.1", str(port), f"https://localhost{path}"]
     done = subprocess.run([*command, *asked], capture_output=True, text=True, timeout=TIMEOUT)
@@ -407,7 +407,7 @@ def gtlsclient(port: int, path: str, *options: str, folder: Path) -> str:
 
 @without_signals
 def test_ngtcp2_changes_its_address(run: Run, tmp_path: Path) -> None:
-    """A download goes on from another port; the server has checked that the client is there."""
+    """A download continues from another port, after the server has validated the new path."""
     told = gtlsclient(run(), "/bytes/3000000", "--change-local-addr=50ms", folder=tmp_path)
     assert (tmp_path / "3000000").read_bytes() == bytes(3_000_000)
     assert "path has been validated" in told
@@ -415,7 +415,7 @@ def test_ngtcp2_changes_its_address(run: Run, tmp_path: Path) -> None:
 
 @without_signals
 def test_ngtcp2_chooses_a_version_and_uploads(run: Run, tmp_path: Path) -> None:
-    """A client with a version that does not exist begins again with one that does."""
+    """A client that offers an unknown version connects with a known one, and uploads."""
     (tmp_path / "body").write_bytes(bytes(200_000))
     version = "-v0x1a2a3a4a", "--preferred-versions=v1", "--other-versions=v1"
     told = gtlsclient(run(), "/length", "-mPOST", f"-d{tmp_path / 'body'}", *version, folder=tmp_path)
@@ -426,7 +426,7 @@ def test_ngtcp2_chooses_a_version_and_uploads(run: Run, tmp_path: Path) -> None:
 
 @without_signals
 def test_niquests(run: Run, certificate: Certificate) -> None:
-    """Another implementation of QUIC, qh3, asks and is answered."""
+    """A client on another implementation of QUIC, qh3, gets its answers."""
     niquests = pytest.importorskip("niquests")
     port = run()
     with niquests.Session(disable_http1=True, disable_http2=True) as session:
@@ -441,7 +441,7 @@ def test_niquests(run: Run, certificate: Certificate) -> None:
 
 
 async def test_chromium(certificate: Certificate, tmp_path: Path, nursery: trio.Nursery) -> None:
-    """A browser fetches the page and fifty numbers over HTTP/3, and gets its datagram and its stream back."""
+    """A browser fetches the page and fifty numbers over HTTP/3; its WebTransport datagram and stream are echoed."""
     chromium = program("chromium", "chromium")
     reports = []
     reported = trio.Event()
@@ -482,7 +482,7 @@ async def test_chromium(certificate: Certificate, tmp_path: Path, nursery: trio.
 
 
 async def test_a_full_server(serve: Serve, autojump_clock: MockClock) -> None:
-    """While the table of clients is full a connection cannot begin; it can as soon as there is room."""
+    """While the table of clients is full, a connection cannot begin; it begins once there is room."""
     setting = await serve(limits=trio_udp.Limits(max_clients=1))
     first = await setting.connect()
     second: list[HTTP3Client] = []

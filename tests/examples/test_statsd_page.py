@@ -24,14 +24,14 @@ pytestmark = without_signals
 WIDE = {"width": 1440, "height": 1000}
 PHONE = {"width": 360, "height": 740}
 
-# Each element that is wider than its own box, or reaches over the edge of the window.
+# Each element whose content is wider than its box, or that extends beyond the window.
 CUT_OFF = """() => [...document.querySelectorAll("body *")].filter((element) => {
   const box = element.getBoundingClientRect();
   const isWider = element.clientWidth && element.scrollWidth > element.clientWidth + 1;
   return isWider || box.right > innerWidth + 0.5 || box.left < -0.5;
 }).map((element) => element.outerHTML.slice(0, 200))"""
 
-# Each text of a chart that is not in the picture, or that lies over another one.
+# Each text of a chart that extends beyond the chart, or overlaps another one.
 OVERLAPPING = """() => [...document.querySelectorAll("svg[role=img]")].flatMap((svg) => {
   const frame = svg.getBoundingClientRect(), texts = [...svg.querySelectorAll("text")];
   const boxes = texts.map((text) => text.getBoundingClientRect());
@@ -83,7 +83,7 @@ class Watched:
     said: list[str]
 
     def restart(self) -> None:
-        """Stop the server, wait until the page knows, and start it on the same ports."""
+        """Stop the server, wait until the page notices, and start it on the same ports."""
         self.example.stop()
         expect(self.page.locator("#status")).to_have_text("Server is away, trying again…")
         self.page.wait_for_event("console")  # it has tried again
@@ -98,7 +98,7 @@ class Watched:
             peer.send(line.encode())
 
     def card(self, metric: str) -> Any:
-        """The card of a metric: ``card("counter:tea.cups")``."""
+        """Return the card of a metric: ``card("counter:tea.cups")``."""
         return self.page.locator(f"article[data-metric='{metric}']")
 
     def server_card(self, title: str) -> Any:
@@ -138,7 +138,7 @@ def figures(card: Any) -> dict[str, str]:
 
 
 def test_values_are_those_that_were_sent(watch: Open) -> None:
-    """Each kind of metric, and the counts of the server, have exactly the values that were sent."""
+    """Each kind of metric, and the counts of the server, show exactly the values that were sent."""
     with watch() as watched:
         expect(watched.page.locator("#empty")).to_contain_text(f"nc -u -w0 127.0.0.1 {watched.example.port}")
         timings = "\n".join(f"checkout:{value}|ms" for value in range(1, 201))
@@ -163,8 +163,8 @@ def test_values_are_those_that_were_sent(watch: Open) -> None:
         expect(watched.page.locator("#malformed code")).to_have_text("<b>broken</b>")
 
 
-def test_charts_move(watch: Open) -> None:
-    """Lines change when datagrams arrive; axes have units; the pointer shows the values of a point."""
+def test_charts_follow_the_traffic(watch: Open) -> None:
+    """Charts change when datagrams arrive; axes have units; the pointer shows the values of a point."""
     with watch() as watched:
         watched.send("hits:5|c")
         line = watched.card("counter:hits").locator("path[data-series=rate]")
@@ -183,7 +183,7 @@ def test_charts_move(watch: Open) -> None:
 
 
 def test_lost_datagrams_are_shown(watch: Open) -> None:
-    """The page says that the server hangs, and then how many datagrams the kernel dropped: all but those received."""
+    """The page says that no data arrives from a hanging server, and later how many datagrams the kernel dropped."""
     with watch() as watched:
         expect(watched.server_card("Datagrams")).to_be_visible()
         watched.example.signal(SIGSTOP)
@@ -199,7 +199,7 @@ def test_lost_datagrams_are_shown(watch: Open) -> None:
 
 
 def test_nothing_is_cut_off(watch: Open) -> None:
-    """Long names and large and small numbers fit, in a wide window and on a phone."""
+    """Long names, and large and small numbers, fit on the page in a wide window and on a phone."""
     with watch() as watched:
         watched.send(f"{'a.very.long.name.' * 11}:1|ms|#region:eu,host:web-17", "x" * 200 + ":999999999999999|g")
         watched.send("tiny:0.0000123|g", "huge:-1e15|g", "count:999999999999|c|@0.001", "x" * 250)
@@ -231,7 +231,7 @@ def test_light_and_dark(watch: Open) -> None:
 
 
 def test_after_a_restart(watch: Open) -> None:
-    """The page says that the server is away, and continues when it is back: with new counts, and a gap in the lines."""
+    """The page says that the server is away; after a restart it continues with new counts and a gap in the charts."""
     with watch() as watched:
         watched.send("hits:5|c")
         total = watched.card("counter:hits").locator("dd").nth(1)
@@ -257,6 +257,6 @@ def test_many_metrics_and_the_filter(watch: Open) -> None:
         expect(page.locator("#metrics article")).to_have_count(1)
         expect(watched.card("gauge:metric.99").locator(".figure b")).to_have_text("99")
         page.get_by_role("button", name="Counters 1").click()
-        expect(page.locator("#none")).to_have_text("No metric has such a name.")
+        expect(page.locator("#none")).to_have_text("No metric matches.")
         page.get_by_role("searchbox").fill("")
         expect(page.locator("#metrics article h3")).to_have_text(["other"])

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from signal import SIGCONT, SIGSTOP, SIGTERM
 from types import SimpleNamespace
 from typing import Any
@@ -86,7 +87,7 @@ def run(start: Start) -> RunStatsD:
 
 
 def total(events: list[Event], name: str) -> float:
-    """Add up the values of a counter in all intervals."""
+    """Return the sum of a counter over all intervals."""
     counters = [event["metrics"]["counter"] for event in events]
     return sum(float(named[name]["count"]) for named in counters if name in named)
 
@@ -99,11 +100,11 @@ def timings(events: list[Event], name: str) -> dict[str, float]:
     return figures
 
 
-# Existing clients.
+# Existing clients
 
 
 def test_statsd_from_pypi(run: RunStatsD) -> None:
-    """Counters, gauges with changes, timers and sets of the client ``statsd`` add up, also several in one datagram."""
+    """Counters, gauges, timers and sets from the client ``statsd`` add up, also if several are in one datagram."""
     statsd = pytest.importorskip("statsd")
     server = run()
     client = statsd.StatsClient("127.0.0.1", server.example.port, prefix="shop", maxudpsize=8192)
@@ -141,35 +142,37 @@ def test_statsd_from_pypi(run: RunStatsD) -> None:
     [["nc", "netcat-openbsd", "-u", "-w0", "127.0.0.1", "{port}"], ["socat", "socat", "-", "UDP4:127.0.0.1:{port}"]],
     ids=["nc", "socat"],
 )
-def test_netcat_and_socat(run: RunStatsD, command: list[str]) -> None:
-    """Each line from a shell counts once, with any line ends, and with empty lines between."""
+def test_netcat_and_socat(run: RunStatsD, command: list[str], tmp_path: Path) -> None:
+    """Each line from a shell counts once, with any line endings, and with empty lines in between."""
     server = run()
     path = program(*command[:2])
     arguments = [argument.format(port=server.example.port) for argument in command[2:]]
-    text = "tea.cups:3|c\ntea.cups:4|c|@0.5\r\n\n\ntemperature:21.5|g\ntea.cups:1|c\n"
-    subprocess.run([path, *arguments], input=text, text=True, check=True, timeout=TIMEOUT)
+    lines = tmp_path / "lines"  # not a pipe: with -w0, netcat ends if its input is not there yet
+    lines.write_text("tea.cups:3|c\ntea.cups:4|c|@0.5\r\n\n\ntemperature:21.5|g\ntea.cups:1|c\n", newline="")
+    with lines.open() as file:
+        subprocess.run([path, *arguments], stdin=file, check=True, timeout=TIMEOUT)
     events = server.lines(4)
     assert events[-1]["metrics"]["counter"]["tea.cups"]["total"] == total(events, "tea.cups") == 12
     assert events[-1]["metrics"]["gauge"]["temperature"] == {"value": 21.5}
     assert server.example.stop() == ["lines: 4, malformed: 0, refused: 0, dropped by the kernel: 0"]
 
 
-# Order, bounds, and the end.
+# Order, bounds and stopping
 
 
 def test_gauges_keep_arrival_order_over_20_senders(run: RunStatsD) -> None:
-    """500 gauges, each set and changed by 20 senders in turn, have the values that this order gives them."""
+    """500 gauges, each set and changed by 20 senders in turn, have the values of arrival order."""
     server = run()
     senders = [server.example.peer(f"127.0.0.{number}") for number in range(2, 22)]
-    dice = random.Random(1)
+    rng = random.Random(1)
     expected = {f"gauge.{number}": {"value": 0.0} for number in range(500)}
     gauges = list(expected.items())
     for turn in range(20):
         for start in range(0, 500, 5):
             lines = []
             for name, gauge in gauges[start : start + 5]:
-                value = dice.randrange(1000)
-                text, gauge["value"] = dice.choice(
+                value = rng.randrange(1000)
+                text, gauge["value"] = rng.choice(
                     [(f"{value}", value), (f"+{value}", gauge["value"] + value), (f"-{value}", gauge["value"] - value)]
                 )
                 lines.append(f"{name}:{text}|g")
@@ -183,7 +186,7 @@ def test_gauges_keep_arrival_order_over_20_senders(run: RunStatsD) -> None:
 
 
 def test_a_flood_of_invented_names(run: RunStatsD) -> None:
-    """Names beyond the bound are counted, and change nothing for those that are known."""
+    """Names beyond the bound are counted as refused, and known names are not affected."""
     server = run()
     peer = server.example.peer()
     peer.send(b"known:1|c\nlevel:7|g")
@@ -201,8 +204,8 @@ def test_a_flood_of_invented_names(run: RunStatsD) -> None:
 
 
 def test_too_many_values_in_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Timers and sets keep a bounded number of values together; others are counted, and the next interval is free."""
-    monkeypatch.setattr(statsd_server, "MOST_VALUES", 4)
+    """Timers and sets together keep a bounded number of values an interval; the values beyond it count as refused."""
+    monkeypatch.setattr(statsd_server, "MAX_VALUES", 4)
     statsd = statsd_server.StatsD(now=0.0)
     for line in (b"t:1|ms", b"s:a|s", b"t:2|ms", b"t:3|ms", b"t:4|ms", b"s:b|s", b"c:5|c"):
         statsd.add(line)
@@ -216,7 +219,7 @@ def test_too_many_values_in_an_interval(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_silent_metrics_are_forgotten() -> None:
-    """A metric that is silent for ten minutes makes room; any other stays."""
+    """A metric is forgotten after ten minutes of silence; other metrics stay."""
     statsd = statsd_server.StatsD(now=0.0)
     statsd.add(b"silent:1|c")
     statsd.add(b"level:1|g")
@@ -227,7 +230,7 @@ def test_silent_metrics_are_forgotten() -> None:
 
 
 def test_datagrams_that_the_kernel_drops(run: RunStatsD) -> None:
-    """While the server is stopped, the kernel drops datagrams without room; each datagram is in one of two counts."""
+    """The kernel drops datagrams while the server hangs; each datagram is counted as received or as dropped."""
     server = run()
     peer = server.example.peer()
     server.example.signal(SIGSTOP)
@@ -241,7 +244,7 @@ def test_datagrams_that_the_kernel_drops(run: RunStatsD) -> None:
 
 
 def test_datagrams_before_the_stop_are_in_the_last_event(run: RunStatsD) -> None:
-    """Pages get a last event with all datagrams that have arrived before SIGTERM, and then their streams end."""
+    """Pages receive a last event with all datagrams that arrived before SIGTERM; then their streams end."""
     server = run()
     peer = server.example.peer()
     with server.follow() as following:
@@ -257,7 +260,7 @@ def test_datagrams_before_the_stop_are_in_the_last_event(run: RunStatsD) -> None
     assert server.example.wait() == ["lines: 600, malformed: 0, refused: 0, dropped by the kernel: 0"]
 
 
-# Lines.
+# Lines
 
 MALFORMED = [
     *(
@@ -280,7 +283,7 @@ MALFORMED = [
 
 
 def test_malformed_lines(run: RunStatsD) -> None:
-    """A malformed line is counted and makes no metric; the other lines of its datagram count."""
+    """A malformed line is counted and makes no metric; the other lines of its datagram are accepted."""
     server = run()
     peer = server.example.peer()
     for line in MALFORMED:
@@ -321,7 +324,7 @@ def test_malformed_lines(run: RunStatsD) -> None:
     ids=lambda value: value[0].decode() if isinstance(value, list) else "",
 )
 def test_figures(lines: list[bytes], kind: str, name: str, figures: dict[str, float]) -> None:
-    """Lines of one interval, of two seconds here, have these figures."""
+    """The lines of one interval, two seconds here, give these figures."""
     statsd = statsd_server.StatsD(now=10.0)
     for line in lines:
         statsd.add(line)
@@ -330,7 +333,7 @@ def test_figures(lines: list[bytes], kind: str, name: str, figures: dict[str, fl
 
 @given(st.lists(st.integers(-50, 50), min_size=1, max_size=250), st.integers(1, 100))
 def test_percentile(values: list[int], percent: int) -> None:
-    """A percentile is the smallest value that at least that share of all values do not exceed."""
+    """A percentile is the smallest value that at least that percentage of all values do not exceed."""
     found = statsd_server.percentile(sorted(values), percent)
     assert found == min(v for v in values if sum(each <= v for each in values) * 100 >= percent * len(values))
     assert statsd_server.percentile(sorted(values), 50) == statistics.median_low(values)
@@ -343,7 +346,7 @@ lines = st.lists(st.binary(max_size=40) | st.builds(b"a:%b|%b".__mod__, st.tuple
 
 @given(lines)
 def test_any_bytes(lines: list[bytes]) -> None:
-    """No payload makes it raise, every line is counted once, and all figures are valid in JSON."""
+    """No payload makes the handler raise, every line is counted once, and all figures are valid JSON."""
     statsd = statsd_server.StatsD(now=0.0)
     payload = b"\n".join(lines)
     statsd.handler(SimpleNamespace(payload=payload, peer_address=("192.0.2.1", 1)))
@@ -352,11 +355,11 @@ def test_any_bytes(lines: list[bytes]) -> None:
     assert figures["lines"]["accepted"] + figures["lines"]["malformed"] == sum(map(bool, payload.splitlines()))
 
 
-# The page by HTTP.
+# The page over HTTP
 
 
 def test_a_page_that_comes_back(run: RunStatsD) -> None:
-    """A page that reconnects gets the events after the last one it has received, in order and each once."""
+    """A page that reconnects receives each event after its last one once, in order."""
     server = run()
     with server.follow() as following:
         first = [next(following)["time"] for _ in range(3)]
@@ -392,7 +395,7 @@ def test_requests(run: RunStatsD) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /events HTTP/1.1\r\n", b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n"])
-async def test_a_browser_that_stands_still(sent: bytes, autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_slow_browser(sent: bytes, autojump_clock: trio.testing.MockClock) -> None:
     """A browser that sends its request too slowly, or reads no events, is disconnected after 5 seconds."""
     page = statsd_server.Page.load(10)
     page.publish({})

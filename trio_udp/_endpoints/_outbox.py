@@ -29,7 +29,7 @@ else:
     Payload = bytes | bytearray | memoryview  # for readers of annotations
 
 # A checkpoint at every send and receive would cost more than the datagram itself. A task that only sends, or only takes
-# datagrams that wait already, lets other tasks run once in this many calls.
+# datagrams that already wait, lets other tasks run once in this many calls.
 YIELD_EVERY = 64
 
 INTERNET = (socket.AF_INET, socket.AF_INET6)
@@ -37,7 +37,6 @@ INTERNET = (socket.AF_INET, socket.AF_INET6)
 # Seconds to wait when the socket polls as writable but sending still fails with EAGAIN. Some systems have room then,
 # but not for a long datagram.
 FULL_THOUGH_WRITABLE = 0.01
-
 
 # The most replies to single datagrams that are kept back. An echo to 64 clients with four datagrams each costs 0.61 of
 # uvloop with this, and 0.85 if each batch is answered by itself.
@@ -53,16 +52,16 @@ def hint(payload: object) -> str:
 
 @attrs.define(eq=False)
 class Turn:
-    """Counts the datagrams taken and sent since other tasks certainly last ran, and has the time of the current batch.
+    """Counts the datagrams taken and sent since other tasks last ran for certain, and holds the time of the batch.
 
-    A server has one Turn for all its clients; a connection has its own. The receive loop renews it at each batch. No
-    handler runs while the loop runs, so a handler that sees a renewed Turn has let other tasks run.
+    A server has one Turn for all its clients; a connection has its own. Each batch renews it, before it is handed out.
+    No handler runs meanwhile, so a handler that sees a renewed Turn has let other tasks run.
 
     Attributes:
       taken: Datagrams taken from inboxes without a pause.
       sent: Datagrams sent without a pause and without taking one in between.
-      time: When the current batch arrived, on Trio's clock; 0 while the loop sleeps. Handlers that begin to wait need
-        not read the clock.
+      time: When the current batch arrived, on Trio's clock; 0 once the server waits for more datagrams.
+        Handlers that begin to wait need not read the clock.
     """
 
     taken: int = 0
@@ -84,8 +83,8 @@ class Turn:
 class Outbox:
     """Sends datagrams in the order of the calls.
 
-    While the outbox is *held*, replies collect in its queue and leave together, in as few system calls as the engine
-    can. The receive loop holds it from handing out a batch until the end of the pass of Trio's scheduler.
+    While the outbox is *held*, replies collect in its queue, and leave together in as few system calls as possible. The
+    receive loop holds it when it hands out several datagrams, until the end of that pass of Trio's scheduler.
 
     Attributes:
       collecting: Replies to single datagrams are being kept back; see :meth:`collect`.
@@ -104,7 +103,7 @@ class Outbox:
     collecting: bool = attrs.field(default=False, init=False)
     _collected: list[Outgoing] = attrs.field(factory=list, init=False)  # by collect()
 
-    # Trio lets only one task wait for a socket to become writable: the holder of this lock. Other senders queue here.
+    # Trio lets only one task wait for a socket to become writable: the holder of this lock. Other senders wait in line.
     _line: trio.StrictFIFOLock = attrs.field(factory=trio.StrictFIFOLock, init=False)
     _stuck: trio.Event = attrs.field(factory=trio.Event, init=False)  # the queue met a full send buffer
 
@@ -128,7 +127,10 @@ class Outbox:
         return payload
 
     def hold(self) -> None:
-        """Collect replies until the end of this pass. That pays for several; a single reply should leave at once."""
+        """Hold the outbox until the end of this pass, unless senders wait in line.
+
+        Call it only if several replies are likely: a single one leaves earlier without it.
+        """
         self.held = not self._line.locked()
 
     def end_pass(self) -> None:
@@ -137,20 +139,20 @@ class Outbox:
         if self.held:
             self.held = False
             sent = self.counts.sent + len(self.queue)
-            self.send_collected()
+            self.send_queue()
             if self.counts.sent != sent or self.engine.wakes_tasks:
-                # Errors may have woken tasks, and Trio has already decided how long to wait: interrupt that.
+                # A failed send may have woken tasks, after Trio has decided how long to wait. Interrupt that wait.
                 trio.lowlevel.current_trio_token().run_sync_soon(int, idempotent=True)
 
     def release(self) -> None:
-        """Send everything that was kept back; later datagrams leave at once."""
+        """Send all datagrams that were kept back, and hold no more: later datagrams leave at once."""
         self.held = False
-        self.send_collected()
+        self.send_queue()
         if self.collecting:
             self.collect([], more_follow=False)
 
-    def send_collected(self) -> None:
-        """Send the queue. Datagrams that find no room leave as soon as there is some."""
+    def send_queue(self) -> None:
+        """Send the queue. Datagrams that find no room leave as soon as there is some, by ``empty_when_stuck``."""
         if self.queue:
             self.flush()
             if self.queue:
@@ -160,7 +162,7 @@ class Outbox:
         """Send as many datagrams as there is room for, after all earlier ones; return their number.
 
         Args:
-          outgoing: Errors are counted for each datagram's sender.
+          outgoing: An error counts for the sender of the datagram that it concerns.
           raising: Also raise the kernel's error, as for datagrams that the program itself addresses. The datagrams
             before the failed one have been sent.
 
@@ -186,9 +188,12 @@ class Outbox:
     def collect(self, replies: list[Outgoing], *, more_follow: bool) -> None:
         """Send replies to single datagrams, perhaps together with the replies to the next batch.
 
-        While more datagrams wait in the kernel, replies are kept back for up to four batches. Then the replies to one
-        peer leave side by side, in order, so that the kernel takes them as one message (GSO). Replies that find no room
-        are dropped and counted under ``EAGAIN``.
+        While more datagrams wait in the kernel, replies are kept back for up to four batches. They leave sorted by
+        peer, each peer's in order, so that the kernel takes the replies to one peer as one message (GSO). Replies that
+        find no room are dropped and counted under ``EAGAIN``.
+
+        Args:
+          more_follow: The kernel may have more datagrams.
         """
         self._collected += replies
         self.collecting = more_follow and 0 < len(self._collected) <= MOST_COLLECTED
@@ -221,7 +226,7 @@ class Outbox:
                         await trio.sleep(FULL_THOUGH_WRITABLE)
 
     async def empty_when_stuck(self) -> None:
-        """Send replies that met a full send buffer as soon as it has room; run until the endpoint closes."""
+        """Send queued datagrams that met a full send buffer as soon as it has room. Runs until the endpoint closes."""
         while not self.engine.closed:
             await self._stuck.wait()
             await self.empty()
@@ -230,12 +235,12 @@ class Outbox:
     def flush(self, *, raising: bool = False) -> None:
         """Send as much of the queue as the kernel takes now.
 
-        An error may be the answer to an earlier datagram, see udp(7). So a datagram is tried once more after an error
-        of that kind, and with ``raising`` after any error. If the second try fails, the error is the datagram's own,
-        and the datagram is dropped.
+        An error may be the answer to an earlier datagram: see udp(7). So after an error of that kind, and with
+        ``raising`` after any error, the datagram is tried once more. If the second try fails, the error is the
+        datagram's own, and the datagram is dropped.
 
-        Without ``raising`` the first error is counted at once; with it, only after a second try has shown that it
-        belongs to an earlier datagram.
+        Without ``raising`` the first error is counted at once. With it, the error is counted only after the second try
+        has shown that it belongs to an earlier datagram.
         """
         queue, failed = self.queue, None
         while queue:
@@ -246,10 +251,10 @@ class Outbox:
                 if fault is Fault.CLOSED:
                     self.abandon(error)
                 if fault in (Fault.CLOSED, Fault.WAIT):
-                    self.held = False  # so that the next sender sees it at once
+                    self.held = False  # so that the next sender notices at once
                     break
                 if raising and self.engine.connected and isinstance(error, ConnectionRefusedError):
-                    self._count_receive_error(error)  # the datagram has not been sent, and the program is told
+                    self._count_receive_error(error)  # the datagram has not been sent: tell the program
                     raise
                 if failed is None and (raising or fault is Fault.ANSWER) and self.engine.family in INTERNET:
                     failed = error.with_traceback(None)  # it refers to this frame: avoid a reference cycle
@@ -298,7 +303,7 @@ class Outbox:
     def _send_now(self, outgoing: list[Outgoing], raising: bool = False) -> int:
         queue = self.queue
         if raising:  # only the errors of these datagrams
-            self.send_collected()
+            self.send_queue()
             self.check_open()
             if queue:
                 return 0
@@ -310,7 +315,7 @@ class Outbox:
             raise
         if not queue:
             return len(outgoing)
-        # First in, first out: the datagrams left over are the last of ours, perhaps after older ones.
+        # The queue is first in, first out: our unsent datagrams are at its end, perhaps after older ones.
         left = min(len(queue), len(outgoing))
         del queue[len(queue) - left :]
         if queue:

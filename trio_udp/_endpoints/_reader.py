@@ -30,8 +30,8 @@ class Reader:
       finished: The socket is no longer read; datagrams that arrive stay in the kernel.
       may_have_more: The last read returned a whole batch, so the kernel may have more.
       ahead: Datagrams read but not yet handed out: :class:`OneByOne` returns one at a time.
-      hand_out: Takes each batch that a server reads; see :meth:`next_batch`.
-      early: Read and hand out in Trio's scheduler, just before the task in :meth:`next_batch` runs.
+      hand_out: Called with each batch that a server reads; see :meth:`next_batch`.
+      early: Read and hand out from a hook in Trio's scheduler, just before the task in :meth:`next_batch` runs.
       refusal: The last refusal by the peer of a connected socket, until it is raised.
       back_off: Whether reading should pause.
     """
@@ -48,17 +48,17 @@ class Reader:
     may_have_more: bool = attrs.field(default=False, init=False)
     hand_out: Callable[[list[Received]], None] = attrs.field(default=list.clear, init=False)
     early: bool = attrs.field(default=False, init=False)
-    _receiver: Task | None = attrs.field(default=None, init=False)  # in next_batch(), and has not read yet
-    _failure: BaseException | None = attrs.field(default=None, init=False)  # of read_early()
+    _receiver: Task | None = attrs.field(default=None, init=False)  # the task in next_batch(), until the batch is read
+    _failure: BaseException | None = attrs.field(default=None, init=False)  # raised in read_early()
 
     async def next_batch(self, *, wait: bool = True) -> bool:
         """Wait until datagrams have arrived, read a batch of at most ``BATCH``, and hand it out.
 
-        Returns true. The batch may have been empty: truncated and malformed datagrams are counted and dropped.
+        Returns True, even if the batch is empty: truncated and malformed datagrams are counted and dropped.
         Checkpoints before it reads and never after, so that cancellation loses no datagram.
 
         Args:
-          wait: If false, return false once the kernel has nothing more.
+          wait: If False, do not wait, and return False once the kernel has nothing more.
 
         Raises:
           trio.ClosedResourceError: The endpoint is closed.
@@ -70,7 +70,7 @@ class Reader:
                 if self.ahead or self.may_have_more or not wait:
                     await trio.lowlevel.checkpoint()
                 else:
-                    if not self.early:  # otherwise Outbox.end_pass() does it
+                    if not self.early:  # otherwise Outbox.end_pass() sets it
                         outbox.turn.time = 0.0
                     task.custom_sleep_data = self
                     await engine.wait_readable()
@@ -78,7 +78,7 @@ class Reader:
                     self._read_and_hand_out()
             finally:
                 self._receiver = None
-                if self._failure is not None:  # also if this task has been cancelled meanwhile
+                if self._failure is not None:  # raise it even if this task has been cancelled meanwhile
                     failure, self._failure = self._failure, None
                     raise failure
             if self.back_off.has_just_read:
@@ -95,7 +95,7 @@ class Reader:
     def read_early(self) -> None:
         """Read a batch and hand it out, if the task in :meth:`next_batch` is about to run.
 
-        Called after Trio has waited for I/O. So a handler runs in the same pass of the scheduler, rather than in the
+        Called right after Trio has waited for I/O. So the handlers run in the same pass of the scheduler, not in the
         next one.
         """
         receiver = self._receiver
@@ -104,7 +104,7 @@ class Reader:
             self._receiver = None
             try:
                 receiver.context.run(self._read_and_hand_out)
-            except BaseException as error:  # Trio would only log it
+            except BaseException as error:  # Trio would only log it; next_batch() raises it
                 self._failure = error
 
     def take_over(self) -> None:
