@@ -4,9 +4,10 @@
     kernel <- engine <- Outbox <---------------------------------------------------------- client.send()
 
 One receive loop for each endpoint puts every datagram into the inbox of the client it belongs to. When datagrams
-arrive, a hook in Trio's scheduler (:class:`EachPass`) does this for the loop, just before the loop's task would run. A
-*route* (peer address and local address) identifies the client. A stranger goes through admission, which may start a
-handler task for it. The loop never waits for a client, and everything that grows is bounded by :class:`Limits`.
+arrive, a hook in Trio's scheduler (``EachPass`` in _reader.py) does this for the loop, just before the loop's task
+would run. A *route* (peer address and local address) identifies the client. A stranger goes through admission, which
+may start a handler task for it. The loop never waits for a client, and everything that grows is bounded by
+:class:`Limits`.
 
 The files on that path, each readable from top to bottom: _endpoints/engines/linux.py (or portable.py),
 _endpoints/_reader.py, this one, _inbox.py, _channel.py, _endpoints/_outbox.py. For a ``datagram_handler`` the loop
@@ -21,7 +22,7 @@ from functools import partial
 import trio
 
 from ._admission import Admission
-from ._endpoints import Received
+from ._endpoints import EachPass, Received
 from ._seats import Place
 from ._server import ServerState, backlog_of
 
@@ -31,7 +32,9 @@ async def receive_loop(
 ) -> None:
     """Read an endpoint and hand out datagrams, a batch at a time, until the endpoint or the server ends."""
     reader, seats = place.reader, server.seats
-    reader.hand_out, reader.early = partial(hand_out, place), early
+    reader.hand_out, reader.early, reader.fail = partial(hand_out, place), early, server.fail
+    if early:
+        EachPass.of_this_run().add(reader)
     try:
         with place.until_stop:
             while True:
@@ -55,6 +58,8 @@ async def receive_loop(
             raise
         server.lose(place)
     finally:
+        if early:
+            EachPass.of_this_run().discard(reader)
         # If a user's function has crashed the server, the rest of the batch counts as refused.
         server.admission.refused_stopping += len(list(place.rest)) + len(reader.take_ahead(len(reader.ahead)))
         # Cancelled handlers may still send; their datagrams must not wait for this loop, which has ended.
@@ -83,23 +88,3 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
         # Put it here, in arrival order, rather than in a task per datagram: Trio shuffles tasks that become runnable
         # together, so spawning would reorder the datagrams of a batch.
         seat.put(payload)
-
-
-class EachPass(trio.abc.Instrument):
-    """Hands out datagrams before the tasks of each pass of Trio's scheduler run, and sends replies after them.
-
-    So a handler runs in the pass in which Trio learns that its datagram has arrived, and its reply leaves at the latest
-    at the end of that pass. If the receive loop handed out the datagrams as a task, their handlers would run one pass
-    later: a single question and its answer would take 8 µs more.
-    """
-
-    def __init__(self, places: list[Place]) -> None:
-        self.places = places
-
-    def after_io_wait(self, timeout: float) -> None:
-        for place in self.places:
-            place.reader.read_early()
-
-    def before_io_wait(self, timeout: float) -> None:
-        for place in self.places:
-            place.outbox.end_pass()

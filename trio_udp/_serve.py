@@ -33,7 +33,7 @@ from ._handlers import (
 from ._limits import Limits, check_seconds
 from ._log import ErrorLog, WarningLog
 from ._rate import RateLimiter
-from ._receive_loop import EachPass, receive_loop, to_clients
+from ._receive_loop import receive_loop, to_clients
 from ._requests import makes_room
 from ._seats import Seats
 from ._server import Server, ServerState, log_error
@@ -221,10 +221,6 @@ async def serve_endpoints(
                 nursery.start_soon(state.errors.write_suppressed_in_time)
                 for endpoint in endpoints:
                     state.add_place(server, endpoint)
-                if not isinstance(handler, DatagramHandler):
-                    each_pass = EachPass(state.places)
-                    trio.lowlevel.add_instrument(each_pass)
-                    cleanup.callback(trio.lowlevel.remove_instrument, each_pass)
                 task_status.started(server)
 
                 await state.stop_requested.wait()

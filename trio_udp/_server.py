@@ -165,6 +165,14 @@ class ServerState:
         self.failure = error
         self.nursery.cancel_scope.cancel()
 
+    def fail(self, error: BaseException) -> None:
+        """End the server with an error that was raised outside of its tasks."""
+
+        async def raise_it() -> None:
+            raise error
+
+        self.nursery.start_soon(raise_it)
+
     @property
     def has_lost_its_endpoints(self) -> bool:
         """Whether every endpoint is closed although ``stop`` was not called."""

@@ -47,6 +47,12 @@ def is_cancelled() -> bool:
     return cancelled
 
 
+def will_be_cancelled(task: trio.lowlevel.Task) -> bool:
+    """Whether any task would raise ``Cancelled`` at its next checkpoint; see :func:`is_cancelled`."""
+    cancelled: bool = task._cancel_status.effectively_cancelled
+    return cancelled
+
+
 def is_in_trio() -> bool:
     """Whether Trio runs in this thread. Trio 0.29 added ``trio.lowlevel.in_trio_run`` for this."""
     try:

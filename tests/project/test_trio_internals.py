@@ -17,7 +17,7 @@ import trio
 import trio.testing
 from trio.lowlevel import current_task, reschedule
 
-from trio_udp._trio import SLEEP, is_cancelled, seeded_scheduler, stdlib_socket
+from trio_udp._trio import SLEEP, is_cancelled, seeded_scheduler, stdlib_socket, will_be_cancelled
 
 
 @types.coroutine
@@ -120,7 +120,7 @@ async def would_be_cancelled() -> bool:
 
 
 async def test_is_cancelled_agrees_with_trio() -> None:
-    """is_cancelled says the same as ``checkpoint_if_cancelled`` in nested, shielded and not cancelled scopes.
+    """is_cancelled and will_be_cancelled agree with ``checkpoint_if_cancelled``, in nested and shielded scopes too.
 
     If this fails, ``receive`` and ``send`` do not notice cancellation while there is something to receive and room to
     send: a handler under ``move_on_after`` goes on after its time.
@@ -129,7 +129,7 @@ async def test_is_cancelled_agrees_with_trio() -> None:
 
     async def look() -> None:
         seen.append(is_cancelled())
-        assert await would_be_cancelled() == seen[-1]
+        assert will_be_cancelled(current_task()) == await would_be_cancelled() == seen[-1]
 
     await look()
     with trio.CancelScope() as outer:

@@ -6,18 +6,21 @@ import contextvars
 import gc
 import signal
 import sys
+from contextlib import suppress
 from functools import partial
 
 import pytest
 import trio
 import trio.testing
 
-from trio_udp import Client, Datagram, Server, connect, serve
+from trio_udp import Client, Datagram, Server, connect, raise_error, serve, serve_endpoints
+from trio_udp._endpoints import EachPass
+from trio_udp.testing._engine import SimulatedEngine
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
-from ..conftest import ALICE, BOB, StartInMemory, StartServer, echo, in_memory, port_of
+from ..conftest import ALICE, BOB, StartInMemory, StartServer, echo, in_memory, plain_socket, port_of
 
 QUESTIONS = 50
 
@@ -114,6 +117,7 @@ async def test_a_server_leaves_no_instrument() -> None:
     before = instruments()
     async with trio.open_nursery() as nursery:
         server: Server = await nursery.start(partial(serve, echo, 0))
+        await trio.testing.wait_all_tasks_blocked()
         assert len(instruments()) == len(before) + 1
         server.stop()
     del server
@@ -132,3 +136,71 @@ async def test_servers_side_by_side(start_in_memory: StartInMemory) -> None:
     await other.settle()
     assert one.sent == [(ALICE, b"1")]
     assert other.sent == [(ALICE, b"1"), (ALICE, b"2")]
+
+
+async def test_a_removed_hook(start_on_loopback: StartServer) -> None:
+    """A server whose hook the program has removed still answers every datagram of a batch, and still ends."""
+    server = await start_on_loopback(echo)
+    with trio.fail_after(5):
+        async with await connect("127.0.0.1", port_of(server)) as connection:
+            await connection.send(b"1")
+            await connection.receive()
+            for each in gc.get_objects():
+                if isinstance(each, EachPass):
+                    with suppress(KeyError):
+                        trio.lowlevel.remove_instrument(each)
+            await connection.send_many([b"2", b"3"])
+            assert [await connection.receive(), await connection.receive()] == [b"2", b"3"]
+        server.stop()
+
+
+@pytest.mark.parametrize("datagrams", [1, 2])
+async def test_an_error_that_sending_never_raises(monkeypatch: pytest.MonkeyPatch, datagrams: int) -> None:
+    """An error such as MemoryError ends the server, whether a handler sends or replies leave at the end of a pass."""
+
+    def send(engine: SimulatedEngine, outgoing: object) -> int:
+        raise MemoryError
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            run = in_memory()
+            await nursery.start(partial(serve_endpoints, echo, [run.endpoint], on_error=raise_error))
+            for _ in range(datagrams):
+                run.put(b"x")
+
+    monkeypatch.setattr(SimulatedEngine, "send", send)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await main()
+    assert caught.value.split(MemoryError)[1] is None
+
+
+async def test_an_error_of_accept_in_a_cancelled_server() -> None:
+    """An error that ends the program is raised even if the server is cancelled in the same pass."""
+
+    def accept(datagram: Datagram) -> bool:
+        scope.cancel()
+        raise SystemExit(3)
+
+    scope = trio.CancelScope()
+    run = in_memory()
+
+    async def main() -> None:
+        with scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(partial(serve_endpoints, echo, [run.endpoint], accept=accept))
+                run.put(b"x")
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await main()
+    assert caught.value.split(SystemExit)[1] is None
+
+
+async def test_a_cancelled_server_starts_no_handler(engine: str) -> None:
+    """Once serve is cancelled, it reads nothing more and starts no handler."""
+    with plain_socket() as peer:
+        async with trio.open_nursery() as nursery:
+            server: Server = await nursery.start(partial(serve, echo, 0, host="127.0.0.1"))
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+            peer.sendto(b"x", ("127.0.0.1", port_of(server)))
+    assert (server.statistics().received, server.statistics().clients_started) == (0, 0)

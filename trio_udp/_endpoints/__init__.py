@@ -1,7 +1,7 @@
 """Endpoints: the only part of the package that knows sockets.
 
 _endpoint.py    Endpoint, the public face of a bound socket
-_reader.py      receiving for a server: waiting, batches
+_reader.py      receiving for a server: waiting, batches, the hook in Trio's scheduler
 _back_off.py    telling persistent faults of reading from passing ones
 _one_by_one.py  receiving without a server: one datagram at a time
 _outbox.py      sending: order, waiting for room, the turns of tasks
@@ -47,7 +47,7 @@ from ._networks import Network as Network, Networks as Networks
 from ._one_by_one import OneByOne as OneByOne
 from ._open import open_connected_endpoint as open_connected_endpoint, open_endpoints as open_endpoints
 from ._outbox import YIELD_EVERY as YIELD_EVERY, Outbox as Outbox, Payload as Payload, Turn as Turn
-from ._reader import Reader as Reader
+from ._reader import EachPass as EachPass, Reader as Reader
 from ._sources import Source as Source, Sources as Sources
 from ._unix import (
     open_connected_unix_endpoint as open_connected_unix_endpoint,

@@ -139,10 +139,12 @@ class Outbox:
         if self.held:
             self.held = False
             sent = self.counts.sent + len(self.queue)
-            self.send_queue()
-            if self.counts.sent != sent or self.engine.wakes_tasks:
-                # A failed send may have woken tasks, after Trio has decided how long to wait. Interrupt that wait.
-                trio.lowlevel.current_trio_token().run_sync_soon(int, idempotent=True)
+            try:
+                self.send_queue()
+            finally:
+                if self.counts.sent != sent or self.engine.wakes_tasks:
+                    # A failed send may have woken tasks, after Trio has decided how long to wait. Interrupt that wait.
+                    trio.lowlevel.current_trio_token().run_sync_soon(int, idempotent=True)
 
     def release(self) -> None:
         """Send all datagrams that were kept back, and hold no more: later datagrams leave at once."""
