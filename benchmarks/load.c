@@ -8,8 +8,8 @@
  *     load PORT PIDS WARM SECONDS fan MEMBERS               the server sends each question to all members
  *
  * It warms the server up for WARM seconds, and until every client has been answered. Then it measures for SECONDS, and
- * prints as JSON: the datagrams that came through, the time and the server's CPU time for them, the datagrams that were lost
- * or out of order since the start, and the longest round trip since the start. With a negative WARM it measures from the
+ * prints as JSON: the datagrams that came through, the time and the server's CPU time for them, and since the start the
+ * datagrams that were lost or out of order, and the longest round trip. With a negative WARM it measures from the
  * first datagram until every client has been served. PIDS are the server's process ids, separated by commas.
  *
  * A hundred thousand clients do not need a hundred thousand sockets. There is one socket, bound to all addresses.
@@ -34,10 +34,10 @@
 enum {
     ECHO_SIZE = 64,               /* bytes of a payload */
     BATCH = 64,                   /* datagrams of one system call */
-    OUT_REQUESTS = 2,             /* on their way at once */
-    FAN_QUESTIONS = 2,            /* on their way at once */
-    IN_BURSTS = 4,                /* on their way at once */
-    STALL = 5,                    /* seconds of silence after which all that is on its way counts as lost; not less,
+    OUT_REQUESTS = 2,             /* in flight */
+    FAN_QUESTIONS = 2,            /* in flight */
+    IN_BURSTS = 4,                /* in flight */
+    STALL = 5,                    /* seconds of silence after which all in flight counts as lost; not less,
                                      for garbage collection among 100,000 clients takes a while */
     MAX_STALLS = 3,               /* in a row */
     MAX_PROCESSES = 64,           /* of the server */
@@ -75,7 +75,7 @@ static uint64_t server_nanoseconds(void) {
     return sum;
 }
 
-/* Called again and again; true from the end of the measurement on. */
+/* Called repeatedly; true after the end of the measurement. */
 static bool time_is_up(bool every_client_seen) {
     if (measured.ended) return true;
     uint64_t now = nanoseconds(CLOCK_MONOTONIC);
@@ -136,7 +136,7 @@ static void count_round_trip(uint64_t took) {
 
 struct message { /* a datagram, with the control message for our own address */
     struct {
-        uint64_t run; /* answers to an earlier run, and those that were given up, do not count */
+        uint64_t run; /* answers to an earlier run, and answers that counted as lost, are ignored */
         uint64_t sent_at;
         uint32_t client, number;
         char rest[ECHO_SIZE - 24];
@@ -171,7 +171,7 @@ static void prepare(struct message *messages, struct mmsghdr *headers, bool prox
         m->proxy.family = 0x12;  /* IPv4, datagrams */
         m->proxy.length = htons(12);
         m->proxy.destination = server.sin_addr.s_addr;
-        m->proxy.source_port = htons(1024); /* not that of the server, which would take it for itself */
+        m->proxy.source_port = htons(1024); /* not the server's port, or the server would take the client for itself */
         m->proxy.destination_port = server.sin_port;
         m->iov[0] = (struct iovec){&m->proxy, sizeof m->proxy};
         m->iov[1] = (struct iovec){&m->payload, sizeof m->payload};
@@ -205,11 +205,11 @@ static void queue(uint32_t client) {
     if (queued == BATCH) send_queued();
 }
 
-/* 0 clients: every datagram comes from a client that has never been seen. */
+/* 0 clients: every datagram comes from a new client. */
 static void load_echo(uint32_t clients, uint32_t in_flight, bool proxied) {
     bool strangers = clients == 0;
     if (strangers) clients = MAX_CLIENTS;
-    bool in_turn = clients > in_flight; /* otherwise it is who was answered that sends again */
+    bool in_turn = clients > in_flight; /* otherwise the client that was answered sends again */
     uint64_t turns = 0;
     uint32_t on_their_way = 0;
     int on = 1;
@@ -223,7 +223,7 @@ static void load_echo(uint32_t clients, uint32_t in_flight, bool proxied) {
 
     for (;;) {
         bool stop = time_is_up(strangers || turns >= clients);
-        if (on_their_way == 0) { /* the beginning, or everything was lost, or the end */
+        if (on_their_way == 0) { /* the start, or all datagrams were lost, or the end */
             if (stop) return;
             run++;
             for (uint32_t i = 0; i < in_flight; i++) queue(turns++ % clients);
@@ -361,7 +361,7 @@ static void load_fan(uint32_t members) {
     }
 }
 
-/* The round trip, in microseconds, that a share of all was shorter than. */
+/* The quantile of the round trips, in microseconds. */
 static double round_trip(double share) {
     uint64_t all = 0, seen = 0;
     int bucket = 0;
@@ -386,7 +386,7 @@ static void load_out(unsigned burst) {
         headers[i].msg_hdr = (struct msghdr){.msg_iov = &iov[i], .msg_iovlen = 1, .msg_control = control[i]};
     }
 
-    unsigned due = 0, expected = 0; /* datagrams that are yet to come, and the number of the next */
+    unsigned due = 0, expected = 0; /* the datagrams still expected, and the number of the next one */
     for (;;) {
         bool stop = time_is_up(true);
         if (stop && due == 0) return;
@@ -413,7 +413,7 @@ static void load_out(unsigned burst) {
     }
 }
 
-/* Each datagram begins with its number, and an acknowledgement is the first bytes of the datagram that it is for. */
+/* Each datagram begins with its number. An acknowledgement is the first bytes of the datagram that it acknowledges. */
 static void load_in(void) {
     static struct {
         uint64_t number;
@@ -439,7 +439,7 @@ static void load_in(void) {
         if (acknowledgement < came_last) out_of_order++;
         came_last = acknowledgement;
         received += IN_BURST;
-        lost = came_last + 1 - received; /* if every datagram so far was counted, then this is the last of them */
+        lost = came_last + 1 - received; /* if no datagram was lost, this one is the last of those counted */
     }
 }
 
