@@ -101,20 +101,15 @@ class Reader:
                 return False
 
     def read_early(self) -> None:
-        """Read a batch and hand it out, right before the task in :meth:`next_batch` runs."""
-        receiver, self._receiver = self._receiver, None
-        assert receiver is not None
-        try:
-            receiver.context.run(self._read_and_hand_out)
-        except BaseException as error:  # Trio would only log it; next_batch() raises it
-            self._failure = error
-
-    @property
-    def is_about_to_read(self) -> bool:
-        """Whether the task in :meth:`next_batch` has been woken, and will read when it runs."""
+        """Read a batch and hand it out, right before the task in :meth:`next_batch` runs. A cancelled task reads none."""
         receiver = self._receiver
-        # Trio clears custom_sleep_data when it wakes a task. A cancelled task does not read.
-        return receiver is not None and receiver.custom_sleep_data is None and not will_be_cancelled(receiver)
+        assert receiver is not None
+        if not will_be_cancelled(receiver):
+            self._receiver = None
+            try:
+                receiver.context.run(self._read_and_hand_out)
+            except BaseException as error:  # Trio would only log it; next_batch() raises it
+                self._failure = error
 
     def take_over(self) -> None:
         """Reserve the socket for a server.
@@ -209,7 +204,9 @@ class EachPass(trio.abc.Instrument):
 
     def after_io_wait(self, timeout: float) -> None:
         for reader in self._readers:
-            if reader.is_about_to_read:
+            receiver = reader._receiver
+            # Trio clears custom_sleep_data when it wakes a task.
+            if receiver is not None and receiver.custom_sleep_data is None:
                 self._have_read.append(reader)
                 reader.read_early()
 
