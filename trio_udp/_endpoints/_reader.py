@@ -101,7 +101,7 @@ class Reader:
                 return False
 
     def read_early(self) -> None:
-        """Read a batch and hand it out, right before the task in :meth:`next_batch` runs. A cancelled task reads none."""
+        """Read a batch and hand it out, right before the task in :meth:`next_batch` runs, unless it is cancelled."""
         receiver = self._receiver
         assert receiver is not None
         if not will_be_cancelled(receiver):
