@@ -127,9 +127,8 @@ class HTTP3(Connection):
             case ProtocolNegotiated():
                 self.control_stream = self.quic.get_next_available_stream_id(is_unidirectional=True)
                 self.h3 = BoundedH3Connection(self.quic, enable_webtransport=True)
-            case StreamReset(stream_id=number) | StopSendingReceived(stream_id=number):
-                if number in self.streams:
-                    self.streams[number].scope.cancel()
+            case StreamReset(stream_id=number) | StopSendingReceived(stream_id=number) if number in self.streams:
+                self.streams[number].scope.cancel()
             case ConnectionTerminated():
                 return
         for h3_event in self.h3.handle_event(event):
@@ -151,6 +150,9 @@ class HTTP3(Connection):
     def put(self, number: int, kind: Kind, headers: dict[bytes, bytes], data: bytes, ended: bool) -> None:
         """Put data into a stream. If the stream is new, run the application for it."""
         if number not in self.streams:
+            known = self.quic._streams.get(number)
+            if known is None or known.sender._reset_error_code is not None:
+                return  # the peer has said already that it wants no answer
             if self.server.stopping.is_set() and number >= self.next_request:
                 return self.quic.reset_stream(number, ErrorCode.H3_REQUEST_REJECTED)
             self.next_request = max(self.next_request, number + 4)
@@ -170,9 +172,8 @@ class HTTP3(Connection):
             stream.scope.cancel()
         if stream.scope.cancel_called:
             self.quic.reset_stream(stream.number, ErrorCode.H3_REQUEST_CANCELLED)
-        if not stream.ended:
-            with suppress(ValueError):  # aioquic has forgotten it already
-                self.quic.stop_stream(stream.number, ErrorCode.H3_NO_ERROR)
+        if not stream.ended and stream.number in self.quic._streams:
+            self.quic.stop_stream(stream.number, ErrorCode.H3_NO_ERROR)
         self.pause.cancel()
         while stream.number in self.quic._streams:
             await self.progress.park()
@@ -201,7 +202,7 @@ async def application(stream: Stream) -> None:
         case "request", b"GET", ["number", number]:
             await stream.respond(200)
             await stream.send(number.encode())
-        case "request", b"GET", ["bytes", count] if count.isdecimal() and len(count) < 11:
+        case "request", b"GET", ["bytes", count] if count.isascii() and count.isdecimal() and len(count) < 11:
             await stream.respond(200, (b"content-length", count.encode()))
             for start in range(0, int(count), 65_536):
                 await stream.send(bytes(min(65_536, int(count) - start)))

@@ -187,6 +187,20 @@ async def test_an_application_that_fails(
     assert [record.getMessage() for record in caplog.records] == ["the application failed on '/fail'"]
 
 
+async def test_a_request_that_is_given_up_as_it_is_sent(
+    serve: Serve, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is logged, also if the packet says so before it has the request."""
+    setting = await serve()
+    client = await setting.connect()
+    for _ in range(10):
+        stream = client.begin("GET", "/number/1")
+        client.quic.stop_stream(stream, 0x10C)
+        assert (await client.answer(stream)).reset == 0x10C
+    assert (await client.get("/number/7")).body == b"7"
+    assert caplog.records == []
+
+
 async def test_the_application_waits_for_the_client(
     serve: Serve, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
