@@ -88,12 +88,17 @@ class Sessions:
             await session.send(payload)
 
 
+def is_only_session(stream: Stream) -> bool:
+    """Say whether its connection has no other, so that a connection is one player, as an address is over UDP."""
+    return [each for each in stream.connection.streams.values() if each.kind == "session"] == [stream]
+
+
 async def application(game: Game, sessions: Sessions, stream: Stream) -> None:
     match stream.kind, stream.path.partition("?")[0]:
         case "request", "/":
             await stream.respond(200, (b"content-type", b"text/html"))
             await stream.send(PAGE.read_bytes())
-        case "session", "/game":
+        case "session", "/game" if is_only_session(stream):
             await stream.respond(200)
             with suppress(trio.ClosedResourceError):  # the player continues in another session
                 await game.handler(Session(stream, sessions))

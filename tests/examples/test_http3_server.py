@@ -399,15 +399,28 @@ async def test_malformed_packets(serve: Serve, autojump_clock: MockClock) -> Non
     assert setting.server.statistics().handler_errors == 0
 
 
-def attack_sends(client: HTTP3Client, stream: int, pieces: list[tuple[int, bytes]]) -> None:
-    """Send pieces of a stream at any offsets, in packets of their own."""
-    for offset, piece in pieces:
-        sender = client.quic._streams[stream].sender
-        sender._buffer_start = sender._buffer_stop = sender.highest_offset = offset
-        sender._buffer, sender._pending, sender._acked = bytearray(), RangeSet(), RangeSet()
-        client.quic._remote_max_data_used = 0
-        client.quic.send_stream_data(stream, piece)
-        client.flush()
+async def test_one_player_for_each_connection(serve: Serve, autojump_clock: MockClock) -> None:
+    """The game refuses a second session of a connection, or a stranger could fill all rooms from one address."""
+    game_web = load("game_web")
+    game = game_web.Game()
+    setting = await serve(partial(game_web.application, game, game_web.Sessions()))
+    client = await setting.connect()
+    first, second = [await client.open_session("/game") for _ in range(2)]
+    assert [client.answers[session].status for session in (first, second)] == [200, 404]
+    client.h3.send_datagram(first, game_web.game_server.HELLO)
+    client.flush()
+    await client.until(lambda: client.datagrams[first])
+    assert client.datagrams[first][0][:1] == game_web.game_server.CHALLENGE
+
+
+def send_at(client: HTTP3Client, stream: int, offset: int, piece: bytes) -> None:
+    """Send a piece of a stream at any offset, in a packet of its own."""
+    sender = client.quic._streams[stream].sender
+    sender._buffer_start = sender._buffer_stop = sender.highest_offset = offset
+    sender._buffer, sender._pending, sender._acked = bytearray(), RangeSet(), RangeSet()
+    client.quic._remote_max_data_used = 0
+    client.quic.send_stream_data(stream, piece)
+    client.flush()
 
 
 async def test_gaps_in_a_stream(serve: Serve, autojump_clock: MockClock) -> None:
@@ -425,10 +438,10 @@ async def test_gaps_in_a_stream(serve: Serve, autojump_clock: MockClock) -> None
     await trio.sleep(1)
     for _ in range(10):
         stream = skipping.quic._streams[0]
-        attack_sends(skipping, 0, [(min(stream.max_stream_data_remote, skipping.quic._remote_max_data) - 100, b"x")])
+        send_at(skipping, 0, min(stream.max_stream_data_remote, skipping.quic._remote_max_data) - 100, b"x")
         await trio.sleep(1)
     for number in range(1_100):
-        attack_sends(gapped, 0, [(1_000 + 2 * number, b"x")])
+        send_at(gapped, 0, 1_000 + 2 * number, b"x")
         await trio.sleep(0.01)
     assert [client.end.error_code for client in (skipping, gapped) if client.end] == [1, 1]
     assert max(len(receiver._buffer) for receiver in receivers) < 10_000_000
