@@ -12,7 +12,6 @@ it trusts the certificate whose hash is in its address, if the certificate is va
 from __future__ import annotations
 
 import hashlib
-import logging
 import ssl
 from collections.abc import Iterable
 from contextlib import suppress
@@ -140,7 +139,6 @@ async def main(host: str | None, port: int, web_port: int, cert: str, key: str) 
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
     parser = make_parser()
     parser.add_argument("port", nargs="?", type=port, default=9999, help="of the game over UDP")
     parser.add_argument("--web-port", type=port, default=4433, help="of the page and of WebTransport")

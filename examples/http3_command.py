@@ -1,6 +1,7 @@
 """The command line of http3_server.py and game_web.py. A mistake in it is told in one line, with status 2."""
 
 import argparse
+import logging
 import ssl
 import sys
 from collections.abc import Awaitable, Callable
@@ -29,6 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(main: Callable[..., Awaitable[None]], parser: argparse.ArgumentParser) -> None:
     """Run ``main`` with the arguments, unless the certificate or a port cannot be used."""
+    logging.basicConfig(level=logging.WARNING)
     arguments = parser.parse_args()
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(arguments.cert, arguments.key, password="")

@@ -150,8 +150,7 @@ class HTTP3(Connection):
     def put(self, number: int, kind: Kind, headers: dict[bytes, bytes], data: bytes, ended: bool) -> None:
         """Put data into a stream. If the stream is new, run the application for it."""
         if number not in self.streams:
-            known = self.quic._streams.get(number)
-            if known is None or known.sender._reset_error_code is not None:
+            if (known := self.quic._streams.get(number)) is None or known.sender._reset_error_code is not None:
                 return  # the peer has said already that it wants no answer
             if self.server.stopping.is_set() and number >= self.next_request:
                 return self.quic.reset_stream(number, ErrorCode.H3_REQUEST_REJECTED)
@@ -230,9 +229,8 @@ async def serve_http3(
     task_status: trio.TaskStatus[trio_udp.Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve HTTP/3 with an application. ``serve_udp`` is a ``partial`` of ``trio_udp.serve`` that has a port."""
-    configuration = QuicConfiguration(
-        alpn_protocols=H3_ALPN, is_client=False, idle_timeout=IDLE_TIMEOUT, max_datagram_frame_size=65_536
-    )
+    configuration = QuicConfiguration(H3_ALPN, is_client=False, idle_timeout=IDLE_TIMEOUT)
+    configuration.max_datagram_frame_size = 65_536
     configuration.load_cert_chain(certificate, key)
     await serve(partial(HTTP3, application=application), configuration, serve_udp, task_status=task_status)
 
@@ -247,7 +245,6 @@ async def main(host: str | None, port: int, cert: str, key: str) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
     parser = make_parser()
     parser.add_argument("port", nargs="?", type=port, default=4433)
     run(main, parser)
