@@ -32,6 +32,7 @@ over the same player, with its score. An eavesdropper could do that too; see doc
 
 from __future__ import annotations
 
+import argparse
 import hmac
 import logging
 import math
@@ -39,7 +40,6 @@ import random
 import secrets
 import signal
 import struct
-import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -334,4 +334,6 @@ async def main(port: int) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    trio.run(main, int(sys.argv[1]) if sys.argv[1:] else 9999)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("port", nargs="?", type=int, default=9999)
+    trio.run(main, parser.parse_args().port)

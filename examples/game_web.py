@@ -11,9 +11,7 @@ it trusts the certificate whose hash is in its address, if the certificate is va
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import logging
 import ssl
 from collections.abc import Iterable
 from contextlib import suppress
@@ -25,6 +23,7 @@ import attrs
 import game_server
 import trio
 from game_server import Game, Peer
+from http3_command import make_parser, port, run
 from http3_server import IDLE_TIMEOUT, Stream, serve_http3
 
 import trio_udp
@@ -88,12 +87,17 @@ class Sessions:
             await session.send(payload)
 
 
+def is_only_session(stream: Stream) -> bool:
+    """Say whether its connection has no other, so that a connection is one player, as an address is over UDP."""
+    return [each for each in stream.connection.streams.values() if each.kind == "session"] == [stream]
+
+
 async def application(game: Game, sessions: Sessions, stream: Stream) -> None:
     match stream.kind, stream.path.partition("?")[0]:
         case "request", "/":
             await stream.respond(200, (b"content-type", b"text/html"))
             await stream.send(PAGE.read_bytes())
-        case "session", "/game":
+        case "session", "/game" if is_only_session(stream):
             await stream.respond(200)
             with suppress(trio.ClosedResourceError):  # the player continues in another session
                 await game.handler(Session(stream, sessions))
@@ -113,7 +117,7 @@ def sha256(certificate: str) -> str:
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(first + ssl.PEM_FOOTER)).hexdigest()
 
 
-async def main(host: str | None, port: int, web_port: int, certificate: str, key: str) -> None:
+async def main(host: str | None, port: int, web_port: int, cert: str, key: str) -> None:
     game = Game()
     async with trio.open_nursery() as beside:
         beside.start_soon(game.run)
@@ -122,25 +126,20 @@ async def main(host: str | None, port: int, web_port: int, certificate: str, key
             limits = trio_udp.Limits(max_clients=2_000, clients_per_host=100)
             serve_web = partial(trio_udp.serve, port=web_port, host=host, limits=limits)
             web: trio_udp.Server = await nursery.start(
-                serve_http3, partial(application, game, Sessions()), certificate, key, serve_web
+                serve_http3, partial(application, game, Sessions()), cert, key, serve_web
             )
             for server in (udp, web):
                 print("listening on {}:{}".format(*server.endpoints[0].local_address), flush=True)
             url = f"https://{host or 'localhost'}:{web.endpoints[0].local_address[1]}"
             print(f"play at {url}/")
-            print(f"or at {PAGE.as_uri()}#server={url}&hash={sha256(certificate)}", flush=True)
+            print(f"or at {PAGE.as_uri()}#server={url}&hash={sha256(cert)}", flush=True)
             await udp.wait_stopping()
             web.stop()
         beside.cancel_scope.cancel()
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
-    parser = argparse.ArgumentParser()
-    parser.add_argument("port", nargs="?", type=int, default=9999, help="of the game over UDP")
-    parser.add_argument("--web-port", type=int, default=4433, help="of the page and of WebTransport")
-    parser.add_argument("--host", help="name or address to bind; all interfaces by default")
-    parser.add_argument("--cert", metavar="FILE", required=True, help="the server's certificate chain")
-    parser.add_argument("--key", metavar="FILE", required=True, help="the certificate's private key")
-    arguments = parser.parse_args()
-    trio.run(main, arguments.host, arguments.port, arguments.web_port, arguments.cert, arguments.key)
+    parser = make_parser()
+    parser.add_argument("port", nargs="?", type=port, default=9999, help="of the game over UDP")
+    parser.add_argument("--web-port", type=port, default=4433, help="of the page and of WebTransport")
+    run(main, parser)

@@ -9,7 +9,6 @@
 the server stops, a GOAWAY tells clients to send no more requests, and requests that have begun are answered.
 """
 
-import argparse
 import logging
 import signal
 from collections import deque
@@ -22,17 +21,19 @@ from typing import Literal
 import attrs
 import trio
 from aioquic.buffer import encode_uint_var
-from aioquic.h3.connection import H3_ALPN, ErrorCode, FrameType, H3Connection, encode_frame
+from aioquic.h3.connection import H3_ALPN, ErrorCode, FrameType, encode_frame
 from aioquic.h3.events import DatagramReceived, DataReceived, H3Event, HeadersReceived, WebTransportStreamDataReceived
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.events import ConnectionTerminated, ProtocolNegotiated, QuicEvent, StopSendingReceived, StreamReset
+from http3_command import make_parser, port, run
+from http3_frames import BoundedH3Connection
 from quic_connections import Connection, serve
 
 import trio_udp
 
 PAGE = Path(__file__).with_name("http3_page.html")
 IDLE_TIMEOUT = 30.0  # seconds of silence that end a connection
-MAX_UNREAD = 1_000  # pieces of a stream that wait for the application; aioquic cannot make the peer wait
+MAX_UNREAD, PIECE = 4_000_000, 100  # bytes of a connection that wait for the application; what a piece adds to them
 MAX_UNSENT, MAX_DATAGRAM = 256, 1_100  # datagrams of a connection that wait to be sent; bytes of one
 
 Application = Callable[["Stream"], Awaitable[object]]
@@ -66,10 +67,11 @@ class Stream(trio.abc.Channel[bytes]):
 
     def put(self, piece: bytes, ended: bool) -> None:
         self.ended |= ended
-        if piece and len(self.incoming) < MAX_UNREAD:
+        if piece and self.connection.unread < MAX_UNREAD:
             self.incoming.append(piece)
+            self.connection.unread += len(piece) + PIECE
         elif piece and self.kind != "session":
-            self.scope.cancel()
+            self.scope.cancel()  # aioquic cannot make the peer wait
         self.arrived.unpark_all()
 
     async def receive(self) -> bytes:
@@ -78,7 +80,9 @@ class Stream(trio.abc.Channel[bytes]):
             if self.ended or (self.connection.server.stopping.is_set() and self.kind != "request"):
                 raise trio.EndOfChannel
             await self.arrived.park()
-        return self.incoming.popleft()
+        piece = self.incoming.popleft()
+        self.connection.unread -= len(piece) + PIECE
+        return piece
 
     async def respond(self, status: int, *headers: tuple[bytes, bytes]) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -112,19 +116,19 @@ class HTTP3(Connection):
     """An HTTP/3 connection: runs the application for each of its streams."""
 
     application: Application = attrs.field(kw_only=True)
-    h3: H3Connection = attrs.field(init=False)
+    h3: BoundedH3Connection = attrs.field(init=False)
     control_stream: int = attrs.field(init=False, default=-1)
     streams: dict[int, Stream] = attrs.field(factory=dict)
     next_request: int = 0
+    unread: int = 0
 
     def take_event(self, event: QuicEvent) -> None:
         match event:
             case ProtocolNegotiated():
                 self.control_stream = self.quic.get_next_available_stream_id(is_unidirectional=True)
-                self.h3 = H3Connection(self.quic, enable_webtransport=True)
-            case StreamReset(stream_id=number) | StopSendingReceived(stream_id=number):
-                if number in self.streams:
-                    self.streams[number].scope.cancel()
+                self.h3 = BoundedH3Connection(self.quic, enable_webtransport=True)
+            case StreamReset(stream_id=number) | StopSendingReceived(stream_id=number) if number in self.streams:
+                self.streams[number].scope.cancel()
             case ConnectionTerminated():
                 return
         for h3_event in self.h3.handle_event(event):
@@ -146,6 +150,8 @@ class HTTP3(Connection):
     def put(self, number: int, kind: Kind, headers: dict[bytes, bytes], data: bytes, ended: bool) -> None:
         """Put data into a stream. If the stream is new, run the application for it."""
         if number not in self.streams:
+            if (known := self.quic._streams.get(number)) is None or known.sender._reset_error_code is not None:
+                return  # the peer has said already that it wants no answer
             if self.server.stopping.is_set() and number >= self.next_request:
                 return self.quic.reset_stream(number, ErrorCode.H3_REQUEST_REJECTED)
             self.next_request = max(self.next_request, number + 4)
@@ -165,13 +171,13 @@ class HTTP3(Connection):
             stream.scope.cancel()
         if stream.scope.cancel_called:
             self.quic.reset_stream(stream.number, ErrorCode.H3_REQUEST_CANCELLED)
-        if not stream.ended:
-            with suppress(ValueError):  # aioquic has forgotten it already
-                self.quic.stop_stream(stream.number, ErrorCode.H3_NO_ERROR)
+        if not stream.ended and stream.number in self.quic._streams:
+            self.quic.stop_stream(stream.number, ErrorCode.H3_NO_ERROR)
         self.pause.cancel()
         while stream.number in self.quic._streams:
             await self.progress.park()
         del self.streams[stream.number]
+        self.unread -= sum(len(piece) + PIECE for piece in stream.incoming)
         self.progress.unpark_all()
 
     async def go_away(self) -> None:
@@ -195,7 +201,7 @@ async def application(stream: Stream) -> None:
         case "request", b"GET", ["number", number]:
             await stream.respond(200)
             await stream.send(number.encode())
-        case "request", b"GET", ["bytes", count] if count.isdecimal() and len(count) < 11:
+        case "request", b"GET", ["bytes", count] if count.isascii() and count.isdecimal() and len(count) < 11:
             await stream.respond(200, (b"content-length", count.encode()))
             for start in range(0, int(count), 65_536):
                 await stream.send(bytes(min(65_536, int(count) - start)))
@@ -223,28 +229,22 @@ async def serve_http3(
     task_status: trio.TaskStatus[trio_udp.Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve HTTP/3 with an application. ``serve_udp`` is a ``partial`` of ``trio_udp.serve`` that has a port."""
-    configuration = QuicConfiguration(
-        alpn_protocols=H3_ALPN, is_client=False, idle_timeout=IDLE_TIMEOUT, max_datagram_frame_size=65_536
-    )
+    configuration = QuicConfiguration(H3_ALPN, is_client=False, idle_timeout=IDLE_TIMEOUT)
+    configuration.max_datagram_frame_size = 65_536
     configuration.load_cert_chain(certificate, key)
     await serve(partial(HTTP3, application=application), configuration, serve_udp, task_status=task_status)
 
 
-async def main(host: str | None, port: int, certificate: str, key: str) -> None:
+async def main(host: str | None, port: int, cert: str, key: str) -> None:
     limits, stop_signals = trio_udp.Limits(max_clients=4_000, clients_per_host=400), {signal.SIGINT, signal.SIGTERM}
     serve_udp = partial(trio_udp.serve, port=port, host=host, limits=limits, stop_signals=stop_signals)
     async with trio.open_nursery() as nursery:
-        server: trio_udp.Server = await nursery.start(serve_http3, application, certificate, key, serve_udp)
+        server: trio_udp.Server = await nursery.start(serve_http3, application, cert, key, serve_udp)
         for endpoint in server.endpoints:
             print("listening on {}:{}".format(*endpoint.local_address), flush=True)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
-    parser = argparse.ArgumentParser()
-    parser.add_argument("port", nargs="?", type=int, default=4433)
-    parser.add_argument("--host", help="name or address to bind; all interfaces by default")
-    parser.add_argument("--cert", metavar="FILE", required=True, help="the server's certificate chain")
-    parser.add_argument("--key", metavar="FILE", required=True, help="the certificate's private key")
-    arguments = parser.parse_args()
-    trio.run(main, arguments.host, arguments.port, arguments.cert, arguments.key)
+    parser = make_parser()
+    parser.add_argument("port", nargs="?", type=port, default=4433)
+    run(main, parser)

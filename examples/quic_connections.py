@@ -41,6 +41,8 @@ import trio_udp
 MAX_CONNECTIONS, MAX_CONNECTIONS_PER_ADDRESS = 1_000, 8
 MAX_PATHS, PATH_TIME = 4, 1.0  # addresses of a connection; seconds until an unused one may be replaced
 MAX_UNACKNOWLEDGED = 1_000_000  # bytes of a connection; beyond it, senders wait
+MAX_PACKET = 1_500  # bytes; longer ones are dropped, as on most paths
+MAX_GAPS, PER_GAP = 4_000_000, 4_000  # bytes of a connection that wait for missing ones; what each gap adds to them
 DRAIN_TIMEOUT = 10.0  # seconds for connections to end when the server stops
 LATE = 1e-6  # seconds added to aioquic's timer: it rounds, and exactly at that time nothing would be due yet
 
@@ -101,6 +103,11 @@ class Connection:
         self.paths[address] = self.paths[address][0], client
         self.quic.receive_datagram(packet, address, trio.current_time())
         self.take_events()
+        # aioquic lets a peer skip bytes, and makes room for them: 22 packets took up 1 GB. And it goes through all gaps
+        # for each piece: 300 packets that were full of them took a minute.
+        receivers = [stream.receiver for stream in self.quic._streams.values()]
+        if sum(len(each._buffer) + PER_GAP * len(each._ranges) for each in receivers) > MAX_GAPS:
+            self.close(QuicErrorCode.INTERNAL_ERROR)
 
     def take_events(self) -> None:
         while (event := self.quic.next_event()) is not None:
@@ -206,6 +213,8 @@ class QuicServer:
 
     def find(self, packet: bytes, address: trio_udp.Address) -> Connection | bytes | None:
         """Return the connection that a packet names, or a new one, or a packet to answer with, or ``None``."""
+        if len(packet) > MAX_PACKET:
+            return None
         if packet[:1] < b"\x80":
             destination, source = packet[1:9], b""
         else:  # a long header, the same in all versions of QUIC (RFC 8999)

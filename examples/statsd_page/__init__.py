@@ -5,12 +5,14 @@ browser that reconnects sends the number of the last event that it received, and
 "Server-sent events").
 """
 
+import ipaddress
 import json
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import attrs
 import h11
@@ -18,6 +20,7 @@ import trio
 
 TIMEOUT = 5.0  # seconds to receive a request, and to send each part of the answer
 MAX_CONNECTIONS = 32
+MAX_HISTORY = 50_000_000  # bytes of events: 1,000 metrics with long names take 1 MB in each
 
 CONTENT_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = [
@@ -26,6 +29,18 @@ HEADERS = [
     ("Content-Security-Policy", "default-src 'self'"),
     ("X-Content-Type-Options", "nosniff"),
 ]
+
+
+def is_safe(host: bytes) -> bool:
+    """Say whether a Host header has an address, or a name without a dot, such as localhost.
+
+    Any other name could belong to a web page that has pointed it here to read our events (DNS rebinding).
+    """
+    try:
+        name = urlsplit(f"//{host.decode()}").hostname or ""
+        return "." not in name or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
 
 
 @attrs.define(eq=False)
@@ -50,6 +65,8 @@ class Page:
         number = max(now, self.events[-1][0] + 1) if self.events else now
         data = json.dumps({"time": number} | figures, allow_nan=False)
         self.events.append((number, f"id: {number}\ndata: {data}\n\n".encode()))
+        while sum(len(event) for _, event in self.events) > MAX_HISTORY:
+            self.events.popleft()
         self.wake()
 
     def close(self) -> None:
@@ -87,6 +104,12 @@ class Page:
         path = request.target.decode().partition("?")[0]
         if request.method not in (b"GET", b"HEAD"):
             yield h11.Response(status_code=405, headers=[("Allow", "GET, HEAD"), ("Content-Length", "0"), *HEADERS])
+        elif not is_safe(dict(request.headers).get(b"host", b"")):
+            content = b"Open this page by its address: http://127.0.0.1:8126/, for example.\n"
+            about = [("Content-Type", "text/plain"), ("Content-Length", str(len(content)))]
+            yield h11.Response(status_code=421, headers=[*about, *HEADERS])  # Misdirected Request
+            if request.method == b"GET":
+                yield h11.Data(data=content)
         elif path == "/events" and request.method == b"GET":
             yield h11.Response(status_code=200, headers=[("Content-Type", "text/event-stream"), *HEADERS])
             yield h11.Data(data=b"retry: 1000\n\n")  # milliseconds until a page reconnects

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import random
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -16,15 +17,17 @@ import pytest
 import trio
 
 pytest.importorskip("aioquic", minversion="1.7")
-from aioquic.buffer import Buffer
+from aioquic.buffer import Buffer, encode_uint_var
+from aioquic.h3.connection import FrameType
 from aioquic.quic.packet import QuicPacketType, pull_quic_header
+from aioquic.quic.rangeset import RangeSet
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trio_udp
 from trio_udp.testing import SimulatedNetwork
 
 from ..conftest import SERVER, check_adds_up
-from ..project.conftest import TIMEOUT, Start, without_signals
+from ..project.conftest import EXAMPLES, TIMEOUT, Start, without_signals
 from .conftest import load, program
 from .http3_client import Certificate, HTTP3Client
 
@@ -182,6 +185,20 @@ async def test_an_application_that_fails(
     assert (await client.answer(failed)).reset == 0x10C
     assert (await client.answer(other)).body == b"7"
     assert [record.getMessage() for record in caplog.records] == ["the application failed on '/fail'"]
+
+
+async def test_a_request_that_is_given_up_as_it_is_sent(
+    serve: Serve, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is logged, also if the packet says so before it has the request."""
+    setting = await serve()
+    client = await setting.connect()
+    for _ in range(10):
+        stream = client.begin("GET", "/number/1")
+        client.quic.stop_stream(stream, 0x10C)
+        assert (await client.answer(stream)).reset == 0x10C
+    assert (await client.get("/number/7")).body == b"7"
+    assert caplog.records == []
 
 
 async def test_the_application_waits_for_the_client(
@@ -382,6 +399,97 @@ async def test_malformed_packets(serve: Serve, autojump_clock: MockClock) -> Non
     assert setting.server.statistics().handler_errors == 0
 
 
+async def test_one_player_for_each_connection(serve: Serve, autojump_clock: MockClock) -> None:
+    """The game refuses a second session of a connection, or a stranger could fill all rooms from one address."""
+    game_web = load("game_web")
+    game = game_web.Game()
+    setting = await serve(partial(game_web.application, game, game_web.Sessions()))
+    client = await setting.connect()
+    first, second = [await client.open_session("/game") for _ in range(2)]
+    assert [client.answers[session].status for session in (first, second)] == [200, 404]
+    client.h3.send_datagram(first, game_web.game_server.HELLO)
+    client.flush()
+    await client.until(lambda: client.datagrams[first])
+    assert client.datagrams[first][0][:1] == game_web.game_server.CHALLENGE
+
+
+def send_at(client: HTTP3Client, stream: int, offset: int, piece: bytes) -> None:
+    """Send a piece of a stream at any offset, in a packet of its own."""
+    sender = client.quic._streams[stream].sender
+    sender._buffer_start = sender._buffer_stop = sender.highest_offset = offset
+    sender._buffer, sender._pending, sender._acked = bytearray(), RangeSet(), RangeSet()
+    client.quic._remote_max_data_used = 0
+    client.quic.send_stream_data(stream, piece)
+    client.flush()
+
+
+async def test_gaps_in_a_stream(serve: Serve, autojump_clock: MockClock) -> None:
+    """A client that skips ever more bytes, or has ever more gaps, loses its connection before it costs much."""
+    receivers = []
+
+    async def application(stream: Any) -> None:
+        receivers.append(stream.connection.quic._streams[stream.number].receiver)
+        await http3_server.application(stream)
+
+    setting = await serve(application)
+    skipping, gapped = await setting.connect(), await setting.connect()
+    for client in (skipping, gapped):
+        client.begin("POST", "/length", end=False)
+    await trio.sleep(1)
+    for _ in range(10):
+        stream = skipping.quic._streams[0]
+        send_at(skipping, 0, min(stream.max_stream_data_remote, skipping.quic._remote_max_data) - 100, b"x")
+        await trio.sleep(1)
+    for number in range(1_100):
+        send_at(gapped, 0, 1_000 + 2 * number, b"x")
+        await trio.sleep(0.01)
+    assert [client.end.error_code for client in (skipping, gapped) if client.end] == [1, 1]
+    assert max(len(receiver._buffer) for receiver in receivers) < 10_000_000
+    assert max(len(receiver._ranges) for receiver in receivers) <= 1_001
+
+
+async def test_excessive_headers(serve: Serve, autojump_clock: MockClock) -> None:
+    """Long headers end the connection, also before they are complete; and so does the use of a dynamic table."""
+    setting = await serve()
+    complete, endless, table = [await setting.connect() for _ in range(3)]
+    complete.begin("GET", "/number/5", (b"x-long", b"~" * 20_000))
+    endless.quic.send_stream_data(0, encode_uint_var(FrameType.HEADERS) + encode_uint_var(1 << 40) + bytes(20_000))
+    table.quic.send_stream_data(table.h3._local_encoder_stream_id or 0, b"\x3f\xe1\x1f")  # of 4096 bytes
+    for client, error in ((complete, 0x107), (endless, 0x107), (table, 0x201)):
+        client.flush()
+        await client.until(partial(getattr, client, "end"))
+        assert client.end is not None
+        assert client.end.error_code == error
+    assert (await (await setting.connect()).get("/number/5")).body == b"5"
+
+
+async def test_the_client_sends_more_than_the_application_reads(serve: Serve, autojump_clock: MockClock) -> None:
+    """A connection's streams together have a bound; datagrams beyond it are lost, and streams are reset."""
+    streams = []
+
+    async def application(stream: Any) -> None:
+        streams.append(stream)
+        if stream.kind == "session":
+            await stream.respond(200)
+        await trio.sleep_forever()
+
+    setting = await serve(application)
+    client = await setting.connect()
+    session = await client.open_session("/")
+    uploads = [client.begin("POST", "/length", end=False) for _ in range(10)]
+    for upload in uploads:
+        client.send(upload, bytes(500_000), end=False)
+    await client.until(lambda: client.answers[uploads[-1]].reset)
+    for _ in range(3_000):
+        client.h3.send_datagram(session, bytes(1_000))
+    client.flush()
+    await trio.sleep(5)
+    connection = streams[0].connection
+    assert 0 < connection.unread < 4_100_000
+    client.quic.close()
+    client.flush()
+
+
 Run = Callable[..., int]
 
 
@@ -394,6 +502,31 @@ def run(start: Start, certificate: Certificate) -> Run:
         return start("http3_server", "--host", "127.0.0.1", *paths).port
 
     return run
+
+
+@pytest.mark.parametrize("name", ["http3_server", "game_web"])
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (
+            ["--cert", "none.pem"],
+            "cannot read the certificate or the key, or they do not match: [Errno 2] No such file",
+        ),
+        (["--cert", "key.pem"], "cannot read the certificate or the key, or they do not match: [SSL] PEM lib"),
+        (["65536"], "argument port: invalid port value: '65536'"),
+        (["--host", "203.0.113.1"], "cannot bind 203.0.113.1 port"),
+    ],
+)
+@without_signals
+def test_wrong_command_lines(certificate: Certificate, name: str, arguments: list[str], error: str) -> None:
+    """The last line says in one line what is wrong; the status is 2."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--cert", "cert.pem", "--key", "key.pem", *arguments]
+    folder = certificate.certificate.parent
+    run = subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT, check=False)
+    last = run.stderr.splitlines()[-1]
+    assert (last.startswith(f"{name}.py: error: "), error in last) == (True, True)
+    assert "Traceback" not in run.stderr
+    assert run.returncode == 2
 
 
 def gtlsclient(port: int, path: str, *options: str, folder: Path) -> str:

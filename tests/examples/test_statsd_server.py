@@ -394,6 +394,42 @@ def test_requests(run: RunStatsD) -> None:
     assert ask("", "POST") == (405, "")
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8126", 200),
+        ("[::1]:8126", 200),
+        ("localhost", 200),
+        ("server:8126", 200),
+        ("evil.example:8126", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("127.0.0.1@evil.example", 421),
+        ("[evil.example", 421),
+    ],
+)
+async def test_another_name_for_the_page(host: str, status: int) -> None:
+    """A name that could be that of a stranger's web page, which now leads here, gets no events."""
+    page = statsd_server.Page.load(10)
+    page.publish({"secret": 1})
+    page.close()
+    browser, stream = trio.testing.memory_stream_pair()
+    await browser.send_all(f"GET /events HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    await page.answer(stream)
+    await stream.aclose()
+    answer = b"".join([part async for part in browser])
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert (b"secret" in answer) == (status == 200)
+
+
+def test_large_events() -> None:
+    """The history of large events is shorter, so it needs no more memory; of others it has the length asked for."""
+    large, small = statsd_server.Page.load(120), statsd_server.Page.load(120)
+    for _ in range(150):
+        large.publish({"names": "x" * 1_000_000})
+        small.publish({"names": "x"})
+    assert (len(large.events), len(small.events)) == (49, 120)
+
+
 @pytest.mark.parametrize("sent", [b"", b"GET /events HTTP/1.1\r\n", b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n"])
 async def test_a_slow_browser(sent: bytes, autojump_clock: trio.testing.MockClock) -> None:
     """A browser that sends its request too slowly, or reads no events, is disconnected after 5 seconds."""
