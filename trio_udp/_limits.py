@@ -33,7 +33,8 @@ def _positive_int(_: object, attribute: "attrs.Attribute[Any]", value: object) -
 def check_seconds(name: str, seconds: object, *, zero: bool = False) -> float:
     """Return ``seconds`` as a float; raise unless it is greater than 0, or 0 where ``zero`` allows that."""
     if not isinstance(seconds, (int, float)):
-        raise TypeError(f"{name} must be a number of seconds (math.inf for no limit), not {seconds!r}")
+        hint = ": use math.inf for no limit" if seconds is None else ""
+        raise TypeError(f"{name} must be a number of seconds, not {seconds!r}{hint}")
     with suppress(OverflowError):  # from an int that no float can hold
         if float(seconds) > 0 or (seconds == 0 and zero):
             return float(seconds)

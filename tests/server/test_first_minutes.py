@@ -272,7 +272,7 @@ async def async_function(datagram: object) -> None: ...
         ({"accept": lambda: True}, "accept must be a function of a Datagram, not"),
         ({"on_error": async_function}, "on_error must be a plain function, not the async function"),
         ({"on_error": lambda error: None}, "on_error must be a function of a Client (or a Datagram) and an exception"),
-        ({"idle_timeout": None}, "idle_timeout must be a number of seconds (math.inf for no limit), not None"),
+        ({"idle_timeout": None}, "idle_timeout must be a number of seconds, not None: use math.inf for no limit"),
     ],
 )
 async def test_what_is_no_argument_of_serve(arguments: dict[str, Any], message: str) -> None:

@@ -33,7 +33,7 @@ def test_without_the_extra(missing: str, use: str) -> None:
         f"import sys; sys.modules['{missing}'] = None; import trio_udp; print(trio_udp.Limits().max_clients); {use}"
     )
     assert output.startswith("10000\n")
-    last_line = "ImportError: trio_udp.dtls needs pyOpenSSL and service-identity: pip install trio-udp[dtls]\n"
+    last_line = "ImportError: trio_udp.dtls needs pyOpenSSL and service-identity: pip install 'trio-udp[dtls]'\n"
     assert output.endswith(last_line)
 
 
