@@ -52,8 +52,8 @@ SERVE = """
         async for payload in client:
             {busy}
 
-    def ready(sock):
-        print("ready", flush=True)
+    def ready(sock):  # says so in the next pass, when the server runs
+        trio.lowlevel.current_trio_token().run_sync_soon(lambda: print("ready", flush=True))
 
     trio.run(lambda: trio_udp.serve(handler, 0, host="127.0.0.1", configure=ready))
 """
