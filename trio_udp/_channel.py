@@ -9,13 +9,13 @@ import attrs
 import trio
 
 from ._construction import NoPublicConstructor
-from ._endpoints import BATCH, MAX_PAYLOAD_IPV4, YIELD_EVERY, Address, Outbox, Outgoing, Payload, Route
+from ._endpoints import MAX_PAYLOAD_IPV4, MOST_HELD, YIELD_EVERY, Address, Outbox, Outgoing, Payload, Route
 from ._lifecycle import CLOSED, LOST, OPEN, End
 from ._statistics import Sender
 from ._trio import is_cancelled
 
-# The most replies that a held outbox keeps: one less than BATCH, so that the next reply sends the whole batch.
-ROOM = BATCH - 1
+# The most replies that a held outbox keeps; the next one sends them all.
+ROOM = MOST_HELD - 1
 
 
 @attrs.define(eq=False)

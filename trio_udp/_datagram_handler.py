@@ -64,4 +64,4 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
             place.withheld += len(outgoing)
         else:
             replies += outgoing
-    outbox.collect(replies, more_follow=place.reader.may_have_more)
+    outbox.collect(replies, more_follow=place.reader.has_more())

@@ -46,7 +46,13 @@ from ._endpoint import Endpoint as Endpoint, make_endpoint as make_endpoint, rea
 from ._networks import Network as Network, Networks as Networks
 from ._one_by_one import OneByOne as OneByOne
 from ._open import open_connected_endpoint as open_connected_endpoint, open_endpoints as open_endpoints
-from ._outbox import YIELD_EVERY as YIELD_EVERY, Outbox as Outbox, Payload as Payload, Turn as Turn
+from ._outbox import (
+    MOST_HELD as MOST_HELD,
+    YIELD_EVERY as YIELD_EVERY,
+    Outbox as Outbox,
+    Payload as Payload,
+    Turn as Turn,
+)
 from ._reader import EachPass as EachPass, Reader as Reader
 from ._sources import Source as Source, Sources as Sources
 from ._unix import (

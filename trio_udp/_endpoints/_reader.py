@@ -111,6 +111,11 @@ class Reader:
             except BaseException as error:  # Trio would only log it; next_batch() raises it
                 self._failure = error
 
+    def has_more(self) -> bool:
+        """Whether datagrams wait in the kernel that the last read left there."""
+        engine = self.engine
+        return self.may_have_more and not engine.closed and (engine.read_ahead > 0 or engine.is_readable())
+
     def take_over(self) -> None:
         """Reserve the socket for a server.
 
@@ -214,7 +219,7 @@ class EachPass(trio.abc.Instrument):
         while self._have_read:
             reader = self._have_read.pop()
             try:
-                reader.outbox.end_pass()
+                reader.outbox.end_pass(more_follow=reader.has_more())
             except BaseException as error:  # Trio would only log it, and call this hook no more
                 reader.fail(error)
 
