@@ -106,9 +106,9 @@ def _short(figures: dict[str, float]) -> dict[str, float]:
 
 
 def kept_in(folder: Path) -> list[Results]:
-    """Return all results in a folder, the newest Python first."""
+    """Return all results in a folder: those with the most shapes first, then the newest Python."""
     found = [Results(json.loads(file.read_text())) for file in folder.glob("python-*.json")]
-    return sorted(found, key=lambda results: results.age, reverse=True)
+    return sorted(found, key=lambda results: (len(results.titles), results.age), reverse=True)
 
 
 # ---- figures to look up, in any results ----

@@ -3,7 +3,7 @@
     python benchmarks/report.py FOLDER    # writes them again, from the python-*.json in FOLDER
 
 A folder of results has, for each Python, its figures (python-3.11.json) and all tables of them (python-3.11.md). Read
-results.md first: it has all Pythons side by side. The charts show the newest Python. The documentation includes tables
+results.md first: it has all Pythons side by side. The charts show the first. The documentation includes tables
 from results.md, and finds them by their headings.
 """
 
