@@ -1,4 +1,4 @@
-"""The loop of a ``datagram_handler``: no clients, no tasks, no inboxes."""
+"""Hands batches of datagrams to a ``datagram_handler``: no clients, no tasks, no inboxes."""
 
 from __future__ import annotations
 
@@ -64,4 +64,5 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
             place.withheld += len(outgoing)
         else:
             replies += outgoing
-    outbox.collect(replies, more_follow=place.reader.has_more())
+    if replies or outbox.collecting:
+        outbox.collect(replies, more_follow=place.reader.has_more())

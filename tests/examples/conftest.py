@@ -1,6 +1,6 @@
 """``start`` and ``serve`` run an example as a process, ``load`` imports one to run it on a simulated network.
 
-``program`` finds a program that an example is tested with.
+``program`` finds a program that an example is tested with, and ``received`` empties a connection.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ import importlib.util
 import os
 import shutil
 import sys
+from contextlib import suppress
 from types import ModuleType
 
 import pytest
+import trio
+import trio.testing
+
+import trio_udp
 
 from ..project.conftest import EXAMPLES, serve as serve, start as start
 
@@ -38,3 +43,13 @@ def program(name: str, package: str) -> str:
             pytest.fail(message)
         pytest.skip(message)
     return path
+
+
+async def received(connection: trio_udp.Connection) -> list[bytes]:
+    """Return all payloads that have arrived."""
+    await trio.testing.wait_all_tasks_blocked()
+    payloads = []
+    with suppress(trio.WouldBlock):
+        while True:
+            payloads.append(connection.receive_nowait())
+    return payloads

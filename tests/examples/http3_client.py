@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attrs
+import pytest
 import trio
 from aioquic.h3 import events as h3_events
 from aioquic.h3.connection import H3_ALPN, H3Connection
@@ -57,6 +58,11 @@ class Certificate:
         made.certificate.write_bytes(certificate.public_bytes(pem))
         made.key.write_bytes(key.private_bytes(pem, private, serialization.NoEncryption()))
         return made
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return Certificate.make(tmp_path_factory.mktemp("http3"))
 
 
 @attrs.define

@@ -6,7 +6,6 @@ import re
 import shutil
 import socket
 import subprocess
-from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -18,7 +17,7 @@ from trio_udp.testing import SimulatedNetwork
 
 from ..conftest import SERVER, check_adds_up
 from ..project.conftest import Start, ask, waiting, without_signals
-from .conftest import load
+from .conftest import load, received
 
 chat_room = load("chat_room")
 
@@ -98,16 +97,6 @@ async def enter(network: SimulatedNetwork, name: str) -> trio_udp.Connection:
     token = (await connection.receive()).split()[1]
     await connection.send(b"join %b tea %b" % (token, name.encode()))
     return connection
-
-
-async def received(connection: trio_udp.Connection) -> list[bytes]:
-    """Return all datagrams that have arrived so far."""
-    await trio.testing.wait_all_tasks_blocked()
-    payloads = []
-    with suppress(trio.WouldBlock):
-        while True:
-            payloads.append(connection.receive_nowait())
-    return payloads
 
 
 async def test_leave_on_silence(

@@ -17,7 +17,7 @@ from game_server import HELLO, INPUT, INPUT_LAYOUT, JOIN, JOIN_HEAD, SNAPSHOT, W
 
 from ..project.conftest import TIMEOUT, Example, Start, without_signals
 from .conftest import program
-from .http3_client import Certificate
+from .http3_client import Certificate, certificate as certificate
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
 expect = playwright.expect
@@ -32,11 +32,6 @@ CUT_OFF = """() => [...document.querySelectorAll("body *")].filter((element) => 
   const box = element.getBoundingClientRect()
   return element.scrollWidth > element.clientWidth + 1 || box.right > innerWidth + 0.5 || box.left < -0.5
 }).map((element) => element.outerHTML)"""
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    return Certificate.make(tmp_path_factory.mktemp("certificate"))
 
 
 @attrs.define

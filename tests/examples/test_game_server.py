@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from contextlib import suppress
 from functools import partial
 
 import game_server
@@ -17,23 +16,12 @@ from game_bots import Dot, View, run_for_coins
 from game_server import CHALLENGE, GOODBYE, HELLO, SNAPSHOT, SPEED, WELCOME
 from trio.testing import MockClock
 
-import trio_udp
-
 from ..conftest import SERVER, check_adds_up
 from ..project.conftest import EXAMPLES, Serve, without_signals
 from .arena import Open, joining, open_arena as open_arena, run_right, stand, steering
+from .conftest import received
 
 KEY = b"8 random"
-
-
-async def received(connection: trio_udp.Connection) -> list[bytes]:
-    """Return all payloads that have arrived."""
-    await trio.testing.wait_all_tasks_blocked()
-    payloads = []
-    with suppress(trio.WouldBlock):
-        while True:
-            payloads.append(connection.receive_nowait())
-    return payloads
 
 
 # The pace

@@ -29,16 +29,11 @@ from trio_udp.testing import SimulatedNetwork
 from ..conftest import SERVER, check_adds_up
 from ..project.conftest import EXAMPLES, TIMEOUT, Start, without_signals
 from .conftest import load, program
-from .http3_client import Certificate, HTTP3Client
+from .http3_client import Certificate, HTTP3Client, certificate as certificate
 
 http3_server = load("http3_server")
 
 STRANGER = ("203.0.113.66", 666)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    return Certificate.make(tmp_path_factory.mktemp("http3"))
 
 
 @attrs.define

@@ -87,7 +87,8 @@ class Outbox:
     """Sends datagrams in the order of the calls.
 
     While the outbox is *held*, replies collect in its queue, and leave together in as few system calls as possible. The
-    receive loop holds it when it hands out several datagrams, until the end of that pass of Trio's scheduler.
+    receive loop holds it when it hands out several datagrams, at least until the end of that pass of Trio's scheduler;
+    see :meth:`end_pass`.
 
     Attributes:
       collecting: Replies to single datagrams are being kept back; see :meth:`collect`.
@@ -130,7 +131,7 @@ class Outbox:
         return payload
 
     def hold(self) -> None:
-        """Hold the outbox until the end of this pass, unless senders wait in line.
+        """Hold the outbox, at least until the end of this pass, unless senders wait in line.
 
         Call it only if several replies are likely: a single one leaves earlier without it.
         """

@@ -219,7 +219,8 @@ class EachPass(trio.abc.Instrument):
         while self._have_read:
             reader = self._have_read.pop()
             try:
-                reader.outbox.end_pass(more_follow=reader.has_more())
+                outbox = reader.outbox
+                outbox.end_pass(more_follow=outbox.held and reader.has_more())
             except BaseException as error:  # Trio would only log it, and call this hook no more
                 reader.fail(error)
 
