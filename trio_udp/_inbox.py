@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import types
 from collections import deque
-from collections.abc import Generator
-from typing import Any, cast
+from collections.abc import Callable, Generator
+from typing import Any
 
 import attrs
 import trio
@@ -26,6 +26,8 @@ NOTHING: Any = ()
 
 # Wakes a sleeping receiver without a payload, so that it checks the inbox again.
 LOOK_AGAIN: Any = None
+
+wake: Callable[[Task, Any], None] = reschedule  # Trio's type allows only outcomes; see SLEEP
 
 
 @attrs.define(eq=False)
@@ -106,7 +108,7 @@ class Inbox(ChannelState):
         if receiver is not None and receiver.custom_sleep_data is self:  # is_awaited, inlined; the inbox is then empty
             self.delivered += 1
             shared.handed_over += 1
-            reschedule(receiver, cast("Any", payload))
+            wake(receiver, payload)
             return
         limits = shared.limits
         if (
@@ -122,6 +124,26 @@ class Inbox(ChannelState):
         self.payloads.append(payload)
         self._waiting_bytes += size
         shared.kept += 1
+        shared.waiting_bytes += size
+
+    def keep_row(self, payloads: list[bytes]) -> None:
+        """Like :meth:`put` for several datagrams that arrived right after one that was put: nobody waits for them."""
+        size = sum(map(len, payloads))
+        limits, shared = self.shared.limits, self.shared
+        if (
+            len(self.payloads) + len(payloads) > limits.inbox_datagrams
+            or self._waiting_bytes + size > limits.inbox_bytes
+            or shared.waiting_bytes + size > limits.total_bytes
+        ):
+            for payload in payloads:
+                self.put(payload)
+            return
+        if self.payloads is NOTHING:
+            self.payloads = deque()
+        self.payloads += payloads
+        self.bytes_received += size
+        self._waiting_bytes += size
+        shared.kept += len(payloads)
         shared.waiting_bytes += size
 
     @types.coroutine  # "yield from" here means "await"
@@ -220,7 +242,7 @@ class Inbox(ChannelState):
     def wake(self) -> None:
         """Wake the sleeping receiver, if there is one, to check the inbox again."""
         if self.receiver is not None and self.receiver.custom_sleep_data is self:
-            reschedule(self.receiver, LOOK_AGAIN)
+            wake(self.receiver, LOOK_AGAIN)
 
     def finish(self, end: End) -> None:
         ChannelState.finish(self, end)

@@ -22,7 +22,7 @@ from functools import partial
 import trio
 
 from ._admission import Admission
-from ._endpoints import EachPass, Received
+from ._endpoints import EachPass, Received, Route
 from ._seats import Place
 from ._server import ServerState, backlog_of
 
@@ -76,7 +76,19 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
     if len(batch) > 1:
         place.outbox.hold()
     place.rest = iter(batch)
+    last: Route | None = None  # of the datagram before, if it went to ``seat``
+    row: list[bytes] = []  # that follow it from the same client: keeping them together costs a third
     for payload, route, ancillary in place.rest:
+        if route == last:
+            if limiter is None or limiter.take(seat.bucket, turn.time):
+                row.append(payload)
+            else:
+                admission.refused_by_rate += 1
+            continue
+        if row:
+            seat.keep_row(row)
+            row = []
+        last = None
         seat = known.get(route)
         if seat is None:
             seat = admission.ask(place, payload, route, ancillary)
@@ -85,6 +97,9 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
         elif limiter is not None and not limiter.take(seat.bucket, turn.time):
             admission.refused_by_rate += 1
             continue
+        last = route
         # Put it here, in arrival order, rather than in a task per datagram: Trio shuffles tasks that become runnable
         # together, so spawning would reorder the datagrams of a batch.
         seat.put(payload)
+    if row:
+        seat.keep_row(row)
