@@ -23,8 +23,10 @@ import trio
 
 from ._admission import Admission
 from ._endpoints import EachPass, Received, Route
-from ._seats import Place
+from ._seats import Place, Seat
 from ._server import ServerState, backlog_of
+
+NO_ROUTE = object()  # equal to no route
 
 
 async def receive_loop(
@@ -76,8 +78,9 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
     if len(batch) > 1:
         place.outbox.hold()
     place.rest = iter(batch)
-    last: Route | None = None  # of the datagram before, if it went to ``seat``
-    row: list[bytes] = []  # that follow it from the same client: keeping them together costs a third
+    seat: Seat
+    last: object = NO_ROUTE  # of the datagram before, if ``seat`` has got it
+    row: list[bytes] = []  # the datagrams that follow it from the same client
     for payload, route, ancillary in place.rest:
         if route == last:
             if limiter is None or limiter.take(seat.bucket, turn.time):
@@ -88,16 +91,16 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
         if row:
             seat.keep_row(row)
             row = []
-        last = None
-        seat = known.get(route)
-        if seat is None:
-            seat = admission.ask(place, payload, route, ancillary)
-            if seat is None:
+        last = NO_ROUTE
+        found = known.get(route)
+        if found is None:
+            found = admission.ask(place, payload, route, ancillary)
+            if found is None:
                 continue
-        elif limiter is not None and not limiter.take(seat.bucket, turn.time):
+        elif limiter is not None and not limiter.take(found.bucket, turn.time):
             admission.refused_by_rate += 1
             continue
-        last = route
+        seat, last = found, route
         # Put it here, in arrival order, rather than in a task per datagram: Trio shuffles tasks that become runnable
         # together, so spawning would reorder the datagrams of a batch.
         seat.put(payload)

@@ -193,6 +193,15 @@ class InboxModel(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1), payload=st.binary(max_size=14))
     def put(self, which: int, payload: bytes) -> None:
         self.inboxes[which].put(payload)
+        self._arrives(which, payload)
+
+    @rule(which=st.integers(0, 1), payloads=st.lists(st.binary(max_size=5), max_size=6))
+    def keep_row(self, which: int, payloads: list[bytes]) -> None:
+        self.inboxes[which].keep_row(payloads)
+        for payload in payloads:
+            self._arrives(which, payload)
+
+    def _arrives(self, which: int, payload: bytes) -> None:
         self.arrived += 1
         mine = self.models[which]
         if not self._fits(which, payload) and self.limits.when_inbox_full == "drop_oldest":
