@@ -12,7 +12,6 @@ from ._construction import NoPublicConstructor
 from ._endpoints import MAX_PAYLOAD_IPV4, MOST_HELD, YIELD_EVERY, Address, Outbox, Outgoing, Payload, Route
 from ._lifecycle import CLOSED, LOST, OPEN, End
 from ._statistics import Sender
-from ._trio import is_cancelled
 
 # The most replies that a held outbox keeps; the next one sends them all.
 ROOM = MOST_HELD - 1
@@ -140,7 +139,8 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
             payload = value  # the usual case: avoid a call
         else:
             payload = outbox.copy(value, state.route)
-        if is_cancelled():
+        turn = outbox.turn
+        if turn.context["task"]._cancel_status.effectively_cancelled:  # will_be_cancelled(), inlined
             await trio.lowlevel.checkpoint_if_cancelled()
         if state.end is not OPEN:
             state.check_open()
@@ -156,7 +156,6 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
                     state.give_back(len(payload))
                     raise
         # Withheld datagrams count too: a handler that never waits must not keep other tasks from running.
-        turn = outbox.turn
         turn.sent += 1
         if turn.sent >= YIELD_EVERY:
             # After sending, so that calls send in order; and shielded, so that a call that has sent cannot raise

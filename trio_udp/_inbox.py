@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import types
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import attrs
 import trio
-from trio.lowlevel import Task, current_task, reschedule
+from trio.lowlevel import Task, reschedule
 
 from ._channel import ChannelState
 from ._endpoints import YIELD_EVERY
 from ._lifecycle import DRAINING, IDLE, OPEN, RUNNING, STOPPING, End, Phase
 from ._limits import Limits
-from ._trio import SLEEP, is_cancelled
+from ._trio import SLEEP
 
 # Stands in for an empty deque, which takes 620 bytes, until the first datagram has to wait.
 NOTHING: Any = ()
 
 # Wakes a sleeping receiver without a payload, so that it checks the inbox again.
 LOOK_AGAIN: Any = None
-
-wake: Callable[[Task, Any], None] = reschedule  # Trio's type allows only outcomes; see SLEEP
 
 
 @attrs.define(eq=False)
@@ -99,6 +97,7 @@ class Inbox(ChannelState):
     def __aiter__(self) -> Inbox:
         return self
 
+    @trio.lowlevel.enable_ki_protection  # as reschedule() has
     def put(self, payload: bytes) -> None:
         """Hand an arrived datagram to the waiting task, or keep it, or drop one by policy."""
         size = len(payload)
@@ -108,7 +107,7 @@ class Inbox(ChannelState):
         if receiver is not None and receiver.custom_sleep_data is self:  # is_awaited, inlined; the inbox is then empty
             self.delivered += 1
             shared.handed_over += 1
-            wake(receiver, payload)
+            self.outbox.turn.context["runner"].reschedule(receiver, payload)  # reschedule(), inlined
             return
         limits = shared.limits
         if (
@@ -159,12 +158,12 @@ class Inbox(ChannelState):
         turn = self.outbox.turn
         if self.payloads:
             if turn.taken < YIELD_EVERY:
-                if is_cancelled():
+                if turn.context["task"]._cancel_status.effectively_cancelled:  # will_be_cancelled(), inlined
                     yield from trio.lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105
                 turn.taken += 1
                 turn.sent = 0
                 return self.take()
-            self.receiver = current_task()  # reserve the datagram for this task
+            self.receiver = turn.context["task"]  # reserve the datagram for this task
             try:
                 turn.taken = 1
                 yield from trio.lowlevel.checkpoint()  # noqa: ASYNC105
@@ -188,7 +187,7 @@ class Inbox(ChannelState):
                 self.waiting_since = turn.time or trio.current_time()
             if self.due is None:
                 self._watch()
-            self.receiver = task = current_task()
+            self.receiver = task = turn.context["task"]
             task.custom_sleep_data = self
             try:
                 outcome = yield SLEEP
@@ -242,7 +241,7 @@ class Inbox(ChannelState):
     def wake(self) -> None:
         """Wake the sleeping receiver, if there is one, to check the inbox again."""
         if self.receiver is not None and self.receiver.custom_sleep_data is self:
-            wake(self.receiver, LOOK_AGAIN)
+            reschedule(self.receiver, LOOK_AGAIN)
 
     def finish(self, end: End) -> None:
         ChannelState.finish(self, end)

@@ -28,7 +28,7 @@ from ._endpoints import (
     Payload,
     Received,
     Route,
-    Turn,
+    ServerTurn,
     find_way,
     is_by_name,
     is_limited_broadcast,
@@ -65,7 +65,7 @@ class ServerState:
     nursery: trio.Nursery
     own_handlers: bool
     receive_loop: Callable[[ServerState, Place], Awaitable[None]]
-    turn: Turn = attrs.field(factory=Turn, init=False)
+    turn: ServerTurn = attrs.field(factory=ServerTurn, init=False)
     places: list[Place] = attrs.field(factory=list, init=False)
     stop_requested: trio.Event = attrs.field(factory=trio.Event, init=False)
     draining: trio.Event = attrs.field(factory=trio.Event, init=False)

@@ -17,7 +17,7 @@ import trio
 import trio.testing
 from trio.lowlevel import current_task, reschedule
 
-from trio_udp._trio import SLEEP, is_cancelled, seeded_scheduler, stdlib_socket, will_be_cancelled
+from trio_udp._trio import SLEEP, run_context, seeded_scheduler, stdlib_socket, will_be_cancelled
 
 
 @types.coroutine
@@ -119,8 +119,8 @@ async def would_be_cancelled() -> bool:
     return False
 
 
-async def test_is_cancelled_agrees_with_trio() -> None:
-    """is_cancelled and will_be_cancelled agree with ``checkpoint_if_cancelled``, in nested and shielded scopes too.
+async def test_will_be_cancelled_agrees_with_trio() -> None:
+    """will_be_cancelled agrees with ``checkpoint_if_cancelled``, in nested and shielded scopes too.
 
     If this fails, ``receive`` and ``send`` do not notice cancellation while there is something to receive and room to
     send: a handler under ``move_on_after`` goes on after its time.
@@ -128,8 +128,8 @@ async def test_is_cancelled_agrees_with_trio() -> None:
     seen = []
 
     async def look() -> None:
-        seen.append(is_cancelled())
-        assert will_be_cancelled(current_task()) == await would_be_cancelled() == seen[-1]
+        seen.append(will_be_cancelled(current_task()))
+        assert await would_be_cancelled() == seen[-1]
 
     await look()
     with trio.CancelScope() as outer:
@@ -150,6 +150,37 @@ async def test_is_cancelled_agrees_with_trio() -> None:
         await look()
     await look()
     assert seen == [False, False, False, False, True, True, True, False, True, False]
+
+
+async def test_run_context_is_the_record_of_this_thread(nursery: trio.Nursery) -> None:
+    """One record serves a thread for as long as it lives; it tells the running task, and a scheduler that wakes tasks.
+
+    If this fails, ``receive`` takes one task for another, and a handler that waits is not woken.
+    """
+    context = run_context()
+    tasks: list[trio.lowlevel.Task] = []
+    woken: list[object] = []
+
+    async def look() -> None:
+        assert run_context() is context
+        assert context["task"] is current_task()
+        tasks.append(current_task())
+        woken.append(await sleep())
+        assert context["task"] is current_task()
+
+    for _ in range(2):
+        nursery.start_soon(look)
+    await trio.testing.wait_all_tasks_blocked()
+    for task in tasks:
+        context["runner"].reschedule(task, b"payload")
+    await trio.testing.wait_all_tasks_blocked()
+    assert woken == [b"payload"] * 2
+
+    async def other_run() -> None:
+        assert run_context() is not context
+        assert run_context()["task"] is current_task()
+
+    await trio.to_thread.run_sync(trio.run, other_run)
 
 
 async def test_stdlib_socket_is_the_same_socket() -> None:

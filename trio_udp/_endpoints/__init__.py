@@ -51,7 +51,7 @@ from ._outbox import (
     YIELD_EVERY as YIELD_EVERY,
     Outbox as Outbox,
     Payload as Payload,
-    Turn as Turn,
+    ServerTurn as ServerTurn,
 )
 from ._reader import EachPass as EachPass, Reader as Reader
 from ._sources import Source as Source, Sources as Sources

@@ -8,13 +8,14 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 import trio
 
 from .._log import FaultLog
 from .._statistics import Sender, SocketCounts
+from .._trio import run_context
 from ._address import MAX_PAYLOAD_IPV4, describe
 from ._echoes import Echoes
 from ._faults import Fault, fault_of, reason_for
@@ -57,8 +58,8 @@ def hint(payload: object) -> str:
 class Turn:
     """Counts the datagrams taken and sent since other tasks last ran for certain, and holds the time of the batch.
 
-    A server has one Turn for all its clients; a connection has its own. Each batch renews it, before it is handed out.
-    No handler runs meanwhile, so a handler that sees a renewed Turn has let other tasks run.
+    A server has one Turn for all its clients, a :class:`ServerTurn`; a connection has its own. Each batch renews it,
+    before it is handed out. No handler runs meanwhile, so a handler that sees a renewed Turn has let other tasks run.
 
     Attributes:
       taken: Datagrams taken from inboxes without a pause.
@@ -80,6 +81,18 @@ class Turn:
     def now(self) -> float:
         """Return the time of the current batch, or the current time if there is no batch."""
         return self.time or trio.current_time()
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """Trio's :func:`run_context`. Looked up anew, because a connection may be made in another thread."""
+        return run_context()
+
+
+@attrs.define(eq=False)
+class ServerTurn(Turn):
+    """The Turn of a server, which runs in the thread that made it."""
+
+    context: dict[str, Any] = attrs.field(factory=run_context, init=False)
 
 
 @attrs.define(eq=False)
