@@ -64,6 +64,23 @@ async def test_a_new_client_is_answered_in_one_pass(start_on_loopback: StartServ
     assert count.passes <= 3
 
 
+@pytest.mark.parametrize(("apart", "passes"), [(0.0, 2), (1.0, 1)])
+async def test_looking_before_waiting(
+    start_in_memory: StartInMemory, autojump_clock: trio.testing.MockClock, apart: float, passes: int
+) -> None:
+    """While datagrams come close together, the server looks for the next one in one more pass before it waits again."""
+    run = await start_in_memory(echo)
+    count = CountPasses()
+    for _ in range(3):
+        await trio.sleep(apart)
+        run.put(b"question")
+        count.passes = -1  # settle() takes one more pass to see that all tasks wait
+        trio.lowlevel.add_instrument(count)
+        await run.settle()
+        trio.lowlevel.remove_instrument(count)
+    assert count.passes == passes
+
+
 async def test_context_variables(start_in_memory: StartInMemory) -> None:
     """accept and handlers see the context variables that were set where the server was started."""
     variable = contextvars.ContextVar("variable", default="unset")
