@@ -120,6 +120,11 @@ class Admission:
             place.checks_all_sources = self.sources.refresh(place.outbox.engine, time)
         return place.checks_all_sources
 
+    def has_doubtful_source(self, place: Place, batch: list[Received]) -> bool:
+        """Whether some source in a batch needs :meth:`check_source`."""
+        engine = place.outbox.engine
+        return self.checks_all_sources(place) or engine.doubtful_sources([route for _, route, _ in batch])
+
     def check_source(self, place: Place, route: Route) -> Source:
         """Decide about a source, and count the datagram if it is refused."""
         source = self.sources.verdict(place.outbox.engine, route)
