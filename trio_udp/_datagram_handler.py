@@ -19,6 +19,7 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
     function, seats, outbox, limiter = handler.function, admission.seats, place.outbox, admission.seats.limiter
     amplification, own, host = place.amplification, outbox.own, outbox.engine.host
     outbox.turn.begin_batch()
+    time = outbox.turn.time
     if admission.echoes.expected:
         batch = admission.without_echoes(place, batch)
     known = place.known  # only clients of Server.connect
@@ -29,7 +30,7 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
     place.rest = iter(batch)
     for payload, route, ancillary in place.rest:
         if known and (seat := known.get(route)) is not None:
-            if limiter is None or limiter.take(seat.bucket, outbox.turn.time):
+            if limiter is None or limiter.take(seat.bucket, time):
                 seat.put(payload)
             else:
                 admission.refused_by_rate += 1
@@ -42,7 +43,7 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
             if source is REFUSED:
                 continue
             is_answerable = source is not UNANSWERABLE
-        if limiter is not None and not limiter.take(limiter.bucket_of(host(route)), outbox.turn.time):
+        if limiter is not None and not limiter.take(limiter.bucket_of(host(route)), time):
             admission.refused_by_rate += 1
             continue
         seats.handed_over += 1

@@ -172,7 +172,8 @@ class RawRoutes(SocketEngine):
     def host(self, route: Route) -> bytes:
         if self.connected:
             return host_bytes(self._peer_address)
-        host = cast("bytes", route)[self._host]
+        name: Any = route
+        host: bytes = name[self._host]
         return host[12:] if host.startswith(MAPPED) else host
 
     def _end_of(self, route: Route) -> tuple[ReplyControl, bytes]:
