@@ -74,7 +74,7 @@ class Admission:
                 return None
         bucket = NO_BUCKET
         if seats.limiter is not None:
-            bucket = seats.limiter.bucket_of(engine.host(route))
+            bucket = seats.limiter.bucket_of(place.network_of(route))
             if not seats.limiter.take(bucket, place.outbox.turn.now()):
                 self.refused_by_rate += 1
                 return None
@@ -126,7 +126,8 @@ class Admission:
     def has_doubtful_source(self, place: Place, batch: list[Received]) -> bool:
         """Whether some source in a batch needs :meth:`check_source`."""
         engine = place.outbox.engine
-        return self.checks_all_sources(place) or engine.doubtful_sources([route for _, route, _ in batch])
+        checks_all = self.sources.refresh(engine, place.outbox.turn.time)
+        return checks_all or engine.doubtful_sources([route for _, route, _ in batch])
 
     def check_source(self, place: Place, route: Route) -> Source:
         """Decide about a source, and count the datagram if it is refused."""

@@ -17,7 +17,7 @@ _, REFUSED, UNANSWERABLE = Source
 def to_function(handler: DatagramHandler, admission: Admission, place: Place, batch: list[Received]) -> None:
     """Call a ``datagram_handler`` for each datagram of a batch, in order, and send the replies together."""
     function, seats, outbox, limiter = handler.function, admission.seats, place.outbox, admission.seats.limiter
-    amplification, own, host = place.amplification, outbox.own, outbox.engine.host
+    amplification, own = place.amplification, outbox.own
     outbox.turn.begin_batch()
     time = outbox.turn.time
     if admission.echoes.expected:
@@ -43,7 +43,7 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
             if source is REFUSED:
                 continue
             is_answerable = source is not UNANSWERABLE
-        if limiter is not None and not limiter.take(limiter.bucket_of(host(route)), time):
+        if limiter is not None and not limiter.take(limiter.bucket_of(place.network_of(route)), time):
             admission.refused_by_rate += 1
             continue
         seats.handed_over += 1

@@ -7,7 +7,7 @@ from weakref import WeakValueDictionary
 
 import attrs
 
-from ._endpoints import host_key, network_of
+from ._endpoints import host_key
 from ._limits import RateLimit
 
 # Tolerance for rounding, in tokens: far less than one datagram.
@@ -54,33 +54,25 @@ class RateLimiter:
     def _(self) -> float:
         return self._limit.burst + EPSILON
 
-    def bucket_of(self, host: bytes) -> Bucket:
-        """Return the bucket that all hosts of one part of the network share."""
-        limit = self._limit
-        if limit.ipv4_prefix == 24 and len(host) == 4:
-            key = host[:3]  # the usual case of network_of(): avoid a call
-        else:
-            key = network_of(host, limit.ipv4_prefix, limit.ipv6_prefix)
-        return self._young.get(key) or self._find(key)
-
-    def bucket_of_host(self, host: bytes) -> Bucket:
-        """Return the bucket that all validated clients of one host share."""
-        return self.keep(self._find(b"host" + host_key(host)))
-
-    def keep(self, bucket: Bucket) -> Bucket:
-        """Keep a bucket in the table while a client refers to it; return it."""
-        if not bucket.kept:  # a weak reference takes 0.8 µs
-            bucket.kept = True
-            self._in_use[bucket.key] = bucket
-        return bucket
-
-    def _find(self, key: bytes) -> Bucket:
+    def bucket_of(self, key: bytes) -> Bucket:
+        """Return the bucket that all hosts of one part of the network share; see :func:`network_of`."""
         bucket = self._young.get(key)
         if bucket is None:
             if len(self._young) >= self._limit.buckets // 2:
                 self._old, self._young = self._young, {}
             bucket = self._old.pop(key, None) or self._in_use.get(key) or Bucket(key)
             self._young[key] = bucket
+        return bucket
+
+    def bucket_of_host(self, host: bytes) -> Bucket:
+        """Return the bucket that all validated clients of one host share."""
+        return self.keep(self.bucket_of(b"host" + host_key(host)))
+
+    def keep(self, bucket: Bucket) -> Bucket:
+        """Keep a bucket in the table while a client refers to it; return it."""
+        if not bucket.kept:  # a weak reference takes 0.8 µs
+            bucket.kept = True
+            self._in_use[bucket.key] = bucket
         return bucket
 
     def take(self, bucket: Bucket, time: float) -> bool:

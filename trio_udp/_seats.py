@@ -39,6 +39,7 @@ class Place(Origin):
       until_stop: Cancelled when the server stops, to wake the receive loop.
       rest: The datagrams of the current batch that are not yet handed out.
       sources_checked_at: Time of the batch for which ``checks_all_sources`` was computed.
+      network_of: Gives the key of a route's network, if the server has a rate limit.
       before: The endpoint's counts when the server took over.
     """
 
@@ -48,6 +49,7 @@ class Place(Origin):
     rest: Iterator[Received] = attrs.field(factory=lambda: iter(()), init=False)
     sources_checked_at: float = attrs.field(default=-1.0, init=False)
     checks_all_sources: bool = attrs.field(default=False, init=False)
+    network_of: Callable[[Route], bytes] = attrs.field(init=False)
     before: EndpointStatistics = attrs.field(init=False)
 
     @before.default
