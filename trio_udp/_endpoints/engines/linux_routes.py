@@ -198,13 +198,12 @@ class RawRoutes(SocketEngine):
         return not 0 < name[self._first_byte] < 224 and is_doubtful_host(name[self._host])
 
     def doubtful_sources(self, routes: Sequence[Route]) -> bool:
-        if self.connected or len(routes) < MANY:
-            return super().doubtful_sources(routes)
-        together, size = b"".join(cast("Sequence[bytes]", routes)), self._layout.route_size
-        ports, first_bytes = array("H", together)[1 :: size // 2], together[self._first_byte :: size]
-        if self._raw_ports.isdisjoint(ports) and not first_bytes.translate(None, FINE_FIRST_BYTES):
-            return False
-        return super().doubtful_sources(routes)
+        if not self.connected and len(routes) >= MANY:
+            together, size = b"".join(cast("Sequence[bytes]", routes)), self._layout.route_size
+            ports, first_bytes = array("H", together)[1 :: size // 2], together[self._first_byte :: size]
+            if self._raw_ports.isdisjoint(ports) and not first_bytes.translate(None, FINE_FIRST_BYTES):
+                return False
+        return any(map(self.doubtful_source, routes))
 
 
 def network_getter(engine: Engine, ipv4_bits: int, ipv6_bits: int) -> Callable[[Route], bytes]:
