@@ -10,9 +10,6 @@ from ._handlers import DatagramHandler
 from ._lifecycle import DRAINING
 from ._seats import Place
 
-# Also as globals; see the end of _lifecycle.py.
-_, REFUSED, UNANSWERABLE = Source
-
 
 def to_function(handler: DatagramHandler, admission: Admission, place: Place, batch: list[Received]) -> None:
     """Call a ``datagram_handler`` for each datagram of a batch, in order, and send the replies together."""
@@ -40,9 +37,9 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
             continue
         if is_doubtful:
             source = admission.check_source(place, route)
-            if source is REFUSED:
+            if source is Source.REFUSED:
                 continue
-            is_answerable = source is not UNANSWERABLE
+            is_answerable = source is not Source.UNANSWERABLE
         if limiter is not None and not limiter.take(limiter.bucket_of(place.network_of(route)), time):
             admission.refused_by_rate += 1
             continue
@@ -68,16 +65,14 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
 
 def _outgoing(reply: object, payload: bytes, route: Route, place: Place, is_answerable: bool) -> list[Outgoing]:
     """Check one payload or several, and return them as datagrams to send; none if they may not be sent."""
-    outbox = place.outbox
+    outbox, amplification = place.outbox, place.amplification
     several: Any = reply if isinstance(reply, (list, tuple)) else [reply]
-    outgoing = [(outbox.copy(each, route), route, outbox.own) for each in several]
+    copies = [outbox.copy(each, route) for each in several]
     if not is_answerable:
-        for _ in outgoing:
+        for _ in copies:
             outbox.count_unanswerable(outbox.own)
         return []
-    if place.amplification is not None and sum(len(each) for each, _, _ in outgoing) > place.amplification * len(
-        payload
-    ):
-        place.withheld += len(outgoing)
+    if amplification is not None and sum(map(len, copies)) > amplification * len(payload):
+        place.withheld += len(copies)
         return []
-    return outgoing
+    return [(copy, route, outbox.own) for copy in copies]
