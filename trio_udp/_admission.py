@@ -29,7 +29,7 @@ from ._endpoints import Ancillary, Datagram, Echoes, Received, Route, Source, So
 from ._handlers import Accept
 from ._lifecycle import DRAINING, LOST
 from ._log import ErrorLog, WarningLog
-from ._rate import RateLimiter
+from ._rate import NO_BUCKET
 from ._seats import Place, Seat, Seats
 
 # Also as globals; see the end of _lifecycle.py.
@@ -72,9 +72,12 @@ class Admission:
             source = self.check_source(place, route)
             if source is REFUSED:
                 return None
-        limiter = seats.limiter
-        if limiter is not None and not self.has_rate(limiter, place, route):
-            return None
+        bucket = NO_BUCKET
+        if seats.limiter is not None:
+            bucket = seats.limiter.bucket_of(place.network_of(route))
+            if not seats.limiter.take(bucket, place.outbox.turn.now()):
+                self.refused_by_rate += 1
+                return None
         if self.accept is not None and not self._is_accepted(
             self.accept, place, make_datagram(payload, route, ancillary, place), source
         ):
@@ -100,8 +103,8 @@ class Admission:
         if source is UNANSWERABLE:
             seat.answerable = False
             seat.limited = True
-        if limiter is not None:
-            seat.bucket = limiter.keep(limiter.bucket_of(engine.host(route)))
+        if seats.limiter is not None:
+            seat.bucket = seats.limiter.keep(bucket)
         seats.add(seat, client)
         try:
             self.start_handler(client)
@@ -119,6 +122,12 @@ class Admission:
             place.sources_checked_at = time
             place.checks_all_sources = self.sources.refresh(place.outbox.engine, time)
         return place.checks_all_sources
+
+    def has_doubtful_source(self, place: Place, batch: list[Received]) -> bool:
+        """Whether some source in a batch needs :meth:`check_source`."""
+        engine = place.outbox.engine
+        checks_all = self.sources.refresh(engine, place.outbox.turn.time)
+        return checks_all or engine.doubtful_sources([route for _, route, _ in batch])
 
     def check_source(self, place: Place, route: Route) -> Source:
         """Decide about a source, and count the datagram if it is refused."""
@@ -139,13 +148,6 @@ class Admission:
         ]
         self.refused_source += len(batch) - len(others)
         return others
-
-    def has_rate(self, limiter: RateLimiter, place: Place, route: Route) -> bool:
-        """Take a token from the bucket of a stranger's network; if it is empty, count the datagram and return False."""
-        if limiter.take(limiter.bucket_of(place.outbox.engine.host(route)), place.outbox.turn.now()):
-            return True
-        self.refused_by_rate += 1
-        return False
 
     def new_client(self, place: Place, route: Route, *, has_handler: bool = True) -> tuple[Seat, Client]:
         """Make a client: its seat and its public face. The caller adds it to the seats."""

@@ -128,7 +128,7 @@ def network_of(host: bytes, ipv4_bits: int, ipv6_bits: int) -> bytes:
     network = host[:whole]
     if rest:
         network += bytes([host[whole] & 0xFF00 >> rest & 0xFF])
-    return network + b"4" if len(host) == 4 else network + b"6"
+    return network if len(host) == 4 else network + b"IPv6"  # which is longer than any key of IPv4
 
 
 def host_key(host: bytes) -> bytes:
