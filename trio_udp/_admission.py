@@ -55,7 +55,7 @@ class Admission:
     idle_timeout: float
     errors: ErrorLog
     warnings: WarningLog
-    start_handler: Callable[[Client], None]
+    start_handler: Callable[[Seat, Client], None]
     echoes: Echoes = attrs.field(factory=Echoes, init=False)
     refused_source: int = attrs.field(default=0, init=False)
     refused_by_rate: int = attrs.field(default=0, init=False)
@@ -68,43 +68,48 @@ class Admission:
         """Make a stranger a client, or answer it, or refuse and count its datagram."""
         seats, engine = self.seats, place.outbox.engine
         source = FINE
-        if self.checks_all_sources(place) or engine.doubtful_source(route):
+        is_known = place.sources_checked_at == place.outbox.turn.time  # found out for an earlier datagram of the batch
+        checks_all = place.checks_all_sources if is_known else self.checks_all_sources(place)
+        if checks_all or engine.doubtful_source(route):
             source = self.check_source(place, route)
             if source is REFUSED:
                 return None
         limiter = seats.limiter
         if limiter is not None and not self.has_rate(limiter, place, route):
             return None
-        if self.accept is not None and not self._is_accepted(
-            self.accept, place, make_datagram(payload, route, ancillary, place), source
-        ):
-            return None
-        if self.accept is not None and (seat := place.known.get(route)) is not None:
-            return seat  # accept has called Server.connect for this peer
+        if self.accept is not None:
+            if not self._is_accepted(self.accept, place, make_datagram(payload, route, ancillary, place), source):
+                return None
+            if (seat := place.known.get(route)) is not None:
+                return seat  # accept has called Server.connect for this peer
         if seats.phase is DRAINING:  # after accept, which may answer even during a drain
             self.refused_stopping += 1
             return None
-        if not seats.has_room_for(payload):
+        limits, size = seats.limits, len(payload)
+        if size > limits.inbox_bytes or seats.waiting_bytes + size > limits.total_bytes:
             seats.dropped_inbox_full += 1
             return None
-        if seats.limits.clients_per_host is not None and not seats.has_room_on_host(host_key(engine.host(route))):
+        if limits.clients_per_host is not None and not seats.has_room_on_host(host_key(engine.host(route))):
             self.refused_full += 1
             return None
-        if not seats.make_room():
+        if len(seats.running) >= limits.max_clients and not seats.make_room():
             self.refused_full += 1
             self.warnings.warn(
-                "full", "strangers are refused: the table of clients is full (max_clients=%d)", seats.limits.max_clients
+                "full", "strangers are refused: the table of clients is full (max_clients=%d)", limits.max_clients
             )
             return None
-        seat, client = self.new_client(place, route)
+        seat = Seat(place.outbox, route, self.idle_timeout, seats, place)
+        if place.amplification is not None:
+            seat.limited = True
         if source is UNANSWERABLE:
             seat.answerable = False
             seat.limited = True
         if limiter is not None:
             seat.bucket = limiter.keep(limiter.bucket_of(engine.host(route)))
+        client = make_client(seat)
         seats.add(seat, client)
         try:
-            self.start_handler(client)
+            self.start_handler(seat, client)
         except BaseException:  # the caller's nursery is closed
             self.refused_stopping += 1
             seat.finish(LOST)
@@ -113,11 +118,10 @@ class Admission:
         return seat
 
     def checks_all_sources(self, place: Place) -> bool:
-        """Whether every source needs a check, not only doubtful ones. Refreshed once a batch."""
+        """Find out whether every source needs a check, not only doubtful ones. Once a batch is enough."""
         time = place.outbox.turn.time
-        if place.sources_checked_at != time:
-            place.sources_checked_at = time
-            place.checks_all_sources = self.sources.refresh(place.outbox.engine, time)
+        place.sources_checked_at = time
+        place.checks_all_sources = self.sources.refresh(place.outbox.engine, time)
         return place.checks_all_sources
 
     def check_source(self, place: Place, route: Route) -> Source:
@@ -146,12 +150,6 @@ class Admission:
             return True
         self.refused_by_rate += 1
         return False
-
-    def new_client(self, place: Place, route: Route, *, has_handler: bool = True) -> tuple[Seat, Client]:
-        """Make a client: its seat and its public face. The caller adds it to the seats."""
-        seat = Seat(place.outbox, route, self.idle_timeout, self.seats, place, has_handler)
-        seat.limited = place.amplification is not None
-        return seat, make_client(seat)
 
     def _is_accepted(self, accept: Accept, place: Place, datagram: Datagram, source: Source) -> bool:
         route = route_of(datagram)

@@ -117,18 +117,20 @@ class NotAwaitable(TypeError):
 
 
 async def run_handler(
-    handler: Callable[[Client], Awaitable[object]], client: Client, crash: Callable[[Exception], None]
+    handler: Callable[[Client], Awaitable[object]], crash: Callable[[Exception], None], seat: Seat, client: Client
 ) -> None:
     """Call a handler for a client, and again while it leaves datagrams behind; then remove the client.
 
     A call that takes no datagram is the last one; otherwise the handler might be called for ever.
     """
-    seat = seat_of(client)
     try:
         while True:
             taken_before = seat.delivered
             try:
-                await call(handler, client)
+                awaitable = handler(client)
+                if type(awaitable) is not CoroutineType:
+                    check_awaitable(handler, awaitable)
+                await awaitable
             except NotAwaitable as error:
                 return crash(error)
             except BaseException as error:
@@ -136,17 +138,14 @@ async def run_handler(
             if not seat.payloads or seat.delivered == taken_before:
                 return
     finally:
-        if not seat.is_closed:
-            seat.finish(CLOSED)
+        seat.finish(CLOSED)
         seat.shared.remove(seat)
 
 
-def call(handler: Callable[[Client], Awaitable[object]], client: Client) -> Awaitable[object]:
-    """Call a handler, and return what to await."""
-    awaitable = handler(client)
-    if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
-        raise NotAwaitable(f"handler {handler!r} returned {awaitable!r}, not an awaitable: {LOOKS_LIKE}")
-    return awaitable
+def check_awaitable(handler: object, returned: object) -> None:
+    """Raise ``NotAwaitable`` if what a handler has returned cannot be awaited."""
+    if not inspect.isawaitable(returned):
+        raise NotAwaitable(f"handler {handler!r} returned {returned!r}, not an awaitable: {LOOKS_LIKE}")
 
 
 def handler_raised(client: Client, error: BaseException) -> None:

@@ -223,7 +223,9 @@ class Inbox(ChannelState):
             reschedule(self.receiver, LOOK_AGAIN)
 
     def finish(self, end: End) -> None:
-        ChannelState.finish(self, end)
+        if self._blocked_sends:
+            ChannelState.finish(self, end)  # cancels them
+        self.end = end  # in the usual case that is all of it: avoid a call
         if self.payloads and self.is_closed:
             self.drop_all()
         if self.receiver is not None:

@@ -15,7 +15,7 @@ from ._construction import constant_defaults
 from ._endpoints import BATCH, Origin, Reader, Received, Route, host_key
 from ._idle import IdleExpiry
 from ._inbox import Inbox, Shared
-from ._lifecycle import CATCHING_UP, DRAINING, EVICTED, IDLE, LOST, OPEN, RUNNING, STOPPING, End
+from ._lifecycle import DRAINING, EVICTED, IDLE, LOST, OPEN, STOPPING, End
 from ._rate import NO_BUCKET, Bucket, RateLimiter
 from ._statistics import EndpointStatistics
 
@@ -114,12 +114,18 @@ class Seat(Inbox):
 
     def finish(self, end: End) -> None:
         """End the conversation: the next datagram from this address comes from a stranger."""
+        seats, known = self.shared, self.place.known
         if end is IDLE:
-            self.shared.expired += 1
-        self.shared.forget(self)
+            seats.expired += 1
+        if known.get(self.route) is self:  # not a later client of the same address
+            del known[self.route]
+        if self.due is not None:
+            seats.idle.forget(self)
+        if seats.evicts:
+            seats.spare(self)
         Inbox.finish(self, end)  # super() would cost a tenth of a new client
         if not self.has_handler and self.is_closed:
-            self.shared.remove(self)
+            seats.remove(self)
 
     def enter_transaction(self) -> None:
         self.transactions: int = self.transactions + 1
@@ -131,8 +137,8 @@ class Seat(Inbox):
         self.transactions -= 1
         if not self.transactions:
             self.shared.in_transaction.discard(self)
-            if self.shared.phase is DRAINING:
-                self.shared.forget(self)
+            if self.shared.phase is DRAINING and self.end is OPEN:
+                self.place.known.pop(self.route, None)
                 self.wake()  # to find its channel ended
 
     def set_idle_timeout(self, seconds: float) -> None:
@@ -227,9 +233,9 @@ class Seats(Shared):
     layered: bool = attrs.field(default=False, init=False)  # some clients are shown as channels of a layer
     # Candidates for eviction, the next one first; empty if this server never evicts.
     _queue: OrderedDict[Seat, None] = attrs.field(factory=OrderedDict, init=False)
-    _evicts: bool = attrs.field(init=False)
+    evicts: bool = attrs.field(init=False)
 
-    @_evicts.default
+    @evicts.default
     def _(self) -> bool:
         return self.makes_room or self.limits.when_full == "evict_idle"
 
@@ -237,11 +243,6 @@ class Seats(Shared):
     def overfull(self) -> bool:
         """Whether evicted handlers still run."""
         return len(self.running) > self.limits.max_clients
-
-    def has_room_for(self, payload: bytes) -> bool:
-        """Whether a stranger's first datagram would fit into its inbox. If not, no client is made."""
-        size = len(payload)
-        return size <= self.limits.inbox_bytes and self.waiting_bytes + size <= self.limits.total_bytes
 
     def has_room_on_host(self, key: bytes) -> bool:
         """Whether a host may have one more client."""
@@ -251,7 +252,7 @@ class Seats(Shared):
         """Whether there is room for one more client. Evicts another one for it if that is the policy."""
         if len(self.running) < self.limits.max_clients:
             return True
-        if not self._evicts or len(self.running) >= self.limits.max_clients + BATCH:
+        if not self.evicts or len(self.running) >= self.limits.max_clients + BATCH:
             return False
         seat = self._longest_waiting()
         if seat is None:
@@ -264,9 +265,8 @@ class Seats(Shared):
         """Add a client that has been admitted."""
         self.running[seat] = client
         self.started += 1
-        if self.phase is RUNNING or self.phase is CATCHING_UP:
-            seat.place.known[seat.route] = seat
-        if self._evicts and not seat.validated:
+        seat.place.known[seat.route] = seat
+        if self.evicts and not seat.validated:
             self._queue[seat] = None
         if self.limits.clients_per_host is not None and seat.has_handler:
             seat.count_for_host()
@@ -274,16 +274,6 @@ class Seats(Shared):
     def spare(self, seat: Seat) -> None:
         """Never evict a client from now on. Many validated clients then do not lengthen the search for one to evict."""
         self._queue.pop(seat, None)
-
-    def forget(self, seat: Seat) -> None:
-        """Forget a client's address: the next datagram from it comes from a stranger."""
-        known = seat.place.known
-        if known.get(seat.route) is seat:  # not a later client of the same address
-            del known[seat.route]
-        if seat.due is not None:
-            self.idle.forget(seat)
-        if self._evicts:
-            self._queue.pop(seat, None)
 
     def remove(self, seat: Seat) -> None:
         """Remove a client whose handler has ended, or that its owner has closed."""

@@ -35,7 +35,7 @@ from ._log import ErrorLog, WarningLog
 from ._rate import RateLimiter
 from ._receive_loop import receive_loop, to_clients
 from ._requests import makes_room
-from ._seats import Seats
+from ._seats import Seat, Seats
 from ._server import Server, ServerState, log_error
 
 if sys.version_info < (3, 11):
@@ -255,9 +255,11 @@ def _assemble(
     limiter = RateLimiter(limits.rate_limit) if limits.rate_limit else None
     seats = Seats(limits, limiter, on_error, makes_room(handler))
 
-    def start_handler(client: Client) -> None:
+    start_soon = (handler_nursery or nursery).start_soon
+
+    def start_handler(seat: Seat, client: Client) -> None:
         assert not isinstance(handler, DatagramHandler)
-        (handler_nursery or nursery).start_soon(run_handler, handler, client, crash, name=TASK_NAME)
+        start_soon(run_handler, handler, crash, seat, client, name=TASK_NAME)
 
     admission = Admission(
         seats, Sources(), ask_both(accept, handler), idle_timeout, errors, WarningLog(), start_handler
