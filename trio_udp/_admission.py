@@ -64,7 +64,7 @@ class Admission:
     refused_full: int = attrs.field(default=0, init=False)
     refused_stopping: int = attrs.field(default=0, init=False)
 
-    def ask(self, place: Place, payload: bytes, route: Route, ancillary: Ancillary) -> Seat | None:
+    def ask(self, place: Place, payload: bytes, route: Route, ancillary: Ancillary) -> None:
         """Make a stranger a client, or answer it, or refuse and count its datagram."""
         seats, engine = self.seats, place.outbox.engine
         source = FINE
@@ -73,31 +73,31 @@ class Admission:
         if checks_all or engine.doubtful_source(route):
             source = self.check_source(place, route)
             if source is REFUSED:
-                return None
+                return
         limiter = seats.limiter
         if limiter is not None and not self.has_rate(limiter, place, route):
-            return None
+            return
         if self.accept is not None:
             if not self._is_accepted(self.accept, place, make_datagram(payload, route, ancillary, place), source):
-                return None
+                return
             if (seat := place.known.get(route)) is not None:
-                return seat  # accept has called Server.connect for this peer
+                return seat.put(payload)  # accept has called Server.connect for this peer
         if seats.phase is DRAINING:  # after accept, which may answer even during a drain
             self.refused_stopping += 1
-            return None
+            return
         limits, size = seats.limits, len(payload)
         if size > limits.inbox_bytes or seats.waiting_bytes + size > limits.total_bytes:
             seats.dropped_inbox_full += 1
-            return None
+            return
         if limits.clients_per_host is not None and not seats.has_room_on_host(host_key(engine.host(route))):
             self.refused_full += 1
-            return None
+            return
         if len(seats.running) >= limits.max_clients and not seats.make_room():
             self.refused_full += 1
             self.warnings.warn(
                 "full", "strangers are refused: the table of clients is full (max_clients=%d)", limits.max_clients
             )
-            return None
+            return
         seat = Seat(place.outbox, route, self.idle_timeout, seats, place)
         if place.amplification is not None:
             seat.limited = True
@@ -115,7 +115,7 @@ class Admission:
             seat.finish(LOST)
             seats.remove(seat)
             raise
-        return seat
+        seat.put_first(payload)
 
     def checks_all_sources(self, place: Place) -> bool:
         """Find out whether every source needs a check, not only doubtful ones. Once a batch is enough."""

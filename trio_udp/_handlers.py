@@ -116,9 +116,7 @@ class NotAwaitable(TypeError):
     """The handler is a plain function, and what it returned is not awaitable."""
 
 
-async def run_handler(
-    handler: Callable[[Client], Awaitable[object]], crash: Callable[[Exception], None], seat: Seat, client: Client
-) -> None:
+async def run_handler(handler: Callable[[Client], Awaitable[object]], seat: Seat, client: Client) -> None:
     """Call a handler for a client, and again while it leaves datagrams behind; then remove the client.
 
     A call that takes no datagram is the last one; otherwise the handler might be called for ever.
@@ -128,11 +126,11 @@ async def run_handler(
             taken_before = seat.delivered
             try:
                 awaitable = handler(client)
-                if type(awaitable) is not CoroutineType:
+                if type(awaitable) is not CoroutineType:  # in the usual case avoid a call
                     check_awaitable(handler, awaitable)
                 await awaitable
             except NotAwaitable as error:
-                return crash(error)
+                return seat.shared.crash(error)
             except BaseException as error:
                 handler_raised(client, error)
             if not seat.payloads or seat.delivered == taken_before:
@@ -142,10 +140,11 @@ async def run_handler(
         seat.shared.remove(seat)
 
 
-def check_awaitable(handler: object, returned: object) -> None:
-    """Raise ``NotAwaitable`` if what a handler has returned cannot be awaited."""
+def check_awaitable(handler: object, returned: Awaitable[object]) -> Awaitable[object]:
+    """Return what a handler has returned. Raise ``NotAwaitable`` if it cannot be awaited."""
     if not inspect.isawaitable(returned):
         raise NotAwaitable(f"handler {handler!r} returned {returned!r}, not an awaitable: {LOOKS_LIKE}")
+    return returned
 
 
 def handler_raised(client: Client, error: BaseException) -> None:

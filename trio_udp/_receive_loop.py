@@ -79,10 +79,9 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
     for payload, route, ancillary in place.rest:
         seat = known.get(route)
         if seat is None:
-            seat = admission.ask(place, payload, route, ancillary)
-            if seat is None:
-                continue
-        elif limiter is not None and not limiter.take(seat.bucket, turn.time):
+            admission.ask(place, payload, route, ancillary)
+            continue
+        if limiter is not None and not limiter.take(seat.bucket, turn.time):
             admission.refused_by_rate += 1
             continue
         # Put it here, in arrival order, rather than in a task per datagram: Trio shuffles tasks that become runnable

@@ -211,6 +211,7 @@ class Seats(Shared):
     Attributes:
       running: The clients whose handlers run, each with the ``Client`` that users see, and the open ones that
         ``Server.connect`` made.
+      crash: Ends the server with an error that the program made.
       all_gone: Set once the server drains and no client is left.
       of_host: The number of clients of each host, if ``Limits.clients_per_host`` is set.
     """
@@ -218,6 +219,7 @@ class Seats(Shared):
     limiter: RateLimiter | None
     on_error: Callable[[Any, Exception], object]
     makes_room: bool  # under "refuse" too: the handler keeps nothing between two requests
+    crash: Callable[[Exception], None] = attrs.field(init=False)
     idle: IdleExpiry = attrs.field(factory=IdleExpiry, init=False)
     running: dict[Seat, Any] = attrs.field(factory=dict, init=False)
     of_host: dict[bytes, int] = attrs.field(factory=dict, init=False)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import signal
 import socket
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import ExitStack
 from functools import partial
+from typing import cast
 
 import trio
 
@@ -256,10 +257,10 @@ def _assemble(
     seats = Seats(limits, limiter, on_error, makes_room(handler))
 
     start_soon = (handler_nursery or nursery).start_soon
+    function = cast("Callable[[Client], Awaitable[object]]", handler)  # not a DatagramHandler, which has no clients
 
     def start_handler(seat: Seat, client: Client) -> None:
-        assert not isinstance(handler, DatagramHandler)
-        start_soon(run_handler, handler, crash, seat, client, name=TASK_NAME)
+        start_soon(run_handler, function, seat, client, name=TASK_NAME)
 
     admission = Admission(
         seats, Sources(), ask_both(accept, handler), idle_timeout, errors, WarningLog(), start_handler
@@ -269,7 +270,7 @@ def _assemble(
     else:
         loop = partial(receive_loop, partial(to_clients, admission), True)
     state = ServerState(seats, admission, errors, nursery, handler_nursery is None, loop)
-    crash = state.crash  # bind the method once, not for each client
+    seats.crash = state.crash
     return state
 
 

@@ -54,9 +54,7 @@ class SecuredHandler:
             while calls:  # again while it leaves payloads behind, as over plain UDP
                 taken_before = taken_from(channel)
                 try:
-                    awaitable = self._handler(channel)
-                    check_awaitable(self._handler, awaitable)
-                    await awaitable
+                    await check_awaitable(self._handler, self._handler(channel))
                 except BaseException as error:
                     handler_raised(channel, error)  # type: ignore[arg-type]
                 calls = taken_from(channel) != taken_before and has_waiting(channel)
