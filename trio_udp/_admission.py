@@ -29,7 +29,7 @@ from ._endpoints import Ancillary, Datagram, Echoes, Received, Route, Source, So
 from ._handlers import Accept
 from ._lifecycle import DRAINING, LOST
 from ._log import ErrorLog, WarningLog
-from ._rate import RateLimiter
+from ._rate import NO_BUCKET
 from ._seats import Place, Seat, Seats
 
 # Also as globals; see the end of _lifecycle.py.
@@ -64,19 +64,24 @@ class Admission:
     refused_full: int = attrs.field(default=0, init=False)
     refused_stopping: int = attrs.field(default=0, init=False)
 
-    def ask(self, place: Place, payload: bytes, route: Route, ancillary: Ancillary) -> None:
-        """Make a stranger a client, or answer it, or refuse and count its datagram."""
+    def ask(self, place: Place, is_doubtful: bool, payload: bytes, route: Route, ancillary: Ancillary) -> None:
+        """Make a stranger a client, or answer it, or refuse and count its datagram.
+
+        Args:
+          is_doubtful: As :meth:`has_doubtful_source` says of the batch.
+        """
         seats, engine = self.seats, place.outbox.engine
         source = FINE
-        is_known = place.sources_checked_at == place.outbox.turn.time  # found out for an earlier datagram of the batch
-        checks_all = place.checks_all_sources if is_known else self.checks_all_sources(place)
-        if checks_all or engine.doubtful_source(route):
+        if is_doubtful:
             source = self.check_source(place, route)
             if source is REFUSED:
                 return
-        limiter = seats.limiter
-        if limiter is not None and not self.has_rate(limiter, place, route):
-            return
+        bucket = NO_BUCKET
+        if seats.limiter is not None:
+            bucket = seats.limiter.bucket_of(place.network_of(route))
+            if not seats.limiter.take(bucket, place.outbox.turn.now()):
+                self.refused_by_rate += 1
+                return
         if self.accept is not None:
             if not self._is_accepted(self.accept, place, make_datagram(payload, route, ancillary, place), source):
                 return
@@ -104,8 +109,8 @@ class Admission:
         if source is UNANSWERABLE:
             seat.answerable = False
             seat.limited = True
-        if limiter is not None:
-            seat.bucket = limiter.keep(limiter.bucket_of(engine.host(route)))
+        if seats.limiter is not None:
+            seat.bucket = seats.limiter.keep(bucket)
         client = make_client(seat)
         seats.add(seat, client)
         try:
@@ -117,12 +122,11 @@ class Admission:
             raise
         seat.put_first(payload)
 
-    def checks_all_sources(self, place: Place) -> bool:
-        """Find out whether every source needs a check, not only doubtful ones. Once a batch is enough."""
-        time = place.outbox.turn.time
-        place.sources_checked_at = time
-        place.checks_all_sources = self.sources.refresh(place.outbox.engine, time)
-        return place.checks_all_sources
+    def has_doubtful_source(self, place: Place, batch: list[Received]) -> bool:
+        """Whether some source in a batch needs :meth:`check_source`."""
+        engine = place.outbox.engine
+        checks_all = self.sources.refresh(engine, place.outbox.turn.time)
+        return checks_all or engine.doubtful_sources([route for _, route, _ in batch])
 
     def check_source(self, place: Place, route: Route) -> Source:
         """Decide about a source, and count the datagram if it is refused."""
@@ -133,7 +137,7 @@ class Admission:
 
     def without_echoes(self, place: Place, batch: list[Received]) -> list[Received]:
         """Refuse datagrams that this server has sent to a group or a broadcast address and receives back."""
-        self.checks_all_sources(place)  # which discards old cached results
+        self.sources.refresh(place.outbox.engine, place.outbox.turn.time)  # which discards old cached results
         self.echoes.forget(place.outbox.turn.now())
         engine, sources, echoes = place.outbox.engine, self.sources, self.echoes
         others = [
@@ -143,13 +147,6 @@ class Admission:
         ]
         self.refused_source += len(batch) - len(others)
         return others
-
-    def has_rate(self, limiter: RateLimiter, place: Place, route: Route) -> bool:
-        """Take a token from the bucket of a stranger's network; if it is empty, count the datagram and return False."""
-        if limiter.take(limiter.bucket_of(place.outbox.engine.host(route)), place.outbox.turn.now()):
-            return True
-        self.refused_by_rate += 1
-        return False
 
     def _is_accepted(self, accept: Accept, place: Place, datagram: Datagram, source: Source) -> bool:
         route = route_of(datagram)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ._admission import Admission
-from ._endpoints import MAX_PAYLOAD_IPV4, Outgoing, Received, Source, make_datagram
+from ._endpoints import MAX_PAYLOAD_IPV4, Outgoing, Received, Route, Source, make_datagram
 from ._handlers import DatagramHandler
 from ._lifecycle import DRAINING
 from ._seats import Place
+
+# Also as globals; see the end of _lifecycle.py.
+_, REFUSED, UNANSWERABLE = Source
 
 
 def to_function(handler: DatagramHandler, admission: Admission, place: Place, batch: list[Received]) -> None:
@@ -14,55 +19,65 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
     function, seats, outbox, limiter = handler.function, admission.seats, place.outbox, admission.seats.limiter
     amplification, own = place.amplification, outbox.own
     outbox.turn.begin_batch()
+    time = outbox.turn.time
     if admission.echoes.expected:
         batch = admission.without_echoes(place, batch)
     known = place.known  # only clients of Server.connect
-    if seats.phase is DRAINING and not known:
-        admission.refused_stopping += len(batch)
-        return
-    checks_all, is_doubtful = admission.checks_all_sources(place), place.reader.engine.doubtful_source
+    is_draining = seats.phase is DRAINING  # a drain begins only when the whole batch has been handed out
+    is_doubtful = admission.has_doubtful_source(place, batch)
+    is_answerable = True
     replies: list[Outgoing] = []
     place.rest = iter(batch)
     for payload, route, ancillary in place.rest:
         if known and (seat := known.get(route)) is not None:
-            if limiter is None or limiter.take(seat.bucket, outbox.turn.time):
+            if limiter is None or limiter.take(seat.bucket, time):
                 seat.put(payload)
             else:
                 admission.refused_by_rate += 1
             continue
-        if seats.phase is DRAINING:
+        if is_draining:
             admission.refused_stopping += 1
             continue
-        is_answerable = True
-        if checks_all or is_doubtful(route):
+        if is_doubtful:
             source = admission.check_source(place, route)
-            if source is Source.REFUSED:
+            if source is REFUSED:
                 continue
-            is_answerable = source is not Source.UNANSWERABLE
-        if limiter is not None and not admission.has_rate(limiter, place, route):
+            is_answerable = source is not UNANSWERABLE
+        if limiter is not None and not limiter.take(limiter.bucket_of(place.network_of(route)), time):
+            admission.refused_by_rate += 1
             continue
         seats.handed_over += 1
         datagram = make_datagram(payload, route, ancillary, place)
         try:
             reply = function(datagram)
-            if reply is None:
-                continue
-            if type(reply) is bytes and len(reply) <= MAX_PAYLOAD_IPV4:
-                size, outgoing = len(reply), [(reply, route, own)]
-            else:
-                several = reply if isinstance(reply, (list, tuple)) else [reply]
-                outgoing = [(outbox.copy(each, route), route, own) for each in several]
-                size = sum(len(each) for each, _, _ in outgoing)
+            if (
+                type(reply) is bytes
+                and len(reply) <= MAX_PAYLOAD_IPV4
+                and is_answerable
+                and (amplification is None or len(reply) <= amplification * len(payload))
+            ):
+                replies.append((reply, route, own))  # the usual case: avoid a call
+            elif reply is not None:
+                replies += _outgoing(reply, payload, route, place, is_answerable)
         except Exception as error:
             seats.handler_errors += 1
             seats.on_error(datagram, error)
-            continue
-        if not is_answerable:
-            for _ in outgoing:
-                outbox.count_unanswerable(own)
-        elif amplification is not None and size > amplification * len(payload):
-            place.withheld += len(outgoing)
-        else:
-            replies += outgoing
     if replies or outbox.collecting:
         outbox.collect(replies, more_follow=place.reader.has_more())
+
+
+def _outgoing(reply: object, payload: bytes, route: Route, place: Place, is_answerable: bool) -> list[Outgoing]:
+    """Check one payload or several, and return them as datagrams to send; none if they may not be sent."""
+    outbox = place.outbox
+    several: Any = reply if isinstance(reply, (list, tuple)) else [reply]
+    outgoing = [(outbox.copy(each, route), route, outbox.own) for each in several]
+    if not is_answerable:
+        for _ in outgoing:
+            outbox.count_unanswerable(outbox.own)
+        return []
+    if place.amplification is not None and sum(len(each) for each, _, _ in outgoing) > place.amplification * len(
+        payload
+    ):
+        place.withheld += len(outgoing)
+        return []
+    return outgoing

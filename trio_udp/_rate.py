@@ -7,7 +7,7 @@ from weakref import WeakValueDictionary
 
 import attrs
 
-from ._endpoints import host_key, network_of
+from ._endpoints import host_key
 from ._limits import RateLimit
 
 # Tolerance for rounding, in tokens: far less than one datagram.
@@ -24,6 +24,7 @@ class Bucket:
 
     key: bytes
     full_at: float = -math.inf
+    kept: bool = False  # RateLimiter.keep() has been called
 
 
 NO_BUCKET = Bucket(b"")  # a placeholder for clients of a server without a rate limit; no token is taken from it
@@ -39,24 +40,22 @@ class RateLimiter:
     """
 
     _limit: RateLimit
+    _per_second: float = attrs.field(init=False)
+    _most: float = attrs.field(init=False)  # tokens in a full bucket
     _young: dict[bytes, Bucket] = attrs.field(factory=dict, init=False)
     _old: dict[bytes, Bucket] = attrs.field(factory=dict, init=False)
     _in_use: WeakValueDictionary[bytes, Bucket] = attrs.field(factory=WeakValueDictionary, init=False)
 
-    def bucket_of(self, host: bytes) -> Bucket:
-        """Return the bucket that all hosts of one part of the network share."""
-        return self._find(network_of(host, self._limit.ipv4_prefix, self._limit.ipv6_prefix))
+    @_per_second.default
+    def _(self) -> float:
+        return self._limit.per_second
 
-    def bucket_of_host(self, host: bytes) -> Bucket:
-        """Return the bucket that all validated clients of one host share."""
-        return self.keep(self._find(b"host" + host_key(host)))
+    @_most.default
+    def _(self) -> float:
+        return self._limit.burst + EPSILON
 
-    def keep(self, bucket: Bucket) -> Bucket:
-        """Keep a bucket in the table while a client refers to it; return it."""
-        self._in_use[bucket.key] = bucket
-        return bucket
-
-    def _find(self, key: bytes) -> Bucket:
+    def bucket_of(self, key: bytes) -> Bucket:
+        """Return the bucket that all hosts of one part of the network share; see :func:`network_of`."""
         bucket = self._young.get(key)
         if bucket is None:
             if len(self._young) >= self._limit.buckets // 2:
@@ -65,13 +64,23 @@ class RateLimiter:
             self._young[key] = bucket
         return bucket
 
+    def bucket_of_host(self, host: bytes) -> Bucket:
+        """Return the bucket that all validated clients of one host share."""
+        return self.keep(self.bucket_of(b"host" + host_key(host)))
+
+    def keep(self, bucket: Bucket) -> Bucket:
+        """Keep a bucket in the table while a client refers to it; return it."""
+        if not bucket.kept:  # a weak reference takes 0.8 µs
+            bucket.kept = True
+            self._in_use[bucket.key] = bucket
+        return bucket
+
     def take(self, bucket: Bucket, time: float) -> bool:
         """Take a token from a bucket; False if it has none."""
-        now = time * self._limit.per_second  # in units of the time that refills one token
+        now = time * self._per_second  # in units of the time that refills one token
         full_at = bucket.full_at
-        if full_at < now:
-            full_at = now
-        if full_at + 1 - now > self._limit.burst + EPSILON:
+        full_at = (full_at if full_at > now else now) + 1
+        if full_at - now > self._most:
             return False
-        bucket.full_at = full_at + 1
+        bucket.full_at = full_at
         return True

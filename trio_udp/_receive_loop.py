@@ -75,11 +75,14 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
         batch = admission.without_echoes(place, batch)
     if len(batch) > 1:
         place.outbox.hold()
+    is_doubtful: bool | None = None
     place.rest = iter(batch)
     for payload, route, ancillary in place.rest:
         seat = known.get(route)
         if seat is None:
-            admission.ask(place, payload, route, ancillary)
+            if is_doubtful is None:
+                is_doubtful = admission.has_doubtful_source(place, batch)
+            admission.ask(place, is_doubtful, payload, route, ancillary)
             continue
         if limiter is not None and not limiter.take(seat.bucket, turn.time):
             admission.refused_by_rate += 1

@@ -38,7 +38,7 @@ class Place(Origin):
         address is free for a new client.
       until_stop: Cancelled when the server stops, to wake the receive loop.
       rest: The datagrams of the current batch that are not yet handed out.
-      sources_checked_at: Time of the batch for which ``checks_all_sources`` was computed.
+      network_of: Gives the key of a route's network, if the server has a rate limit.
       before: The endpoint's counts when the server took over.
     """
 
@@ -46,8 +46,7 @@ class Place(Origin):
     known: dict[Route, Seat] = attrs.field(factory=dict, init=False)
     until_stop: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
     rest: Iterator[Received] = attrs.field(factory=lambda: iter(()), init=False)
-    sources_checked_at: float = attrs.field(default=-1.0, init=False)
-    checks_all_sources: bool = attrs.field(default=False, init=False)
+    network_of: Callable[[Route], bytes] = attrs.field(init=False)
     before: EndpointStatistics = attrs.field(init=False)
 
     @before.default
@@ -99,6 +98,8 @@ class Seat(Inbox):
     requests_timed_out: int = attrs.field(default=0, init=False)
     sends_withheld: int = attrs.field(default=0, init=False)
     _amplified: float = attrs.field(default=0.0, init=False)  # bytes sent before it was validated
+    # So many were allowed by the bytes received when this was last computed; -1: not yet computed.
+    _allowed: float = attrs.field(default=-1.0, init=False)
     _host: bytes | None = attrs.field(default=None, init=False)  # if clients are counted by host
     # ``waiting_since`` when the seat was last put at the end of the queue for eviction.
     queued_since: float = attrs.field(default=-1.0, init=False)
@@ -154,15 +155,24 @@ class Seat(Inbox):
                 self.bucket = self.shared.limiter.bucket_of_host(self.outbox.engine.host(self.route))
 
     def reserve(self, size: int) -> bool:
+        amplified = self._amplified + size
+        if amplified > self._allowed and not self._allows_more(amplified):
+            return False
+        self._amplified = amplified
+        return True
+
+    def _allows_more(self, amplified: float) -> bool:
+        """Whether so many bytes may be sent, by the number that has been received until now."""
         if not self.answerable:
             self.outbox.count_unanswerable(self)
             return False
         amplification = self.shared.limits.amplification
-        if amplification is not None and self._amplified + size > amplification * self.bytes_received:
-            self.sends_withheld += 1
-            self.shared.sends_withheld += 1
-            return False
-        self._amplified += size
+        if amplification is not None:
+            self._allowed = amplification * self.bytes_received
+            if amplified > self._allowed:
+                self.sends_withheld += 1
+                self.shared.sends_withheld += 1
+                return False
         return True
 
     def give_back(self, size: int) -> None:

@@ -34,6 +34,7 @@ from ._endpoints import (
     is_limited_broadcast,
     is_multicast,
     is_unspecified,
+    network_getter,
     reader_of,
     route_to_name,
     send_on,
@@ -79,6 +80,9 @@ class ServerState:
         reader.outbox.turn = self.turn
         limits = self.seats.limits
         place = Place(endpoint, reader.outbox, server, limits.amplification, reader=reader)
+        if limits.rate_limit is not None:
+            rate = limits.rate_limit
+            place.network_of = network_getter(reader.engine, rate.ipv4_prefix, rate.ipv6_prefix)
         self.places.append(place)
         self._behind.add(place)
         self.admission.sources.add(reader.engine)

@@ -19,8 +19,8 @@ import trio
 if sys.platform != "linux":
     pytest.skip("needs Linux", allow_module_level=True)
 
-from trio_udp._endpoints._address import Address
-from trio_udp._endpoints.engines import engine_for
+from trio_udp._endpoints._address import Address, host_bytes, network_of
+from trio_udp._endpoints.engines import engine_for, network_getter
 from trio_udp._endpoints.engines._engine import BATCH, Engine, Received
 from trio_udp._endpoints.engines.pktinfo import UDP_GRO, UDP_SEGMENT
 
@@ -484,10 +484,33 @@ async def test_doubtful_sources(make: Make, host: str) -> None:
     if ":" in host:
         hosts = {f"::ffff:{ipv4}": doubtful for ipv4, doubtful in hosts.items()}
         hosts |= {"2001:db8::1": False, "fe80::1": False, "::1": False, "::": True, "ff02::1": True}
+    harmless, ends = ("2001:db8::2", (0, 0)) if ":" in host else ("192.0.2.2", ())
     for source, doubtful in hosts.items():
         for port in (7, 4_660, 8, 13_330):  # 13,330 is 4,660 in the other byte order
-            route = engine.route((source, port, 0, 0) if ":" in host else (source, port))
-            assert engine.doubtful_source(route) == (doubtful or port in (7, 4_660)), (source, port)
+            route = engine.route((source, port, *ends))
+            is_doubtful = doubtful or port in (7, 4_660)
+            assert engine.doubtful_source(route) == is_doubtful, (source, port)
+            for others in (0, 1, 20):
+                fine = [engine.route((harmless, 1_000 + other, *ends)) for other in range(others)]
+                assert engine.doubtful_sources([*fine, route, *fine]) == is_doubtful, (source, port)
+
+
+@pytest.mark.parametrize(("ipv4_bits", "ipv6_bits"), [(24, 56), (32, 128), (20, 60), (8, 3)])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+async def test_networks_of_routes(make: Make, host: str, ipv4_bits: int, ipv6_bits: int) -> None:
+    """A rate limit sees the first bits of a peer's address; those of an IPv4 address in every form of a route."""
+    engine = make(host)
+    network = network_getter(engine, ipv4_bits, ipv6_bits)
+    hosts = ["192.0.2.77", "223.255.129.1"]
+    for source in [*(f"::ffff:{ipv4}" for ipv4 in hosts), "2001:db8:77:1234::1"] if ":" in host else hosts:
+        address: Any = (source, 9, 0, 0) if ":" in host else (source, 9)
+        assert network(engine.route(address)) == network_of(host_bytes(address), ipv4_bits, ipv6_bits)
+
+
+async def test_networks_of_the_routes_of_a_connected_socket(make: Make, peer: socket.socket) -> None:
+    """A connected socket has one peer, and so one network."""
+    engine = make(connect=peer.getsockname())
+    assert network_getter(engine, 24, 56)(engine.route(peer.getsockname())) == b"\x7f\0\0"
 
 
 async def test_hosts_of_this_machine(make: Make) -> None:

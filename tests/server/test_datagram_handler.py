@@ -634,7 +634,7 @@ async def test_an_error_that_ends_the_program(start_in_memory: StartInMemory) ->
 def test_datagram_has_no_public_constructor() -> None:
     """Datagram has no public constructor."""
     with pytest.raises(TypeError):
-        Datagram(b"x", None, (), None)  # type: ignore[arg-type]
+        Datagram(b"x", None, (), None)  # type: ignore[call-arg]
 
 
 # Over real sockets

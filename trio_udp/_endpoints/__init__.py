@@ -69,5 +69,6 @@ from .engines import (
     Route as Route,
     credentials_of as credentials_of,
     is_by_name as is_by_name,
+    network_getter as network_getter,
     route_to_name as route_to_name,
 )

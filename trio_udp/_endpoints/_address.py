@@ -122,13 +122,13 @@ def host_bytes(address: Address) -> bytes:
 
 def network_of(host: bytes, ipv4_bits: int, ipv6_bits: int) -> bytes:
     """Return a key for the part of the network that a host is in: the first bits of its address."""
-    bits = ipv4_bits if len(host) == 4 else ipv6_bits
-    whole, rest = divmod(bits, 8)
+    is_ipv4 = len(host) == 4
+    bits = ipv4_bits if is_ipv4 else ipv6_bits
     # Bytes, not a number: strangers choose the key, and could compute numbers that collide in a dict.
-    network = host[:whole]
-    if rest:
-        network += bytes([host[whole] & 0xFF00 >> rest & 0xFF])
-    return network + b"4" if len(host) == 4 else network + b"6"
+    network = host[: bits >> 3]
+    if bits & 7:
+        network += bytes([host[bits >> 3] & 0xFF00 >> (bits & 7) & 0xFF])
+    return network if is_ipv4 else network + b"IPv6"  # longer than any key for IPv4
 
 
 def host_key(host: bytes) -> bytes:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import attrs
 import trio
@@ -11,7 +10,7 @@ import trio
 from .._construction import NoPublicConstructor
 from ._address import Address, is_answerable
 from ._outbox import YIELD_EVERY, Outbox, Payload
-from .engines import Ancillary, Credentials, Received, Route, credentials_of
+from .engines import Ancillary, Credentials, Route, credentials_of
 
 if TYPE_CHECKING:
     import trio_udp
@@ -52,13 +51,9 @@ class Datagram(metaclass=NoPublicConstructor):
 
     payload: bytes
     ancillary: Ancillary
-
-    def __init__(self, payload: bytes, route: Route, ancillary: Ancillary, origin: Origin) -> None:
-        self.payload = payload
-        self.ancillary = ancillary
-        self._route = route
-        self._origin = origin
-        self._replied = 0  # bytes
+    _route: Route
+    _origin: Origin
+    _replied: int  # bytes
 
     def __repr__(self) -> str:
         return f"<trio_udp.Datagram of {len(self.payload)} bytes from {self.peer_address!r} to {self.destination!r}>"
@@ -164,17 +159,18 @@ class Datagram(metaclass=NoPublicConstructor):
         return True
 
 
-def new_datagram(received: Received, origin: Origin) -> Datagram:
+def make_datagram(payload: bytes, route: Route, ancillary: Ancillary, origin: Origin) -> Datagram:
     """Make the public view of a received datagram."""
-    payload, route, ancillary = received
-    datagram: Datagram = make_datagram(payload, route, ancillary, origin)
+    # A stateless server makes one for every datagram. An ``__init__``, which C would call, costs 0.1 µs more.
+    datagram = object.__new__(Datagram)
+    datagram.payload = payload
+    datagram.ancillary = ancillary
+    datagram._route = route
+    datagram._origin = origin
+    datagram._replied = 0
     return datagram
 
 
 def route_of(datagram: Datagram) -> Route:
     """Return the route behind a datagram; for the rest of this package."""
     return datagram._route
-
-
-# Calls the constructor in C: a stateless server makes one for every datagram.
-make_datagram: Any = partial(type.__call__, Datagram)

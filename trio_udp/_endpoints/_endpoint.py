@@ -15,7 +15,7 @@ from .._trio import has_stdlib_socket, stdlib_socket as inner_socket
 from ._address import Address
 from ._addressed import find_way, send_on, send_on_nowait
 from ._buffers import check_max_datagram_size, grant_receive_buffer
-from ._datagram import Datagram, Origin, new_datagram
+from ._datagram import Datagram, Origin, make_datagram
 from ._multicast import check_hops, check_loop, join_group, leave_group, multicast_of, set_interface
 from ._networks import Network, Networks
 from ._one_by_one import OneByOne
@@ -148,7 +148,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         Cancellation:
           Always noticed, and never loses a datagram. Other tasks run at least once in 64 datagrams.
         """
-        return new_datagram(await OneByOne(self._reader).next(), self._origin())
+        return make_datagram(*await OneByOne(self._reader).next(), self._origin())
 
     def receive_nowait(self) -> Datagram:
         """Like :meth:`receive`, without waiting.
@@ -156,7 +156,7 @@ class Endpoint(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         Raises:
           trio.WouldBlock: Nothing has arrived, or another task is about to receive it.
         """
-        return new_datagram(OneByOne(self._reader).next_nowait(), self._origin())
+        return make_datagram(*OneByOne(self._reader).next_nowait(), self._origin())
 
     def __aiter__(self) -> Endpoint:
         return self

@@ -168,6 +168,9 @@ class SimulatedEngine:
         peer = cast("SimulatedRoute", route).peer
         return peer[1] in self._watched_ports or reaches_many(peer) or is_unspecified(peer)
 
+    def doubtful_sources(self, routes: Sequence[Route]) -> bool:
+        return any(map(self.doubtful_source, routes))
+
     def is_own_host(self, address: Address) -> bool:
         own = self.simulated_socket
         here = own.at_host(reachable(address)[0])

@@ -29,6 +29,7 @@ from ._engine import (
     Route as Route,
 )
 from ._socket import is_connected as is_connected
+from .linux_routes import network_getter as network_getter
 from .proxy import INNER_SIZE as INNER_SIZE, ProxyEngine as ProxyEngine
 from .segmentation import by_peer as by_peer
 from .unix import (

@@ -159,6 +159,9 @@ class Engine(Protocol):
         Always true for a watched port, and for a group, broadcast (255.255.255.255) or unspecified address.
         """
 
+    def doubtful_sources(self, routes: Sequence[Route]) -> bool:
+        """Whether ``doubtful_source`` is true for one of several routes."""
+
     def is_own_host(self, address: Address) -> bool:
         """Whether the host of an address, of either family, is this machine. Costs a system call."""
 

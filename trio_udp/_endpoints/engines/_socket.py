@@ -6,7 +6,7 @@ import socket
 import struct
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
@@ -187,6 +187,12 @@ class SocketEngine(ABC):
     @abstractmethod
     def watch_ports(self, ports: frozenset[int]) -> None: ...
 
+    @abstractmethod
+    def doubtful_source(self, route: Route) -> bool: ...
+
+    def doubtful_sources(self, routes: Sequence[Route]) -> bool:
+        return any(map(self.doubtful_source, routes))
+
     def _is_doubtful(self, address: Address, ports: frozenset[int]) -> bool:
         """``doubtful_source`` for a decoded address."""
         if not self._is_inet:
@@ -200,9 +206,10 @@ class SocketEngine(ABC):
         return self._is_inet and probes.is_broadcast(family_of(address), address)
 
     def allows_broadcast(self) -> bool:
-        with suppress(OSError):  # closed
+        try:
             return bool(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST))
-        return False
+        except OSError:  # closed
+            return False
 
     # Datagrams that were read and not yet returned.
 

@@ -11,14 +11,17 @@ message, and :class:`Ends` maps numbers to groups.
 from __future__ import annotations
 
 import socket
+from array import array
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, cast
 
 import attrs
 import trio
 
-from .._address import Address, host_bytes, pack_address, unpack_address
-from ._engine import Ancillary, Route
+from .._address import Address, host_bytes, network_of, pack_address, unpack_address
+from ._engine import Ancillary, Engine, Route
 from ._socket import SocketEngine, tells_destination
 from .pktinfo import (
     IP_PKTINFO,
@@ -41,6 +44,12 @@ MAX_ENDS = 1_000
 # The most IPv6 groups that one socket distinguishes. Datagrams arrive only for groups that a program of this machine
 # has joined. Beyond this number the interface is known, but not the group.
 MAX_GROUPS = 1_000
+
+# The first bytes of addresses that are not doubtful; is_doubtful_host() needs more bytes of the others.
+FINE_FIRST_BYTES = bytes(range(1, 0xE0))
+
+# From this number of sources on, checking them together is faster than one by one: 60 ns for each instead of 190.
+MANY = 4
 
 
 @attrs.frozen(eq=False)
@@ -146,6 +155,7 @@ class RawRoutes(SocketEngine):
             self._layout = IPV6_WILDCARD if self._tells_destination else IPV6
         self._ends = Ends(self._layout, self._is_on)
         self._ports: frozenset[bytes] = frozenset()
+        self._raw_ports: frozenset[int] = frozenset()
         self._host = slice(4, 8) if self.family == socket.AF_INET else slice(8, 24)  # in a socket address
         self._first_byte = self._host.start
         self._peer_is_doubtful = False  # of a connected socket
@@ -163,7 +173,8 @@ class RawRoutes(SocketEngine):
     def host(self, route: Route) -> bytes:
         if self.connected:
             return host_bytes(self._peer_address)
-        host = cast("bytes", route)[self._host]
+        name: Any = route
+        host: bytes = name[self._host]
         return host[12:] if host.startswith(MAPPED) else host
 
     def _end_of(self, route: Route) -> tuple[ReplyControl, bytes]:
@@ -173,6 +184,7 @@ class RawRoutes(SocketEngine):
 
     def watch_ports(self, ports: frozenset[int]) -> None:
         self._ports = frozenset(port.to_bytes(2, "big") for port in ports)
+        self._raw_ports = frozenset(map(socket.htons, ports))  # as numbers in the byte order of this machine
         if self.connected:
             self._peer_is_doubtful = self._is_doubtful(self._peer_address, ports)
 
@@ -184,3 +196,25 @@ class RawRoutes(SocketEngine):
             return True
         # The first byte clears nearly all addresses; fe80::1 and ::1 need the other bytes.
         return not 0 < name[self._first_byte] < 224 and is_doubtful_host(name[self._host])
+
+    def doubtful_sources(self, routes: Sequence[Route]) -> bool:
+        if self.connected or len(routes) < MANY:
+            return super().doubtful_sources(routes)
+        together, size = b"".join(cast("Sequence[bytes]", routes)), self._layout.route_size
+        ports, first_bytes = array("H", together)[1 :: size // 2], together[self._first_byte :: size]
+        if self._raw_ports.isdisjoint(ports) and not first_bytes.translate(None, FINE_FIRST_BYTES):
+            return False
+        return super().doubtful_sources(routes)
+
+
+def network_getter(engine: Engine, ipv4_bits: int, ipv6_bits: int) -> Callable[[Route], bytes]:
+    """Return a function that gives the key of the network at the other end of a route; see ``network_of``."""
+    if (
+        isinstance(engine, RawRoutes)
+        and engine.family == socket.AF_INET
+        and not engine.connected
+        and ipv4_bits % 8 == 0
+    ):
+        # The same in C. With a rate limit, a datagram_handler runs 15 % fewer instructions of ours for it.
+        return itemgetter(slice(4, 4 + ipv4_bits // 8))  # type: ignore[return-value]
+    return lambda route: network_of(engine.host(route), ipv4_bits, ipv6_bits)

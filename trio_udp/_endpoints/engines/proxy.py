@@ -183,6 +183,9 @@ class ProxyEngine:
             return ends[8:10] in self._ports or not 0 < ends[0] < 0xE0
         return ends[32:34] in self._ports or is_doubtful_host(ends[:16])
 
+    def doubtful_sources(self, routes: Sequence[Route]) -> bool:
+        return any(map(self.doubtful_source, routes))
+
 
 def _parts(route: Route) -> ProxiedRoute:
     return cast("ProxiedRoute", route)
