@@ -55,7 +55,7 @@ class Admission:
     idle_timeout: float
     errors: ErrorLog
     warnings: WarningLog
-    start_handler: Callable[[Client], None]
+    start_handler: Callable[[Seat, Client], None]
     echoes: Echoes = attrs.field(factory=Echoes, init=False)
     refused_source: int = attrs.field(default=0, init=False)
     refused_by_rate: int = attrs.field(default=0, init=False)
@@ -64,64 +64,63 @@ class Admission:
     refused_full: int = attrs.field(default=0, init=False)
     refused_stopping: int = attrs.field(default=0, init=False)
 
-    def ask(self, place: Place, payload: bytes, route: Route, ancillary: Ancillary) -> Seat | None:
-        """Make a stranger a client, or answer it, or refuse and count its datagram."""
+    def ask(self, place: Place, is_doubtful: bool, payload: bytes, route: Route, ancillary: Ancillary) -> None:
+        """Make a stranger a client, or answer it, or refuse and count its datagram.
+
+        Args:
+          is_doubtful: As :meth:`has_doubtful_source` says of the batch.
+        """
         seats, engine = self.seats, place.outbox.engine
         source = FINE
-        if self.checks_all_sources(place) or engine.doubtful_source(route):
+        if is_doubtful:
             source = self.check_source(place, route)
             if source is REFUSED:
-                return None
+                return
         bucket = NO_BUCKET
         if seats.limiter is not None:
             bucket = seats.limiter.bucket_of(place.network_of(route))
             if not seats.limiter.take(bucket, place.outbox.turn.now()):
                 self.refused_by_rate += 1
-                return None
-        if self.accept is not None and not self._is_accepted(
-            self.accept, place, make_datagram(payload, route, ancillary, place), source
-        ):
-            return None
-        if self.accept is not None and (seat := place.known.get(route)) is not None:
-            return seat  # accept has called Server.connect for this peer
+                return
+        if self.accept is not None:
+            if not self._is_accepted(self.accept, place, make_datagram(payload, route, ancillary, place), source):
+                return
+            if (seat := place.known.get(route)) is not None:
+                return seat.put(payload)  # accept has called Server.connect for this peer
         if seats.phase is DRAINING:  # after accept, which may answer even during a drain
             self.refused_stopping += 1
-            return None
-        if not seats.has_room_for(payload):
+            return
+        limits, size = seats.limits, len(payload)
+        if size > limits.inbox_bytes or seats.waiting_bytes + size > limits.total_bytes:
             seats.dropped_inbox_full += 1
-            return None
-        if seats.limits.clients_per_host is not None and not seats.has_room_on_host(host_key(engine.host(route))):
+            return
+        if limits.clients_per_host is not None and not seats.has_room_on_host(host_key(engine.host(route))):
             self.refused_full += 1
-            return None
-        if not seats.make_room():
+            return
+        if len(seats.running) >= limits.max_clients and not seats.make_room():
             self.refused_full += 1
             self.warnings.warn(
-                "full", "strangers are refused: the table of clients is full (max_clients=%d)", seats.limits.max_clients
+                "full", "strangers are refused: the table of clients is full (max_clients=%d)", limits.max_clients
             )
-            return None
-        seat, client = self.new_client(place, route)
+            return
+        seat = Seat(place.outbox, route, self.idle_timeout, seats, place)
+        if place.amplification is not None:
+            seat.limited = True
         if source is UNANSWERABLE:
             seat.answerable = False
             seat.limited = True
         if seats.limiter is not None:
             seat.bucket = seats.limiter.keep(bucket)
+        client = make_client(seat)
         seats.add(seat, client)
         try:
-            self.start_handler(client)
+            self.start_handler(seat, client)
         except BaseException:  # the caller's nursery is closed
             self.refused_stopping += 1
             seat.finish(LOST)
             seats.remove(seat)
             raise
-        return seat
-
-    def checks_all_sources(self, place: Place) -> bool:
-        """Whether every source needs a check, not only doubtful ones. Refreshed once a batch."""
-        time = place.outbox.turn.time
-        if place.sources_checked_at != time:
-            place.sources_checked_at = time
-            place.checks_all_sources = self.sources.refresh(place.outbox.engine, time)
-        return place.checks_all_sources
+        seat.put_first(payload)
 
     def has_doubtful_source(self, place: Place, batch: list[Received]) -> bool:
         """Whether some source in a batch needs :meth:`check_source`."""
@@ -138,7 +137,7 @@ class Admission:
 
     def without_echoes(self, place: Place, batch: list[Received]) -> list[Received]:
         """Refuse datagrams that this server has sent to a group or a broadcast address and receives back."""
-        self.checks_all_sources(place)  # which discards old cached results
+        self.sources.refresh(place.outbox.engine, place.outbox.turn.time)  # which discards old cached results
         self.echoes.forget(place.outbox.turn.now())
         engine, sources, echoes = place.outbox.engine, self.sources, self.echoes
         others = [
@@ -148,12 +147,6 @@ class Admission:
         ]
         self.refused_source += len(batch) - len(others)
         return others
-
-    def new_client(self, place: Place, route: Route, *, has_handler: bool = True) -> tuple[Seat, Client]:
-        """Make a client: its seat and its public face. The caller adds it to the seats."""
-        seat = Seat(place.outbox, route, self.idle_timeout, self.seats, place, has_handler)
-        seat.limited = place.amplification is not None
-        return seat, make_client(seat)
 
     def _is_accepted(self, accept: Accept, place: Place, datagram: Datagram, source: Source) -> bool:
         route = route_of(datagram)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
@@ -28,16 +29,19 @@ def constant_defaults(cls: type[T]) -> type[T]:
     """Give an attrs class an ``__init__`` that is three times as fast.
 
     The ``__init__`` of attrs looks up the default of every field that is not an argument, at each call. Here defaults
-    are constants: making a record of 33 fields takes 0.6 µs instead of 2.0.
+    are constants, and numbers and None stand in the code: making a record of 33 fields takes 0.5 µs instead of 2.0.
     """
     arguments, constants, lines = ["self"], {}, []
     for field in attrs.fields(cls):  # type: ignore[arg-type]  # cls is an attrs class
-        lines.append(f"self.{field.name} = {field.alias if field.init else field.name}")
-        if field.default is not attrs.NOTHING:
-            assert not isinstance(field.default, attrs.Factory), field.name  # type: ignore[arg-type]  # Factory is a class
-            constants[field.name] = field.default
+        default, value = field.default, field.name
+        assert not isinstance(default, attrs.Factory), value  # type: ignore[arg-type]  # Factory is a class
+        if default is None or (type(default) in (bool, int, float) and default not in (math.inf, -math.inf)):
+            value = repr(default)
+        else:
+            constants[value] = default
         if field.init:
-            arguments.append(f"{field.alias}={field.name}" if field.name in constants else field.alias)
+            arguments.append(field.alias if default is attrs.NOTHING else f"{field.alias}={value}")
+        lines.append(f"self.{field.name} = {field.alias if field.init else value}")
     exec(f"def __init__({', '.join(arguments)}):\n " + "\n ".join(lines), constants)
     cls.__init__ = constants["__init__"]  # type: ignore[method-assign]
     return cls

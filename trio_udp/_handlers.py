@@ -116,37 +116,35 @@ class NotAwaitable(TypeError):
     """The handler is a plain function, and what it returned is not awaitable."""
 
 
-async def run_handler(
-    handler: Callable[[Client], Awaitable[object]], client: Client, crash: Callable[[Exception], None]
-) -> None:
+async def run_handler(handler: Callable[[Client], Awaitable[object]], seat: Seat, client: Client) -> None:
     """Call a handler for a client, and again while it leaves datagrams behind; then remove the client.
 
     A call that takes no datagram is the last one; otherwise the handler might be called for ever.
     """
-    seat = seat_of(client)
     try:
         while True:
             taken_before = seat.delivered
             try:
-                await call(handler, client)
+                awaitable = handler(client)
+                if type(awaitable) is not CoroutineType:  # in the usual case avoid a call
+                    check_awaitable(handler, awaitable)
+                await awaitable
             except NotAwaitable as error:
-                return crash(error)
+                return seat.shared.crash(error)
             except BaseException as error:
                 handler_raised(client, error)
             if not seat.payloads or seat.delivered == taken_before:
                 return
     finally:
-        if not seat.is_closed:
-            seat.finish(CLOSED)
+        seat.finish(CLOSED)
         seat.shared.remove(seat)
 
 
-def call(handler: Callable[[Client], Awaitable[object]], client: Client) -> Awaitable[object]:
-    """Call a handler, and return what to await."""
-    awaitable = handler(client)
-    if type(awaitable) is not CoroutineType and not inspect.isawaitable(awaitable):
-        raise NotAwaitable(f"handler {handler!r} returned {awaitable!r}, not an awaitable: {LOOKS_LIKE}")
-    return awaitable
+def check_awaitable(handler: object, returned: Awaitable[object]) -> Awaitable[object]:
+    """Return what a handler has returned. Raise ``NotAwaitable`` if it cannot be awaited."""
+    if not inspect.isawaitable(returned):
+        raise NotAwaitable(f"handler {handler!r} returned {returned!r}, not an awaitable: {LOOKS_LIKE}")
+    return returned
 
 
 def handler_raised(client: Client, error: BaseException) -> None:

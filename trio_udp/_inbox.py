@@ -145,6 +145,15 @@ class Inbox(ChannelState):
         shared.kept += len(payloads)
         shared.waiting_bytes += size
 
+    def put_first(self, payload: bytes) -> None:
+        """Keep the first datagram of all. The caller has checked that there is room for it."""
+        shared, size = self.shared, len(payload)
+        self.payloads = deque()
+        self.payloads.append(payload)
+        self.bytes_received = self._waiting_bytes = size
+        shared.kept += 1
+        shared.waiting_bytes += size
+
     @types.coroutine  # "yield from" here means "await"
     def __anext__(self, over: type[Exception] = StopAsyncIteration) -> Generator[Any, Any, bytes]:
         """Wait for the next payload and take it; raise ``over`` once the channel has ended.
@@ -244,7 +253,9 @@ class Inbox(ChannelState):
             reschedule(self.receiver, LOOK_AGAIN)
 
     def finish(self, end: End) -> None:
-        ChannelState.finish(self, end)
+        if self._blocked_sends:
+            ChannelState.finish(self, end)  # cancels them
+        self.end = end  # in the usual case that is all of it: avoid a call
         if self.payloads and self.is_closed:
             self.drop_all()
         if self.receiver is not None:

@@ -78,6 +78,7 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
         batch = admission.without_echoes(place, batch)
     if len(batch) > 1:
         place.outbox.hold()
+    is_doubtful: bool | None = None
     place.rest = iter(batch)
     # Neighbours from one client are kept together, in a row after the first one: that takes a third less of our time.
     seat: Any = None  # the client of the datagram before,
@@ -94,15 +95,16 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
             seat.keep_row(row)
             row = []
         last = NO_ROUTE
-        found = known.get(route)
-        if found is None:
-            found = admission.ask(place, payload, route, ancillary)
-            if found is None:
-                continue
-        elif limiter is not None and not limiter.take(found.bucket, turn.time):
+        seat = known.get(route)
+        if seat is None:
+            if is_doubtful is None:
+                is_doubtful = admission.has_doubtful_source(place, batch)
+            admission.ask(place, is_doubtful, payload, route, ancillary)
+            continue
+        if limiter is not None and not limiter.take(seat.bucket, turn.time):
             admission.refused_by_rate += 1
             continue
-        seat, last = found, route
+        last = route
         # Put it here, in arrival order, rather than in a task per datagram: Trio shuffles tasks that become runnable
         # together, so spawning would reorder the datagrams of a batch.
         seat.put(payload)

@@ -15,7 +15,7 @@ from ._construction import constant_defaults
 from ._endpoints import BATCH, Origin, Reader, Received, Route, host_key
 from ._idle import IdleExpiry
 from ._inbox import Inbox, Shared
-from ._lifecycle import CATCHING_UP, DRAINING, EVICTED, IDLE, LOST, OPEN, RUNNING, STOPPING, End
+from ._lifecycle import DRAINING, EVICTED, IDLE, LOST, OPEN, STOPPING, End
 from ._rate import NO_BUCKET, Bucket, RateLimiter
 from ._statistics import EndpointStatistics
 
@@ -38,7 +38,6 @@ class Place(Origin):
         address is free for a new client.
       until_stop: Cancelled when the server stops, to wake the receive loop.
       rest: The datagrams of the current batch that are not yet handed out.
-      sources_checked_at: Time of the batch for which ``checks_all_sources`` was computed.
       network_of: Gives the key of a route's network, if the server has a rate limit.
       before: The endpoint's counts when the server took over.
     """
@@ -47,8 +46,6 @@ class Place(Origin):
     known: dict[Route, Seat] = attrs.field(factory=dict, init=False)
     until_stop: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
     rest: Iterator[Received] = attrs.field(factory=lambda: iter(()), init=False)
-    sources_checked_at: float = attrs.field(default=-1.0, init=False)
-    checks_all_sources: bool = attrs.field(default=False, init=False)
     network_of: Callable[[Route], bytes] = attrs.field(init=False)
     before: EndpointStatistics = attrs.field(init=False)
 
@@ -118,12 +115,18 @@ class Seat(Inbox):
 
     def finish(self, end: End) -> None:
         """End the conversation: the next datagram from this address comes from a stranger."""
+        seats, known = self.shared, self.place.known
         if end is IDLE:
-            self.shared.expired += 1
-        self.shared.forget(self)
+            seats.expired += 1
+        if known.get(self.route) is self:  # not a later client of the same address
+            del known[self.route]
+        if self.due is not None:
+            seats.idle.forget(self)
+        if seats.evicts:
+            seats.spare(self)
         Inbox.finish(self, end)  # super() would cost a tenth of a new client
         if not self.has_handler and self.is_closed:
-            self.shared.remove(self)
+            seats.remove(self)
 
     def enter_transaction(self) -> None:
         self.transactions: int = self.transactions + 1
@@ -135,8 +138,8 @@ class Seat(Inbox):
         self.transactions -= 1
         if not self.transactions:
             self.shared.in_transaction.discard(self)
-            if self.shared.phase is DRAINING:
-                self.shared.forget(self)
+            if self.shared.phase is DRAINING and self.end is OPEN:
+                self.place.known.pop(self.route, None)
                 self.wake()  # to find its channel ended
 
     def set_idle_timeout(self, seconds: float) -> None:
@@ -218,6 +221,7 @@ class Seats(Shared):
     Attributes:
       running: The clients whose handlers run, each with the ``Client`` that users see, and the open ones that
         ``Server.connect`` made.
+      crash: Ends the server with an error that the program made.
       all_gone: Set once the server drains and no client is left.
       of_host: The number of clients of each host, if ``Limits.clients_per_host`` is set.
     """
@@ -225,6 +229,7 @@ class Seats(Shared):
     limiter: RateLimiter | None
     on_error: Callable[[Any, Exception], object]
     makes_room: bool  # under "refuse" too: the handler keeps nothing between two requests
+    crash: Callable[[Exception], None] = attrs.field(init=False)
     idle: IdleExpiry = attrs.field(factory=IdleExpiry, init=False)
     running: dict[Seat, Any] = attrs.field(factory=dict, init=False)
     of_host: dict[bytes, int] = attrs.field(factory=dict, init=False)
@@ -240,9 +245,9 @@ class Seats(Shared):
     layered: bool = attrs.field(default=False, init=False)  # some clients are shown as channels of a layer
     # Candidates for eviction, the next one first; empty if this server never evicts.
     _queue: OrderedDict[Seat, None] = attrs.field(factory=OrderedDict, init=False)
-    _evicts: bool = attrs.field(init=False)
+    evicts: bool = attrs.field(init=False)
 
-    @_evicts.default
+    @evicts.default
     def _(self) -> bool:
         return self.makes_room or self.limits.when_full == "evict_idle"
 
@@ -250,11 +255,6 @@ class Seats(Shared):
     def overfull(self) -> bool:
         """Whether evicted handlers still run."""
         return len(self.running) > self.limits.max_clients
-
-    def has_room_for(self, payload: bytes) -> bool:
-        """Whether a stranger's first datagram would fit into its inbox. If not, no client is made."""
-        size = len(payload)
-        return size <= self.limits.inbox_bytes and self.waiting_bytes + size <= self.limits.total_bytes
 
     def has_room_on_host(self, key: bytes) -> bool:
         """Whether a host may have one more client."""
@@ -264,7 +264,7 @@ class Seats(Shared):
         """Whether there is room for one more client. Evicts another one for it if that is the policy."""
         if len(self.running) < self.limits.max_clients:
             return True
-        if not self._evicts or len(self.running) >= self.limits.max_clients + BATCH:
+        if not self.evicts or len(self.running) >= self.limits.max_clients + BATCH:
             return False
         seat = self._longest_waiting()
         if seat is None:
@@ -277,9 +277,8 @@ class Seats(Shared):
         """Add a client that has been admitted."""
         self.running[seat] = client
         self.started += 1
-        if self.phase is RUNNING or self.phase is CATCHING_UP:
-            seat.place.known[seat.route] = seat
-        if self._evicts and not seat.validated:
+        seat.place.known[seat.route] = seat
+        if self.evicts and not seat.validated:
             self._queue[seat] = None
         if self.limits.clients_per_host is not None and seat.has_handler:
             seat.count_for_host()
@@ -287,16 +286,6 @@ class Seats(Shared):
     def spare(self, seat: Seat) -> None:
         """Never evict a client from now on. Many validated clients then do not lengthen the search for one to evict."""
         self._queue.pop(seat, None)
-
-    def forget(self, seat: Seat) -> None:
-        """Forget a client's address: the next datagram from it comes from a stranger."""
-        known = seat.place.known
-        if known.get(seat.route) is seat:  # not a later client of the same address
-            del known[seat.route]
-        if seat.due is not None:
-            self.idle.forget(seat)
-        if self._evicts:
-            self._queue.pop(seat, None)
 
     def remove(self, seat: Seat) -> None:
         """Remove a client whose handler has ended, or that its owner has closed."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 import signal
 import socket
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import ExitStack
 from functools import partial
+from typing import cast
 
 import trio
 
@@ -35,7 +36,7 @@ from ._log import ErrorLog, WarningLog
 from ._rate import RateLimiter
 from ._receive_loop import receive_loop, to_clients
 from ._requests import makes_room
-from ._seats import Seats
+from ._seats import Seat, Seats
 from ._server import Server, ServerState, log_error
 
 if sys.version_info < (3, 11):
@@ -255,9 +256,11 @@ def _assemble(
     limiter = RateLimiter(limits.rate_limit) if limits.rate_limit else None
     seats = Seats(limits, limiter, on_error, makes_room(handler))
 
-    def start_handler(client: Client) -> None:
-        assert not isinstance(handler, DatagramHandler)
-        (handler_nursery or nursery).start_soon(run_handler, handler, client, crash, name=TASK_NAME)
+    start_soon = (handler_nursery or nursery).start_soon
+    function = cast("Callable[[Client], Awaitable[object]]", handler)  # not a DatagramHandler, which has no clients
+
+    def start_handler(seat: Seat, client: Client) -> None:
+        start_soon(run_handler, function, seat, client, name=TASK_NAME)
 
     admission = Admission(
         seats, Sources(), ask_both(accept, handler), idle_timeout, errors, WarningLog(), start_handler
@@ -267,7 +270,7 @@ def _assemble(
     else:
         loop = partial(receive_loop, partial(to_clients, admission), True)
     state = ServerState(seats, admission, errors, nursery, handler_nursery is None, loop)
-    crash = state.crash  # bind the method once, not for each client
+    seats.crash = state.crash
     return state
 
 

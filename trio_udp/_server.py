@@ -15,7 +15,7 @@ import attrs
 import trio
 
 from ._admission import Admission
-from ._client import Client, seat_of
+from ._client import Client, make_client, seat_of
 from ._construction import NoPublicConstructor
 from ._endpoints import (
     BATCH,
@@ -414,8 +414,9 @@ class Server(metaclass=NoPublicConstructor):
             raise trio.BusyResourceError(f"{address!r} is a client already")
         if not state.seats.make_room():
             raise trio.WouldBlock
-        seat, client = state.admission.new_client(place, route, has_handler=False)
+        seat = Seat(outbox, route, state.admission.idle_timeout, state.seats, place, has_handler=False)
         seat.validate()
+        client = make_client(seat)
         state.seats.add(seat, client)
         return client
 

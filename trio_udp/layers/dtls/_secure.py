@@ -13,7 +13,7 @@ from OpenSSL import SSL
 import trio_udp
 
 # A layer checks handlers and treats their errors as a server does.
-from ..._handlers import DatagramHandler, call, check_handler, handler_raised
+from ..._handlers import DatagramHandler, check_awaitable, check_handler, handler_raised
 from ..._limits import check_seconds
 from ._channel import DTLSChannel, has_waiting, taken_from
 from ._context import check_has_certificate, prepare
@@ -54,7 +54,7 @@ class SecuredHandler:
             while calls:  # again while it leaves payloads behind, as over plain UDP
                 taken_before = taken_from(channel)
                 try:
-                    await call(self._handler, channel)  # type: ignore[arg-type]
+                    await check_awaitable(self._handler, self._handler(channel))
                 except BaseException as error:
                     handler_raised(channel, error)  # type: ignore[arg-type]
                 calls = taken_from(channel) != taken_before and has_waiting(channel)
