@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_udp._endpoints import Outgoing, Received
+    from trio_udp._endpoints import Received, Route
 
 
 def use_portable_engine() -> None:
@@ -47,10 +47,11 @@ def send_one_message_at_a_time() -> None:
 
     send = LinuxEngine.send
 
-    def send_singly(self: LinuxEngine, outgoing: Sequence[Outgoing]) -> int:
+    def send_singly(self: LinuxEngine, payloads: Sequence[bytes], sizes: Sequence[int], routes: Sequence[Route]) -> int:
         self._at_once = 1  # message, of perhaps many segments
-        is_alike = len(outgoing) > 1 and outgoing[0][1] == outgoing[1][1]
-        return send(self, outgoing if is_alike else outgoing[:1])
+        if len(routes) == 1 or routes[0] != routes[1]:
+            payloads, sizes, routes = payloads[:1], sizes[:1], routes[:1]
+        return send(self, payloads, sizes, routes)
 
     LinuxEngine.send = send_singly  # type: ignore[method-assign]
 
@@ -73,7 +74,9 @@ def look_up_the_run_context() -> None:
     from trio_udp._endpoints import ServerTurn
     from trio_udp._trio import run_context
 
-    ServerTurn.context = property(lambda self: run_context())  # type: ignore[assignment,misc]
+    ServerTurn.context = property(  # type: ignore[assignment,misc]
+        lambda self: run_context(), lambda self, context: None
+    )
 
 
 TECHNIQUES: dict[str, Callable[[], None]] = {

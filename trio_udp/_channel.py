@@ -12,6 +12,7 @@ from ._construction import NoPublicConstructor
 from ._endpoints import MAX_PAYLOAD_IPV4, MOST_HELD, YIELD_EVERY, Address, Outbox, Outgoing, Payload, Route
 from ._lifecycle import CLOSED, LOST, OPEN, End
 from ._statistics import Sender
+from ._trio import will_be_cancelled
 
 # The most replies that a held outbox keeps; the next one sends them all.
 ROOM = MOST_HELD - 1
@@ -65,6 +66,10 @@ class ChannelState(Sender):
     def push(self, outgoing: list[Outgoing]) -> int:
         """Send as many datagrams as there is room for; return their number."""
         return self.outbox.send(outgoing)
+
+    def push_row(self, payloads: list[bytes], sizes: list[int]) -> int:
+        """Like :meth:`push`, for datagrams to the peer."""
+        return self.outbox.send_row(payloads, sizes, self.route, self)
 
     async def push_when_there_is_room(self, outgoing: Outgoing) -> None:
         if self._blocked_sends is None:
@@ -194,36 +199,41 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         """
         state, outbox = self._state, self._state.outbox
         turn, route = outbox.turn, state.route
-        copies = [
-            # The same condition as in send(), for the same reason.
-            payload if type(payload) is bytes and len(payload) <= MAX_PAYLOAD_IPV4 else outbox.copy(payload, route)
-            for payload in payloads
-        ]
+        # One at a time, because an iterator may yield one buffer again and again, each time with other content.
+        copies = [payload if type(payload) is bytes else outbox.copy(payload, route) for payload in payloads]
+        sizes = list(map(len, copies))
+        if sizes and max(sizes) > MAX_PAYLOAD_IPV4:
+            for payload in copies:
+                outbox.copy(payload, route)
         if state.limited:
             turn.sent += len(copies)
             copies = [payload for payload in copies if state.reserve(len(payload))]
             turn.sent -= len(copies)  # these are counted when they are sent
-        outgoing: list[Outgoing] = [(payload, route, state) for payload in copies]
+            sizes = list(map(len, copies))
         position = 0
         try:
             while True:
-                await trio.lowlevel.checkpoint_if_cancelled()
-                state.check_open()
-                some = outgoing[position : position + max(0, YIELD_EVERY - turn.sent)]
-                sent = state.push(some) if some else 0
+                if will_be_cancelled(turn.context["task"]):
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                if state.end is not OPEN:
+                    state.check_open()
+                end = position + max(0, YIELD_EVERY - turn.sent)
+                some = copies[position:end]
+                sent = state.push_row(some, sizes[position:end]) if some else 0
                 position += sent
                 turn.sent += sent
                 if sent < len(some):
-                    await state.push_when_there_is_room(some[sent])
+                    await state.push_when_there_is_room((some[sent], route, state))
                     position += 1
                     turn.sent += 1
                 if turn.sent >= YIELD_EVERY:
                     turn.sent = 0
                     await trio.lowlevel.cancel_shielded_checkpoint()
-                if position == len(outgoing):
+                if position == len(copies):
                     return
-        finally:
-            state.give_back(sum(map(len, copies[position:])))
+        except BaseException:
+            state.give_back(sum(sizes[position:]))
+            raise
 
     @abstractmethod
     def close(self) -> None:

@@ -104,6 +104,10 @@ class ConnectionState(ChannelState):
         self.incoming.raise_refusal()
         return self.outbox.send(outgoing, raising=True)
 
+    def push_row(self, payloads: list[bytes], sizes: list[int]) -> int:
+        self.incoming.raise_refusal()
+        return self.outbox.send_row(payloads, sizes, self.route, self, raising=True)
+
     async def _wait_for_room(self, outgoing: Outgoing) -> None:
         await self.outbox.wait_for_room(outgoing, raising=True)
 

@@ -175,7 +175,7 @@ async def test_a_removed_hook(start_on_loopback: StartServer) -> None:
 async def test_an_error_that_sending_never_raises(monkeypatch: pytest.MonkeyPatch, datagrams: int) -> None:
     """An error such as MemoryError ends the server, whether a handler sends or replies leave at the end of a pass."""
 
-    def send(engine: SimulatedEngine, outgoing: object) -> int:
+    def send(engine: SimulatedEngine, *columns: object) -> int:
         raise MemoryError
 
     async def main() -> None:

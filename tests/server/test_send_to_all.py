@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -13,7 +14,6 @@ import trio.testing
 from trio.testing import MockClock
 
 from trio_udp import Address, Client, Endpoint, Limits, Server, serve, serve_endpoints
-from trio_udp._endpoints import Outgoing
 from trio_udp.testing._engine import SimulatedEngine
 
 from ..conftest import ALICE, BOB, CAROL, Bystander, StartInMemory, check_adds_up, in_memory, narrow
@@ -74,9 +74,9 @@ async def test_few_system_calls(nursery: trio.Nursery, monkeypatch: pytest.Monke
     calls: list[int] = []
     send = SimulatedEngine.send
 
-    def counted(engine: SimulatedEngine, outgoing: Sequence[Outgoing]) -> int:
-        calls.append(len(outgoing))
-        return send(engine, outgoing)
+    def counted(engine: SimulatedEngine, payloads: Sequence[bytes], *columns: Any) -> int:
+        calls.append(len(payloads))
+        return send(engine, payloads, *columns)
 
     monkeypatch.setattr(SimulatedEngine, "send", counted)
     server: Server = await nursery.start(serve_endpoints, listen, [run.endpoint])

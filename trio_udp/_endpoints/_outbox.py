@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
@@ -159,7 +160,7 @@ class Outbox:
         if self.held and not (more_follow and len(self.queue) <= MOST_COLLECTED):
             self.held = False
             if len(self.queue) > BATCH:
-                self.queue[:] = by_peer(self.queue)
+                self.queue = by_peer(self.queue)
             sent = self.counts.sent + len(self.queue)
             try:
                 self.send_queue()
@@ -200,13 +201,27 @@ class Outbox:
             return 0
         return self._send_now(outgoing, raising)
 
+    def send_row(
+        self, payloads: list[bytes], sizes: list[int], route: Route, sender: Sender, *, raising: bool = False
+    ) -> int:
+        """Like :meth:`send`, for datagrams of one sender on one route.
+
+        Nothing is made for each datagram, unless it has to wait in the queue: 64 datagrams take 7 µs less.
+        """
+        if self.held or self.queue or self._line.locked():
+            return self.send(list(zip(payloads, repeat(route), repeat(sender))), raising=raising)
+        sent = self._give_to_kernel(payloads, sizes, [route] * len(payloads), [sender] * len(payloads), raising)
+        if sent < len(payloads):
+            self.check_open()
+        return sent
+
     def send_or_drop(self, outgoing: list[Outgoing]) -> list[Outgoing]:
         """Send datagrams; drop those that find no room, count them under ``EAGAIN``, and return them."""
         if self.engine.closed:
             return []
         unsent = outgoing[self.send(outgoing) :]
-        for dropped in unsent:
-            self._count_send_error(dropped, OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
+        for _, _, sender in unsent:
+            self._count_send_error(sender, OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
         return unsent
 
     def collect(self, replies: list[Outgoing], *, more_follow: bool) -> None:
@@ -256,47 +271,15 @@ class Outbox:
             await self.empty()
             self._stuck = trio.Event()
 
-    def flush(self, *, raising: bool = False) -> None:
-        """Send as much of the queue as the kernel takes now.
-
-        An error may be the answer to an earlier datagram: see udp(7). So after an error of that kind, and with
-        ``raising`` after any error, the datagram is tried once more. If the second try fails, the error is the
-        datagram's own, and the datagram is dropped.
-
-        Without ``raising`` the first error is counted at once. With it, the error is counted only after the second try
-        has shown that it belongs to an earlier datagram.
-        """
-        queue, failed = self.queue, None
-        while queue:
-            try:
-                count = self.engine.send(queue)
-            except OSError as error:
-                fault = fault_of(error)
-                if fault is Fault.CLOSED:
-                    self.abandon(error)
-                if fault in (Fault.CLOSED, Fault.WAIT):
-                    self.held = False  # so that the next sender notices at once
-                    break
-                if raising and self.engine.connected and isinstance(error, ConnectionRefusedError):
-                    self._count_receive_error(error)  # the datagram has not been sent: tell the program
-                    raise
-                if failed is None and (raising or fault is Fault.ANSWER) and self.engine.family in INTERNET:
-                    failed = error.with_traceback(None)  # it refers to this frame: avoid a reference cycle
-                    if not raising:
-                        self._count_receive_error(error)
-                    continue
-                failed = None
-                self._count_send_error(queue.pop(0), error)
-                if raising:
-                    raise
-            else:
-                if failed is not None and raising:
-                    self._count_receive_error(failed)
-                failed = None
-                self._count_sent(queue if count == len(queue) else queue[:count])
-                del queue[:count]
-        if failed is not None and raising:
-            self._count_receive_error(failed)
+    def flush(self) -> None:
+        """Send as much of the queue as the kernel takes now."""
+        outgoing, self.queue = self.queue, []
+        payloads, routes, senders = zip(*outgoing)
+        done = 0
+        try:
+            done = self._give_to_kernel(payloads, list(map(len, payloads)), routes, senders)
+        finally:  # also after an error that is not the network's, such as MemoryError
+            self.queue[:0] = outgoing[done:]
 
     def count_unanswerable(self, sender: Sender) -> None:
         """Count a reply to a source that cannot be answered; see ``is_answerable``."""
@@ -307,8 +290,8 @@ class Outbox:
     def close(self) -> None:
         """Send what the kernel takes now, and count the rest as send errors (``EAGAIN``)."""
         self.release()
-        for outgoing in self.queue:
-            self._count_send_error(outgoing, OSError(errno.EAGAIN, "closed before the send buffer had room"))
+        for _, _, sender in self.queue:
+            self._count_send_error(sender, OSError(errno.EAGAIN, "closed before the send buffer had room"))
         self.queue.clear()
         self._stuck.set()  # to end empty_when_stuck()
 
@@ -325,40 +308,90 @@ class Outbox:
         self._stuck.set()
 
     def _send_now(self, outgoing: list[Outgoing], raising: bool = False) -> int:
-        queue = self.queue
-        if raising:  # only the errors of these datagrams
+        if self.queue:  # by itself, because ``raising`` concerns only the errors of these datagrams
             self.send_queue()
             self.check_open()
-            if queue:
+            if self.queue:
                 return 0
-        queue += outgoing
-        try:
-            self.flush(raising=raising)
-        except OSError:
-            queue.clear()
-            raise
-        if not queue:
-            return len(outgoing)
-        # The queue is first in, first out: our unsent datagrams are at its end, perhaps after older ones.
-        left = min(len(queue), len(outgoing))
-        del queue[len(queue) - left :]
-        if queue:
-            self._stuck.set()
-        self.check_open()
-        return len(outgoing) - left
+        if len(outgoing) == 1:  # the same as below, at a tenth of the cost
+            ((payload, route, sender),) = outgoing
+            sent = self._give_to_kernel((payload,), (len(payload),), (route,), (sender,), raising)
+        else:
+            payloads, routes, senders = zip(*outgoing)
+            sent = self._give_to_kernel(payloads, list(map(len, payloads)), routes, senders, raising)
+        if sent < len(outgoing):
+            self.check_open()
+        return sent
 
-    def _count_sent(self, sent: Sequence[Outgoing]) -> None:
-        total = 0
-        for payload, _, sender in sent:
-            size = len(payload)
-            sender.sent += 1
-            sender.bytes_sent += size
-            total += size
-        self.counts.sent += len(sent)
-        self.counts.bytes_sent += total
+    def _give_to_kernel(
+        self,
+        payloads: Sequence[bytes],
+        sizes: Sequence[int],
+        routes: Sequence[Route],
+        senders: Sequence[Sender],
+        raising: bool = False,
+    ) -> int:
+        """Send datagrams; return how many the kernel has taken or refused. There is no room for the rest.
 
-    def _count_send_error(self, outgoing: Outgoing, error: OSError) -> None:
-        _, _, sender = outgoing
+        An error may be the answer to an earlier datagram: see udp(7). So after an error of that kind, and with
+        ``raising`` after any error, the datagram is tried once more. If the second try fails, the error is the
+        datagram's own, and the datagram is dropped.
+
+        Without ``raising`` the first error is counted at once. With it, the error is counted only after the second try
+        has shown that it belongs to an earlier datagram.
+        """
+        done, failed = 0, None
+        while payloads:
+            try:
+                count = self.engine.send(payloads, sizes, routes)
+            except OSError as error:
+                fault = fault_of(error)
+                if fault is Fault.CLOSED:
+                    self.abandon(error)
+                if fault in (Fault.CLOSED, Fault.WAIT):
+                    self.held = False  # so that the next sender notices at once
+                    break
+                if raising and self.engine.connected and isinstance(error, ConnectionRefusedError):
+                    self._count_receive_error(error)  # the datagram has not been sent: tell the program
+                    raise
+                if failed is None and (raising or fault is Fault.ANSWER) and self.engine.family in INTERNET:
+                    failed = error.with_traceback(None)  # it refers to this frame: avoid a reference cycle
+                    if not raising:
+                        self._count_receive_error(error)
+                    continue
+                failed, count = None, 1
+                self._count_send_error(senders[0], error)
+                if raising:
+                    raise
+            else:
+                if failed is not None:
+                    if raising:
+                        self._count_receive_error(failed)
+                    failed = None
+                if count == len(payloads):  # the usual case
+                    self._count_sent(sizes, senders)
+                    return done + count
+                self._count_sent(sizes[:count], senders[:count])
+            done += count
+            payloads, sizes, routes, senders = payloads[count:], sizes[count:], routes[count:], senders[count:]
+        if failed is not None and raising:
+            self._count_receive_error(failed)
+        return done
+
+    def _count_sent(self, sizes: Sequence[int], senders: Sequence[Sender]) -> None:
+        counts, sent, bytes_sent, sender = self.counts, len(sizes), sum(sizes), senders[0]
+        # All of one sender, which takes a tenth of the loop's time.
+        if sent == 1 or (senders[-1] is sender and senders.count(sender) == sent):
+            sender.sent += sent
+            sender.bytes_sent += bytes_sent
+        else:
+            for sender, size in zip(senders, sizes):
+                sender.sent += 1
+                sender.bytes_sent += size
+        counts.sent += sent
+        counts.bytes_sent += bytes_sent
+
+    def _count_send_error(self, sender: Sender, error: OSError) -> None:
         sender.count_send_error(error)
         self.counts.count_send_error(error)
         self.log.count(error)

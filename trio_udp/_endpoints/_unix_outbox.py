@@ -16,6 +16,7 @@ from contextlib import suppress
 import attrs
 import trio
 
+from .._statistics import Sender
 from ._faults import Fault, fault_of
 from ._outbox import Outbox
 from ._unread import Unread
@@ -84,6 +85,11 @@ class UnixOutbox(Outbox):
                 return position
         return len(outgoing)
 
+    def send_row(
+        self, payloads: list[bytes], sizes: list[int], route: Route, sender: Sender, *, raising: bool = False
+    ) -> int:
+        return self.send([(payload, route, sender) for payload in payloads], raising=raising)
+
     def send_or_drop(self, outgoing: list[Outgoing]) -> list[Outgoing]:
         unsent: list[Outgoing] = []
         for single in outgoing:
@@ -95,7 +101,7 @@ class UnixOutbox(Outbox):
                 error = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             except OSError as too_long:
                 error = too_long
-            self._count_send_error(single, error)
+            self._count_send_error(single[2], error)
             unsent.append(single)
         return unsent
 
@@ -159,11 +165,12 @@ class UnixOutbox(Outbox):
           trio.ClosedResourceError: The endpoint is closed.
           OSError: ``EMSGSIZE``, which is not counted; with ``raising`` also any other error of this datagram.
         """
-        payload, route, _ = outgoing
+        payload, route, sender = outgoing
+        size = len(payload)
         if not self._unread.has_room(route, payload):
             return False
         try:
-            self.engine.send([outgoing])
+            self.engine.send((payload,), (size,), (route,))
         except OSError as error:
             fault = fault_of(error)
             if fault is Fault.WAIT or error.errno in FULL:
@@ -174,10 +181,10 @@ class UnixOutbox(Outbox):
                 self.abandon(error)
                 self.check_open()
             self._unread.forget(route)
-            self._count_send_error(outgoing, error)
+            self._count_send_error(sender, error)
             if raising:
                 raise
             return True
-        self._count_sent([outgoing])
+        self._count_sent((size,), (sender,))
         self._unread.sent(route, payload)
         return True

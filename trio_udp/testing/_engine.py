@@ -14,7 +14,7 @@ from typing import cast
 import attrs
 import trio
 
-from .._endpoints import BATCH, Address, Outgoing, Received, Route
+from .._endpoints import BATCH, Address, Received, Route
 from .._endpoints._address import family_of, host_bytes, is_limited_broadcast, is_unspecified, max_payload
 from .._statistics import KernelFigures, ReceiveCounts
 from ._addresses import interface_of, reachable, reaches_many
@@ -90,9 +90,9 @@ class SimulatedEngine:
                 counts.truncated += 1
         return not source.has_arrivals()
 
-    def send(self, outgoing: Sequence[Outgoing]) -> int:
+    def send(self, payloads: Sequence[bytes], sizes: Sequence[int], routes: Sequence[Route]) -> int:
         now = self._wire.catch_up()
-        for taken, (payload, route, _) in enumerate(outgoing):
+        for taken, (payload, size, route) in enumerate(zip(payloads, sizes, routes, strict=True)):
             peer, local, _, _ = cast("SimulatedRoute", route)
             destination = reachable(peer)
             try:
@@ -102,9 +102,9 @@ class SimulatedEngine:
                     return taken
                 self.simulated_socket.refused = False  # raised once, and before any other error
                 raise
-            departure = self.simulated_socket.queue(now, len(payload), self._wire.conditions.bandwidth)
+            departure = self.simulated_socket.queue(now, size, self._wire.conditions.bandwidth)
             self._wire.send(payload, local, destination, now, departure, self.simulated_socket)
-        return len(outgoing)
+        return len(payloads)
 
     def _check_can_send(self, local: Address, destination: Address, now: float) -> None:
         """Raise the error that a kernel would give instead of sending."""

@@ -29,7 +29,7 @@ Ancillary: TypeAlias = "tuple[tuple[int, int, bytes], ...]"
 
 Received: TypeAlias = tuple[bytes, Route, Ancillary]
 
-# A payload, its route, and the Sender that counts it (see _statistics.py). Engines ignore the Sender.
+# A payload, its route, and the Sender that counts it (see _statistics.py).
 Outgoing: TypeAlias = tuple[bytes, Route, Any]
 
 
@@ -108,8 +108,13 @@ class Engine(Protocol):
     def read_ahead(self) -> int:
         """Datagrams that were read from the kernel and not yet returned, because a batch was full."""
 
-    def send(self, outgoing: Sequence[Outgoing]) -> int:
+    def send(self, payloads: Sequence[bytes], sizes: Sequence[int], routes: Sequence[Route]) -> int:
         """Send datagrams in order, as many as one call allows; return how many the kernel has taken, at least one.
+
+        Args:
+          payloads: At least one.
+          sizes: The bytes of each payload. The caller counts them, so it knows them.
+          routes: One for each payload.
 
         Raises:
           BlockingIOError: The send buffer is full; none was sent.

@@ -11,6 +11,7 @@ import mmap
 import socket
 import threading
 from array import array
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -127,7 +128,9 @@ class OutgoingMessages(Messages):
         self._payloads = ctypes.c_char_p()
         self._payloads_address = memoryview(self._payloads).cast("B").cast("L")
 
-    def lay_out(self, routes: Any, payloads: bytes, sizes: list[int], segment_sizes: list[int] | None = None) -> None:
+    def lay_out(
+        self, routes: Any, payloads: bytes, sizes: Sequence[int], segment_sizes: list[int] | None = None
+    ) -> None:
         """Prepare as many messages as there are routes.
 
         Args:
@@ -147,13 +150,16 @@ class OutgoingMessages(Messages):
         else:
             self.payload_sizes[:count] = array("L", sizes)
             self.payload_pointers[:count] = array("L", accumulate(sizes[:-1], initial=address))
-        if self._merged:
-            self.control_sizes[: self._merged] = self._plain_sizes[: self._merged]
-            self._merged = 0
         if segment_sizes:
             self._segment_sizes[:count] = array("H", segment_sizes)
-            self.control_sizes[:count] = self._merged_sizes[:count]
-            self._merged = count
+            merged = count
+        else:
+            merged = 0
+        if merged > self._merged:
+            self.control_sizes[:merged] = self._merged_sizes[:merged]
+        elif merged < self._merged:
+            self.control_sizes[merged : self._merged] = self._plain_sizes[merged : self._merged]
+        self._merged = merged
 
 
 class ThisThread(threading.local):

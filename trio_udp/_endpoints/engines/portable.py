@@ -14,7 +14,7 @@ from typing import Any, cast
 import trio
 
 from .._address import Address, host_bytes
-from ._engine import BATCH, Outgoing, Received, Route
+from ._engine import BATCH, Received, Route
 from ._socket import SocketEngine, is_connected, tells_destination
 from .ancillary import brings_ancillary, close_passed_files
 from .pktinfo import CONTROL_SIZE, UDP_GRO, UDP_SEGMENT, Arrival, ControlMessage, ReplyControl, understand
@@ -117,10 +117,10 @@ class PortableEngine(SocketEngine):
     def _route_of(self, address: Address, arrival: Arrival) -> Route:
         return address
 
-    def send(self, outgoing: Sequence[Outgoing]) -> int:
+    def send(self, payloads: Sequence[bytes], sizes: Sequence[int], routes: Sequence[Route]) -> int:
         send_one, taken = self._send_one, 0
         try:
-            for payload, route, _ in outgoing:
+            for payload, route in zip(payloads, routes, strict=True):
                 send_one(payload, route)
                 taken += 1
         except OSError:
@@ -191,10 +191,10 @@ class ConnectedEngine(PortableEngine):
     def _route_of(self, address: Address, arrival: Arrival) -> Route:
         return None
 
-    def send(self, outgoing: Sequence[Outgoing]) -> int:
+    def send(self, payloads: Sequence[bytes], sizes: Sequence[int], routes: Sequence[Route]) -> int:
         # Send one datagram at each call. The kernel reports the refusal of an earlier datagram once, and this method
         # could not report an error after the first datagram.
-        self._socket.send(outgoing[0][0])
+        self._socket.send(payloads[0])
         return 1
 
     def route(self, address: Address, local_address: Address | None = None) -> Route:

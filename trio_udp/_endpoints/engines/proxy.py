@@ -19,7 +19,7 @@ import trio
 from ..._log import WarningLog
 from .._address import Address, describe, is_limited_broadcast, is_multicast, is_unspecified
 from .._networks import Networks
-from ._engine import BATCH, Engine, Multicast, Outgoing, Received, Route
+from ._engine import BATCH, Engine, Multicast, Received, Route
 from .pktinfo import MAPPED, is_doubtful_host
 from .proxy_header import IPV6, addresses, read_header
 
@@ -131,9 +131,9 @@ class ProxyEngine:
         self._is_proxy[route] = is_proxy
         return is_proxy
 
-    def send(self, outgoing: Sequence[Outgoing]) -> int:
-        inner = [(payload, _parts(route)[0], sender) for payload, route, sender in outgoing[:SEND_AT_ONCE]]
-        return self._inner.send(inner)
+    def send(self, payloads: Sequence[bytes], sizes: Sequence[int], routes: Sequence[Route]) -> int:
+        inner_routes = [_parts(route)[0] for route in routes[:SEND_AT_ONCE]]
+        return self._inner.send(payloads[:SEND_AT_ONCE], sizes[:SEND_AT_ONCE], inner_routes)
 
     # Routes.
 

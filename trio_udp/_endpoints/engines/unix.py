@@ -19,7 +19,7 @@ import attrs
 import trio
 
 from .._address import Address, host_bytes
-from ._engine import BATCH, Engine, Outgoing, Received, Route
+from ._engine import BATCH, Engine, Received, Route
 from ._socket import is_connected
 from .ancillary import brings_ancillary, close_passed_files
 from .pktinfo import CONTROL_SIZE
@@ -226,9 +226,9 @@ class UnixConnectedEngine(UnixFile, ConnectedEngine):
                 return payload, None, ()
         raise BlockingIOError  # so that other tasks run during a flood from others
 
-    def send(self, outgoing: Sequence[Outgoing]) -> int:
+    def send(self, payloads: Sequence[bytes], sizes: Sequence[int], routes: Sequence[Route]) -> int:
         try:
-            return super().send(outgoing)
+            return super().send(payloads, sizes, routes)
         except OSError as error:
             # The first send to a peer that is gone gives ECONNREFUSED and disconnects the socket.
             if error.errno != errno.ENOTCONN:
@@ -237,7 +237,7 @@ class UnixConnectedEngine(UnixFile, ConnectedEngine):
             if self.target:
                 self._socket.connect(self.target)
                 self._peer_address = self._socket.getpeername()
-                return super().send(outgoing)
+                return super().send(payloads, sizes, routes)
         except OSError as error:
             if error.errno not in NO_PEER:
                 raise
