@@ -58,6 +58,7 @@ class Reader:
     early: bool = attrs.field(default=False, init=False)
     fail: Callable[[BaseException], None] = attrs.field(init=False)
     _looks_again: bool = attrs.field(default=False, init=False)  # before it waits: see SHORT_WAIT
+    _is_looking: bool = attrs.field(default=False, init=False)  # this read is that look; to find nothing is no fault
     _receiver: Task | None = attrs.field(default=None, init=False)  # the task in next_batch(), until the batch is read
     _failure: BaseException | None = attrs.field(default=None, init=False)  # raised in read_early()
 
@@ -77,7 +78,10 @@ class Reader:
         while True:
             self._receiver = task = current_task()
             try:
-                if self.ahead or self.may_have_more or self._looks_again or not wait:
+                if self.ahead or self.may_have_more or not wait:
+                    await trio.lowlevel.checkpoint()
+                elif self._looks_again and self.back_off.has_just_read:
+                    self._is_looking = True
                     await trio.lowlevel.checkpoint()
                 else:
                     if not self.early:  # otherwise Outbox.end_pass() sets it
@@ -91,7 +95,7 @@ class Reader:
                     if self.early:  # the program has removed EachPass
                         outbox.end_pass()
             finally:
-                self._receiver = None
+                self._receiver, self._is_looking = None, False
                 if self._failure is not None:  # raise it even if this task has been cancelled since
                     try:
                         raise self._failure
@@ -99,7 +103,6 @@ class Reader:
                         self._failure = None
             if self.back_off.has_just_read:
                 return True
-            self._looks_again = False
             if self.back_off.persists() and (self.may_have_more or engine.is_readable()):
                 outbox.release()
                 if not wait:
@@ -167,6 +170,8 @@ class Reader:
             self._count_error(error)
         if self.engine.counts.received > received:  # truncated and malformed ones count too
             self.back_off.read_something()
+        elif self._is_looking and not may_have_more:
+            self._looks_again = False
         else:
             self.back_off.read_nothing()
         return may_have_more
