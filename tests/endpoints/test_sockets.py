@@ -276,13 +276,17 @@ async def test_port_in_use(start_on_loopback: StartServer) -> None:
     assert info.value.errno == errno.EADDRINUSE
 
 
-async def test_a_failed_bind_closes_opened_sockets(start_on_loopback: StartServer) -> None:
+async def test_a_failed_bind_closes_opened_sockets() -> None:
     """If the port of one family is taken, the socket of the other family does not stay bound."""
-    taken = await start_on_loopback(host="::1")
-    with pytest.raises(OSError, match="in use"):
-        await trio_udp.open_endpoints(port_of(taken), host=None)
-    (free,) = await trio_udp.open_endpoints(port_of(taken), host="127.0.0.1")
-    await free.aclose()
+    # A port of both families, so that no other program has the one that is closed.
+    both = {endpoint.local_address[0]: endpoint for endpoint in await trio_udp.open_endpoints(0)}
+    await both["0.0.0.0"].aclose()
+    async with both["::"] as taken:
+        port = taken.local_address[1]
+        with pytest.raises(OSError, match="in use"):
+            await trio_udp.open_endpoints(port, host=None)
+        (free,) = await trio_udp.open_endpoints(port, host="127.0.0.1")
+        await free.aclose()
 
 
 async def test_reuse_port(start_on_loopback: StartServer, nursery: trio.Nursery) -> None:

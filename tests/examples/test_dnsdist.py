@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import dns.message
@@ -30,7 +31,8 @@ LOOPBACK, LOOPBACK6 = "127.0.0.1", "::1"
 CONFIGURATION = """
 {listen}
 setACL({{"127.0.0.0/8", "::1/128"}})
-newServer{{address="{backend}", source="{source}", useProxyProtocol=true, checkName="example.com."}}
+newServer{{address="{backend}", source="{source}", useProxyProtocol=true, checkName="example.com.",
+           checkTimeout=5000}}
 """
 
 
@@ -44,10 +46,22 @@ def speaks_https(dnsdist: str) -> bool:
 
 
 def free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind((LOOPBACK, 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """Return a port that is free over IPv4 and IPv6, for UDP and TCP: dnsdist takes all of these."""
+    hosts = [(socket.AF_INET, LOOPBACK), (socket.AF_INET6, LOOPBACK6)]
+    while True:
+        port = 0
+        with ExitStack() as sockets:
+            try:
+                for family, host in hosts:
+                    for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+                        sock = sockets.enter_context(socket.socket(family, kind))
+                        sock.bind((host, port))
+                        port = sock.getsockname()[1]
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return port
 
 
 @asynccontextmanager
@@ -166,7 +180,7 @@ async def test_clients_over_https(dnsdist: str, start_on_loopback: StartServer, 
     more = f'addDOHLocal("{LOOPBACK}:{http}", nil, nil, "/dns-query")'  # without TLS
     async with running(dnsdist, f"{LOOPBACK}:{port_of(server)}", tmp_path, more):
         command = [
-            *(curl, "-s", "--max-time", "5", "--http2-prior-knowledge", "--interface", "127.1.0.1"),
+            *(curl, "-s", "--max-time", "20", "--http2-prior-knowledge", "--interface", "127.1.0.1"),
             *("-H", "content-type: application/dns-message", "--data-binary", f"@{query}"),
             f"http://{LOOPBACK}:{http}/dns-query",
         ]

@@ -167,6 +167,7 @@ def test_prefixes_are_the_first_bits(one: Any, other: Any, ipv4_bits: int, ipv6_
     assert (prefixes[0] == prefixes[1]) == (one.version == other.version and int(one) >> shift == int(other) >> shift)
 
 
+@pytest.mark.no_cover  # heavy
 def test_a_million_sources_do_not_make_the_table_grow() -> None:
     """Many sources make the table forget quiet ones; a source that is always busy stays limited."""
     limiter = RateLimiter(RateLimit(10, 5, buckets=1_000))

@@ -336,6 +336,7 @@ async def test_the_clients_of_a_server(start_in_memory: StartInMemory, autojump_
     assert len(clients) == 0
 
 
+@pytest.mark.no_cover  # heavy
 async def test_short_conversations_leave_nothing_behind(
     start_in_memory: StartInMemory, autojump_clock: MockClock
 ) -> None:

@@ -21,6 +21,7 @@ from ..conftest import check_adds_up, echo
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8 to send from"),
     pytest.mark.usefixtures("engine"),
+    pytest.mark.no_cover,  # heavy
 ]
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import attrs
+import pytest
 import trio
 from hypothesis import example, given, settings, strategies as st
 from trio.testing import MockClock
@@ -528,6 +529,7 @@ CHANGES_TIMEOUT = [
 ]
 
 
+@pytest.mark.no_cover  # heavy
 @settings(max_examples=250, deadline=None)
 @example(before=POLLS, end=("stop", []), after=[], limits=Limits())
 @example(before=CHANGES_TIMEOUT, end=("stop", []), after=[], limits=Limits())

@@ -124,6 +124,7 @@ def test_ctrl_c_interrupts_accept() -> None:
     assert caught.value.split(KeyboardInterrupt)[1] is None
 
 
+@pytest.mark.no_cover  # heavy
 async def test_a_server_leaves_no_instrument() -> None:
     """After serve has ended, nothing of it runs in Trio's scheduler."""
 

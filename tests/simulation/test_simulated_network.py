@@ -120,6 +120,7 @@ async def test_the_order_of_tasks_is_given_back() -> None:
     assert (scheduler._r.getstate(), scheduler._ALLOW_DETERMINISTIC_SCHEDULING) == before
 
 
+@pytest.mark.no_cover  # heavy
 def test_a_day_of_keep_alives() -> None:
     """A client that sends every ten seconds stays the same client for a day."""
     network = SimulatedNetwork(latency=(0.05, 0.2))
@@ -392,6 +393,7 @@ async def test_endpoints_at_any_address(autojump_clock: MockClock) -> None:
     assert repr(network.endpoint("192.0.2.53", 53)) == "<trio_udp.Endpoint ('192.0.2.53', 53)>"
 
 
+@pytest.mark.no_cover  # heavy
 async def test_free_ports_run_out(autojump_clock: MockClock) -> None:
     """When all ports to choose from are taken, opening fails; closing an endpoint frees its port."""
     network = SimulatedNetwork()
