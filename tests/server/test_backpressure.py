@@ -18,6 +18,7 @@ from hypothesis import given, settings, strategies as st
 from trio.testing import MockClock
 
 from trio_udp import Client, Endpoint, Limits, Server, serve_endpoints
+from trio_udp._endpoints import reader_of
 
 from ..conftest import ALICE, BOB, StartInMemory, check_adds_up, echo, in_memory, narrow, steps_in
 
@@ -128,6 +129,25 @@ async def test_replies_to_a_batch_wait_for_room_in_order(
     assert run.sent_to(BOB) == wanted
     assert run.server.statistics().sent == 400
     check_adds_up(run.server)
+
+
+async def test_a_stop_sends_the_replies_that_wait_for_room(
+    start_in_memory: StartInMemory, autojump_clock: MockClock
+) -> None:
+    """A server may stop in the instant in which there is room for the last reply; the reply leaves, and once."""
+    for _ in range(10):  # Trio runs the two tasks that send it now in one order, now in the other
+        run = await start_in_memory(echo, on=narrow())
+        run.put(b"1")
+        run.put(b"2")
+        await run.settle()
+        assert run.sent_to(ALICE) == [b"1"]
+        await trio.sleep(1)
+        reader_of(run.endpoint).outbox.release()  # as the receive loop does when the server stops
+        await run.settle()
+        assert run.sent_to(ALICE) == [b"1", b"2"]
+        run.server.stop()
+        await run.settle()
+        check_adds_up(run.server)
 
 
 @settings(max_examples=60, deadline=None)

@@ -178,10 +178,9 @@ class Outbox:
 
     def send_queue(self) -> None:
         """Send the queue. Datagrams that find no room leave as soon as there is some, by ``empty_when_stuck``."""
+        self.flush()
         if self.queue:
-            self.flush()
-            if self.queue:
-                self._stuck.set()
+            self._stuck.set()
 
     def send(self, outgoing: list[Outgoing], *, raising: bool = False) -> int:
         """Send as many datagrams as there is room for, after all earlier ones; return their number.
@@ -273,6 +272,8 @@ class Outbox:
 
     def flush(self) -> None:
         """Send as much of the queue as the kernel takes now."""
+        if not self.queue:  # another task has sent it while the caller waited for room
+            return
         outgoing, self.queue = self.queue, []
         payloads, routes, senders = zip(*outgoing)
         done = 0
