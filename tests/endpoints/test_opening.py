@@ -237,8 +237,11 @@ async def test_a_port_in_use() -> None:
 
 async def test_a_port_in_use_in_one_family() -> None:
     """If a port is taken for IPv6, nothing stays bound for IPv4."""
-    with bound("::1") as other:
-        port = other.getsockname()[1]
+    # A port of both families, so that no other program has it for IPv4.
+    both = {endpoint.local_address[0]: endpoint for endpoint in await trio_udp.open_endpoints(0)}
+    await both["0.0.0.0"].aclose()
+    async with both["::"] as other:
+        port = other.local_address[1]
         with nothing_left_open(), pytest.raises(OSError, match=rf"in use: cannot bind :: port {port}$"):
             await trio_udp.open_endpoints(port)
         async with opened(port):
