@@ -26,12 +26,12 @@ Messages: TypeAlias = tuple[list[int], list[Route], list[int], list[int]]
 
 def merge(routes: Sequence[Route], sizes: Sequence[int], most: int) -> Messages:
     """Merge neighbours into messages, at most ``most`` of them; later datagrams are left out."""
-    count, route, size, last = len(sizes), routes[0], sizes[0], sizes[-1]
+    total, route, size, last = len(sizes), routes[0], sizes[0], sizes[-1]
     # One run, as from send_many(): list.count() takes a twentieth of the time of runs_alike().
-    if sizes.count(size) + (last < size) == count and routes[-1] == route and routes.count(route) == count:
-        if last and 1 < count <= MAX_SEGMENTS and size * count <= MAX_PAYLOAD_IPV4:
-            return [count], [route], [size * (count - 1) + last], [size]
-        runs = [count]
+    if sizes.count(size) + (last < size) == total and routes[-1] == route and routes.count(route) == total:
+        if last and 1 < total <= MAX_SEGMENTS and size * total <= MAX_PAYLOAD_IPV4:
+            return [total], [route], [size * (total - 1) + last], [size]
+        runs = [total]
     else:
         runs = runs_alike(routes, sizes)
     messages: Messages = ([], [], [], [])
