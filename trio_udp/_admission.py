@@ -64,15 +64,15 @@ class Admission:
     refused_full: int = attrs.field(default=0, init=False)
     refused_stopping: int = attrs.field(default=0, init=False)
 
-    def ask(self, place: Place, is_doubtful: bool, payload: bytes, route: Route, ancillary: Ancillary) -> None:
+    def ask(self, place: Place, checks_source: bool, payload: bytes, route: Route, ancillary: Ancillary) -> None:
         """Make a stranger a client, or answer it, or refuse and count its datagram.
 
         Args:
-          is_doubtful: As :meth:`has_doubtful_source` says of the batch.
+          checks_source: False if :meth:`has_doubtful_source` has ruled out that the source needs a check.
         """
         seats, engine = self.seats, place.outbox.engine
         source = FINE
-        if is_doubtful:
+        if checks_source:
             source = self.check_source(place, route)
             if source is REFUSED:
                 return
@@ -123,7 +123,7 @@ class Admission:
         seat.put_first(payload)
 
     def has_doubtful_source(self, place: Place, batch: list[Received]) -> bool:
-        """Whether some source in a batch needs :meth:`check_source`."""
+        """Whether the sources of a batch need :meth:`check_source`: one of them is doubtful, or all need it."""
         engine = place.outbox.engine
         checks_all = self.sources.refresh(engine, place.outbox.turn.time)
         return checks_all or engine.doubtful_sources([route for _, route, _ in batch])

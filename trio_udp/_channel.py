@@ -199,12 +199,12 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         """
         state, outbox = self._state, self._state.outbox
         turn, route = outbox.turn, state.route
-        # One at a time, because an iterator may yield one buffer again and again, each time with other content.
+        # Copy one at a time: an iterator may yield one buffer again and again, each time with other content.
         copies = [payload if type(payload) is bytes else outbox.copy(payload, route) for payload in payloads]
         sizes = list(map(len, copies))
         if sizes and max(sizes) > MAX_PAYLOAD_IPV4:
             for payload in copies:
-                outbox.copy(payload, route)
+                outbox.copy(payload, route)  # checks the length
         if state.limited:
             turn.sent += len(copies)
             copies = [payload for payload in copies if state.reserve(len(payload))]

@@ -29,19 +29,21 @@ def constant_defaults(cls: type[T]) -> type[T]:
     """Give an attrs class an ``__init__`` that is three times as fast.
 
     The ``__init__`` of attrs looks up the default of every field that is not an argument, at each call. Here defaults
-    are constants, and numbers and None stand in the code: making a record of 33 fields takes 0.5 µs instead of 2.0.
+    are constants, and numbers and None are literals: making a record of 33 fields takes 0.5 µs instead of 2.0.
     """
     arguments, constants, lines = ["self"], {}, []
     for field in attrs.fields(cls):  # type: ignore[arg-type]  # cls is an attrs class
-        default, value = field.default, field.name
-        assert not isinstance(default, attrs.Factory), value  # type: ignore[arg-type]  # Factory is a class
-        if default is None or (type(default) in (bool, int, float) and default not in (math.inf, -math.inf)):
+        name, default = field.name, field.default
+        assert not isinstance(default, attrs.Factory), name  # type: ignore[arg-type]  # Factory is a class
+        if default is None or (type(default) in (bool, int, float) and math.isfinite(default)):
             value = repr(default)
         else:
-            constants[value] = default
+            value = name
+            constants[name] = default
         if field.init:
             arguments.append(field.alias if default is attrs.NOTHING else f"{field.alias}={value}")
-        lines.append(f"self.{field.name} = {field.alias if field.init else value}")
+            value = field.alias
+        lines.append(f"self.{name} = {value}")
     exec(f"def __init__({', '.join(arguments)}):\n " + "\n ".join(lines), constants)
     cls.__init__ = constants["__init__"]  # type: ignore[method-assign]
     return cls

@@ -21,7 +21,7 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
         batch = admission.without_echoes(place, batch)
     known = place.known  # only clients of Server.connect
     is_draining = seats.phase is DRAINING  # a drain begins only when the whole batch has been handed out
-    is_doubtful = admission.has_doubtful_source(place, batch)
+    checks_sources = admission.has_doubtful_source(place, batch)
     is_answerable = True
     replies: list[Outgoing] = []
     place.rest = iter(batch)
@@ -35,7 +35,7 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
         if is_draining:
             admission.refused_stopping += 1
             continue
-        if is_doubtful:
+        if checks_sources:
             source = admission.check_source(place, route)
             if source is Source.REFUSED:
                 continue
@@ -64,7 +64,12 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
 
 
 def _outgoing(reply: object, payload: bytes, route: Route, place: Place, is_answerable: bool) -> list[Outgoing]:
-    """Check one payload or several, and return them as datagrams to send; none if they may not be sent."""
+    """Check the reply of a handler, one payload or several; return the datagrams to send, none if a limit forbids them.
+
+    Raises:
+      OSError: ``EMSGSIZE``: a payload is too long.
+      TypeError: A payload is not bytes-like.
+    """
     outbox, amplification = place.outbox, place.amplification
     several: Any = reply if isinstance(reply, (list, tuple)) else [reply]
     copies = [outbox.copy(each, route) for each in several]

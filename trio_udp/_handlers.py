@@ -126,7 +126,7 @@ async def run_handler(handler: Callable[[Client], Awaitable[object]], seat: Seat
             taken_before = seat.delivered
             try:
                 awaitable = handler(client)
-                if type(awaitable) is not CoroutineType:  # in the usual case avoid a call
+                if type(awaitable) is not CoroutineType:  # in the usual case, avoid a call
                     check_awaitable(handler, awaitable)
                 await awaitable
             except NotAwaitable as error:
@@ -141,7 +141,7 @@ async def run_handler(handler: Callable[[Client], Awaitable[object]], seat: Seat
 
 
 def check_awaitable(handler: object, returned: Awaitable[object]) -> Awaitable[object]:
-    """Return what a handler has returned. Raise ``NotAwaitable`` if it cannot be awaited."""
+    """Return the return value of a handler; raise ``NotAwaitable`` if it cannot be awaited."""
     if not inspect.isawaitable(returned):
         raise NotAwaitable(f"handler {handler!r} returned {returned!r}, not an awaitable: {LOOKS_LIKE}")
     return returned

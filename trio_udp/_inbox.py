@@ -97,7 +97,7 @@ class Inbox(ChannelState):
     def __aiter__(self) -> Inbox:
         return self
 
-    @trio.lowlevel.enable_ki_protection  # as reschedule() has
+    @trio.lowlevel.enable_ki_protection  # like reschedule(): Ctrl-C cannot interrupt it
     def put(self, payload: bytes) -> None:
         """Hand an arrived datagram to the waiting task, or keep it, or drop one by policy."""
         size = len(payload)
@@ -126,7 +126,7 @@ class Inbox(ChannelState):
         shared.waiting_bytes += size
 
     def keep_row(self, payloads: list[bytes]) -> None:
-        """Like :meth:`put` for several datagrams that arrived right after one that was put: nobody waits for them."""
+        """Like :meth:`put`, for several datagrams, right after a :meth:`put`: no task waits for them any more."""
         size = sum(map(len, payloads))
         limits, shared = self.shared.limits, self.shared
         if (
@@ -146,7 +146,7 @@ class Inbox(ChannelState):
         shared.waiting_bytes += size
 
     def put_first(self, payload: bytes) -> None:
-        """Keep the first datagram of all. The caller has checked that there is room for it."""
+        """Keep the first datagram of a new client. Admission has checked that there is room for it."""
         shared, size = self.shared, len(payload)
         self.payloads = deque()
         self.payloads.append(payload)
@@ -254,8 +254,9 @@ class Inbox(ChannelState):
 
     def finish(self, end: End) -> None:
         if self._blocked_sends:
-            ChannelState.finish(self, end)  # cancels them
-        self.end = end  # in the usual case that is all of it: avoid a call
+            ChannelState.finish(self, end)
+        else:
+            self.end = end  # the usual case: avoid a call
         if self.payloads and self.is_closed:
             self.drop_all()
         if self.receiver is not None:

@@ -78,12 +78,13 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
         batch = admission.without_echoes(place, batch)
     if len(batch) > 1:
         place.outbox.hold()
-    is_doubtful: bool | None = None
+    checks_sources: bool | None = None  # computed for the first stranger
     place.rest = iter(batch)
-    # Neighbours from one client are kept together, in a row after the first one: that takes a third less of our time.
-    seat: Any = None  # the client of the datagram before,
-    last: object = NO_ROUTE  # and its route
-    row: list[bytes] = []
+    # Neighbours from one client are a row: the first is put, and the others are kept together. This takes a third less
+    # time than to put each.
+    seat: Any = None  # the client of the current row
+    last: object = NO_ROUTE  # its route
+    row: list[bytes] = []  # without the first
     for payload, route, ancillary in place.rest:
         if route == last:
             if limiter is None or limiter.take(seat.bucket, turn.time):
@@ -97,9 +98,9 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
         last = NO_ROUTE
         seat = known.get(route)
         if seat is None:
-            if is_doubtful is None:
-                is_doubtful = admission.has_doubtful_source(place, batch)
-            admission.ask(place, is_doubtful, payload, route, ancillary)
+            if checks_sources is None:
+                checks_sources = admission.has_doubtful_source(place, batch)
+            admission.ask(place, checks_sources, payload, route, ancillary)
             continue
         if limiter is not None and not limiter.take(seat.bucket, turn.time):
             admission.refused_by_rate += 1

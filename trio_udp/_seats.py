@@ -38,7 +38,7 @@ class Place(Origin):
         address is free for a new client.
       until_stop: Cancelled when the server stops, to wake the receive loop.
       rest: The datagrams of the current batch that are not yet handed out.
-      network_of: Gives the key of a route's network, if the server has a rate limit.
+      network_of: Returns the key of a route's network; set if the server has a rate limit.
       before: The endpoint's counts when the server took over.
     """
 
@@ -98,7 +98,7 @@ class Seat(Inbox):
     requests_timed_out: int = attrs.field(default=0, init=False)
     sends_withheld: int = attrs.field(default=0, init=False)
     _amplified: float = attrs.field(default=0.0, init=False)  # bytes sent before it was validated
-    # So many were allowed by the bytes received when this was last computed; -1: not yet computed.
+    # Bytes that may be sent before it is validated, as last computed; -1: not yet computed.
     _allowed: float = attrs.field(default=-1.0, init=False)
     _host: bytes | None = attrs.field(default=None, init=False)  # if clients are counted by host
     # ``waiting_since`` when the seat was last put at the end of the queue for eviction.
@@ -123,7 +123,7 @@ class Seat(Inbox):
         if self.due is not None:
             seats.idle.forget(self)
         if seats.evicts:
-            seats.spare(self)
+            seats.unqueue(self)
         Inbox.finish(self, end)  # super() would cost a tenth of a new client
         if not self.has_handler and self.is_closed:
             seats.remove(self)
@@ -150,7 +150,7 @@ class Seat(Inbox):
         self.limited: bool = not self.answerable
         if not self.validated:
             self.validated = True
-            self.shared.spare(self)
+            self.shared.unqueue(self)
             if self.shared.limiter is not None:
                 self.bucket = self.shared.limiter.bucket_of_host(self.outbox.engine.host(self.route))
 
@@ -162,7 +162,7 @@ class Seat(Inbox):
         return True
 
     def _allows_more(self, amplified: float) -> bool:
-        """Whether so many bytes may be sent, by the number that has been received until now."""
+        """Whether the bytes received by now allow this many bytes to be sent. Counts the datagram if they do not."""
         if not self.answerable:
             self.outbox.count_unanswerable(self)
             return False
@@ -221,7 +221,7 @@ class Seats(Shared):
     Attributes:
       running: The clients whose handlers run, each with the ``Client`` that users see, and the open ones that
         ``Server.connect`` made.
-      crash: Ends the server with an error that the program made.
+      crash: Ends the server with an error.
       all_gone: Set once the server drains and no client is left.
       of_host: The number of clients of each host, if ``Limits.clients_per_host`` is set.
     """
@@ -283,8 +283,11 @@ class Seats(Shared):
         if self.limits.clients_per_host is not None and seat.has_handler:
             seat.count_for_host()
 
-    def spare(self, seat: Seat) -> None:
-        """Never evict a client from now on. Many validated clients then do not lengthen the search for one to evict."""
+    def unqueue(self, seat: Seat) -> None:
+        """Take a client out of the queue for eviction, because it has ended or is validated.
+
+        Many validated clients then do not lengthen the search for one to evict.
+        """
         self._queue.pop(seat, None)
 
     def remove(self, seat: Seat) -> None:

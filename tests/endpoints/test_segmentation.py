@@ -11,10 +11,10 @@ LONGEST_MESSAGE = 65_507  # bytes
 
 SIZES = st.sampled_from([0, 1, 2, 100, 1_200, 9_000, 33_000, 65_507, 65_527])
 
-# Rows of one route and size, which are the usual ones, and a few odd ones between them.
-rows = st.lists(
-    st.tuples(st.sampled_from([b"A", b"B"]), SIZES, st.integers(1, 80)).map(lambda row: [row[:2]] * row[2]), min_size=1
-).map(lambda rows: [datagram for row in rows for datagram in row])
+# Routes and sizes, in runs of equal ones, as replies usually come.
+ROUTES_AND_SIZES = st.lists(
+    st.tuples(st.sampled_from([b"A", b"B"]), SIZES, st.integers(1, 80)).map(lambda run: [run[:2]] * run[2]), min_size=1
+).map(lambda runs: [datagram for run in runs for datagram in run])
 
 
 def merged_plainly(datagrams: list[tuple[bytes, int]]) -> list[tuple[int, bytes, int, int]]:
@@ -39,7 +39,7 @@ def merged_plainly(datagrams: list[tuple[bytes, int]]) -> list[tuple[int, bytes,
     ]
 
 
-@given(rows, st.integers(1, 64))
+@given(ROUTES_AND_SIZES, st.integers(1, 64))
 @example([(b"A", 1_200)] * 64, 64)
 @example([(b"A", 1_200)] * 16 + [(b"A", 300)], 64)
 @example([(b"A", 1_200)] * 54 + [(b"A", 0)], 64)

@@ -31,7 +31,7 @@ def limits(per_second: float, burst: int, **options: Any) -> Limits:
 
 
 def bucket_of(limiter: RateLimiter, address: Any) -> Bucket:
-    default = RateLimit(1)
+    default = RateLimit(1)  # for its prefixes
     return limiter.bucket_of(network_of(host_bytes(address), default.ipv4_prefix, default.ipv6_prefix))
 
 

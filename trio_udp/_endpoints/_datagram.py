@@ -161,7 +161,7 @@ class Datagram(metaclass=NoPublicConstructor):
 
 def make_datagram(payload: bytes, route: Route, ancillary: Ancillary, origin: Origin) -> Datagram:
     """Make the public view of a received datagram."""
-    # A stateless server makes one for every datagram. An ``__init__``, which C would call, costs 0.1 µs more.
+    # A datagram_handler gets one for every datagram. With an ``__init__``, making it takes 0.1 µs more.
     datagram = object.__new__(Datagram)
     datagram.payload = payload
     datagram.ancillary = ancillary

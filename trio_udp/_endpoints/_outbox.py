@@ -59,8 +59,8 @@ def hint(payload: object) -> str:
 class Turn:
     """Counts the datagrams taken and sent since other tasks last ran for certain, and holds the time of the batch.
 
-    A server has one Turn for all its clients, a :class:`ServerTurn`; a connection has its own. Each batch renews it,
-    before it is handed out. No handler runs meanwhile, so a handler that sees a renewed Turn has let other tasks run.
+    A server has one for all its clients, a :class:`ServerTurn`; a connection has its own. Each batch renews it, before
+    it is handed out. No handler runs meanwhile, so a handler that sees a renewed Turn has let other tasks run.
 
     Attributes:
       taken: Datagrams taken from inboxes without a pause.
@@ -85,13 +85,13 @@ class Turn:
 
     @property
     def context(self) -> dict[str, Any]:
-        """Trio's :func:`run_context`. Looked up anew, because a connection may be made in another thread."""
+        """Trio's :func:`run_context`, looked up each time: a connection may be used in another thread than before."""
         return run_context()
 
 
 @attrs.define(eq=False)
 class ServerTurn(Turn):
-    """The Turn of a server, which runs in the thread that made it."""
+    """The Turn of a server, which runs in one thread, so it looks up the run context once."""
 
     context: dict[str, Any] = attrs.field(factory=run_context, init=False)
 
@@ -205,7 +205,7 @@ class Outbox:
     ) -> int:
         """Like :meth:`send`, for datagrams of one sender on one route.
 
-        Nothing is made for each datagram, unless it has to wait in the queue: 64 datagrams take 7 µs less.
+        Makes no tuple for each datagram, unless it has to wait in the queue: 64 datagrams take 7 µs less.
         """
         if self.held or self.queue or self._line.locked():
             return self.send(list(zip(payloads, repeat(route), repeat(sender))), raising=raising)
@@ -279,7 +279,7 @@ class Outbox:
         done = 0
         try:
             done = self._give_to_kernel(payloads, list(map(len, payloads)), routes, senders)
-        finally:  # also after an error that is not the network's, such as MemoryError
+        finally:  # also after an error such as MemoryError
             self.queue[:0] = outgoing[done:]
 
     def count_unanswerable(self, sender: Sender) -> None:
@@ -309,7 +309,7 @@ class Outbox:
         self._stuck.set()
 
     def _send_now(self, outgoing: list[Outgoing], raising: bool = False) -> int:
-        if self.queue:  # by itself, because ``raising`` concerns only the errors of these datagrams
+        if self.queue:  # first and alone, because ``raising`` is about the errors of ``outgoing`` only
             self.send_queue()
             self.check_open()
             if self.queue:
@@ -381,7 +381,7 @@ class Outbox:
 
     def _count_sent(self, sizes: Sequence[int], senders: Sequence[Sender]) -> None:
         counts, sent, bytes_sent, sender = self.counts, len(sizes), sum(sizes), senders[0]
-        # All of one sender, which takes a tenth of the loop's time.
+        # All datagrams of one sender take a tenth of the loop's time.
         if sent == 1 or (senders[-1] is sender and senders.count(sender) == sent):
             sender.sent += sent
             sender.bytes_sent += bytes_sent

@@ -20,9 +20,9 @@ from ._faults import Fault, fault_of, reason_for
 from ._outbox import Outbox
 from .engines import BATCH, Engine, Received
 
-# Seconds. After a wait that was shorter than this, look for the next datagram once more before waiting again: to begin
-# a wait and to be woken takes as long as an answer. A round trip between two programs of one machine then takes a third
-# less. Where datagrams come further apart, nothing changes.
+# Seconds. After a wait that was shorter than this, look for the next datagram in one more pass before waiting again:
+# beginning a wait and being woken take as long as an answer. A round trip between two programs of one machine then
+# takes a third less. Where datagrams come further apart, nothing changes.
 SHORT_WAIT = 100e-6
 
 
@@ -57,15 +57,16 @@ class Reader:
     hand_out: Callable[[list[Received]], None] = attrs.field(default=list.clear, init=False)
     early: bool = attrs.field(default=False, init=False)
     fail: Callable[[BaseException], None] = attrs.field(init=False)
-    _looks_again: bool = attrs.field(default=False, init=False)  # before it waits: see SHORT_WAIT
-    _is_looking: bool = attrs.field(default=False, init=False)  # this read is that look; to find nothing is no fault
+    _looks_again: bool = attrs.field(default=False, init=False)  # before the next wait: see SHORT_WAIT
+    _is_looking: bool = attrs.field(default=False, init=False)  # without a wait, so finding nothing is no fault
     _receiver: Task | None = attrs.field(default=None, init=False)  # the task in next_batch(), until the batch is read
     _failure: BaseException | None = attrs.field(default=None, init=False)  # raised in read_early()
 
     async def next_batch(self, *, wait: bool = True) -> bool:
         """Wait until datagrams have arrived, read a batch of at most ``BATCH``, and hand it out.
 
-        Returns True, even if the batch is empty: truncated and malformed datagrams are counted and dropped.
+        Returns True, even if the batch is empty: truncated and malformed datagrams are counted and dropped, and a look
+        before a wait (``SHORT_WAIT``) may find nothing.
         Checkpoints before it reads and never after, so that cancellation loses no datagram.
 
         Args:

@@ -66,13 +66,13 @@ class Watch:
 class Sources:
     """Decides about the sources of datagrams, for all endpoints of one server.
 
-    A receive loop calls :meth:`refresh` once for each batch that has strangers in it, or for each batch if it keeps no
-    clients. If that returns false, the loop may call ``engine.doubtful_source`` itself (or ``doubtful_sources`` for the
-    whole batch), and :meth:`verdict` only if it is true, which saves a call for nearly every datagram::
+    A server calls :meth:`refresh` once for each batch that has strangers in it, or for each batch if it keeps no
+    clients. If that returns false and no source of the batch is doubtful, it need not call :meth:`verdict`, which saves
+    a call for nearly every datagram::
 
-        checks_all = sources.refresh(engine, now)
-        for payload, route, ancillary in batch:
-            if checks_all or engine.doubtful_source(route):
+        checks = sources.refresh(engine, now) or engine.doubtful_sources(routes)
+        for route in routes:
+            if checks:
                 source = sources.verdict(engine, route)
     """
 

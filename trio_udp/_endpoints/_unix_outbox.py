@@ -80,8 +80,9 @@ class UnixOutbox(Outbox):
     def send(self, outgoing: list[Outgoing], *, raising: bool = False) -> int:
         self.check_open()
         for position, single in enumerate(outgoing):
+            _, route, _ = single
             # Tasks that wait for this peer come first.
-            if single[1] in self._lines or not self._send_single(single, raising):
+            if route in self._lines or not self._send_single(single, raising):
                 return position
         return len(outgoing)
 
@@ -101,7 +102,8 @@ class UnixOutbox(Outbox):
                 error = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             except OSError as too_long:
                 error = too_long
-            self._count_send_error(single[2], error)
+            _, _, sender = single
+            self._count_send_error(sender, error)
             unsent.append(single)
         return unsent
 

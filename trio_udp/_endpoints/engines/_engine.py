@@ -113,7 +113,7 @@ class Engine(Protocol):
 
         Args:
           payloads: At least one.
-          sizes: The bytes of each payload. The caller counts them, so it knows them.
+          sizes: The length of each payload; the caller needs it too, for its counts.
           routes: One for each payload.
 
         Raises:

@@ -148,7 +148,7 @@ class LinuxEngine(RawRoutes):
 
     def send(self, payloads: Sequence[bytes], sizes: Sequence[int], routes: Sequence[Route]) -> int:
         if not self._tells_destination and (len(payloads) == 1 or (self.connected and not self._begins_alike(sizes))):
-            # Without ctypes structures, a single reply is 10 % faster. On a connected socket the route is empty.
+            # Without ctypes structures, a single reply is 10 % faster. The route is the peer's address, or empty.
             fileno, name, name_size = self._socket.fileno(), routes[0] or None, self._layout.name_size
             if _sendto(fileno, payloads[0], sizes[0], socket.MSG_DONTWAIT, name, name_size) < 0:
                 _raise(ctypes.get_errno())
