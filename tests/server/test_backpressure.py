@@ -18,6 +18,7 @@ from hypothesis import given, settings, strategies as st
 from trio.testing import MockClock
 
 from trio_udp import Client, Endpoint, Limits, Server, serve_endpoints
+from trio_udp._endpoints import reader_of
 
 from ..conftest import ALICE, BOB, StartInMemory, check_adds_up, echo, in_memory, narrow, steps_in
 
@@ -347,3 +348,19 @@ async def test_the_drain_waits_for_a_full_buffer(far_end: socket.socket, unix_se
     unix_server.stop()
     received: list[Any] = [await trio.to_thread.run_sync(far_end.recv, 100) for _ in range(1_000)]
     assert received == [b"a%d" % i for i in range(1_000)]
+
+
+@pytest.mark.parametrize("passes", range(5))
+async def test_datagrams_that_left_while_a_task_waited_for_room(passes: int) -> None:
+    """A task that waits for room may find that the queue has left meanwhile, as when a server stops in a flood."""
+    for _ in range(20):  # Trio runs the two tasks in random order
+        run = in_memory()
+        outbox = reader_of(run.endpoint).outbox
+        outbox.hold()
+        outbox.send([(b"bye", outbox.engine.route(ALICE), outbox.own)])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(outbox.empty)
+            for _ in range(passes):
+                await trio.lowlevel.checkpoint()
+            outbox.release()
+        assert run.sent_to(ALICE) == [b"bye"]

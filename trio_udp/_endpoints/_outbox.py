@@ -273,6 +273,8 @@ class Outbox:
 
     def flush(self) -> None:
         """Send as much of the queue as the kernel takes now."""
+        if not self.queue:
+            return
         outgoing, self.queue = self.queue, []
         payloads, routes, senders = zip(*outgoing)
         done = 0
