@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import math
 import os
 import socket
@@ -364,3 +366,29 @@ async def test_datagrams_that_left_while_a_task_waited_for_room(passes: int) -> 
                 await trio.lowlevel.checkpoint()
             outbox.release()
         assert run.sent_to(ALICE) == [b"bye"]
+
+
+async def test_a_log_handler_that_raises_makes_nothing_leave_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a log handler raises while queued datagrams are sent, those that have left are not sent again."""
+
+    def fail(_: logging.LogRecord) -> None:
+        raise RuntimeError("the disk is full")
+
+    run = in_memory()
+    run.network.partition([BOB], error=errno.ENOBUFS)
+    outbox = reader_of(run.endpoint).outbox
+    outbox.hold()
+    for payload, peer in ((b"1", ALICE), (b"2", BOB), (b"3", ALICE)):
+        outbox.send([(payload, outbox.engine.route(peer), outbox.own)])
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", fail)
+    logger = logging.getLogger("trio_udp")
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(RuntimeError):
+            outbox.release()
+    finally:
+        logger.removeHandler(handler)
+    outbox.release()
+    assert run.sent_to(ALICE) == [b"1", b"3"]
+    assert (outbox.own.sent, outbox.own.send_errors) == (2, 1)
