@@ -276,10 +276,13 @@ class Outbox:
             return
         outgoing, self.queue = self.queue, []
         payloads, routes, senders = zip(*outgoing)
-        done = 0
+        counts = self.counts
+        done, done_before = None, counts.sent + counts.send_errors
         try:
             done = self._give_to_kernel(payloads, list(map(len, payloads)), routes, senders)
-        finally:  # also after an error such as MemoryError
+        finally:
+            if done is None:  # an error that is not the network's, such as a log handler's: send nothing twice
+                done = counts.sent + counts.send_errors - done_before
             self.queue[:0] = outgoing[done:]
 
     def count_unanswerable(self, sender: Sender) -> None:
