@@ -89,7 +89,9 @@ SHAPES = {
     "64x4": Shape("64 clients with 4 datagrams in flight each", Load("echo", 64, 256), ECHOING, [*TECHNIQUES]),
     "1x64": Shape("1 client with 64 datagrams in flight", Load("echo", 1, 64), QUICK_ONES),
     "256x1": Shape("256 clients with 1 datagram in flight each", Load("echo", 256, 256), ECHOING, [*TECHNIQUES]),
-    "ping-pong": Shape("1 client with 1 datagram in flight: round trip", Load("echo", 1, 1), ECHOING),
+    "ping-pong": Shape(
+        "1 client with 1 datagram in flight: round trip", Load("echo", 1, 1), ECHOING, ["looking before waiting"]
+    ),
     "strangers": Shape(
         "Each datagram from a new client, 256 in flight",
         Load("once", 0, 256),

@@ -22,7 +22,7 @@ from .engines import BATCH, Engine, Received
 
 # Seconds. After a wait that was shorter than this, look for the next datagram in one more pass before waiting again:
 # beginning a wait and being woken take as long as an answer. A round trip between two programs of one machine then
-# takes a third less. Where datagrams come further apart, nothing changes.
+# takes a quarter less. Where datagrams come further apart, nothing changes.
 SHORT_WAIT = 100e-6
 
 
