@@ -116,7 +116,7 @@ def serve_in_this_process(which: str, traced: bool) -> None:
     if traced:
         tracemalloc.start()
     clock = MockClock(rate=1.0)
-    limits = trio_udp.Limits(max_clients=MANY, inbox_datagrams=MANY)
+    limits = trio_udp.Limits(max_clients=MANY, inbox_datagrams=MANY, total_bytes=MANY * 1_200)
     options: dict[str, Any] = {"host": "127.0.0.1"}
     rate_limit = trio_udp.RateLimit(per_second=1e9, burst=MANY, buckets=2 * MANY)
     if "under limits" in which:
