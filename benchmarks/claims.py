@@ -69,7 +69,7 @@ CLAIMS = [
     Claim("docs/index.md", "**Fast, in pure Python.**", None, "of uvloop", "64x4, trio_udp", ratio("64x4", "trio_udp")),
     Claim(
         "docs/performance.md",
-        "A single round trip takes more CPU time than with uvloop, but less time",
+        "A single round trip takes more CPU time than with uvloop, but is over sooner",
         None,
         "of uvloop",
         "ping-pong, round trip p50, trio_udp",

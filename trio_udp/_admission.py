@@ -97,7 +97,7 @@ class Admission:
         if limits.clients_per_host is not None and not seats.has_room_on_host(host_key(engine.host(route))):
             self.refused_full += 1
             return
-        if len(seats.running) >= limits.max_clients and not seats.make_room():
+        if len(seats.running) >= limits.max_clients and not seats.make_room():  # in the usual case avoid a call
             self.refused_full += 1
             self.warnings.warn(
                 "full", "strangers are refused: the table of clients is full (max_clients=%d)", limits.max_clients
