@@ -52,7 +52,8 @@ from trio_udp import (
 )
 from trio_udp._endpoints.engines.pktinfo import IP_PKTINFO
 
-SERVER = "127.4.0.1"  # no other program uses it, so the port is still free after a restart
+SERVER = "127.4.0.1"
+FIRST_PORT = 20_000  # from here to 32,767 the kernel hands out no ports: one stays free while its owner is away
 MAX_DATAGRAM_SIZE = 1_000
 PATIENCE = 120  # seconds for a step that should take a moment: a machine may be busy, but a run must end
 
@@ -128,10 +129,10 @@ def travel(letter: bytes, random_: random.Random) -> Iterator[tuple[float, bytes
 class Peer:
     """A socket at an address of its own."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, port: int) -> None:
         self.number = number
         self.kind = kind_of(number)
-        self.address = (f"127.2.{number >> 8}.{number & 255}", 0)
+        self.address = (f"127.2.{number >> 8}.{number & 255}", port)
         self.socket: socket.socket | None = None
         self.sent = 0
         self.last_answer = 0
@@ -165,7 +166,7 @@ class Traffic:
         self.selector.register(pipe, selectors.EVENT_READ, self.obey)
         self.forger = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.forger.bind(("0.0.0.0", 0))
-        self.peers = [Peer(number) for number in range(peers)]
+        self.peers = [Peer(number, destination[1] + 1) for number in range(peers)]
         for peer in self.peers:
             self.appear(peer)
             self.later(self.random.uniform(0, 0.1), partial(self.write, peer))
@@ -230,9 +231,8 @@ class Traffic:
 
     def appear(self, peer: Peer) -> None:
         peer.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        peer.socket.bind(peer.address)  # the second time, to the port it had
+        peer.socket.bind(peer.address)
         peer.socket.setblocking(False)
-        peer.address = peer.socket.getsockname()
         self.selector.register(peer.socket, selectors.EVENT_READ, partial(self.read, peer))
 
     def vanish(self, peer: Peer) -> None:
@@ -632,9 +632,7 @@ def main() -> int:
     print("repeat it with", *(f"--{name} {value}" for name, value in vars(options).items()), flush=True)
     os.environ["TRIO_UDP_ENGINE"] = options.engine if options.engine == "portable" else ""
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind((SERVER, 0))
-        address = sock.getsockname()
+    address = (SERVER, FIRST_PORT + 2 * (os.getpid() % 6_000))  # runs at the same time have other ports
     failures = trio.run(back_pressure, options.seed)
     spawn = multiprocessing.get_context("spawn")
     pipe, far_end = spawn.Pipe()
