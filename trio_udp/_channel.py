@@ -14,9 +14,6 @@ from ._lifecycle import CLOSED, LOST, OPEN, End
 from ._statistics import Sender
 from ._trio import will_be_cancelled
 
-# The most replies that a held outbox keeps; the next one sends them all.
-ROOM = MOST_HELD - 1
-
 
 @attrs.define(eq=False)
 class ChannelState(Sender):
@@ -151,7 +148,7 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
             state.check_open()
         if not state.limited or state.reserve(len(payload)):
             outgoing = (payload, state.route, state)
-            if outbox.held and len(outbox.queue) < ROOM:
+            if outbox.held and len(outbox.queue) < MOST_HELD:
                 outbox.queue.append(outgoing)  # the usual case of push(): avoid a call
             else:
                 try:

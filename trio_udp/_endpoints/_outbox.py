@@ -159,8 +159,6 @@ class Outbox:
         self.turn.time = 0.0
         if self.held and not (more_follow and len(self.queue) <= MOST_COLLECTED):
             self.held = False
-            if len(self.queue) > BATCH:
-                self.queue = by_peer(self.queue)
             sent = self.counts.sent + len(self.queue)
             try:
                 self.send_queue()
@@ -193,7 +191,7 @@ class Outbox:
         Raises:
           trio.ClosedResourceError: The endpoint is closed.
         """
-        if self.held and not raising and len(self.queue) + len(outgoing) < MOST_HELD:
+        if self.held and not raising and len(self.queue) + len(outgoing) <= MOST_HELD:
             self.queue += outgoing
             return len(outgoing)
         if self._line.locked() and not self.held:
@@ -271,10 +269,12 @@ class Outbox:
             self._stuck = trio.Event()
 
     def flush(self) -> None:
-        """Send as much of the queue as the kernel takes now."""
+        """Send as much of the queue as the kernel takes now, sorted by peer as by :meth:`collect`."""
         if not self.queue:  # another task has sent it while the caller waited for room
             return
         outgoing, self.queue = self.queue, []
+        if len(outgoing) > BATCH:
+            outgoing = by_peer(outgoing)
         payloads, routes, senders = zip(*outgoing)
         counts = self.counts
         done, done_before = None, counts.sent + counts.send_errors
