@@ -22,13 +22,14 @@ class ChannelState(Sender):
     Attributes:
       route: Peer address and local address, in the engine's form.
       end: Why the conversation is over, or ``OPEN``.
-      limited: Sending must call :meth:`reserve` first.
+      sends_freely: The conversation has not ended, and no limit on sending applies. Otherwise sending must call
+        :meth:`reserve` first.
     """
 
     outbox: Outbox
     route: Route
     end: End = attrs.field(default=OPEN, init=False)
-    limited: bool = attrs.field(default=False, init=False)
+    sends_freely: bool = attrs.field(default=True, init=False)
     # One for each sender that waits for room in the send buffer; cancelled when the conversation is over.
     _blocked_sends: set[trio.CancelScope] | None = attrs.field(default=None, init=False)
 
@@ -40,6 +41,7 @@ class ChannelState(Sender):
     def finish(self, end: End) -> None:
         """End the conversation."""
         self.end = end
+        self.sends_freely = False
         if self._blocked_sends and self.is_closed:
             for scope in self._blocked_sends:
                 scope.cancel()
@@ -54,7 +56,12 @@ class ChannelState(Sender):
                 del error  # its traceback refers to this frame: avoid a reference cycle
 
     def reserve(self, size: int) -> bool:
-        """Reserve bytes under the amplification limit; False if they may not be sent."""
+        """Reserve bytes under the amplification limit; False if they may not be sent.
+
+        Raises:
+          trio.ClosedResourceError: See :meth:`check_open`.
+        """
+        self.check_open()
         return True
 
     def give_back(self, size: int) -> None:
@@ -144,9 +151,7 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         turn = outbox.turn
         if turn.context["task"]._cancel_status.effectively_cancelled:  # will_be_cancelled(), inlined
             await trio.lowlevel.checkpoint_if_cancelled()
-        if state.end is not OPEN:
-            state.check_open()
-        if not state.limited or state.reserve(len(payload)):
+        if state.sends_freely or state.reserve(len(payload)):
             outgoing = (payload, state.route, state)
             if outbox.held and len(outbox.queue) < MOST_HELD:
                 outbox.queue.append(outgoing)  # the usual case of push(): avoid a call
@@ -174,7 +179,7 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         state = self._state
         state.check_open()
         copy = state.outbox.copy(payload, state.route)
-        if state.limited and not state.reserve(len(copy)):
+        if not (state.sends_freely or state.reserve(len(copy))):
             return
         try:
             if not state.push([(copy, state.route, state)]):
@@ -202,7 +207,7 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         if sizes and max(sizes) > MAX_PAYLOAD_IPV4:
             for payload in copies:
                 outbox.copy(payload, route)  # checks the length
-        if state.limited:
+        if not state.sends_freely:
             turn.sent += len(copies)
             copies = [payload for payload in copies if state.reserve(len(payload))]
             turn.sent -= len(copies)  # these are counted when they are sent

@@ -171,7 +171,14 @@ class Inbox(ChannelState):
                     yield from trio.lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105
                 turn.taken += 1
                 turn.sent = 0
-                return self.take()
+                payload = self.payloads.popleft()  # take(), inlined
+                size = len(payload)
+                self.delivered += 1
+                self._waiting_bytes -= size
+                shared = self.shared
+                shared.taken += 1
+                shared.waiting_bytes -= size
+                return payload
             self.receiver = turn.context["task"]  # reserve the datagram for this task
             try:
                 turn.taken = 1
@@ -253,10 +260,7 @@ class Inbox(ChannelState):
             reschedule(self.receiver, LOOK_AGAIN)
 
     def finish(self, end: End) -> None:
-        if self._blocked_sends:
-            ChannelState.finish(self, end)
-        else:
-            self.end = end  # the usual case: avoid a call
+        ChannelState.finish(self, end)
         if self.payloads and self.is_closed:
             self.drop_all()
         if self.receiver is not None:

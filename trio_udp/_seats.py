@@ -124,7 +124,10 @@ class Seat(Inbox):
             seats.idle.forget(self)
         if seats.evicts:
             seats.unqueue(self)
-        Inbox.finish(self, end)  # super() would cost a tenth of a new client
+        if self.payloads or self.receiver is not None or self._blocked_sends:
+            Inbox.finish(self, end)  # super() would cost a tenth of a new client
+        else:
+            self.end, self.sends_freely = end, False  # the usual case at the end of a handler: avoid a call
         if not self.has_handler and self.is_closed:
             seats.remove(self)
 
@@ -147,7 +150,7 @@ class Seat(Inbox):
         self.shared.idle.timeout_changed(self)
 
     def validate(self) -> None:
-        self.limited: bool = not self.answerable
+        self.sends_freely: bool = self.answerable and self.end is OPEN
         if not self.validated:
             self.validated = True
             self.shared.unqueue(self)
@@ -155,6 +158,7 @@ class Seat(Inbox):
                 self.bucket = self.shared.limiter.bucket_of_host(self.outbox.engine.host(self.route))
 
     def reserve(self, size: int) -> bool:
+        self.check_open()
         amplified = self._amplified + size
         if amplified > self._allowed and not self._allows_more(amplified):
             return False
