@@ -74,7 +74,7 @@ async def receive_loop(
 def to_clients(admission: Admission, place: Place, batch: list[Received]) -> None:
     """Put each datagram of a batch into the inbox of its client. A stranger becomes a client if admission allows it."""
     known, seats, turn = place.known, admission.seats, place.outbox.turn
-    limiter, reschedule = seats.limiter, turn.context["runner"].reschedule
+    limiter, reschedule, started = seats.limiter, turn.context["runner"].reschedule, seats.started
     turn.begin_batch()
     if admission.echoes.expected:
         batch = admission.without_echoes(place, batch)
@@ -120,3 +120,5 @@ def to_clients(admission: Admission, place: Place, batch: list[Received]) -> Non
             seat.put(payload)
     if row:
         seat.keep_row(row)
+    if 2 * (seats.started - started) > len(batch):  # mostly new clients
+        place.outbox.keeps_back = False

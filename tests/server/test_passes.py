@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import gc
+import itertools
 import signal
 import sys
 from contextlib import suppress
@@ -79,6 +80,51 @@ async def test_looking_before_waiting(
         await run.settle()
         trio.lowlevel.remove_instrument(count)
     assert count.passes == passes
+
+
+@pytest.mark.parametrize("replies", [1, 2])
+async def test_replies_to_full_batches(start_in_memory: StartInMemory, replies: int) -> None:
+    """Replies to full batches leave the queue with those to one client side by side, in order, even if they fill it."""
+
+    async def handler(client: Client) -> None:
+        async for payload in client:
+            for _ in range(replies):
+                await client.send(payload)
+
+    run = await start_in_memory(handler)
+    sources = [("192.0.2.1", 1_024 + number) for number in range(64)]
+    for source in sources:
+        run.put(b"hello", source)
+    await run.settle()
+    greetings = len(run.sent)
+    for number in range(4):
+        for source in sources:
+            run.put(b"%d" % number, source)
+    await run.settle()
+    for source in sources:
+        assert run.sent_to(source)[replies:] == [b"%d" % number for number in range(4) for _ in range(replies)]
+    rows = [peer for peer, _ in itertools.groupby(peer for peer, _ in run.sent[greetings:])]
+    assert len(rows) == len(sources) * replies  # 256 replies leave together
+
+
+@pytest.mark.parametrize("are_new", [True, False])
+async def test_replies_that_are_kept_back(start_in_memory: StartInMemory, are_new: bool) -> None:
+    """While more datagrams wait in the kernel, replies to known clients wait for more; those to new ones leave."""
+    sent_before: list[int] = []
+
+    async def handler(client: Client) -> None:
+        async for payload in client:
+            sent_before.append(len(run.sent))
+            await client.send(payload)
+
+    run = await start_in_memory(handler)
+    for _ in range(1 if are_new else 2):
+        sent_before.clear()
+        for number in range(128):
+            run.put(b"x", ("192.0.2.1", 1_024 + number))
+        await run.settle()
+    assert len(sent_before) == 128
+    assert (sent_before[96] > sent_before[0]) == are_new  # in the middle of the second batch
 
 
 async def test_context_variables(start_in_memory: StartInMemory) -> None:

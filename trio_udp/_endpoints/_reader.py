@@ -235,7 +235,7 @@ class EachPass(trio.abc.Instrument):
             reader = self._have_read.pop()
             try:
                 outbox = reader.outbox
-                outbox.end_pass(more_follow=outbox.held and reader.has_more())
+                outbox.end_pass(more_follow=outbox.held and outbox.keeps_back and reader.has_more())
             except BaseException as error:  # Trio would only log it, and call this hook no more
                 reader.fail(error)
 
