@@ -60,7 +60,7 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
             seats.handler_errors += 1
             seats.on_error(datagram, error)
     if replies or outbox.collecting:
-        outbox.collect(replies, more_follow=place.reader.has_more())
+        outbox.collect(replies, more_follow=place.reader.may_have_more)
 
 
 def _outgoing(reply: object, payload: bytes, route: Route, place: Place, is_answerable: bool) -> list[Outgoing]:

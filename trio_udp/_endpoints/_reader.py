@@ -124,11 +124,6 @@ class Reader:
             except BaseException as error:  # Trio would only log it; next_batch() raises it
                 self._failure = error
 
-    def has_more(self) -> bool:
-        """Whether datagrams wait in the kernel that the last read left there."""
-        engine = self.engine
-        return self.may_have_more and not engine.closed and (engine.read_ahead > 0 or engine.is_readable())
-
     def take_over(self) -> None:
         """Reserve the socket for a server.
 
@@ -235,7 +230,7 @@ class EachPass(trio.abc.Instrument):
             reader = self._have_read.pop()
             try:
                 outbox = reader.outbox
-                outbox.end_pass(more_follow=outbox.held and outbox.keeps_back and reader.has_more())
+                outbox.end_pass(more_follow=outbox.keeps_back and reader.may_have_more)
             except BaseException as error:  # Trio would only log it, and call this hook no more
                 reader.fail(error)
 
