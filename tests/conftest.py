@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import errno
+import random
 import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -137,6 +139,24 @@ def plain_socket(host: str = "127.0.0.9") -> Iterator[socket.socket]:
         sock.bind((host, 0))
         sock.settimeout(5)
         yield sock
+
+
+def free_port() -> int:
+    """Return a port of loopback that is free over IPv4 and IPv6, for UDP and TCP, for a program that binds it later.
+
+    Nothing else gets it meanwhile: the kernel hands out higher ports only.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with ExitStack() as sockets:
+            try:
+                for family, host in [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]:
+                    for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+                        sockets.enter_context(socket.socket(family, kind)).bind((host, port))
+            except OSError as error:  # any other than this one: the machine has no IPv6
+                if error.errno == errno.EADDRINUSE:
+                    continue
+        return port
 
 
 class Bystander:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import plain_socket
+from tests.conftest import free_port, plain_socket
 from tests.operate.watched import ROOT, SECONDS, service
 
 pytest.importorskip("prometheus_client")
@@ -64,8 +64,7 @@ def prometheus(tmp_path: Path) -> Iterator[Any]:
         configuration = {"global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"}}
         job = {"job_name": "trio_udp", "static_configs": [{"targets": [target]}]}
         (tmp_path / "prometheus.yml").write_text(json.dumps({**configuration, "scrape_configs": [job]}))
-        with plain_socket("127.0.0.1") as sock:
-            port = sock.getsockname()[1]
+        port = free_port()
         options = [f"--config.file={tmp_path / 'prometheus.yml'}", f"--storage.tsdb.path={tmp_path / 'data'}"]
         options += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"]
         processes.append(subprocess.Popen(["prometheus", *options], stderr=subprocess.DEVNULL))

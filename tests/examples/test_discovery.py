@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("needs Linux", allow_module_level=True)
 
+from ..conftest import free_port
 from ..namespaces import Machine, inside, machines, needs_namespaces
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "discovery.py"
@@ -30,9 +30,7 @@ def closing() -> Iterator[ExitStack]:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    return free_port()
 
 
 def serve(closing: ExitStack, name: str, *options: object, machine: Machine | None = None) -> subprocess.Popen[str]:

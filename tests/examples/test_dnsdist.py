@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import dns.message
@@ -20,7 +18,7 @@ import trio
 import trio_udp
 from trio_udp import Datagram, Limits, RateLimit, Server
 
-from ..conftest import StartServer, check_adds_up, port_of
+from ..conftest import StartServer, check_adds_up, free_port, port_of
 from ..project.conftest import EXAMPLES, Start, without_signals
 from .conftest import program
 
@@ -43,25 +41,6 @@ def dnsdist() -> str:
 
 def speaks_https(dnsdist: str) -> bool:
     return "dns-over-https" in subprocess.run([dnsdist, "--version"], capture_output=True, text=True).stdout
-
-
-def free_port() -> int:
-    """Return a port that is free over IPv4 and IPv6, for UDP and TCP: dnsdist takes all of these."""
-    hosts = [(socket.AF_INET, LOOPBACK), (socket.AF_INET6, LOOPBACK6)]
-    while True:
-        port = 0
-        with ExitStack() as sockets:
-            try:
-                for family, host in hosts:
-                    for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
-                        sock = sockets.enter_context(socket.socket(family, kind))
-                        sock.bind((host, port))
-                        port = sock.getsockname()[1]
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-            else:
-                return port
 
 
 @asynccontextmanager

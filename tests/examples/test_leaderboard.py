@@ -6,7 +6,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from tests.conftest import plain_socket
+from tests.conftest import free_port, plain_socket
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "leaderboard.py"
 TIMEOUT = 20  # seconds to wait for anything; a test that passes never takes that long
@@ -51,13 +50,8 @@ class Redis:
     """A Redis on loopback, which keeps nothing when it ends. Its port stays the same."""
 
     folder: Path
-    port: int = attrs.field(init=False)
+    port: int = attrs.field(factory=free_port, init=False)
     process: subprocess.Popen[str] = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
 
     @contextmanager
     def run(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ import trio.testing
 from hypothesis import given, strategies as st
 
 import trio_udp
-from tests.conftest import check_adds_up, echo
+from tests.conftest import check_adds_up, echo, free_port
 from trio_udp import Datagram, Server
 
 from ..project.conftest import EXAMPLES
@@ -120,9 +120,7 @@ async def test_dns(start: Start, path: str, nursery: trio.Nursery) -> None:
         return answer
 
     server = await start(handler)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = free_port()
     relay = [socat, f"UDP4-LISTEN:{port},bind=127.0.0.1,fork", f"UNIX-CLIENT:{path},type=2,bind={path}.relay"]
     run = partial(trio.run_process, relay, check=False, start_new_session=True)
     process: trio.Process = await nursery.start(run)

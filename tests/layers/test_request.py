@@ -20,7 +20,7 @@ import trio_udp
 from trio_udp import backoff, request
 from trio_udp.testing import SimulatedNetwork, deterministic_scheduling
 
-from ..conftest import ALICE, SERVER, StartInMemory, plain_socket, steps_in
+from ..conftest import ALICE, SERVER, StartInMemory, free_port, steps_in
 
 
 @trio_udp.request_handler
@@ -226,8 +226,7 @@ async def test_refused_to_the_end(simulated_network: SimulatedNetwork, autojump_
 async def test_refusal_of_an_earlier_datagram(engine: str, nursery: trio.Nursery) -> None:
     """If a pending refusal keeps the request from being sent, it is sent again at once, not after a wait."""
     with trio.fail_after(10):
-        with plain_socket("127.0.0.1") as sock:
-            port = sock.getsockname()[1]
+        port = free_port()
         async with await trio_udp.connect("127.0.0.1", port) as connection:
             await connection.send(b"refused")
             await nursery.start(partial(trio_udp.serve, square, port, host="127.0.0.1"))
@@ -238,8 +237,7 @@ async def test_refusal_of_an_earlier_datagram(engine: str, nursery: trio.Nursery
 async def test_server_that_starts_late_over_real_sockets(engine: str, nursery: trio.Nursery) -> None:
     """Over real sockets too, a request to a closed port goes on until a server listens there."""
     with trio.fail_after(10):
-        with plain_socket("127.0.0.1") as sock:
-            port = sock.getsockname()[1]
+        port = free_port()
 
         def waits() -> Iterator[float]:
             yield from (0.01, 0.01)

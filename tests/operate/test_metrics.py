@@ -13,7 +13,7 @@ import attrs
 import pytest
 import trio
 
-from tests.conftest import ALICE, BOB, StartInMemory, echo, plain_socket
+from tests.conftest import ALICE, BOB, StartInMemory, echo, free_port
 from tests.operate.watched import ROOT, ask
 
 pytest.importorskip("prometheus_client")
@@ -66,10 +66,7 @@ async def test_the_code_in_the_documentation() -> None:
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "watching.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(code, names)
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
-    with plain_socket("127.0.0.1") as peer:
-        udp_port = peer.getsockname()[1]
+    port, udp_port = free_port(), free_port()
     servers = []
 
     async def tell_server(client: Client) -> None:

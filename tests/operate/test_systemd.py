@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.conftest import plain_socket
+from tests.conftest import free_port, plain_socket
 from trio_udp import Connection, connect, endpoints_from_systemd
 from trio_udp.operate.systemd import ServiceManager
 
@@ -51,11 +51,6 @@ trio.run(main)
 
 def needs(program: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(shutil.which(program) is None, reason=f"needs {program}")
-
-
-def free_port() -> int:
-    with plain_socket("127.0.0.1") as sock:
-        return int(sock.getsockname()[1])
 
 
 @contextmanager

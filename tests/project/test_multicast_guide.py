@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import socket
 import sys
 from pathlib import Path
 
 import pytest
+
+from ..conftest import free_port
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "multicast.md").read_text()
 CODE = "\n\n".join(re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL))
@@ -35,10 +36,7 @@ def test_the_code_runs(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatc
     """Every test in the guide passes, pasted into one file, and so do the functions beside them."""
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     pytester.makeini("[pytest]\ntrio_mode = true\nfilterwarnings = error\n")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("0.0.0.0", 0))
-        port = sock.getsockname()[1]
-    code = (CODE + MORE).replace("7777", str(port))
+    code = (CODE + MORE).replace("7777", str(free_port()))
     pytester.makepyfile(code)
     result = pytester.runpytest_subprocess(timeout=60)
     result.assert_outcomes(passed=code.count("def test_"))

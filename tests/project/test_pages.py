@@ -18,6 +18,7 @@ import pytest
 
 import trio_udp
 
+from ..conftest import free_port
 from .pages import ROOT, Block, as_module, awaits_outside_functions, blocks, pages
 
 ALL_BLOCKS = [block for page in pages() for block in blocks(page)]
@@ -74,9 +75,7 @@ def ask(sock: socket.socket, payload: bytes) -> bytes:
 @pytest.mark.parametrize("block", PROGRAMS, ids=str)
 def test_program(block: Block, tmp_path: Path) -> None:
     """A program of a page answers as its page says."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = free_port()
     with (
         subprocess.Popen(command(block, tmp_path, port), stderr=subprocess.PIPE, text=True, cwd=tmp_path) as program,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,

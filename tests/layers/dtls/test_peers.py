@@ -18,7 +18,7 @@ from OpenSSL import SSL
 import trio_udp
 from trio_udp.dtls import DTLSChannel, SecuredHandler, connect, secure
 
-from ...conftest import check_adds_up, port_of
+from ...conftest import check_adds_up, free_port, port_of
 from .conftest import Authority, Identity, echo
 
 # Seconds that a conversation with another program may take.
@@ -222,13 +222,6 @@ async def test_coap_clients(serve: Serve, authority: Authority, program: str) ->
     async with running(program, "-m", "get", "-R", authority.certificate, uri) as client:
         assert "hello from CoAP" in await client.until_end()
     assert (secured.handshakes, secured.handshakes_failed) == (1, 0)
-
-
-def free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 @asynccontextmanager
