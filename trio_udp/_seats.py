@@ -171,7 +171,7 @@ class Seat(Inbox):
             self.outbox.count_unanswerable(self)
             return False
         amplification = self.shared.limits.amplification
-        if amplification is not None:
+        if amplification is not None and not self.validated:
             self._allowed = amplification * self.bytes_received
             if amplified > self._allowed:
                 self.sends_withheld += 1
