@@ -229,8 +229,7 @@ class EachPass(trio.abc.Instrument):
         while self._have_read:
             reader = self._have_read.pop()
             try:
-                outbox = reader.outbox
-                outbox.end_pass(more_follow=outbox.keeps_back and reader.may_have_more)
+                reader.outbox.end_pass(more_follow=reader.may_have_more)
             except BaseException as error:  # Trio would only log it, and call this hook no more
                 reader.fail(error)
 
