@@ -127,7 +127,8 @@ class Seat(Inbox):
         if self.payloads or self.receiver is not None or self._blocked_sends:
             Inbox.finish(self, end)  # super() would cost a tenth of a new client
         else:
-            self.end, self.sends_freely = end, False  # the usual case at the end of a handler: avoid a call
+            # The same for an inbox with nothing to drop or wake, the usual case at the end of a handler: avoid a call.
+            self.end, self.sends_freely = end, False
         if not self.has_handler and self.is_closed:
             seats.remove(self)
 

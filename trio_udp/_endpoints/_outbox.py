@@ -98,9 +98,9 @@ class ServerTurn(Turn):
 
 @attrs.define(eq=False)
 class Outbox:
-    """Sends datagrams in the order of the calls.
+    """Sends datagrams, those to one peer in the order of the calls.
 
-    While the outbox is *held*, replies collect in its queue, and leave together in as few system calls as possible. The
+    While the outbox is *held*, replies wait in its queue, and leave together in as few system calls as possible. The
     receive loop holds it when it hands out several datagrams, at least until the end of that pass of Trio's scheduler;
     see :meth:`end_pass`.
 
@@ -226,9 +226,9 @@ class Outbox:
         return unsent
 
     def collect(self, replies: list[Outgoing], *, more_follow: bool) -> None:
-        """Send replies to single datagrams, perhaps together with the replies to the next batch.
+        """Send the replies of a ``datagram_handler``, perhaps together with those to the next batch.
 
-        While more datagrams wait in the kernel, replies are kept back for up to four batches. They leave sorted by
+        While the kernel may have more datagrams, replies are kept back for up to four batches. They leave sorted by
         peer, each peer's in order, so that the kernel takes the replies to one peer as one message (GSO). Replies that
         find no room are dropped and counted under ``EAGAIN``.
 
@@ -273,7 +273,11 @@ class Outbox:
             self._stuck = trio.Event()
 
     def flush(self) -> None:
-        """Send as much of the queue as the kernel takes now, sorted by peer as by :meth:`collect`."""
+        """Send as much of the queue as the kernel takes now.
+
+        More than ``BATCH`` replies leave sorted by peer, like those of :meth:`collect`. Fewer need no sorting: they
+        usually answer one batch, and a handler sends all its replies to that in one go.
+        """
         if not self.queue:  # another task has sent it while the caller waited for room
             return
         outgoing, self.queue = self.queue, []
