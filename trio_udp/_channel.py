@@ -22,8 +22,7 @@ class ChannelState(Sender):
     Attributes:
       route: Peer address and local address, in the engine's form.
       end: Why the conversation is over, or ``OPEN``.
-      sends_freely: The conversation has not ended, and no limit on sending applies. Otherwise sending must call
-        :meth:`reserve` first.
+      sends_freely: Sending need not call :meth:`reserve` first: the conversation has not ended, and no limit applies.
     """
 
     outbox: Outbox
@@ -59,7 +58,7 @@ class ChannelState(Sender):
         """Reserve bytes under the amplification limit; False if they may not be sent.
 
         Raises:
-          trio.ClosedResourceError: See :meth:`check_open`.
+          trio.ClosedResourceError: The conversation is over.
         """
         self.check_open()
         return True
@@ -208,9 +207,9 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
             for payload in copies:
                 outbox.copy(payload, route)  # checks the length
         if not state.sends_freely:
-            turn.sent += len(copies)
+            asked = len(copies)
             copies = [payload for payload in copies if state.reserve(len(payload))]
-            turn.sent -= len(copies)  # these are counted when they are sent
+            turn.sent += asked - len(copies)  # the withheld ones; the others are counted when they are sent
             sizes = list(map(len, copies))
         position = 0
         try:

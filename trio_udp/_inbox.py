@@ -99,7 +99,10 @@ class Inbox(ChannelState):
 
     @trio.lowlevel.enable_ki_protection  # like reschedule(): Ctrl-C cannot interrupt it
     def put(self, payload: bytes) -> None:
-        """Hand an arrived datagram to the waiting task, or keep it, or drop one by policy."""
+        """Hand an arrived datagram to the waiting task, or keep it, or drop one by policy.
+
+        The receive loop has a copy of the first case: see ``to_clients``.
+        """
         size = len(payload)
         shared = self.shared
         self.bytes_received += size

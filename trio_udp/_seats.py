@@ -127,7 +127,8 @@ class Seat(Inbox):
         if self.payloads or self.receiver is not None or self._blocked_sends:
             Inbox.finish(self, end)  # super() would cost a tenth of a new client
         else:
-            self.end, self.sends_freely = end, False  # the usual case at the end of a handler: avoid a call
+            # The same for an inbox with nothing to drop or wake, the usual case at the end of a handler: avoid a call.
+            self.end, self.sends_freely = end, False
         if not self.has_handler and self.is_closed:
             seats.remove(self)
 
@@ -171,7 +172,7 @@ class Seat(Inbox):
             self.outbox.count_unanswerable(self)
             return False
         amplification = self.shared.limits.amplification
-        if amplification is not None:
+        if amplification is not None and not self.validated:
             self._allowed = amplification * self.bytes_received
             if amplified > self._allowed:
                 self.sends_withheld += 1

@@ -1,8 +1,8 @@
 """Trio's internals that this package relies on.
 
 Trio has no public API for these. Each is on the path of every datagram, or makes tests repeatable. Checked on Trio 0.27
-to 0.35; ``tests/project/test_trio_internals.py`` has a canary for each name here. :func:`will_be_cancelled` and Trio's
-``reschedule`` are inlined in _inbox.py and _channel.py.
+to 0.35; ``tests/project/test_trio_internals.py`` has a canary for each name here. :func:`will_be_cancelled` is inlined
+in _inbox.py and _channel.py, and Trio's ``reschedule`` in _inbox.py and _receive_loop.py.
 """
 
 from __future__ import annotations

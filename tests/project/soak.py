@@ -53,7 +53,7 @@ from trio_udp import (
 from trio_udp._endpoints.engines.pktinfo import IP_PKTINFO
 
 SERVER = "127.4.0.1"
-FIRST_PORT = 20_000  # from here to 32,767 the kernel hands out no ports: one stays free while its owner is away
+FIRST_PORT = 20_000  # Linux hands out ports from 32,768 on: one below that stays free while its owner is away
 MAX_DATAGRAM_SIZE = 1_000
 PATIENCE = 120  # seconds for a step that should take a moment: a machine may be busy, but a run must end
 
@@ -166,7 +166,8 @@ class Traffic:
         self.selector.register(pipe, selectors.EVENT_READ, self.obey)
         self.forger = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.forger.bind(("0.0.0.0", 0))
-        self.peers = [Peer(number, destination[1] + 1) for number in range(peers)]
+        port = destination[1] + 1  # not the server's own: it would probe each such source
+        self.peers = [Peer(number, port) for number in range(peers)]
         for peer in self.peers:
             self.appear(peer)
             self.later(self.random.uniform(0, 0.1), partial(self.write, peer))

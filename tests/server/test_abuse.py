@@ -281,6 +281,25 @@ async def test_sends_beyond_the_amplification_limit_are_withheld(start_in_memory
     assert run.server.statistics().sent == 7
 
 
+@pytest.mark.parametrize("validates", [True, False])
+async def test_amplification_after_the_end_of_the_channel(start_in_memory: StartInMemory, validates: bool) -> None:
+    """The goodbye to a client whose channel has ended is limited as before: not if the client is validated."""
+
+    async def handler(client: Client) -> None:
+        if validates:
+            client.validate()
+        async for _ in client:
+            pass
+        await client.send(bytes(100))
+
+    run = await start_in_memory(handler, limits=Limits(amplification=3))
+    run.put(b"x")
+    await run.settle()
+    run.server.stop()
+    await run.settle()
+    assert run.sent_to(ALICE) == [bytes(100)] * validates
+
+
 @pytest.mark.parametrize("many", [1, 10])
 async def test_withheld_sends_let_others_run(start_in_memory: StartInMemory, many: int) -> None:
     """A handler whose sends are all withheld lets other tasks run as often as one that sends."""

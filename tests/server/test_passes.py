@@ -84,7 +84,7 @@ async def test_looking_before_waiting(
 
 @pytest.mark.parametrize("replies", [1, 2])
 async def test_replies_to_full_batches(start_in_memory: StartInMemory, replies: int) -> None:
-    """Replies to full batches leave the queue with those to one client side by side, in order, even if they fill it."""
+    """Replies to full batches leave sorted by client, each client's in order, even if they fill the queue."""
 
     async def handler(client: Client) -> None:
         async for payload in client:
@@ -109,7 +109,7 @@ async def test_replies_to_full_batches(start_in_memory: StartInMemory, replies: 
 
 @pytest.mark.parametrize("are_new", [True, False])
 async def test_replies_that_are_kept_back(start_in_memory: StartInMemory, are_new: bool) -> None:
-    """While more datagrams wait in the kernel, replies to known clients wait for more; those to new ones leave."""
+    """After a full batch, replies to known clients wait for those to the next batch; replies to new clients leave."""
     sent_before: list[int] = []
 
     async def handler(client: Client) -> None:
@@ -124,7 +124,7 @@ async def test_replies_that_are_kept_back(start_in_memory: StartInMemory, are_ne
             run.put(b"x", ("192.0.2.1", 1_024 + number))
         await run.settle()
     assert len(sent_before) == 128
-    assert (sent_before[96] > sent_before[0]) == are_new  # in the middle of the second batch
+    assert (sent_before[96] > sent_before[0]) == are_new  # in the second batch, and at the start of the first
 
 
 async def test_context_variables(start_in_memory: StartInMemory) -> None:

@@ -40,12 +40,12 @@ INTERNET = (socket.AF_INET, socket.AF_INET6)
 # but not for a long datagram.
 FULL_THOUGH_WRITABLE = 0.01
 
-# The most replies that are kept back while more datagrams wait in the kernel. With a datagram_handler, an echo to 64
+# The most replies that are kept back while the kernel may have more datagrams. With a datagram_handler, an echo to 64
 # clients with four datagrams each costs 0.61 of uvloop with this, and 0.85 if each batch is answered by itself.
-MOST_COLLECTED = 3 * BATCH
+MOST_KEPT_BACK = 3 * BATCH
 
 # The most replies in a held outbox: those above, and the replies to one more batch.
-MOST_HELD = MOST_COLLECTED + BATCH
+MOST_HELD = MOST_KEPT_BACK + BATCH
 
 
 def hint(payload: object) -> str:
@@ -98,15 +98,16 @@ class ServerTurn(Turn):
 
 @attrs.define(eq=False)
 class Outbox:
-    """Sends datagrams in the order of the calls.
+    """Sends datagrams, those to one peer in the order of the calls.
 
-    While the outbox is *held*, replies collect in its queue, and leave together in as few system calls as possible. The
+    While the outbox is *held*, replies wait in its queue, and leave together in as few system calls as possible. The
     receive loop holds it when it hands out several datagrams, at least until the end of that pass of Trio's scheduler;
     see :meth:`end_pass`.
 
     Attributes:
-      keeps_back: A held outbox may keep replies back for the next batch; see :meth:`end_pass`.
-      collecting: Replies to single datagrams are being kept back; see :meth:`collect`.
+      held: Replies wait in the queue, until the end of the pass or longer.
+      may_keep_back: They may wait for the replies to the next batch; see :meth:`end_pass`.
+      collecting: Replies of a ``datagram_handler`` are being kept back; see :meth:`collect`.
       echoes: The datagrams that the server on this endpoint may receive from itself; ``None`` without a server.
       own: Counts datagrams that belong to no client or connection: ``send_to``, and replies to single datagrams.
     """
@@ -119,7 +120,7 @@ class Outbox:
     echoes: Echoes | None = attrs.field(default=None, init=False)
     queue: list[Outgoing] = attrs.field(factory=list, init=False)
     held: bool = attrs.field(default=False, init=False)
-    keeps_back: bool = attrs.field(default=False, init=False)
+    may_keep_back: bool = attrs.field(default=False, init=False)
     collecting: bool = attrs.field(default=False, init=False)
     _collected: list[Outgoing] = attrs.field(factory=list, init=False)  # by collect()
 
@@ -151,17 +152,16 @@ class Outbox:
 
         Call it only if several replies are likely: a single one leaves earlier without it.
         """
-        self.held = self.keeps_back = not self._line.locked()
+        self.held = self.may_keep_back = not self._line.locked()
 
     def end_pass(self, *, more_follow: bool = False) -> None:
-        """Send the replies that have been collected. Called right before Trio waits for I/O.
+        """Send the held replies, or keep them back for those to the next batch. Called right before Trio waits for I/O.
 
-        While more datagrams wait in the kernel, keep them back for the replies to those, as :meth:`collect` does. But
-        replies to a batch of mostly new clients leave: its peers are unlikely to have written again already, and
-        replies that are kept back keep the clients in memory, which makes each new one 7 % dearer.
+        Args:
+          more_follow: The kernel may have more datagrams.
         """
         self.turn.time = 0.0
-        if self.held and not (more_follow and len(self.queue) <= MOST_COLLECTED):
+        if self.held and not (more_follow and self.may_keep_back and len(self.queue) <= MOST_KEPT_BACK):
             self.held = False
             sent = self.counts.sent + len(self.queue)
             try:
@@ -226,9 +226,9 @@ class Outbox:
         return unsent
 
     def collect(self, replies: list[Outgoing], *, more_follow: bool) -> None:
-        """Send replies to single datagrams, perhaps together with the replies to the next batch.
+        """Send the replies of a ``datagram_handler``, perhaps together with those to the next batch.
 
-        While more datagrams wait in the kernel, replies are kept back for up to four batches. They leave sorted by
+        While the kernel may have more datagrams, replies are kept back for up to four batches. They leave sorted by
         peer, each peer's in order, so that the kernel takes the replies to one peer as one message (GSO). Replies that
         find no room are dropped and counted under ``EAGAIN``.
 
@@ -236,7 +236,7 @@ class Outbox:
           more_follow: The kernel may have more datagrams.
         """
         self._collected += replies
-        self.collecting = more_follow and 0 < len(self._collected) <= MOST_COLLECTED
+        self.collecting = more_follow and 0 < len(self._collected) <= MOST_KEPT_BACK
         if not self.collecting:
             collected, self._collected = self._collected, []
             if collected:
@@ -273,7 +273,11 @@ class Outbox:
             self._stuck = trio.Event()
 
     def flush(self) -> None:
-        """Send as much of the queue as the kernel takes now, sorted by peer as by :meth:`collect`."""
+        """Send as much of the queue as the kernel takes now.
+
+        More than ``BATCH`` replies leave sorted by peer, like those of :meth:`collect`. Fewer need no sorting: they
+        usually answer one batch, and a handler sends all its replies to that in one go.
+        """
         if not self.queue:  # another task has sent it while the caller waited for room
             return
         outgoing, self.queue = self.queue, []

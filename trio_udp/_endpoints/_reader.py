@@ -35,7 +35,7 @@ class Reader:
       served: A server runs on the endpoint.
       awaited: A task waits for a datagram in :class:`OneByOne`.
       finished: The socket is no longer read; datagrams that arrive stay in the kernel.
-      may_have_more: The last read returned a whole batch, so the kernel may have more.
+      may_have_more: The kernel may have more datagrams: the last read filled its batch, or failed.
       ahead: Datagrams read but not yet handed out: :class:`OneByOne` returns one at a time.
       hand_out: Called with each batch that a server reads; see :meth:`next_batch`.
       early: :class:`EachPass` reads, just before the task in :meth:`next_batch` runs.
@@ -229,8 +229,7 @@ class EachPass(trio.abc.Instrument):
         while self._have_read:
             reader = self._have_read.pop()
             try:
-                outbox = reader.outbox
-                outbox.end_pass(more_follow=outbox.keeps_back and reader.may_have_more)
+                reader.outbox.end_pass(more_follow=reader.may_have_more)
             except BaseException as error:  # Trio would only log it, and call this hook no more
                 reader.fail(error)
 
