@@ -14,7 +14,7 @@ import pytest
 import trio
 import trio.testing
 
-from trio_udp import Client, Datagram, Server, connect, raise_error, serve, serve_endpoints
+from trio_udp import Client, Datagram, Server, connect, datagram_handler, raise_error, serve, serve_endpoints
 from trio_udp._endpoints import EachPass
 from trio_udp.testing._engine import SimulatedEngine
 
@@ -125,6 +125,28 @@ async def test_replies_that_are_kept_back(start_in_memory: StartInMemory, are_ne
         await run.settle()
     assert len(sent_before) == 128
     assert (sent_before[96] > sent_before[0]) == are_new  # in the second batch, and at the start of the first
+
+
+@pytest.mark.parametrize("kind", ["handler", "datagram_handler"])
+async def test_a_reply_in_a_flood(start_in_memory: StartInMemory, kind: str) -> None:
+    """A reply waits for four batches at most, even if no datagram behind it is answered."""
+    sent_before: list[int] = []
+
+    def answer(datagram: Datagram) -> bytes | None:
+        if datagram.peer_address == ALICE:
+            return datagram.payload
+        sent_before.append(len(run.sent))
+        return None
+
+    if kind == "datagram_handler":
+        run = await start_in_memory(datagram_handler(answer))
+    else:
+        run = await start_in_memory(echo, accept=lambda datagram: answer(datagram) is not None)
+    run.put(b"question", ALICE)
+    for number in range(999):
+        run.put(b"flood", ("192.0.2.2", 1_024 + number))
+    await run.settle()
+    assert sent_before == [0] * 255 + [1] * (999 - 255)
 
 
 async def test_context_variables(start_in_memory: StartInMemory) -> None:
