@@ -39,8 +39,8 @@ def table_of(results: Results) -> str:
 
 
 def _handshake_in_echoes(results: Results) -> Spread | None:
-    rounds = results.rounds("dtls", "trio_udp")
-    return Spread.of(figures["µs for each handshake"] / figures["µs for each echo"] for figures in rounds)
+    turns = results.turns("dtls", "trio_udp")
+    return Spread.of(figures["µs for each handshake"] / figures["µs for each echo"] for figures in turns)
 
 
 # With rare full collections, as the command line and the workers set, and the documentation recommends.

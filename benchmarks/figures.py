@@ -1,4 +1,4 @@
-"""The results of one run of the benchmark with one Python: medians, spreads, and ratios within a round."""
+"""The results of one run of the benchmark with one Python: medians, spreads, and ratios within a turn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REFERENCE = "uvloop"  # ratios are to this server, unless another is named
 
 
 class Spread(NamedTuple):
-    """The median, the minimum and the maximum of several rounds."""
+    """The median of several turns, and the lowest and the highest, without a tenth of them at either end."""
 
     middle: float
     least: float
@@ -21,8 +21,9 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread | None:
-        values = list(values)
-        return cls(median(values), min(values), max(values)) if values else None
+        values = sorted(values)
+        outside = len(values) // 10
+        return cls(median(values), values[outside], values[-1 - outside]) if values else None
 
     def times(self, factor: float) -> Spread:
         return Spread(*(value * factor for value in self))
@@ -45,7 +46,7 @@ class Results:
         self._figures: dict[tuple[str, str, str | None], dict[int, dict[str, float]]] = {}
         for run in kept["runs"]:
             key = run["shape"], run["server"], run["without"]
-            self._figures.setdefault(key, {})[run["round"]] = run["figures"]
+            self._figures.setdefault(key, {})[run["turn"]] = run["figures"]
 
     @property
     def name(self) -> str:
@@ -67,11 +68,11 @@ class Results:
         found = [(without, shape) for shape, _, without in self._figures if without]
         return list(dict.fromkeys(it for it, _ in found)), list(dict.fromkeys(it for _, it in found))
 
-    def rounds(self, shape: str, server: str, without: str | None = None) -> list[dict[str, float]]:
+    def turns(self, shape: str, server: str, without: str | None = None) -> list[dict[str, float]]:
         return [*self._figures.get((shape, server, without), {}).values()]
 
     def spread(self, shape: str, server: str, key: str = "micros") -> Spread | None:
-        return Spread.of(figures[key] for figures in self.rounds(shape, server))
+        return Spread.of(figures[key] for figures in self.turns(shape, server))
 
     def middle(self, shape: str, server: str, key: str = "micros") -> float | None:
         spread = self.spread(shape, server, key)
@@ -80,12 +81,12 @@ class Results:
     def ratio(
         self, shape: str, server: str, to: str = REFERENCE, key: str = "micros", without: str | None = None
     ) -> Spread | None:
-        """Return the ratios of two servers in the same rounds."""
+        """Return the ratios of two servers in the same turns."""
         mine, theirs = self._figures.get((shape, server, without), {}), self._figures.get((shape, to, None), {})
         return Spread.of(figures[key] / theirs[at][key] for at, figures in mine.items() if at in theirs)
 
     def difference(self, shape: str, server: str, to: str, to_shape: str | None = None) -> Spread | None:
-        """Return how many more µs one server takes than another in the same rounds."""
+        """Return how many more µs one server takes than another in the same turns."""
         key = "micros"
         mine, theirs = (
             self._figures.get((shape, server, None), {}),

@@ -1,15 +1,16 @@
-"""One measurement: start a server on one core, load it from another, and always end both."""
+"""Measurements: start servers on one core, load them from another, and always end all of them."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import select
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -26,6 +27,9 @@ LOAD_CORE = max(os.sched_getaffinity(0))
 START_TIMEOUT = 30  # seconds, for a server to start
 LOAD_TIMEOUT = 120  # seconds for a load, even if a server is slow to accept 100,000 clients
 
+# A server with more clients than this may be busy with them after its turn, while others are measured.
+MOST_IN_TURNS = 1_000
+
 # asyncio allocates 256 KiB for each datagram that it reads. Depending on the history of the process, glibc either takes
 # that from the system and returns it each time, or keeps it. The difference is almost a factor of three, so both are
 # measured. See mallopt(3). Without glibc these variables have no effect.
@@ -41,12 +45,17 @@ ENVIRONMENT = {
 Figures: TypeAlias = dict[str, float]  # by name; "micros" is the server's CPU time for each datagram
 
 
+class MeasurementFailed(Exception):
+    """A server or a load failed. The text has its command and its output."""
+
+
 class Pace(NamedTuple):
     """The length and size of a measurement."""
 
     warm: float  # seconds
     seconds: float
     scale: float  # of the number of clients in shapes where all of them arrive or leave at once
+    turns: int = 1  # that the seconds are divided into, where servers take turns
 
 
 class Contestant(NamedTuple):
@@ -67,6 +76,9 @@ class Contestant(NamedTuple):
         return native.ENVIRONMENT if self.server in native.NATIVE else ENVIRONMENT.get(self.server, {})
 
 
+Outcome: TypeAlias = tuple[int, Contestant, Figures | Exception]  # the first is the turn
+
+
 class Load(NamedTuple):
     """Clients in closed loops, which keep a server busy."""
 
@@ -85,9 +97,43 @@ class Load(NamedTuple):
         how = self.what if self.what == "proxied" else "echo"
         return [how, str(self.clients), str(self.in_flight)]
 
+    @property
+    def can_take_turns(self) -> bool:
+        return self.clients <= MOST_IN_TURNS and self.what != "fan"  # whose members stay after a turn
+
     def measure(self, programs: Programs, contestant: Contestant, pace: Pace) -> Figures:
         with running(contestant.command(programs, self.what), contestant.environment()) as (process, address):
             return self.put_on(programs, address, [process.pid], pace)
+
+    def measure_in_turns(self, programs: Programs, contestants: list[Contestant], pace: Pace) -> Iterator[Outcome]:
+        """Start all servers at once, and load them in turn for a fraction of a second, several times.
+
+        The speed of a machine can change by half within seconds. Turns that follow each other closely meet the same
+        conditions, so their ratio means more than that of two long measurements.
+        """
+        warm_up, paced = pace._replace(seconds=pace.warm), Pace(pace.warm / pace.turns, pace.seconds / pace.turns, 1)
+        stacks = {contestant: ExitStack() for contestant in contestants}
+        servers: dict[Contestant, tuple[subprocess.Popen[str], str]] = {}
+        try:
+            for turn in range(-1, pace.turns):  # in the first one they start and warm up
+                for contestant in random.Random(turn).sample([*stacks], len(stacks)):
+                    try:
+                        if turn < 0:
+                            start = running(contestant.command(programs, self.what), contestant.environment())
+                            servers[contestant] = stacks[contestant].enter_context(start)
+                        process, address = servers[contestant]
+                        figures = self.put_on(programs, address, [process.pid], warm_up if turn < 0 else paced)
+                    except MeasurementFailed as failure:
+                        with suppress(MeasurementFailed):
+                            stacks.pop(contestant).close()
+                        yield max(0, turn), contestant, failure
+                    else:
+                        if turn >= 0:
+                            yield turn, contestant, figures
+        finally:
+            for stack in stacks.values():
+                with suppress(MeasurementFailed):  # the figures are there
+                    stack.close()
 
     def put_on(self, programs: Programs, address: str, pids: list[int], pace: Pace) -> Figures:
         """Load a running server, and measure its processes."""
@@ -124,10 +170,6 @@ class IdleMemory(NamedTuple):
             before = resident_bytes(process.pid)
             Load("echo", clients, 64).put_on(programs, address, [process.pid], pace._replace(warm=-1))
             return {"bytes_per_client": (resident_bytes(process.pid) - before) / clients}
-
-
-class MeasurementFailed(Exception):
-    """A server or a load failed. The text has its command and its output."""
 
 
 @contextmanager

@@ -25,11 +25,12 @@ from tables import table
 
 METHOD = f"""\
 Times in µs are the server's CPU time for each datagram, user and system. The server has a core of its own, and the load
-has another. Ratios compare CPU times of the same round, because the speed of a machine drifts; unless the table says
-otherwise, they are ratios to {REFERENCE}. Figures are medians of all rounds, followed by the minimum and the maximum in
-brackets. Payloads have 64 bytes, unless the table says otherwise. *Lost* datagrams were not answered within five
-seconds; datagrams *out of order* overtook an earlier one of their client. Both are totals of all rounds, including the
-warm-up."""
+has another. A round starts every server once. Where few clients live, all servers of a table run at once, and the load
+turns from one to the next every fifth of a second; elsewhere a round is one turn. Ratios compare CPU times of the same
+turn, because the speed of a machine drifts; unless the table says otherwise, they are ratios to {REFERENCE}. Figures
+are medians of all turns, followed in brackets by the lowest and the highest, without a tenth of the turns at either
+end. Payloads have 64 bytes, unless the table says otherwise. *Lost* datagrams were not answered within five seconds;
+datagrams *out of order* overtook an earlier one of their client. Both are totals of all turns."""
 
 
 def write(kept: dict[str, Any], folder: Path) -> str:
@@ -100,7 +101,7 @@ def _of_one_python(results: Results) -> Iterable[str]:
             ["versions", versions],
             ["left out", left_out],
             ["failed", failures],
-            ["rounds", f"{kept['rounds']}, each with {kept['seconds']} seconds for each server"],
+            ["rounds", f"{kept['rounds']}, each {kept['seconds']} s for each server, in {kept['turns']} turns or one"],
         ],
     )
     yield METHOD
@@ -118,7 +119,7 @@ def _of_one_python(results: Results) -> Iterable[str]:
 
 
 def _shape_table(results: Results, shape: str) -> str:
-    keys = [*results.rounds(shape, results.servers(shape)[0])[0]]
+    keys = [*results.turns(shape, results.servers(shape)[0])[0]]
     if shape == "crowd":
         return _table_by_figure(results, shape, CROWD_ROWS)
     if "micros" in keys:
@@ -139,14 +140,14 @@ def _time_table(results: Results, shape: str) -> str:
         header += ["longest round trip, ms"]
     rows = []
     for server in sorted(servers, key=lambda it: results.middle(shape, it) or 0):
-        rounds = results.rounds(shape, server)
+        turns = results.turns(shape, server)
         row = [
             server,
             _show(results.spread(shape, server)),
             _show(results.ratio(shape, server, reference)),
             f"{results.middle(shape, server, 'rate'):,.0f}",
             f"{1e6 / (results.middle(shape, server) or 1):,.0f}",
-            *(f"{sum(figures[key] for figures in rounds):.0f}" for key in ("lost", "out_of_order")),
+            *(f"{sum(figures[key] for figures in turns):.0f}" for key in ("lost", "out_of_order")),
         ]
         if has_round_trips:
             row += [

@@ -7,8 +7,8 @@
 Needs Linux and a C compiler. Servers whose library, compiler or interpreter is not installed are left out, and the
 results list them. Results are kept for each version of Python: run it once with each.
 
-The speed of a machine drifts. So the rounds are interleaved, every server runs in a new process each time, and ratios
-within a round mean more than absolute figures.
+The speed of a machine drifts. So the rounds are interleaved, every server runs in a new process in each, in most shapes
+the servers of a round are loaded in short turns, and ratios within a turn mean more than absolute figures.
 
 shapes.py lists the measurements, measure.py makes one, servers.py starts the servers, load.c is the load, and report.py
 makes tables and charts. crowds.py and dtls.py also run alone.
@@ -17,6 +17,7 @@ makes tables and charts. crowds.py and dtls.py also run alone.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import random
@@ -26,17 +27,18 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import report
-from measure import LOAD_CORE, Contestant, MeasurementFailed, Pace
+from measure import LOAD_CORE, Contestant, Load, MeasurementFailed, Outcome, Pace
 from native import HERE, Programs, build
-from shapes import FEW_ROUNDS, NEEDS, PACKAGES, SERVERS, SHAPES, plan
+from shapes import FEW_ROUNDS, NEEDS, PACKAGES, SERVERS, SHAPES, Measurement, plan
 
-FULL, QUICK = Pace(warm=0.2, seconds=0.9, scale=1), Pace(warm=0.05, seconds=0.1, scale=0.02)
+FULL, QUICK = Pace(warm=0.25, seconds=1, scale=1, turns=5), Pace(warm=0.05, seconds=0.1, scale=0.02, turns=2)
 FAILURES = (MeasurementFailed, AssertionError, subprocess.SubprocessError)
 
 
@@ -81,6 +83,7 @@ def main() -> None:
         "quick": quick,
         "rounds": rounds,
         "seconds": pace.seconds,
+        "turns": pace.turns,
         "titles": {name: SHAPES[name].title for name in contestants},
         "runs": runs,
     }
@@ -104,21 +107,34 @@ def measure(
             order = [it for it in them if it.without is None or number < FEW_ROUNDS]
             random.Random(number).shuffle(order)  # so that no server always follows the same one
             measured = {}
-            for contestant in order:
-                try:
-                    figures = measured[contestant] = shape.measurement.measure(programs, contestant, pace)
-                except FAILURES as failure:  # keep the results of the others
-                    print(failure, file=sys.stderr)
-                    reason = " ".join(str(failure).split())
+            for turn, contestant, outcome in outcomes(shape.measurement, programs, order, pace):
+                if isinstance(outcome, Exception):  # keep the results of the others
+                    print(outcome, file=sys.stderr)
+                    reason = " ".join(str(outcome).split())
                     failures.append(f"{name}, {contestant}, round {number + 1}: {reason:.200}")
                 else:
-                    micros = f"{figures['micros']:8.2f} µs" if "micros" in figures else ""
+                    measured[contestant, turn] = outcome
+                    micros = f"{outcome['micros']:8.2f} µs" if "micros" in outcome else ""
                     print(f"{number + 1}/{rounds} {name:14} {contestant!s:44} {micros}", file=sys.stderr)
-            for contestant in them:
-                if contestant in measured:
-                    run = {"shape": name, **contestant._asdict(), "round": number, "figures": measured[contestant]}
-                    runs.append(run)
+            for contestant, turn in itertools.product(them, range(pace.turns)):
+                if (contestant, turn) in measured:
+                    at, figures = number * pace.turns + turn, measured[contestant, turn]
+                    runs.append({"shape": name, **contestant._asdict(), "turn": at, "figures": figures})
     return runs, failures
+
+
+def outcomes(
+    measurement: Measurement, programs: Programs, contestants: list[Contestant], pace: Pace
+) -> Iterator[Outcome]:
+    """Measure each contestant, in turns or once."""
+    if isinstance(measurement, Load) and measurement.can_take_turns:
+        yield from measurement.measure_in_turns(programs, contestants, pace)
+        return
+    for contestant in contestants:
+        try:
+            yield 0, contestant, measurement.measure(programs, contestant, pace)
+        except FAILURES as failure:
+            yield 0, contestant, failure
 
 
 def what_is_missing(programs: Programs) -> dict[str, str]:

@@ -239,7 +239,7 @@ def _kept(folder: Path) -> figures.Results:  # type: ignore[name-defined]
 
 
 def _made_up(python: str, micros: dict[str, list[float]]) -> dict[str, object]:
-    """Results of a run in which one shape was measured, by server and round."""
+    """Results of a run in which one shape was measured, by server and turn."""
     return {
         "python": python,
         "date": "2026-01-01",
@@ -251,17 +251,18 @@ def _made_up(python: str, micros: dict[str, list[float]]) -> dict[str, object]:
         "quick": False,
         "rounds": 3,
         "seconds": 1,
+        "turns": 1,
         "titles": {"64x4": "64 clients"},
         "runs": [
             {
                 "shape": "64x4",
                 "server": server,
                 "without": None,
-                "round": number,
+                "turn": number,
                 "figures": {"micros": micros, "rate": 1.0, "lost": 0, "out_of_order": 0},
             }
-            for server, rounds in micros.items()
-            for number, micros in enumerate(rounds)
+            for server, turns in micros.items()
+            for number, micros in enumerate(turns)
         ],
     }
 
