@@ -592,7 +592,7 @@ async def test_a_server_does_not_answer_itself(start_in_memory: StartInMemory) -
 
 
 async def test_the_function_may_close_the_endpoint() -> None:
-    """If a datagram_handler closes the only endpoint, serve raises ClosedResourceError, and the counters add up."""
+    """If a datagram_handler closes the only endpoint, serve raises ClosedResourceError; the replies are counted."""
     on = in_memory()
     for number in range(3):
         on.put(b"%d" % number)
@@ -609,6 +609,7 @@ async def test_the_function_may_close_the_endpoint() -> None:
         await serve_endpoints(reply, [on.endpoint])
     check_adds_up(servers[0])
     assert on.sent == []
+    assert servers[0].statistics().errors == {"EAGAIN": 3}
 
 
 async def test_an_error_that_ends_the_program(start_in_memory: StartInMemory) -> None:

@@ -220,10 +220,11 @@ class Outbox:
         return sent
 
     def send_or_drop(self, outgoing: list[Outgoing]) -> list[Outgoing]:
-        """Send datagrams; drop those that find no room, count them under ``EAGAIN``, and return them."""
-        if self.engine.closed:
-            return []
-        unsent = outgoing[self.send(outgoing) :]
+        """Send datagrams; drop those that find no room, count them under ``EAGAIN``, and return them.
+
+        On a closed endpoint that is all of them.
+        """
+        unsent = outgoing if self.engine.closed else outgoing[self.send(outgoing) :]
         for _, _, sender in unsent:
             self._count_send_error(sender, OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
         return unsent

@@ -94,10 +94,8 @@ class UnixOutbox(Outbox):
     def send_or_drop(self, outgoing: list[Outgoing]) -> list[Outgoing]:
         unsent: list[Outgoing] = []
         for single in outgoing:
-            if self.engine.closed:
-                break
             try:
-                if self.send([single]):
+                if not self.engine.closed and self.send([single]):
                     continue
                 error = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             except OSError as too_long:
