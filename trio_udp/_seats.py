@@ -128,7 +128,8 @@ class Seat(Inbox):
             Inbox.finish(self, end)  # super() would cost a tenth of a new client
         else:
             # The same for an inbox with nothing to drop or wake, the usual case at the end of a handler: avoid a call.
-            self.end, self.sends_freely = end, False
+            self.end: End = end
+            self.sends_freely = False
         if not self.has_handler and self.is_closed:
             seats.remove(self)
 
