@@ -105,10 +105,10 @@ class Admission:
             return
         seat = Seat(place.outbox, route, self.idle_timeout, seats, place)
         if place.amplification is not None:
-            seat.sends_freely = False
+            seat.limited = True
         if source is UNANSWERABLE:
             seat.answerable = False
-            seat.sends_freely = False
+            seat.limited = True
         if seats.limiter is not None:
             seat.bucket = seats.limiter.keep(bucket)
         client = make_client(seat)

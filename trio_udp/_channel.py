@@ -22,13 +22,13 @@ class ChannelState(Sender):
     Attributes:
       route: Peer address and local address, in the engine's form.
       end: Why the conversation is over, or ``OPEN``.
-      sends_freely: Sending need not call :meth:`reserve` first: the conversation has not ended, and no limit applies.
+      limited: Sending must call :meth:`reserve` first.
     """
 
     outbox: Outbox
     route: Route
     end: End = attrs.field(default=OPEN, init=False)
-    sends_freely: bool = attrs.field(default=True, init=False)
+    limited: bool = attrs.field(default=False, init=False)
     # One for each sender that waits for room in the send buffer; cancelled when the conversation is over.
     _blocked_sends: set[trio.CancelScope] | None = attrs.field(default=None, init=False)
 
@@ -40,7 +40,6 @@ class ChannelState(Sender):
     def finish(self, end: End) -> None:
         """End the conversation."""
         self.end = end
-        self.sends_freely = False
         if self._blocked_sends and self.is_closed:
             for scope in self._blocked_sends:
                 scope.cancel()
@@ -55,12 +54,7 @@ class ChannelState(Sender):
                 del error  # its traceback refers to this frame: avoid a reference cycle
 
     def reserve(self, size: int) -> bool:
-        """Reserve bytes under the amplification limit; False if they may not be sent.
-
-        Raises:
-          trio.ClosedResourceError: The conversation is over.
-        """
-        self.check_open()
+        """Reserve bytes under the amplification limit; False if they may not be sent."""
         return True
 
     def give_back(self, size: int) -> None:
@@ -150,7 +144,9 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         turn = outbox.turn
         if turn.context["task"]._cancel_status.effectively_cancelled:  # will_be_cancelled(), inlined
             await trio.lowlevel.checkpoint_if_cancelled()
-        if state.sends_freely or state.reserve(len(payload)):
+        if state.end is not OPEN:
+            state.check_open()
+        if not state.limited or state.reserve(len(payload)):
             outgoing = (payload, state.route, state)
             if outbox.held and len(outbox.queue) < MOST_HELD:
                 outbox.queue.append(outgoing)  # the usual case of push(): avoid a call
@@ -178,7 +174,7 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         state = self._state
         state.check_open()
         copy = state.outbox.copy(payload, state.route)
-        if not (state.sends_freely or state.reserve(len(copy))):
+        if state.limited and not state.reserve(len(copy)):
             return
         try:
             if not state.push([(copy, state.route, state)]):
@@ -206,10 +202,10 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         if sizes and max(sizes) > MAX_PAYLOAD_IPV4:
             for payload in copies:
                 outbox.copy(payload, route)  # checks the length
-        if not state.sends_freely:
-            asked = len(copies)
+        if state.limited:
+            turn.sent += len(copies)
             copies = [payload for payload in copies if state.reserve(len(payload))]
-            turn.sent += asked - len(copies)  # the withheld ones; the others are counted when they are sent
+            turn.sent -= len(copies)  # these are counted when they are sent
             sizes = list(map(len, copies))
         position = 0
         try:

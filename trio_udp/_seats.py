@@ -124,12 +124,7 @@ class Seat(Inbox):
             seats.idle.forget(self)
         if seats.evicts:
             seats.unqueue(self)
-        if self.payloads or self.receiver is not None or self._blocked_sends:
-            Inbox.finish(self, end)  # super() would cost a tenth of a new client
-        else:
-            # The same for an inbox with nothing to drop or wake, the usual case at the end of a handler: avoid a call.
-            self.end: End = end
-            self.sends_freely = False
+        Inbox.finish(self, end)  # super() would cost a tenth of a new client
         if not self.has_handler and self.is_closed:
             seats.remove(self)
 
@@ -152,7 +147,7 @@ class Seat(Inbox):
         self.shared.idle.timeout_changed(self)
 
     def validate(self) -> None:
-        self.sends_freely: bool = self.answerable and self.end is OPEN
+        self.limited: bool = not self.answerable
         if not self.validated:
             self.validated = True
             self.shared.unqueue(self)
@@ -160,7 +155,6 @@ class Seat(Inbox):
                 self.bucket = self.shared.limiter.bucket_of_host(self.outbox.engine.host(self.route))
 
     def reserve(self, size: int) -> bool:
-        self.check_open()
         amplified = self._amplified + size
         if amplified > self._allowed and not self._allows_more(amplified):
             return False
@@ -173,7 +167,7 @@ class Seat(Inbox):
             self.outbox.count_unanswerable(self)
             return False
         amplification = self.shared.limits.amplification
-        if amplification is not None and not self.validated:
+        if amplification is not None:
             self._allowed = amplification * self.bytes_received
             if amplified > self._allowed:
                 self.sends_withheld += 1

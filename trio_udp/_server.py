@@ -355,7 +355,7 @@ class Server(metaclass=NoPublicConstructor):
             by_outbox: dict[Outbox, list[Outgoing]] = {}
             for seat in chosen[start : start + BATCH]:
                 copy = copies[seat.outbox]
-                if seat.end is OPEN and (seat.sends_freely or seat.reserve(len(copy))):
+                if seat.end is OPEN and (not seat.limited or seat.reserve(len(copy))):
                     by_outbox.setdefault(seat.outbox, []).append((copy, seat.route, seat))
             for outbox, outgoing in by_outbox.items():
                 for unsent, _, sender in outbox.send_or_drop(outgoing):
