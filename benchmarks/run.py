@@ -7,8 +7,8 @@
 Needs Linux and a C compiler. Servers whose library, compiler or interpreter is not installed are left out, and the
 results list them. Results are kept for each version of Python: run it once with each.
 
-The speed of a machine drifts. So the rounds are interleaved, every server runs in a new process in each, in most shapes
-the servers of a round are loaded in short turns, and ratios within a turn mean more than absolute figures.
+The speed of a machine drifts. So the rounds are interleaved, and each starts every server anew. In most shapes the
+servers of a round are loaded in short turns. Ratios within a turn mean more than absolute figures.
 
 shapes.py lists the measurements, measure.py makes one, servers.py starts the servers, load.c is the load, and report.py
 makes tables and charts. crowds.py and dtls.py also run alone.
