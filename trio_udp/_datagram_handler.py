@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 from ._admission import Admission
-from ._endpoints import MAX_PAYLOAD_IPV4, Outgoing, Received, Route, Source, make_datagram
+from ._endpoints import LONG_ROW, MAX_PAYLOAD_IPV4, Outgoing, Received, Route, Source, make_datagram
 from ._handlers import DatagramHandler
 from ._lifecycle import DRAINING
 from ._seats import Place
@@ -54,17 +55,26 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
                 and (amplification is None or len(reply) <= amplification * len(payload))
             ):
                 replies.append((reply, route, own))  # the usual case: avoid a call
-            elif reply is not None:
-                replies += _outgoing(reply, payload, route, place, is_answerable)
+                continue
+            if reply is None:
+                continue
+            several, sizes = _check(reply, payload, route, place, is_answerable)
         except Exception as error:
             seats.handler_errors += 1
             seats.on_error(datagram, error)
+            continue
+        if len(several) < LONG_ROW or replies or outbox.collecting:
+            replies += zip(several, repeat(route), repeat(own))
+        else:
+            outbox.send_row_or_drop(several, sizes, route, own)
     if replies or outbox.collecting:
         outbox.collect(replies, more_follow=place.reader.may_have_more)
 
 
-def _outgoing(reply: object, payload: bytes, route: Route, place: Place, is_answerable: bool) -> list[Outgoing]:
-    """Check the reply of a handler, one payload or several; return the datagrams to send, none if a limit forbids them.
+def _check(
+    reply: object, payload: bytes, route: Route, place: Place, is_answerable: bool
+) -> tuple[list[bytes], list[int]]:
+    """Check the reply of a handler, one payload or several; return what to send, with sizes: nothing if it may not.
 
     Raises:
       OSError: ``EMSGSIZE``: a payload is too long.
@@ -72,12 +82,12 @@ def _outgoing(reply: object, payload: bytes, route: Route, place: Place, is_answ
     """
     outbox, amplification = place.outbox, place.amplification
     several: Any = reply if isinstance(reply, (list, tuple)) else [reply]
-    copies = [outbox.copy(each, route) for each in several]
+    copies, sizes = outbox.copy_row(several, route)
     if not is_answerable:
         for _ in copies:
             outbox.count_unanswerable(outbox.own)
-        return []
-    if amplification is not None and sum(map(len, copies)) > amplification * len(payload):
+        return [], []
+    if amplification is not None and sum(sizes) > amplification * len(payload):
         place.withheld += len(copies)
-        return []
-    return [(copy, route, outbox.own) for copy in copies]
+        return [], []
+    return copies, sizes

@@ -341,18 +341,23 @@ async def test_a_full_send_buffer(
     start: Start, peer: socket.socket, monkeypatch: pytest.MonkeyPatch, host: str | None
 ) -> None:
     """Datagrams of a batch that meet a full send buffer leave later, once and in order."""
-    real, calls = linux._sendmmsg, 0
+    real_sendmmsg, real_sendto, calls = linux._sendmmsg, linux._sendto, 0
 
-    def narrow(fileno: int, messages: Any, count: int, flags: int) -> int:
-        """Take three messages, then none, in turn."""
+    def there_is_room() -> bool:
         nonlocal calls
         calls += 1
-        if calls % 2:
-            return int(real(fileno, messages, min(count, 3), flags))
         ctypes.set_errno(errno.EAGAIN)
-        return -1
+        return calls % 2 == 1
 
-    monkeypatch.setattr(linux, "_sendmmsg", narrow)
+    def sendmmsg(fileno: int, messages: Any, count: int, flags: int) -> int:
+        """Take three messages, then none, in turn."""
+        return int(real_sendmmsg(fileno, messages, min(count, 3), flags)) if there_is_room() else -1
+
+    def sendto(*arguments: Any) -> int:
+        return int(real_sendto(*arguments)) if there_is_room() else -1
+
+    monkeypatch.setattr(linux, "_sendmmsg", sendmmsg)
+    monkeypatch.setattr(linux, "_sendto", sendto)
 
     async def handler(client: Client) -> None:
         async for _ in client:

@@ -214,6 +214,27 @@ async def test_sending_without_receiving_lets_others_run(start_in_memory: StartI
     assert len(run.sent) == 640
 
 
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 1_000])
+async def test_bursts_without_receiving_let_others_run(start_in_memory: StartInMemory, size: int) -> None:
+    """A handler that only calls send_many yields at least once in 64 datagrams, wherever a burst ends."""
+    bystander = Bystander(lambda: len(run.sent))
+
+    async def handler(client: Client) -> None:
+        while len(run.sent) < 5_000:
+            await client.send_many([b"x"] * size)
+            await client.send(b"y")
+
+    run = await start_in_memory(handler)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bystander.run)
+        run.put(b"x")
+        while len(run.sent) < 5_000:
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    # Trio orders the tasks of each pass at random, and the send after a burst may be the 65th.
+    assert 64 <= bystander.most <= 2 * 65
+
+
 async def test_send_notices_cancellation(start_in_memory: StartInMemory) -> None:
     """send raises Cancelled in a cancelled scope, and the datagram is not sent."""
 

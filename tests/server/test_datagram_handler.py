@@ -160,11 +160,12 @@ async def test_the_function_may_return_several_replies(start_in_memory: StartInM
         return kind(b"%d" % number for number in range(int(datagram.payload), 0, -1))
 
     run = await start_in_memory(count_down)
-    for payload, source in ((b"3", ALICE), (b"0", ALICE), (b"2", BOB), (b"1", ALICE)):
+    for payload, source in ((b"20", BOB), (b"3", ALICE), (b"0", ALICE), (b"2", BOB), (b"20", ALICE), (b"1", ALICE)):
         run.put(payload, source)
     await run.settle()
-    assert run.sent_to(ALICE) == [b"3", b"2", b"1", b"1"]
-    assert run.sent_to(BOB) == [b"2", b"1"]
+    twenty = [b"%d" % number for number in range(20, 0, -1)]
+    assert run.sent_to(ALICE) == [b"3", b"2", b"1", *twenty, b"1"]
+    assert run.sent_to(BOB) == [*twenty, b"2", b"1"]
     check_adds_up(run.server)
 
 
@@ -179,6 +180,21 @@ async def test_a_wrong_payload_among_several(start_in_memory: StartInMemory) -> 
     await run.settle()
     assert run.sent == []
     assert [str(error) for error in errors] == ["a payload is bytes, not str: use .encode()"]
+
+
+@pytest.mark.parametrize("size", [3, 20])
+async def test_several_replies_meet_a_full_buffer(
+    start_in_memory: StartInMemory, autojump_clock: MockClock, size: int
+) -> None:
+    """Replies that find no room in the send buffer are dropped, and each counts under EAGAIN."""
+    run = await start_in_memory(
+        trio_udp.datagram_handler(lambda datagram: [bytes(1_000)] * size),
+        on=in_memory(send_buffer=2_000, bandwidth=1_000),
+    )
+    run.put(b"x")
+    await trio.sleep(100)
+    statistics = run.server.statistics()
+    assert (statistics.sent, statistics.errors) == (2, {"EAGAIN": size - 2})
 
 
 async def test_amplification_holds_for_several_replies_together(start_in_memory: StartInMemory) -> None:
@@ -591,7 +607,8 @@ async def test_a_server_does_not_answer_itself(start_in_memory: StartInMemory) -
     check_adds_up(run.server)
 
 
-async def test_the_function_may_close_the_endpoint() -> None:
+@pytest.mark.parametrize("several", [1, 20])
+async def test_the_function_may_close_the_endpoint(several: int) -> None:
     """If a datagram_handler closes the only endpoint, serve raises ClosedResourceError; the replies are counted."""
     on = in_memory()
     for number in range(3):
@@ -599,17 +616,17 @@ async def test_the_function_may_close_the_endpoint() -> None:
     servers: list[Server] = []
 
     @trio_udp.datagram_handler
-    def reply(datagram: Datagram) -> bytes:
+    def reply(datagram: Datagram) -> list[bytes]:
         assert datagram.server is not None
         servers[:] = [datagram.server]
         datagram.endpoint.close()
-        return datagram.payload
+        return [datagram.payload] * several
 
     with pytest.raises(trio.ClosedResourceError):
         await serve_endpoints(reply, [on.endpoint])
     check_adds_up(servers[0])
     assert on.sent == []
-    assert servers[0].statistics().errors == {"EAGAIN": 3}
+    assert servers[0].statistics().errors == {"EAGAIN": 3 * several}
 
 
 async def test_an_error_that_ends_the_program(start_in_memory: StartInMemory) -> None:

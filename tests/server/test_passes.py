@@ -127,6 +127,31 @@ async def test_replies_that_are_kept_back(start_in_memory: StartInMemory, are_ne
     assert (sent_before[96] > sent_before[0]) == are_new  # in the second batch, and at the start of the first
 
 
+@pytest.mark.parametrize(("size", "leaves"), [(15, False), (16, True)])
+async def test_a_long_burst_leaves_at_once(start_in_memory: StartInMemory, size: int, leaves: bool) -> None:
+    """A burst of 16 or more leaves before the end of the pass, but never before earlier datagrams to the same peer."""
+    sent: list[int] = []
+
+    async def handler(client: Client) -> None:
+        async for payload in client:
+            if payload == b"two":
+                await client.send(b"first")
+            await client.send_many([b"%d" % number for number in range(size)])
+            sent.append(len(run.sent))
+
+    run = await start_in_memory(handler)
+    burst = [b"%d" % number for number in range(size)]
+    for payload, replies in ((b"one", burst), (b"two", [b"first", *burst])):
+        sent.clear()
+        before = len(run.sent)
+        for peer in (ALICE, BOB):  # the replies to a single datagram would not wait
+            run.put(payload, peer)
+        await run.settle()
+        assert sent == ([before + size, before + 2 * size] if leaves and payload == b"one" else [before, before])
+        for peer in (ALICE, BOB):
+            assert run.sent_to(peer)[-len(replies) :] == replies
+
+
 @pytest.mark.parametrize("kind", ["handler", "datagram_handler"])
 async def test_a_reply_in_a_flood(start_in_memory: StartInMemory, kind: str) -> None:
     """A reply waits for four batches at most, even if no datagram behind it is answered."""

@@ -47,6 +47,7 @@ from ._networks import Network as Network, Networks as Networks
 from ._one_by_one import OneByOne as OneByOne
 from ._open import open_connected_endpoint as open_connected_endpoint, open_endpoints as open_endpoints
 from ._outbox import (
+    LONG_ROW as LONG_ROW,
     MOST_HELD as MOST_HELD,
     YIELD_EVERY as YIELD_EVERY,
     Outbox as Outbox,

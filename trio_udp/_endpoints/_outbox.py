@@ -6,7 +6,7 @@ import errno
 import inspect
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -48,6 +48,11 @@ MOST_KEPT_BACK = MOST_DELAYS * BATCH
 
 # The most replies in a held outbox: those above, and the replies to one more batch.
 MOST_HELD = MOST_KEPT_BACK + BATCH
+
+
+# So many datagrams to one peer are a message that saves nothing by waiting for others. Sent at once, they reach the peer
+# while the server works for other peers: 17 at a time then cost a quarter less.
+LONG_ROW = 16
 
 
 def hint(payload: object) -> str:
@@ -150,6 +155,16 @@ class Outbox:
             raise OSError(errno.EMSGSIZE, f"{os.strerror(errno.EMSGSIZE)}: {detail}")
         return payload
 
+    def copy_row(self, payloads: Iterable[Payload], route: Route) -> tuple[list[bytes], list[int]]:
+        """Like :meth:`copy`, for several payloads; return them and their sizes."""
+        # Copy one at a time: an iterator may yield one buffer again and again, each time with other content.
+        copies = [payload if type(payload) is bytes else self.copy(payload, route) for payload in payloads]
+        sizes = list(map(len, copies))
+        if sizes and max(sizes) > MAX_PAYLOAD_IPV4:
+            for payload in copies:
+                self.copy(payload, route)  # checks the length
+        return copies, sizes
+
     def hold(self) -> None:
         """Hold the outbox, at least until the end of this pass, unless senders wait in line.
 
@@ -210,9 +225,10 @@ class Outbox:
     ) -> int:
         """Like :meth:`send`, for datagrams of one sender on one route.
 
-        Makes no tuple for each datagram, unless it has to wait in the queue: 64 datagrams take 7 µs less.
+        Makes no tuple for each datagram, unless it has to wait in the queue: 64 datagrams take 7 µs less. A long row
+        leaves at once even while the outbox is held.
         """
-        if self.held or self.queue or self._line.locked():
+        if self.queue or self._line.locked() or (self.held and len(payloads) < LONG_ROW):
             return self.send(list(zip(payloads, repeat(route), repeat(sender))), raising=raising)
         sent = self._give_to_kernel(payloads, sizes, [route] * len(payloads), [sender] * len(payloads), raising)
         if sent < len(payloads):
@@ -228,6 +244,12 @@ class Outbox:
         for _, _, sender in unsent:
             self._count_send_error(sender, OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
         return unsent
+
+    def send_row_or_drop(self, payloads: list[bytes], sizes: list[int], route: Route, sender: Sender) -> None:
+        """Like :meth:`send_or_drop`, for datagrams of one sender on one route."""
+        sent = 0 if self.engine.closed else self.send_row(payloads, sizes, route, sender)
+        for _ in payloads[sent:]:
+            self._count_send_error(sender, OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
 
     def collect(self, replies: list[Outgoing], *, more_follow: bool) -> None:
         """Send the replies of a ``datagram_handler``, perhaps together with those to the next batch.

@@ -105,6 +105,9 @@ class UnixOutbox(Outbox):
             unsent.append(single)
         return unsent
 
+    def send_row_or_drop(self, payloads: list[bytes], sizes: list[int], route: Route, sender: Sender) -> None:
+        self.send_or_drop([(payload, route, sender) for payload in payloads])
+
     def collect(self, replies: list[Outgoing], *, more_follow: bool) -> None:
         if replies:
             self.send_or_drop(replies)
