@@ -50,9 +50,9 @@ MOST_KEPT_BACK = MOST_DELAYS * BATCH
 MOST_HELD = MOST_KEPT_BACK + BATCH
 
 
-# So many datagrams to one peer are a message that saves nothing by waiting for others. Sent at once, they reach the peer
-# while the server works for other peers: 17 at a time then cost a quarter less.
-LONG_ROW = 16
+# So many datagrams to one peer save nothing by waiting for those to others. Sent at once, they reach the peer while the
+# server works on: 12 at a time cost a fifth less to 64 peers, and 17 a quarter less to one. Shorter rows cost more.
+LONG_ROW = 12
 
 
 def hint(payload: object) -> str:
