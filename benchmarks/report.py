@@ -26,7 +26,7 @@ from tables import table
 METHOD = f"""\
 Times in µs are the server's CPU time for each datagram, user and system. The server has a core of its own, and the load
 has another. A round starts every server once. In most tables all servers of a round run at once, and the load moves
-from one to the next every fifth of a second. In the others a round is one turn. Ratios compare CPU times of the same
+from one to the next several times a second. In the others a round is one turn. Ratios compare CPU times of the same
 turn, because the speed of a machine drifts; unless the table says otherwise, they are ratios to {REFERENCE}. Figures
 are medians of all turns, followed in brackets by the lowest and the highest, without a tenth of the turns at either
 end. Payloads have 64 bytes, unless the table says otherwise. *Lost* datagrams were not answered within five seconds;

@@ -38,7 +38,7 @@ from measure import LOAD_CORE, Contestant, Load, MeasurementFailed, Outcome, Pac
 from native import HERE, Programs, build
 from shapes import FEW_ROUNDS, NEEDS, PACKAGES, SERVERS, SHAPES, Measurement, plan
 
-FULL, QUICK = Pace(warm=0.25, seconds=1, scale=1, turns=5), Pace(warm=0.05, seconds=0.1, scale=0.02, turns=2)
+FULL, QUICK = Pace(warm=0.3, seconds=1, scale=1, turns=15), Pace(warm=0.05, seconds=0.1, scale=0.02, turns=2)
 FAILURES = (MeasurementFailed, AssertionError, subprocess.SubprocessError)
 
 
