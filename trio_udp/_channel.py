@@ -192,7 +192,7 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
 
         Cancellation:
           Noticed before the first datagram and at least once in 64; the datagrams before it have been sent. Other tasks
-          run at least once in 64 datagrams, but not after the last, and whenever the send buffer is full.
+          run at least once in 64 datagrams, but not after the last one, unless the send buffer is full.
         """
         state, outbox = self._state, self._state.outbox
         turn, route = outbox.turn, state.route
