@@ -74,10 +74,11 @@ def datagram_handler(
     The server calls it for every datagram, **in arrival order over all senders**, and sends the returned bytes (``b""``
     is an empty reply, ``None`` is no reply) back to the datagram's peer, from the address that it was sent to. A list
     or a tuple of payloads is sent as so many datagrams, in order. Replies leave together with the others of the batch,
-    or of up to four batches while more datagrams wait in the kernel; a list of 12 or more leaves at once, unless earlier
-    replies wait. There are no clients, tasks or inboxes. The function runs in the receive loop, so it should be quick:
-    nothing is received meanwhile. ``Limits.rate_limit`` applies, and ``Limits.amplification`` to what is returned for
-    one datagram, which is withheld as a whole. The limits on clients and inboxes do not, nor does ``idle_timeout``.
+    or of up to four batches while more datagrams wait in the kernel. A list of 12 or more leaves at once, unless
+    earlier replies wait. There are no clients, tasks or inboxes. The function runs in the receive loop, so it should be
+    quick: nothing is received meanwhile. ``Limits.rate_limit`` applies, and ``Limits.amplification`` to what is
+    returned for one datagram, which is withheld as a whole. The limits on clients and inboxes do not, nor does
+    ``idle_timeout``.
 
     Errors:
       An exception in the function goes to ``on_error(datagram, exception)``, and the next datagram follows. A reply

@@ -129,7 +129,7 @@ async def test_replies_that_are_kept_back(start_in_memory: StartInMemory, are_ne
 
 @pytest.mark.parametrize(("size", "leaves"), [(11, False), (12, True)])
 async def test_a_long_burst_leaves_at_once(start_in_memory: StartInMemory, size: int, leaves: bool) -> None:
-    """A burst of 12 or more leaves at once, unless earlier replies wait; a shorter one leaves at the end of the pass."""
+    """A burst of 12 or more leaves at once, unless earlier replies wait; a shorter one when the pass ends."""
     burst = [b"%d" % number for number in range(size)]
     sent: list[int] = []
 
