@@ -13,7 +13,10 @@ from ._seats import Place
 
 
 def to_function(handler: DatagramHandler, admission: Admission, place: Place, batch: list[Received]) -> None:
-    """Call a ``datagram_handler`` for each datagram of a batch, in order, and send the replies together."""
+    """Call a ``datagram_handler`` for each datagram of a batch, in order, and send the replies together.
+
+    A long row of replies to one datagram leaves at once, unless earlier replies wait.
+    """
     function, seats, outbox, limiter = handler.function, admission.seats, place.outbox, admission.seats.limiter
     amplification, own = place.amplification, outbox.own
     outbox.turn.begin_batch()
@@ -58,23 +61,23 @@ def to_function(handler: DatagramHandler, admission: Admission, place: Place, ba
                 continue
             if reply is None:
                 continue
-            several, sizes = _check(reply, payload, route, place, is_answerable)
+            row, sizes = _row_of(reply, payload, route, place, is_answerable)
         except Exception as error:
             seats.handler_errors += 1
             seats.on_error(datagram, error)
-            continue
-        if len(several) < LONG_ROW or replies or outbox.collecting:
-            replies += zip(several, repeat(route), repeat(own))
         else:
-            outbox.send_row_or_drop(several, sizes, route, own)
+            if len(row) < LONG_ROW or replies or outbox.collecting:  # earlier replies may be to the same peer
+                replies += zip(row, repeat(route), repeat(own))
+            else:
+                outbox.send_row_or_drop(row, sizes, route, own)
     if replies or outbox.collecting:
         outbox.collect(replies, more_follow=place.reader.may_have_more)
 
 
-def _check(
+def _row_of(
     reply: object, payload: bytes, route: Route, place: Place, is_answerable: bool
 ) -> tuple[list[bytes], list[int]]:
-    """Check the reply of a handler, one payload or several; return what to send, with sizes: nothing if it may not.
+    """Check a reply, one payload or several; return the payloads to send and their sizes, none if a limit forbids them.
 
     Raises:
       OSError: ``EMSGSIZE``: a payload is too long.

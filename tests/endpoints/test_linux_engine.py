@@ -344,13 +344,14 @@ async def test_a_full_send_buffer(
     real_sendmmsg, real_sendto, calls = linux._sendmmsg, linux._sendto, 0
 
     def there_is_room() -> bool:
+        """Say yes and no in turn, and leave EAGAIN in errno for the calls that find no room."""
         nonlocal calls
         calls += 1
         ctypes.set_errno(errno.EAGAIN)
         return calls % 2 == 1
 
     def sendmmsg(fileno: int, messages: Any, count: int, flags: int) -> int:
-        """Take three messages, then none, in turn."""
+        """Take at most three messages, if there is room."""
         return int(real_sendmmsg(fileno, messages, min(count, 3), flags)) if there_is_room() else -1
 
     def sendto(*arguments: Any) -> int:

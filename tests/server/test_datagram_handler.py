@@ -607,8 +607,8 @@ async def test_a_server_does_not_answer_itself(start_in_memory: StartInMemory) -
     check_adds_up(run.server)
 
 
-@pytest.mark.parametrize("several", [1, 20])
-async def test_the_function_may_close_the_endpoint(several: int) -> None:
+@pytest.mark.parametrize("size", [1, 20])
+async def test_the_function_may_close_the_endpoint(size: int) -> None:
     """If a datagram_handler closes the only endpoint, serve raises ClosedResourceError; the replies are counted."""
     on = in_memory()
     for number in range(3):
@@ -620,13 +620,13 @@ async def test_the_function_may_close_the_endpoint(several: int) -> None:
         assert datagram.server is not None
         servers[:] = [datagram.server]
         datagram.endpoint.close()
-        return [datagram.payload] * several
+        return [datagram.payload] * size
 
     with pytest.raises(trio.ClosedResourceError):
         await serve_endpoints(reply, [on.endpoint])
     check_adds_up(servers[0])
     assert on.sent == []
-    assert servers[0].statistics().errors == {"EAGAIN": 3 * several}
+    assert servers[0].statistics().errors == {"EAGAIN": 3 * size}
 
 
 async def test_an_error_that_ends_the_program(start_in_memory: StartInMemory) -> None:

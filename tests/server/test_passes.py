@@ -129,22 +129,22 @@ async def test_replies_that_are_kept_back(start_in_memory: StartInMemory, are_ne
 
 @pytest.mark.parametrize(("size", "leaves"), [(11, False), (12, True)])
 async def test_a_long_burst_leaves_at_once(start_in_memory: StartInMemory, size: int, leaves: bool) -> None:
-    """A burst of 12 or more leaves before the end of the pass, but never before earlier datagrams to the same peer."""
+    """A burst of 12 or more leaves at once, unless earlier replies wait; a shorter one when the pass ends."""
+    burst = [b"%d" % number for number in range(size)]
     sent: list[int] = []
 
     async def handler(client: Client) -> None:
         async for payload in client:
             if payload == b"two":
                 await client.send(b"first")
-            await client.send_many([b"%d" % number for number in range(size)])
+            await client.send_many(burst)
             sent.append(len(run.sent))
 
     run = await start_in_memory(handler)
-    burst = [b"%d" % number for number in range(size)]
     for payload, replies in ((b"one", burst), (b"two", [b"first", *burst])):
         sent.clear()
         before = len(run.sent)
-        for peer in (ALICE, BOB):  # the replies to a single datagram would not wait
+        for peer in (ALICE, BOB):  # two datagrams in the batch: replies to a single one never wait
             run.put(payload, peer)
         await run.settle()
         assert sent == ([before + size, before + 2 * size] if leaves and payload == b"one" else [before, before])

@@ -49,10 +49,9 @@ MOST_KEPT_BACK = MOST_DELAYS * BATCH
 # The most replies in a held outbox: those above, and the replies to one more batch.
 MOST_HELD = MOST_KEPT_BACK + BATCH
 
-
-# So many datagrams to one peer save nothing by waiting for those to others. Sent at once, they reach the peer while the
-# server works on: 12 at a time cost a fifth less to 64 peers, and 17 a quarter less to one. Four to 64 peers would cost
-# a quarter more.
+# A row (datagrams of one sender on one route) of this length leaves at once, even while the outbox is held. Its peer
+# can work meanwhile: 12 datagrams to each of 64 peers cost a fifth less than if they wait for the end of the pass, and
+# 17 to one peer a quarter less. Four to each of 64 peers would cost a quarter more.
 LONG_ROW = 12
 
 
@@ -108,9 +107,9 @@ class ServerTurn(Turn):
 class Outbox:
     """Sends datagrams, those to one peer in the order of the calls.
 
-    While the outbox is *held*, replies wait in its queue, and leave together in as few system calls as possible. The
-    receive loop holds it when it hands out several datagrams, at least until the end of that pass of Trio's scheduler;
-    see :meth:`end_pass`.
+    While the outbox is *held*, replies wait in its queue, and leave together in as few system calls as possible. Only a
+    long row leaves at once; see ``LONG_ROW``. The receive loop holds the outbox when it hands out several datagrams, at
+    least until the end of that pass of Trio's scheduler; see :meth:`end_pass`.
 
     Attributes:
       held: Replies wait in the queue, until the end of the pass or longer.
@@ -157,7 +156,7 @@ class Outbox:
         return payload
 
     def copy_row(self, payloads: Iterable[Payload], route: Route) -> tuple[list[bytes], list[int]]:
-        """Like :meth:`copy`, for several payloads; return them and their sizes."""
+        """Like :meth:`copy`, for several payloads; return the copies and their sizes."""
         # Copy one at a time: an iterator may yield one buffer again and again, each time with other content.
         copies = [payload if type(payload) is bytes else self.copy(payload, route) for payload in payloads]
         sizes = list(map(len, copies))
@@ -226,8 +225,8 @@ class Outbox:
     ) -> int:
         """Like :meth:`send`, for datagrams of one sender on one route.
 
-        Makes no tuple for each datagram, unless it has to wait in the queue: 64 datagrams take 7 µs less. A long row
-        leaves at once even while the outbox is held.
+        Makes no tuple for each datagram, unless it has to wait in the queue: 64 datagrams take 7 µs less. A row of
+        ``LONG_ROW`` or more leaves at once even while the outbox is held, unless earlier datagrams wait in the queue.
         """
         if self.queue or self._line.locked() or (self.held and len(payloads) < LONG_ROW):
             return self.send(list(zip(payloads, repeat(route), repeat(sender))), raising=raising)
@@ -243,14 +242,14 @@ class Outbox:
         """
         unsent = outgoing if self.engine.closed else outgoing[self.send(outgoing) :]
         for _, _, sender in unsent:
-            self._count_send_error(sender, OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
+            self._count_dropped(sender)
         return unsent
 
     def send_row_or_drop(self, payloads: list[bytes], sizes: list[int], route: Route, sender: Sender) -> None:
         """Like :meth:`send_or_drop`, for datagrams of one sender on one route."""
         sent = 0 if self.engine.closed else self.send_row(payloads, sizes, route, sender)
         for _ in payloads[sent:]:
-            self._count_send_error(sender, OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
+            self._count_dropped(sender)
 
     def collect(self, replies: list[Outgoing], *, more_follow: bool) -> None:
         """Send the replies of a ``datagram_handler``, perhaps together with those to the next batch.
@@ -435,6 +434,9 @@ class Outbox:
                 sender.bytes_sent += size
         counts.sent += sent
         counts.bytes_sent += bytes_sent
+
+    def _count_dropped(self, sender: Sender) -> None:
+        self._count_send_error(sender, OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
 
     def _count_send_error(self, sender: Sender, error: OSError) -> None:
         sender.count_send_error(error)
