@@ -205,16 +205,16 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         position = 0
         try:
             while True:
-                # Before sending, not after the last datagram: a handler that receives next needs no checkpoint, and one
-                # makes a burst of 64 cost a tenth more. Again if other tasks used up the turn during the checkpoint.
-                while turn.sent >= YIELD_EVERY:
+                if turn.sent >= YIELD_EVERY:
+                    # Before sending, not after the last datagram: a handler that receives next needs no checkpoint, and
+                    # one makes a burst of 64 cost a tenth more.
                     turn.sent = 0
                     await trio.lowlevel.checkpoint()
-                if will_be_cancelled(turn.context["task"]):
+                elif will_be_cancelled(turn.context["task"]):
                     await trio.lowlevel.checkpoint_if_cancelled()
                 if state.end is not OPEN:
                     state.check_open()
-                end = position + YIELD_EVERY - turn.sent
+                end = position + max(1, YIELD_EVERY - turn.sent)  # other tasks may have used up the turn meanwhile
                 some = copies[position:end]
                 sent = state.push_row(some, sizes[position:end]) if some else 0
                 position += sent
