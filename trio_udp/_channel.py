@@ -210,6 +210,7 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
                     # one makes a burst of 64 cost a tenth more.
                     turn.sent = 0
                     await trio.lowlevel.checkpoint()
+                    turn.sent = 0  # or those that sent 64 meanwhile would take this task's turn
                 elif will_be_cancelled(turn.context["task"]):
                     await trio.lowlevel.checkpoint_if_cancelled()
                 if state.end is not OPEN:
@@ -224,6 +225,8 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
                     position += 1
                     turn.sent += 1
                 if position == len(copies):
+                    if turn.sent >= YIELD_EVERY:
+                        turn.taken = YIELD_EVERY  # a receive that need not wait must not renew the turn
                     return
         except BaseException:
             state.give_back(sum(sizes[position:]))

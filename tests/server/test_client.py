@@ -235,6 +235,57 @@ async def test_bursts_without_receiving_let_others_run(start_in_memory: StartInM
     assert 64 <= bystander.most <= 2 * 65
 
 
+async def test_bursts_between_receives_that_need_not_wait_let_others_run(start_in_memory: StartInMemory) -> None:
+    """A handler that answers each datagram of a full inbox with 64 lets other tasks run after each answer or two."""
+    bystander = Bystander(lambda: len(run.sent))
+    begin = trio.Event()
+
+    async def handler(client: Client) -> None:
+        await begin.wait()
+        async for _ in client:
+            await client.send_many([b"x"] * 64)
+
+    run = await start_in_memory(handler)
+    for _ in range(60):
+        run.put(b"x")
+    await run.settle()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bystander.run)
+        begin.set()
+        while len(run.sent) < 60 * 64:
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert 64 <= bystander.most <= 2 * 64
+
+
+async def test_a_long_send_many_goes_on_beside_full_bursts(start_in_memory: StartInMemory) -> None:
+    """Bursts of 64 that other tasks send meanwhile do not take the turn of a longer one."""
+    begin = trio.Event()
+    passes = 0
+
+    async def handler(client: Client) -> None:
+        nonlocal passes
+        await begin.wait()
+        if client.peer_address == ALICE:
+            await client.send_many([b"x"] * 64 * 50)
+            scope.cancel()
+        else:
+            while True:
+                await client.send_many([b"x"] * 64)
+                await trio.lowlevel.checkpoint()
+                passes += 1
+
+    run = await start_in_memory(handler)
+    for peer in (ALICE, BOB):
+        run.put(b"x", peer)
+    await run.settle()
+    with trio.CancelScope() as scope:
+        begin.set()
+        await trio.sleep_forever()
+    assert len(run.sent_to(ALICE)) == 64 * 50
+    assert passes <= 51
+
+
 async def test_send_notices_cancellation(start_in_memory: StartInMemory) -> None:
     """send raises Cancelled in a cancelled scope, and the datagram is not sent."""
 
