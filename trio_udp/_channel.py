@@ -202,6 +202,8 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
             copies = [payload for payload in copies if state.reserve(len(payload))]
             turn.sent -= len(copies)  # these are counted when they are sent
             sizes = list(map(len, copies))
+        if not copies:
+            turn.sent += 1  # so that a loop that has nothing to send lets other tasks run
         position = 0
         try:
             while True:

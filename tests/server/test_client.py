@@ -235,6 +235,25 @@ async def test_bursts_without_receiving_let_others_run(start_in_memory: StartInM
     assert 64 <= bystander.most <= 2 * 65
 
 
+async def test_empty_bursts_let_others_run(start_in_memory: StartInMemory) -> None:
+    """A handler that calls send_many with nothing, again and again, lets other tasks run once in 64 calls."""
+    bystander = Bystander()
+    turns: list[int] = []
+
+    async def handler(client: Client) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(bystander.run)
+            for _ in range(640):
+                await client.send_many([])
+            turns.append(bystander.turns)
+            nursery.cancel_scope.cancel()
+
+    run = await start_in_memory(handler)
+    run.put(b"x")
+    await run.settle()
+    assert 9 <= turns[0] <= 10
+
+
 async def test_bursts_between_receives_that_need_not_wait_let_others_run(start_in_memory: StartInMemory) -> None:
     """A handler that answers each datagram of a full inbox with 64 lets other tasks run after each answer or two."""
     bystander = Bystander(lambda: len(run.sent))
