@@ -217,7 +217,7 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
                     await trio.lowlevel.checkpoint_if_cancelled()
                 if state.end is not OPEN:
                     state.check_open()
-                end = position + max(1, YIELD_EVERY - turn.sent)  # other tasks may have used up the turn meanwhile
+                end = position + YIELD_EVERY - turn.sent
                 some = copies[position:end]
                 sent = state.push_row(some, sizes[position:end]) if some else 0
                 position += sent
