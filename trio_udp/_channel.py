@@ -227,8 +227,6 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
                     position += 1
                     turn.sent += 1
                 if position == len(copies):
-                    if turn.sent >= YIELD_EVERY:
-                        turn.taken = YIELD_EVERY  # a receive that need not wait must not renew the turn
                     return
         except BaseException:
             state.give_back(sum(sizes[position:]))
