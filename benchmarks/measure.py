@@ -111,7 +111,8 @@ class Load(NamedTuple):
         The speed of a machine can change by half within seconds. Turns that follow each other closely meet the same
         conditions, so their ratio means more than that of two long measurements.
         """
-        warm_up, paced = pace._replace(seconds=pace.warm), Pace(pace.warm / pace.turns, pace.seconds / pace.turns, 1)
+        warm_up = pace._replace(seconds=pace.warm)
+        paced = pace._replace(warm=pace.warm / pace.turns, seconds=pace.seconds / pace.turns)
         stacks = {contestant: ExitStack() for contestant in contestants}
         servers: dict[Contestant, tuple[subprocess.Popen[str], str]] = {}
         try:

@@ -208,11 +208,11 @@ class DatagramChannel(trio.abc.Channel[bytes], metaclass=NoPublicConstructor):
         try:
             while True:
                 if turn.sent >= YIELD_EVERY:
-                    # Before sending, not after the last datagram: a handler that receives next needs no checkpoint, and
-                    # one makes a burst of 64 cost a tenth more.
+                    # Before sending, not after the last datagram: a handler that receives next needs no checkpoint. It
+                    # would make a burst of 64 cost a tenth more.
                     turn.sent = 0
                     await trio.lowlevel.checkpoint()
-                    turn.sent = 0  # or those that sent 64 meanwhile would take this task's turn
+                    turn.sent = 0  # tasks that sent 64 meanwhile have not used up this task's turn
                 elif will_be_cancelled(turn.context["task"]):
                     await trio.lowlevel.checkpoint_if_cancelled()
                 if state.end is not OPEN:

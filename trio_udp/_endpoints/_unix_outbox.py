@@ -8,7 +8,6 @@ a system call anyway.
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import sys
 from contextlib import suppress
@@ -94,14 +93,14 @@ class UnixOutbox(Outbox):
     def send_or_drop(self, outgoing: list[Outgoing]) -> list[Outgoing]:
         unsent: list[Outgoing] = []
         for single in outgoing:
+            _, _, sender = single
             try:
                 if not self.engine.closed and self.send([single]):
                     continue
-                error = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             except OSError as too_long:
-                error = too_long
-            _, _, sender = single
-            self._count_send_error(sender, error)
+                self._count_send_error(sender, too_long)
+            else:
+                self._count_dropped(sender)
             unsent.append(single)
         return unsent
 
